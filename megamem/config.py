@@ -1,0 +1,201 @@
+"""The one place a megamem setting is declared.
+
+Command-line flags, checkpoint metadata and layer constructors all read MemoryConfig; nothing else
+in the package adds an argument or a default.
+"""
+
+from argparse import Namespace
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+
+class ConfigurationError(ValueError):
+    """What a run asks for cannot be done; the message names the flags, their values and the fix."""
+
+    @classmethod
+    def collect(cls, problems: list[str]) -> None:
+        """Raise one error that lists every problem, or return when there is none."""
+        if len(problems) == 1:
+            raise cls(problems[0])
+        if problems:
+            lines = "".join(f"\n  {i}. {problem}" for i, problem in enumerate(problems, 1))
+            raise cls(f"{len(problems)} settings cannot work:{lines}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Product-key memory layers inside a Megatron transformer."""
+
+    memory_layers: list[int] = field(default_factory=list)
+    """Layers, counted from 0, whose feed-forward becomes a memory; without it memory is off."""
+
+    memory_variant: Literal["memory", "memory+"] = "memory+"
+    """memory: the read-out is the output. memory+: it is gated by silu(W x), then projected."""
+
+    memory_num_keys: int = 1024
+    """N, sub-keys per query half; the value table has N*N rows."""
+
+    memory_heads: int = 4
+    """Independent reads per token; their results are summed."""
+
+    memory_topk: int = 32
+    """Rows each head reads."""
+
+    memory_key_dim: int | None = None
+    """Q, width of one head's query, both halves together. Default: half of the value width for
+    memory+, 256 for memory."""
+
+    memory_value_dim: int | None = None
+    """V, width of one row of the value table, a multiple of 8. Default: the hidden size."""
+
+    memory_pool: Literal["shared", "layer"] = "shared"
+    """shared: one value table for all memory layers. layer: each layer has a table of its own."""
+
+    memory_qk_norm: bool = False
+    """RMS-normalise queries and sub-keys, with learnable gains, before they are compared."""
+
+    memory_keep_ffn: bool = False
+    """Keep the feed-forward of a memory layer and add the memory's output to it."""
+
+    memory_value_init_std: float | None = None
+    """Standard deviation of the initial values. Default: V**-0.5."""
+
+    memory_lr: float | None = None
+    """Peak learning rate of the value table. Default: the model's --lr."""
+
+    memory_lr_schedule: Literal["scheduled", "constant"] = "scheduled"
+    """scheduled: the table's learning rate decays as the model's does. constant: it stays at
+    --memory-lr once the warm-up is over."""
+
+    memory_weight_decay: float | None = None
+    """Weight decay of the value table. Default: the model's --weight-decay."""
+
+    memory_wire: Literal["auto", "alltoall", "allgather"] = "auto"
+    """How lookups reach the ranks that own their rows. alltoall: each only to its owner, after the
+    counts were exchanged (one host sync). allgather: all to all ranks, at fixed sizes, without a
+    sync. auto: allgather up to 8 ranks, alltoall beyond."""
+
+    def __post_init__(self) -> None:
+        ConfigurationError.collect(self._problems())
+
+    def _problems(self) -> list[str]:
+        found = []
+        layers = self.memory_layers
+        if repeated := sorted({n for n in layers if layers.count(n) > 1}):
+            found.append(
+                f"--memory-layers {_words(layers)} names layer {_words(repeated)} more than once; "
+                "name each layer once."
+            )
+        if negative := [n for n in layers if n < 0]:
+            found.append(
+                f"--memory-layers {_words(negative)}: layers are counted from 0; "
+                "there are no negative ones."
+            )
+        positive = {
+            "memory_num_keys": self.memory_num_keys,
+            "memory_heads": self.memory_heads,
+            "memory_topk": self.memory_topk,
+            "memory_key_dim": self.memory_key_dim,
+            "memory_value_dim": self.memory_value_dim,
+        }
+        for name, value in positive.items():
+            if value is not None and value < 1:
+                found.append(f"{flag(name)} {value} must be at least 1.")
+        if self.memory_topk > self.memory_num_keys:
+            found.append(
+                f"--memory-topk {self.memory_topk} is larger than --memory-num-keys "
+                f"{self.memory_num_keys}: a head cannot read more rows than a half has sub-keys; "
+                "lower the first or raise the second."
+            )
+        if self.memory_key_dim is not None and self.memory_key_dim % 2:
+            found.append(
+                f"--memory-key-dim {self.memory_key_dim} is odd: a query is cut into two halves; "
+                f"use {self.memory_key_dim + 1}."
+            )
+        if self.memory_value_dim is not None and self.memory_value_dim % 8:
+            found.append(
+                f"--memory-value-dim {self.memory_value_dim} is not a multiple of 8, which the "
+                f"kernels load at once; use {_next_multiple(self.memory_value_dim, 8)}."
+            )
+        for name in ("memory_value_init_std", "memory_lr", "memory_weight_decay"):
+            value = getattr(self, name)
+            # written so that a NaN is caught too
+            if value is not None and not 0 <= value < float("inf"):
+                found.append(f"{flag(name)} {value} must be a finite number, zero or more.")
+        return found
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.memory_layers)
+
+    @property
+    def num_rows(self) -> int:
+        """R, the rows of one value table."""
+        return self.memory_num_keys**2
+
+    @property
+    def lookups_per_token(self) -> int:
+        """L = H * K."""
+        return self.memory_heads * self.memory_topk
+
+    @property
+    def key_dim(self) -> int:
+        """Q of a resolved config."""
+        assert self.memory_key_dim is not None, "resolve() first"
+        return self.memory_key_dim
+
+    @property
+    def value_dim(self) -> int:
+        """V of a resolved config."""
+        assert self.memory_value_dim is not None, "resolve() first"
+        return self.memory_value_dim
+
+    def resolve(self, hidden_size: int) -> "MemoryConfig":
+        """The same settings with every width filled in for a model of this hidden size.
+
+        Raises:
+            ConfigurationError: the widths that follow from hidden_size cannot work.
+        """
+        if self.memory_value_dim is None and hidden_size % 8:
+            raise ConfigurationError(
+                f"--hidden-size {hidden_size} is not a multiple of 8, which a row of the value "
+                "table must be: choose another, or (memory+ only) set --memory-value-dim."
+            )
+        value_dim = self.memory_value_dim or hidden_size
+        if self.memory_variant == "memory" and value_dim != hidden_size:
+            raise ConfigurationError(
+                f"--memory-value-dim {value_dim} differs from --hidden-size {hidden_size}, but "
+                "--memory-variant memory has no projection between them; use memory+ or drop "
+                "--memory-value-dim."
+            )
+        key_dim = self.memory_key_dim or (
+            value_dim // 2 if self.memory_variant == "memory+" else 256
+        )
+        return replace(self, memory_value_dim=value_dim, memory_key_dim=key_dim)
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> "MemoryConfig":
+        """The settings in a parsed command line; fields it lacks keep their defaults.
+
+        Raises:
+            ConfigurationError: a setting, or two of them together, cannot work.
+        """
+        given = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, as a checkpoint stores them."""
+        return asdict(self)
+
+
+def flag(field_name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + field_name.replace("_", "-")
+
+
+def _words(numbers: list[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
+def _next_multiple(number: int, of: int) -> int:
+    return max(of, -(-number // of) * of)
