@@ -1,0 +1,108 @@
+"""The memory layer: read this file first; its forward is the whole data path.
+
+Shape key, for the package:
+
+    S, B sequence, batch            T tokens on this rank           D hidden size
+    H heads                         Q = 2C query width of a head    C half-query = sub-key width
+    N sub-keys per half             K top-k                         L = H * K lookups per token
+    J = T * L local lookups         M lookups received here         R = N * N rows, r on this rank
+    V row width                     W ranks of the memory group     G bags: the tokens of all ranks
+
+A lower-case letter is this rank's part of the upper-case one.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megamem.config import MemoryConfig
+from megamem.layers.init import WeightFactory
+from megamem.layers.output import GatedOutput, PlainOutput
+from megamem.layers.product_keys import ProductKeys
+from megamem.layers.query import Query
+from megamem.layers.value_table import ValueTable
+from megamem.parallel.collectives import gather_tokens, group_size, split_tokens
+from megamem.parallel.row_shard import even_counts
+
+
+class MemoryLayer(nn.Module):
+    """hidden states -> query -> product-key top-k -> read-out of the value table -> gate, proj.
+
+    The layer is token-parallel: each rank of `group` looks up tokens of its own. Where hidden
+    states are replicated (`tokens_sharded=False`, plain tensor parallelism) it takes its share
+    first and gathers the output last; where they are sharded (sequence parallelism, or ranks with
+    data of their own) it works on what it gets.
+
+    The value table is used, not owned: it may serve several layers, so whoever builds it registers
+    it once in the model.
+    """
+
+    values: ValueTable
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        hidden_size: int,
+        values: ValueTable,
+        *,
+        layer: int,
+        group: ProcessGroup | None,
+        tokens_sharded: bool,
+        seed: int,
+        parks_gradient: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Build the layer's own weights.
+
+        Args:
+            config: resolved.
+            values: the table, spread over `group`.
+            layer: its number in the model, from 0; the initial weights depend on it.
+            group: ranks that share the table, and the tokens where those are replicated.
+            tokens_sharded: hidden states differ from rank to rank of the group.
+            seed: of the run.
+            parks_gradient: a layer below this one shares the table.
+        """
+        super().__init__()
+        self.layer, self.group = layer, group
+        self.tokens_sharded, self.parks_gradient = tokens_sharded, parks_gradient
+        make = WeightFactory(
+            seed=seed,
+            name=f"layer_{layer}",
+            # sharded tokens come with sharded gradients, which the caller's framework sums, as it
+            # does for norms under sequence parallelism; of replicated ones it knows nothing
+            gradient_group=None if tokens_sharded else group,
+            device=device,
+            dtype=dtype,
+        )
+        self.query = Query(config, hidden_size, make)
+        self.keys = ProductKeys(config, make)
+        object.__setattr__(self, "values", values)
+        gated = config.memory_variant == "memory+"
+        self.output = GatedOutput(config, hidden_size, make) if gated else PlainOutput()
+
+    def forward(self, hidden_SBD: Tensor, token_counts: list[int] | None = None) -> Tensor:
+        """Replace each token by what the memory holds for it.
+
+        Args:
+            hidden_SBD: after the block's norm.
+            token_counts: S * B of every rank of the group, where they differ.
+        """
+        x_TD = hidden_SBD.flatten(0, 1)
+        counts = token_counts or self._token_counts(len(x_TD))
+        if not self.tokens_sharded:
+            x_TD = split_tokens(x_TD, counts, self.group)
+
+        query_THQ = self.query(x_TD)
+        row_ids_TL, weights_TL = self.keys(query_THQ)
+        out_TV = self.values(row_ids_TL, weights_TL, counts, parks=self.parks_gradient)
+        y_TD = self.output(out_TV, x_TD)
+
+        if not self.tokens_sharded:
+            y_TD = gather_tokens(y_TD, counts, self.group)
+        return y_TD.view_as(hidden_SBD)
+
+    def _token_counts(self, tokens: int) -> list[int]:
+        world_size = group_size(self.group)
+        return [tokens] * world_size if self.tokens_sharded else even_counts(tokens, world_size)

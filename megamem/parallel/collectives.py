@@ -1,0 +1,175 @@
+"""Collectives that autograd can cross. Every pair says what its backward sends.
+
+A group of None stands for this process alone. Counts are Python numbers that every rank knows:
+nothing here waits for the device.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def group_size(group: ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def group_rank(group: ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def exchange(x: Tensor, send: list[int], recv: list[int], group: ProcessGroup | None) -> Tensor:
+    """Send `send[p]` leading rows of x to each rank p; return the `recv[p]` rows each sent here.
+
+    No gradient; all_to_all has one.
+    """
+    if group is None:
+        return x
+    out = x.new_empty(sum(recv), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), recv, send, group=group)
+    return out
+
+
+def gather_padded(x: Tensor, size: int, group: ProcessGroup | None, fill: float = 0) -> Tensor:
+    """Every rank's x, filled up to `size` rows each: [W, size, ...]. No gradient."""
+    padded = x.contiguous()
+    if len(x) < size:
+        padded = x.new_full((size, *x.shape[1:]), fill)
+        padded[: len(x)] = x
+    if group is None:
+        return padded.unsqueeze(0)
+    out = x.new_empty(group_size(group), size, *x.shape[1:])
+    dist.all_gather_into_tensor(out.flatten(0, 1), padded, group=group)
+    return out
+
+
+def _gather(x: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+    gathered = gather_padded(x, max(counts), group)
+    if len(set(counts)) == 1:
+        return gathered.flatten(0, 1)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+
+def _own(x: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+    return x.split(counts)[group_rank(group)]
+
+
+class _AllToAll(torch.autograd.Function):
+    """Forward: all-to-all of rows. Backward: the same with the splits swapped."""
+
+    @staticmethod
+    def forward(ctx, x, send, recv, group):  # type: ignore[no-untyped-def]
+        ctx.send, ctx.recv, ctx.group = send, recv, group
+        return exchange(x, send, recv, group)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return exchange(grad, ctx.recv, ctx.send, ctx.group), None, None, None
+
+
+class _GatherWeights(torch.autograd.Function):
+    """Forward: all-gather at a fixed size. Backward: reduce-scatter."""
+
+    @staticmethod
+    def forward(ctx, x, size, group):  # type: ignore[no-untyped-def]
+        ctx.rows, ctx.group = len(x), group
+        return gather_padded(x, size, group)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        if ctx.group is None:
+            return grad[0, : ctx.rows], None, None
+        out = grad.new_empty(grad.shape[1:])
+        dist.reduce_scatter_tensor(out, grad.contiguous().flatten(0, 1), group=ctx.group)
+        return out[: ctx.rows], None, None
+
+
+class _SumBagsHome(torch.autograd.Function):
+    """Forward: reduce-scatter, as an all-to-all and a sum. Backward: all-gather.
+
+    The sum is ours so that it runs in fp32 and in rank order: the same bits in every run.
+    """
+
+    @staticmethod
+    def forward(ctx, bags_GV, counts, group):  # type: ignore[no-untyped-def]
+        ctx.counts, ctx.group = counts, group
+        own = counts[group_rank(group)]
+        home = exchange(bags_GV, counts, [own] * len(counts), group)
+        accumulate = torch.promote_types(bags_GV.dtype, torch.float32)
+        total = home.unflatten(0, (len(counts), own)).sum(0, dtype=accumulate)
+        return total.to(bags_GV.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_TV):  # type: ignore[no-untyped-def]
+        return _gather(grad_TV, ctx.counts, ctx.group), None, None
+
+
+class _SplitTokens(torch.autograd.Function):
+    """Forward: keep this rank's rows. Backward: all-gather."""
+
+    @staticmethod
+    def forward(ctx, x, counts, group):  # type: ignore[no-untyped-def]
+        ctx.counts, ctx.group = counts, group
+        return _own(x, counts, group).clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _gather(grad, ctx.counts, ctx.group), None, None
+
+
+class _GatherTokens(torch.autograd.Function):
+    """Forward: all-gather. Backward: keep this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, x, counts, group):  # type: ignore[no-untyped-def]
+        ctx.counts, ctx.group = counts, group
+        return _gather(x, counts, group)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _own(grad, ctx.counts, ctx.group).contiguous(), None, None
+
+
+class _ReduceGradient(torch.autograd.Function):
+    """Forward: nothing is sent. Backward: all-reduce."""
+
+    @staticmethod
+    def forward(ctx, x, group):  # type: ignore[no-untyped-def]
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def all_to_all(x: Tensor, send: list[int], recv: list[int], group: ProcessGroup | None) -> Tensor:
+    """exchange() that autograd can cross."""
+    return _AllToAll.apply(x, send, recv, group)
+
+
+def gather_weights(x: Tensor, size: int, group: ProcessGroup | None) -> Tensor:
+    """gather_padded() that autograd can cross: [W, size, ...]."""
+    return _GatherWeights.apply(x, size, group)
+
+
+def sum_bags_home(bags_GV: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+    """Send rank p its `counts[p]` partial bags; return the sum of those that came home."""
+    return _SumBagsHome.apply(bags_GV, counts, group)
+
+
+def split_tokens(x: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+    """This rank's `counts[rank]` rows of an x that every rank holds whole."""
+    return x if group is None else _SplitTokens.apply(x, counts, group)
+
+
+def gather_tokens(x: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+    """The whole of which every rank p holds `counts[p]` rows; undoes split_tokens."""
+    return x if group is None else _GatherTokens.apply(x, counts, group)
+
+
+def reduce_gradient(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """x itself; its gradient is summed over the group, as each rank uses x on its own tokens."""
+    return x if group is None else _ReduceGradient.apply(x, group)
