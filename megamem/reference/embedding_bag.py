@@ -26,9 +26,11 @@ def embedding_bag(
     bag_ids_M = torch.repeat_interleave(
         torch.arange(num_bags, device=offsets.device), offsets.diff(), output_size=len(row_ids_M)
     )
-    present_M1 = (row_ids_M >= 0).unsqueeze(-1)
+    present_M = row_ids_M >= 0
     # cast before the gather: autograd then sums a row's gradients unrounded, too
-    rows_MV = values_rV.to(accumulate)[row_ids_M.clamp(min=0)]
-    terms_MV = torch.where(present_M1, rows_MV * weights_M.to(accumulate).unsqueeze(-1), 0)
-    bags_GV = terms_MV.new_zeros(num_bags, values_rV.shape[1]).index_add(0, bag_ids_M, terms_MV)
+    rows_MV = values_rV.to(accumulate)[row_ids_M[present_M]]
+    terms_MV = rows_MV * weights_M[present_M].to(accumulate).unsqueeze(-1)
+    bags_GV = terms_MV.new_zeros(num_bags, values_rV.shape[1]).index_add(
+        0, bag_ids_M[present_M], terms_MV
+    )
     return bags_GV.to(values_rV.dtype)
