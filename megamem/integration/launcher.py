@@ -1,0 +1,193 @@
+"""Runs an unmodified training script with megamem's hooks in place.
+
+    [torchrun ...] python -m megamem.run [--cpu] SCRIPT ARGUMENTS...
+
+The hooks are installed first, then the script runs as __main__ as if python had started it. What a
+person got wrong is said in one line, on one rank, without a traceback; everything else keeps its
+traceback.
+"""
+
+import argparse
+import difflib
+import os
+import re
+import runpy
+import socket
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from megamem.config import ConfigurationError
+
+USAGE = """usage: python -m megamem.run [--cpu] SCRIPT ARGUMENTS...
+       torchrun --nproc-per-node N -m megamem.run [--cpu] SCRIPT ARGUMENTS...
+
+Runs a Megatron training script, unmodified, with memory layers at its disposal.
+
+  SCRIPT       Megatron-LM's pretrain_gpt.py, or examples/pretrain_gpt.py of megamem
+  ARGUMENTS    the script's own flags, and --memory-... (SCRIPT --help lists them all)
+  --cpu        train on the CPU, over gloo; for dry runs and tests. The flags that Megatron needs
+               for it are set, and named.
+  --cpu=force  the same on a machine that has a GPU, which stays idle
+"""
+USER_ERROR = 2
+# torchrun ends all ranks as soon as one has ended: let the first rank speak before that
+SECONDS_TO_READ = 3.0
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the launcher was asked for."""
+
+    script: str
+    arguments: list[str]
+    cpu: bool = False
+    force_cpu: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script that argv names; return its exit status, or leave as the script left."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in ("-h", "--help"):
+        sys.stdout.write(USAGE)
+        return 0
+    try:
+        command = parse(words)
+        set_rendezvous_defaults()
+        if command.cpu:
+            from megamem.integration import cpu_runtime
+
+            cpu_runtime.install(force=command.force_cpu)
+        # imports Megatron, which the CPU runtime must precede
+        from megamem.integration import hooks
+
+        hooks.install()
+        use_helpers_of_the_wheel()
+        run_as_main(command)
+    except ConfigurationError as error:
+        stop(str(error))
+    return 0
+
+
+def parse(words: Sequence[str]) -> Command:
+    """The launcher's own options, then the script; what follows is the script's."""
+    rest, cpu = list(words), ""
+    while rest and rest[0].startswith("-"):
+        option = rest.pop(0)
+        if option not in ("--cpu", "--cpu=force"):
+            raise ConfigurationError(
+                f"unknown option {option} before the script; megamem.run knows --cpu and "
+                "--cpu=force, all other flags go after the script's path"
+            )
+        cpu = option
+    if not rest:
+        raise ConfigurationError(
+            "no script given; write: python -m megamem.run [--cpu] SCRIPT ARGUMENTS..."
+        )
+    if not Path(rest[0]).is_file():
+        raise ConfigurationError(
+            f"no script at {rest[0]} (looked from {Path.cwd()}); give the path of a training "
+            "script, such as pretrain_gpt.py of a Megatron-LM checkout"
+        )
+    return Command(rest[0], rest[1:], cpu=bool(cpu), force_cpu=cpu == "--cpu=force")
+
+
+def set_rendezvous_defaults() -> None:
+    """One process without torchrun is a world of one rank."""
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in (world | address).items():
+        os.environ.setdefault(name, value)
+
+
+def use_helpers_of_the_wheel() -> None:
+    """megatron-core's wheel holds the compiled dataset helpers, but not the Makefile that Megatron
+    runs at every start; only a checkout has something to make.
+    """
+    import megatron.core.datasets.utils as utils
+
+    from megamem.integration.patching import replace
+
+    if not (Path(utils.__file__).parent / "Makefile").exists():
+        replace(utils, "compile_helpers", lambda _: lambda: None)
+
+
+def run_as_main(command: Command) -> None:
+    """Run the script as `python SCRIPT ARGUMENTS...` would, then close its process group."""
+    sys.argv = [command.script, *command.arguments]
+    if not sys.flags.safe_path:
+        sys.path[0] = str(Path(command.script).resolve().parent)
+        _keep_megamem_importable()
+    try:
+        runpy.run_path(command.script, run_name="__main__")
+    except SystemExit as leaving:
+        # Megatron ends a run that reached --exit-interval this way
+        if leaving.code in (None, 0):
+            close_process_group()
+        raise
+    close_process_group()
+
+
+def _keep_megamem_importable() -> None:
+    """python -m found megamem in the working directory, which the script's folder has replaced."""
+    home = str(Path(__file__).resolve().parents[2])
+    if home not in sys.path:
+        sys.path.append(home)
+
+
+def close_process_group() -> None:
+    """Leave together: gloo's threads abort a process that ends while a peer still talks to it."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def stop(message: str) -> NoReturn:
+    """Say once for all ranks why the run cannot go on, then leave."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank != 0:
+        time.sleep(SECONDS_TO_READ)
+    # a rank that is still here may be the only one that failed, once ranks do different work
+    if rank == 0 or _ranks_have_parted():
+        sys.stderr.write(f"megamem: error: {message}\n")
+        sys.stderr.flush()
+    raise SystemExit(USER_ERROR)
+
+
+def _ranks_have_parted() -> bool:
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()
+
+
+def friendly_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser, whose errors are one line with a suggestion instead of a page of usage."""
+
+    def error(message: str) -> NoReturn:
+        stop(message + suggestion(message, parser._option_string_actions))
+
+    parser.error = error  # type: ignore[method-assign]
+    return parser
+
+
+def suggestion(message: str, known: Iterable[str]) -> str:
+    """What an unknown flag was probably meant to be, in brackets; empty when nothing is near."""
+    _, found, words = message.partition("unrecognized arguments:")
+    if not found:
+        return ""
+    unknown = [word.split("=", 1)[0] for word in words.split() if re.match("--?[a-zA-Z]", word)]
+    if "--cpu" in unknown:
+        return " (--cpu goes before the script's path)"
+    flags = list(known)
+    near = [difflib.get_close_matches(flag, flags, n=1, cutoff=0.7) for flag in unknown]
+    hints = list(dict.fromkeys(match for matches in near for match in matches))
+    return f" (did you mean {', '.join(hints)}?)" if hints else ""
