@@ -1,0 +1,160 @@
+"""A training run of Megatron's own loop, small enough for a test, and what it logged.
+
+    log = run_training("tp2", 2, "--tensor-model-parallel-size", "2")
+    assert log.losses[-1] < log.losses[0]
+
+The second loss of a run is the mean of its first two iterations (Megatron does not reset its sum
+after the first), so comparisons look at whole lists or at later iterations.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "pretrain_gpt.py"
+TIMEOUT = 240.0
+
+MODEL = {
+    "--num-layers": 4,
+    "--hidden-size": 64,
+    "--num-attention-heads": 4,
+    "--ffn-hidden-size": 128,
+    "--seq-length": 32,
+    "--max-position-embeddings": 32,
+    "--position-embedding-type": "rope",
+    "--attention-dropout": 0,
+    "--hidden-dropout": 0,
+}
+TRAINING = {
+    "--micro-batch-size": 2,
+    "--global-batch-size": 4,
+    "--train-iters": 5,
+    "--lr": 1e-3,
+    "--min-lr": 1e-4,
+    "--lr-decay-iters": 5,
+    "--lr-warmup-iters": 1,
+    "--weight-decay": 0.1,
+    "--clip-grad": 1.0,
+    "--tokenizer-type": "NullTokenizer",
+    "--vocab-size": 127,
+    # Megatron's 128 times the tensor-parallel size would give every layout another vocabulary
+    "--make-vocab-size-divisible-by": 32,
+    "--split": "8,1,1",
+    "--eval-interval": 100,
+    "--eval-iters": 1,
+    "--log-interval": 1,
+    "--num-workers": 0,
+    "--distributed-timeout-minutes": 2,
+}
+SWITCHES = ("--disable-bias-linear", "--no-ckpt-fully-parallel-save")
+
+ITERATION = re.compile(r"iteration +(\d+)/ *\d+ .*? lm loss: (\S+) .*? grad norm: (\S+)")
+PARAMETERS = re.compile(r"number of parameters on \(.*?\) model parallel rank \((.*?)\): (\d+)")
+VALIDATION = re.compile(r"validation loss at .*? on (\w+) set \| lm loss value: (\S+)")
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """What a run printed, on all ranks, and the figures in it."""
+
+    name: str
+    command: list[str]
+    returncode: int
+    stdout: str
+    seconds: float
+
+    @property
+    def iterations(self) -> list[int]:
+        """The iterations that were logged."""
+        return [int(match[1]) for match in ITERATION.finditer(self.stdout)]
+
+    @property
+    def losses(self) -> list[float]:
+        """One training loss per logged iteration."""
+        return [float(match[2]) for match in ITERATION.finditer(self.stdout)]
+
+    @property
+    def grad_norms(self) -> list[float]:
+        """One gradient norm per logged iteration, before clipping."""
+        return [float(match[3]) for match in ITERATION.finditer(self.stdout)]
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Model-parallel rank, such as "0, 1" -> parameters it holds."""
+        return {match[1]: int(match[2]) for match in PARAMETERS.finditer(self.stdout)}
+
+    @property
+    def validation(self) -> dict[str, float]:
+        """Set ("validation", "test") -> its last loss."""
+        return {match[1]: float(match[2]) for match in VALIDATION.finditer(self.stdout)}
+
+    def tail(self, lines: int = 60) -> str:
+        """The end of what was printed, after the command."""
+        text = "\n".join(self.stdout.splitlines()[-lines:])
+        return f"{self.name} ended with {self.returncode}:\n{' '.join(self.command)}\n...\n{text}"
+
+
+def launch(
+    name: str,
+    nproc: int,
+    *words: object,
+    check: bool = True,
+    environment: dict[str, str] | None = None,
+) -> TrainingLog:
+    """Run `-m megamem.run WORDS...` on nproc ranks, under torchrun when they are several."""
+    __tracebackhide__ = True
+    ranks = ["torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "-m"]
+    modules = [*(ranks if nproc > 1 else []), "megamem.run"]
+    command = [sys.executable, "-m", *modules, *map(str, words)]
+    # the interpreter of the tests' own kernels is not part of a run
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**inherited, "OMP_NUM_THREADS": "1", **(environment or {})},
+        start_new_session=True,
+    )
+    try:
+        stdout, _ = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout = process.communicate()[0] + f"\nended by the test after {TIMEOUT:.0f} s"
+    seconds = time.monotonic() - started
+    log = TrainingLog(name, command, process.returncode, stdout, seconds)
+    if check and log.returncode != 0:
+        pytest.fail(log.tail(), pytrace=False)
+    return log
+
+
+def run_training(
+    name: str,
+    nproc: int,
+    *flags: object,
+    script: Path = SCRIPT,
+    check: bool = True,
+    data: tuple[object, ...] = ("--mock-data",),
+) -> TrainingLog:
+    """Train a tiny GPT on the CPU through the launcher; later flags overrule the usual ones.
+
+    Args:
+        name: what a failure calls the run.
+        nproc: ranks.
+        script: the training script, by default examples/pretrain_gpt.py.
+        check: a run that fails, fails the test.
+        data: the flags that say what to train on.
+    """
+    __tracebackhide__ = True
+    usual = [word for pair in (MODEL | TRAINING).items() for word in pair]
+    return launch(name, nproc, "--cpu", script, *usual, *SWITCHES, *data, *flags, check=check)
