@@ -44,6 +44,7 @@ def _worker(rank: int, fn: Callable, world_size: int, folder: str, args: tuple) 
 def run_distributed(fn: Callable, world_size: int, *args: Any) -> None:
     """Call fn(*args) on every rank; the first failing rank's traceback fails the test."""
     __tracebackhide__ = True
+    first_failure = None
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),
@@ -54,4 +55,6 @@ def run_distributed(fn: Callable, world_size: int, *args: Any) -> None:
             failures = sorted(Path(folder).glob("*.failed"))
             if not failures:
                 raise
-            pytest.fail(failures[0].read_text(), pytrace=False)
+            first_failure = failures[0].read_text()
+    if first_failure:
+        pytest.fail(first_failure, pytrace=False)
