@@ -1,7 +1,9 @@
 """Replacing a function of another package while it runs: once, and loudly when it is gone."""
 
 import functools
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 MARKER = "_megamem_replaced"
@@ -29,10 +31,22 @@ def require(owner: Any, name: str) -> Any:
 
 
 def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Set owner.name to make(original); a second call changes nothing."""
+    """Set owner.name to make(original); a second call with the same `make` changes nothing."""
     original = require(owner, name)
-    if getattr(original, MARKER, False):
+    applied = getattr(original, MARKER, frozenset())
+    label = f"{make.__module__}.{make.__qualname__}"
+    if label in applied:
         return
     replacement = functools.wraps(original)(make(original))
-    setattr(replacement, MARKER, True)
+    setattr(replacement, MARKER, applied | {label})
     setattr(owner, name, replacement)
+
+
+def replace_everywhere(owner: ModuleType, name: str, make: Callable[[Any], Any]) -> None:
+    """replace(), also in modules of the same package that imported the function by name."""
+    original = require(owner, name)
+    replace(owner, name, make)
+    package = owner.__name__.partition(".")[0]
+    for path, module in list(sys.modules.items()):
+        if path.partition(".")[0] == package and vars(module).get(name) is original:
+            setattr(module, name, getattr(owner, name))

@@ -31,7 +31,7 @@ class WeightFactory:
     gradient_group: ProcessGroup | None = None
     """Ranks that use these weights on tokens of their own, and whose gradients must be summed."""
 
-    device: torch.device | str | None = None
+    device: torch.device | str | int | None = None
     dtype: torch.dtype | None = None
 
     def normal(self, name: str, *shape: int, std: float, first_row: int = 0) -> nn.Parameter:

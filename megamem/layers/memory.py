@@ -50,7 +50,7 @@ class MemoryLayer(nn.Module):
         tokens_sharded: bool,
         seed: int,
         parks_gradient: bool = False,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """Build the layer's own weights.

@@ -1,0 +1,225 @@
+"""What is refused at start-up, before anything is allocated, and what to do instead."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megamem.config import ConfigurationError, MemoryConfig
+from megamem.integration import compat
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An option of Megatron's that memory layers do not work with."""
+
+    option: str
+    """As typed, with its value."""
+
+    applies: Callable[[argparse.Namespace], bool]
+    why: str
+    fix: str
+
+    def message(self) -> str:
+        return f"--memory-layers does not work with {self.option}: {self.why}; {self.fix}."
+
+
+def _given(name: str) -> Callable[[argparse.Namespace], bool]:
+    return lambda args: bool(getattr(args, name, None))
+
+
+def _captures_memory(args: argparse.Namespace) -> bool:
+    """CUDA graphs that would hold a memory layer; those of attention alone would not."""
+    if getattr(args, "cuda_graph_impl", "none") in (None, "none"):
+        return bool(getattr(args, "enable_cuda_graph", False))
+    parts = getattr(args, "cuda_graph_modules", None) or getattr(args, "cuda_graph_scope", None)
+    names = {str(getattr(part, "name", part)) for part in (parts or [])}
+    return names != {"attn"} or args.cuda_graph_impl != "transformer_engine"
+
+
+def _recomputes_norm_in_low_precision(args: argparse.Namespace) -> bool:
+    low = getattr(args, "fp8", None) or getattr(args, "fp4", None)
+    return bool(low) and "layernorm" in (getattr(args, "recompute_modules", None) or [])
+
+
+REFUSALS = (
+    Refusal(
+        "--mtp-num-layers",
+        _given("mtp_num_layers"),
+        "multi-token-prediction layers are built from the last decoder layer",
+        "drop it",
+    ),
+    Refusal(
+        "--use-megatron-fsdp",
+        _given("use_megatron_fsdp"),
+        "it would flatten the value table and gather it whole on every rank",
+        "use --use-distributed-optimizer, which leaves the table sharded by rows",
+    ),
+    Refusal(
+        "--use-torch-fsdp2",
+        _given("use_torch_fsdp2"),
+        "it would gather the value table whole on every rank",
+        "use --use-distributed-optimizer, which leaves the table sharded by rows",
+    ),
+    Refusal(
+        "--cuda-graph-impl",
+        _captures_memory,
+        "a memory layer cannot be captured",
+        "use --cuda-graph-impl transformer_engine with --cuda-graph-modules attn, or drop it",
+    ),
+    Refusal(
+        "--fp8-param-gather",
+        _given("fp8_param_gather"),
+        "the value table has no fp8 form",
+        "drop it; fp8 without it works, and leaves memory layers in bf16",
+    ),
+    Refusal(
+        "--fp4-param-gather",
+        _given("fp4_param_gather"),
+        "the value table has no fp4 form",
+        "drop it; fp4 without it works, and leaves memory layers in bf16",
+    ),
+    Refusal(
+        "--recompute-modules layernorm in fp8 or fp4",
+        _recomputes_norm_in_low_precision,
+        "a memory layer has no linear_fc1 to keep the norm's input for",
+        "drop layernorm from --recompute-modules",
+    ),
+    Refusal(
+        "--overlap-moe-expert-parallel-comm",
+        _given("overlap_moe_expert_parallel_comm"),
+        "it interleaves the layers of two microbatches",
+        "drop it",
+    ),
+    Refusal(
+        "--delay-wgrad-compute",
+        _given("delay_wgrad_compute"),
+        "a memory layer has no separate weight-gradient step",
+        "drop it",
+    ),
+    Refusal(
+        "--inference-fuse-tp-communication",
+        _given("inference_fuse_tp_communication"),
+        "it reaches into the linears of an MLP, which a memory does not have",
+        "drop it",
+    ),
+    Refusal(
+        "--transformer-impl inference_optimized",
+        lambda args: getattr(args, "transformer_impl", "") == "inference_optimized",
+        "its fused layers reach into the linears of an MLP, which a memory does not have",
+        "use transformer_engine or local",
+    ),
+    Refusal(
+        "--heterogeneous-layers-config-path",
+        _given("heterogeneous_layers_config_path"),
+        "its layers have configurations of their own",
+        "drop it",
+    ),
+    Refusal(
+        "--hybrid-layer-pattern",
+        lambda args: _given("hybrid_layer_pattern")(args) or _given("is_hybrid_model")(args),
+        "hybrid models give attention and MLP layers of their own",
+        "describe the model by --num-layers",
+    ),
+    Refusal(
+        "hyper-connections",
+        lambda args: _given("enable_hyper_connections")(args) or _given("enable_mhc")(args),
+        "they replace the transformer layer that a memory sits in",
+        "drop them",
+    ),
+    Refusal(
+        "--tensor-parallel-num-weight-shards",
+        lambda args: getattr(args, "gtp_weight_remat_size", 1) > 1,
+        "it cuts weights that memory layers hold whole",
+        "drop it",
+    ),
+    Refusal(
+        "--optimizer other than adam and sgd",
+        lambda args: getattr(args, "optimizer", "adam") not in ("adam", "sgd"),
+        "it would orthogonalise the rows of the value table",
+        "use --optimizer adam",
+    ),
+    Refusal(
+        "--ckpt-format other than torch_dist",
+        lambda args: (
+            bool(getattr(args, "save", None) or getattr(args, "load", None))
+            and getattr(args, "ckpt_format", "torch_dist") != "torch_dist"
+        ),
+        "only torch_dist stores the value table by rows",
+        "use --ckpt-format torch_dist",
+    ),
+)
+"""In the order in which they are reported."""
+
+
+def check(args: argparse.Namespace, memory: MemoryConfig, config: Any) -> None:
+    """Refuse what cannot work, all of it in one error.
+
+    Args:
+        args: Megatron's, validated by Megatron.
+        memory: resolved.
+        config: the TransformerConfig made of args.
+
+    Raises:
+        ConfigurationError: names each flag, its value and the fix.
+    """
+    problems = [refusal.message() for refusal in REFUSALS if refusal.applies(args)]
+    too_deep = [layer for layer in memory.memory_layers if layer >= args.num_layers]
+    if too_deep:
+        problems.append(
+            f"--memory-layers {' '.join(map(str, too_deep))} is out of range: layers are counted "
+            f"from 0, and --num-layers {args.num_layers} ends at layer {args.num_layers - 1}."
+        )
+    problems += _pool_problems(args, memory, config) if not problems else []
+    problems += _ffn_problems(args, memory)
+    problems += _optimizer_problems(args, memory)
+    ConfigurationError.collect(problems)
+
+
+def _pool_problems(args: argparse.Namespace, memory: MemoryConfig, config: Any) -> list[str]:
+    """A shared table must lie where all its layers are."""
+    if memory.memory_pool != "shared":
+        return []
+    stages = {}
+    for pp_rank in range(args.pipeline_model_parallel_size):
+        for vp_stage in range(args.virtual_pipeline_model_parallel_size or 1):
+            virtual = vp_stage if args.virtual_pipeline_model_parallel_size else None
+            for layer in compat.stage_layers(config, virtual, pp_rank):
+                stages[layer] = (pp_rank, virtual)
+    homes = {layer: stages[layer] for layer in sorted(memory.memory_layers)}
+    if len(set(homes.values())) == 1:
+        return []
+
+    def name(home: tuple[int, int | None]) -> str:
+        pp_rank, virtual = home
+        return f"stage {pp_rank}" + (f", virtual stage {virtual}" if virtual is not None else "")
+
+    where = "; ".join(f"layer {layer} on {name(home)}" for layer, home in homes.items())
+    return [
+        f"--memory-pool shared needs all --memory-layers on one pipeline stage, but "
+        f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} puts {where}; choose "
+        "layers of one stage, or give each its own table with --memory-pool layer."
+    ]
+
+
+def _ffn_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:
+    if not memory.memory_keep_ffn or getattr(args, "num_experts", None) is None:
+        return []
+    experts = compat.expert_layers(args)
+    mixed = [layer for layer in memory.memory_layers if layer < len(experts) and experts[layer]]
+    if not mixed:
+        return []
+    return [
+        f"--memory-keep-ffn keeps a feed-forward, but --moe-layer-freq makes layer "
+        f"{' '.join(map(str, mixed))} a mixture of experts; drop --memory-keep-ffn or choose dense "
+        "layers."
+    ]
+
+
+def _optimizer_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:
+    if memory.memory_lr_schedule == "constant" and memory.memory_lr is None:
+        return [
+            "--memory-lr-schedule constant needs a rate to stay at; add --memory-lr, such as "
+            f"--memory-lr {getattr(args, 'lr', None) or 1e-3}."
+        ]
+    return []

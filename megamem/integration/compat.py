@@ -1,0 +1,107 @@
+"""What differs between the supported releases of megatron-core lives here alone."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from megatron.core.transformer import transformer_block
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megamem.integration.patching import require
+
+
+def block_submodules(
+    config: TransformerConfig,
+    spec: ModuleSpec | TransformerBlockSubmodules,
+    vp_stage: int | None,
+    pp_rank: int,
+) -> TransformerBlockSubmodules:
+    """The layer specs of this stage, one for each of its layers."""
+    return require(transformer_block, "_get_block_submodules")(config, spec, vp_stage, pp_rank)
+
+
+def stage_layers(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> list[int]:
+    """Numbers, from 0, of the layers that a stage builds."""
+    layout = config.pipeline_model_parallel_layout
+    if layout is not None:
+        counts = [[chunk.count(LayerType.decoder) for chunk in chunks] for chunks in layout.layout]
+        stage = vp_stage or 0
+        start = sum(chunks[vp] for vp in range(stage) for chunks in counts)
+        start += sum(chunks[stage] for chunks in counts[:pp_rank])
+        return list(range(start, start + counts[pp_rank][stage]))
+    start = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    return list(range(start, start + get_num_layers_to_build(config, vp_stage, pp_rank)))
+
+
+def transformer_engine_norm() -> Any:
+    """What Transformer Engine's specs use for a norm that stands alone."""
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def without_fused_norm(mlp: Any) -> Any:
+    """A dense Transformer Engine MLP's spec with a first linear that does not normalise."""
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+    )
+
+    submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+    if getattr(submodules, "linear_fc1", None) is not TELayerNormColumnParallelLinear:
+        return mlp
+    plain = copy.copy(submodules)
+    plain.linear_fc1 = TEColumnParallelLinear
+    if isinstance(mlp, partial):
+        return partial(mlp.func, *mlp.args, **{**mlp.keywords, "submodules": plain})
+    changed = copy.copy(mlp)
+    changed.submodules = plain
+    return changed
+
+
+def mlp_builder(mlp: Any) -> Callable[..., Any]:
+    """What builds the module of an MLP slot, called as this release calls it.
+
+    Since 0.18 a slot holds a builder that takes all keywords; in 0.17, and where a user's spec says
+    so, it holds a ModuleSpec, whose module may take fewer.
+    """
+    if not isinstance(mlp, ModuleSpec):
+        return mlp
+
+    def build(config: TransformerConfig, pg_collection: Any = None, **_: Any) -> Any:
+        groups = {"tp_group": pg_collection.tp} if pg_collection is not None else {}
+        return build_module(mlp, config=config, **groups)
+
+    return build
+
+
+def expert_layers(args: Any) -> list[bool]:
+    """Which of the model's layers, before memories, have experts."""
+    if getattr(args, "num_experts", None) is None:
+        return [False] * args.num_layers
+    frequency = args.moe_layer_freq
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(args.num_layers)]
+    return [bool(expert) for expert in frequency]
+
+
+def without_ffn(args: Any, experts: bool) -> Any:
+    """The command line of a model whose dense, or whose expert, feed-forwards have no width."""
+    bare = copy.copy(args)
+    if experts:
+        bare.moe_ffn_hidden_size = bare.moe_shared_expert_intermediate_size = 0
+        bare.moe_latent_size = None
+    else:
+        # Megatron lets experts take this width where they have none of their own
+        if bare.num_experts is not None and bare.moe_ffn_hidden_size is None:
+            bare.moe_ffn_hidden_size = bare.ffn_hidden_size
+        bare.ffn_hidden_size = 0
+    return bare

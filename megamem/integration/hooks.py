@@ -1,0 +1,172 @@
+"""Where megamem enters Megatron: six functions replaced at run time, none of its files changed.
+
+    add_megatron_arguments             the --memory-* flags
+    validate_args                      what cannot work is refused
+    core_transformer_config_from_args  the settings travel to the model
+    GPTModel.__init__                  layer specs get memories, the model gets their tables
+    get_megatron_optimizer_config      the table's own learning rate and weight decay
+    num_floating_point_operations      memories counted in place of feed-forwards
+    setup_model_and_optimizer          the checkpoint is compared with the flags
+
+A spec slot or a documented hook would be better, and there is none: pretrain_gpt.py passes its own
+extra_args_provider, and a `--spec` can add no flags.
+
+Without --memory-layers every replacement calls what it replaced and does nothing else.
+"""
+
+import argparse
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import argument_utils, arguments, training
+from megatron.training.global_vars import get_args
+
+from megamem.checkpoint import TABLES
+from megamem.config import ConfigurationError, MemoryConfig
+from megamem.integration import checks, reports
+from megamem.integration.arguments import (
+    ATTRIBUTE,
+    add_memory_flags,
+    idle_flags,
+    settings_from_args,
+)
+from megamem.integration.data_checks import check_data_prefixes
+from megamem.integration.launcher import friendly_parser
+from megamem.integration.layer_specs import memory_layer_spec
+from megamem.integration.memory_mlp import ValueTables
+from megamem.integration.optimizer import table_overrides
+from megamem.integration.patching import replace, replace_everywhere
+from megamem.integration.saved_model import checkpoint_problems
+
+logger = logging.getLogger("megamem")
+
+
+def install() -> None:
+    """Replace the functions named above, once; a second call changes nothing.
+
+    Raises:
+        MissingSymbolError: this release of Megatron has one of them no longer.
+    """
+    replace_everywhere(arguments, "add_megatron_arguments", _add_flags)
+    replace_everywhere(arguments, "validate_args", _validate)
+    replace_everywhere(argument_utils, "core_transformer_config_from_args", _carry_settings)
+    replace(GPTModel, "__init__", _build_memories)
+    replace(training, "get_megatron_optimizer_config", _override_table_group)
+    replace(training, "num_floating_point_operations", _count_flops)
+    replace(training, "setup_model_and_optimizer", _compare_with_checkpoint)
+
+
+def _add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return add_memory_flags(friendly_parser(original(parser)))
+
+    return add_megatron_arguments
+
+
+def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
+    def validate_args(args: argparse.Namespace, *rest: Any, **more: Any) -> Any:
+        # a wrong flag of ours first: Megatron may stumble over its consequences
+        MemoryConfig.from_args(args)
+        args = original(args, *rest, **more) or args
+        ConfigurationError.collect(check_data_prefixes(args))
+        settings = settings_from_args(args)
+        if settings is None:
+            if idle := idle_flags(MemoryConfig.from_args(args)):
+                logger.warning("%s without --memory-layers: memory is off", ", ".join(idle))
+            return args
+        # layers differ, so a checkpoint must not stack them on one axis
+        args.hetereogenous_dist_checkpoint = True
+        config = argument_utils.core_transformer_config_from_args(args)
+        checks.check(args, settings.memory, config)
+        return args
+
+    return validate_args
+
+
+def _carry_settings(original: Callable[..., Any]) -> Callable[..., Any]:
+    def core_transformer_config_from_args(args: argparse.Namespace, *rest: Any, **more: Any) -> Any:
+        config = original(args, *rest, **more)
+        settings = settings_from_args(args)
+        if settings is not None:
+            config.hetereogenous_dist_checkpoint = True
+            setattr(config, ATTRIBUTE, settings)
+        return config
+
+    return core_transformer_config_from_args
+
+
+def _build_memories(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def __init__(self: GPTModel, *rest: Any, **more: Any) -> None:
+        bound = signature.bind(self, *rest, **more)
+        bound.apply_defaults()
+        given = bound.arguments
+        settings = getattr(given["config"], ATTRIBUTE, None)
+        if settings is None:
+            return original(self, *rest, **more)
+        spec = memory_layer_spec(
+            given["config"],
+            given["transformer_layer_spec"],
+            settings,
+            pg_collection=given["pg_collection"] or ProcessGroupCollection.use_mpu_process_groups(),
+            vp_stage=given["vp_stage"],
+        )
+        given["transformer_layer_spec"] = spec.block
+        original(*bound.args, **bound.kwargs)
+        if spec.tables:
+            self.add_module(TABLES, ValueTables(given["config"], spec.tables))
+
+    return __init__
+
+
+def _override_table_group(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_megatron_optimizer_config(args: argparse.Namespace) -> Any:
+        config, overrides = original(args)
+        settings = settings_from_args(args)
+        if settings is not None:
+            overrides = {**(overrides or {}), **table_overrides(args, settings.memory)}
+        return config, overrides
+
+    return get_megatron_optimizer_config
+
+
+def _count_flops(original: Callable[..., Any]) -> Callable[..., Any]:
+    def num_floating_point_operations(
+        args: argparse.Namespace, batch_size: int, *rest: Any, **more: Any
+    ) -> float:
+        settings = settings_from_args(args)
+        if settings is None:
+            return original(args, batch_size, *rest, **more)
+        return reports.with_memory_flops(original, args, settings.memory, batch_size, *rest, **more)
+
+    return num_floating_point_operations
+
+
+def _compare_with_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    def setup_model_and_optimizer(*rest: Any, **more: Any) -> Any:
+        args = get_args()
+        settings = settings_from_args(args)
+        memory = settings.memory if settings else None
+        # one rank reads, so that a thousand do not; all raise together
+        found: list[Any] = [checkpoint_problems(args, memory) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(found, src=0, device=_object_device())
+        ConfigurationError.collect(found[0])
+        if memory is not None and dist.get_rank() == 0:
+            ranks = args.tensor_model_parallel_size
+            sys.stdout.write(f" > {reports.summary(memory, args.hidden_size, ranks)}\n")
+        return original(*rest, **more)
+
+    return setup_model_and_optimizer
+
+
+def _object_device() -> torch.device:
+    name = "cpu" if dist.get_backend() == "gloo" else "cuda"
+    return torch.device(name)

@@ -1,0 +1,132 @@
+"""The memory layer as Megatron sees it: what stands in a transformer layer's MLP slot."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megamem.checkpoint import sharded_rows
+from megamem.config import MemoryConfig
+from megamem.layers.init import WeightFactory
+from megamem.layers.memory import MemoryLayer
+from megamem.layers.value_table import ValueTable
+
+FFNBuilder = Callable[..., nn.Module]
+
+
+class MemoryMLP(MegatronModule):
+    """hidden states [S, B, D] -> (output, bias or None), as Megatron's MLP does.
+
+    With `--memory-keep-ffn` the feed-forward that was in the slot stays, and both are added.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        memory: MemoryConfig,
+        values: ValueTable,
+        layer: int,
+        seed: int,
+        parks_gradient: bool,
+        ffn: FFNBuilder | None = None,
+        **slot: Any,
+    ) -> None:
+        """Build the layer's weights.
+
+        Args:
+            config: Megatron's.
+            pg_collection: the ranks of the tensor-parallel group share the table.
+            memory: resolved.
+            values: registered in the model by the caller.
+            layer: its number in the model, from 0.
+            seed: of the run.
+            parks_gradient: a layer below this one shares the table.
+            ffn: builds what was in the slot, where it stays.
+            slot: whatever else this release passes to an MLP.
+        """
+        super().__init__(config)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.memory = MemoryLayer(
+            memory,
+            config.hidden_size,
+            values,
+            layer=layer,
+            group=sharing(groups.tp),
+            tokens_sharded=config.sequence_parallel,
+            seed=seed,
+            parks_gradient=parks_gradient,
+            device=torch.cuda.current_device(),
+            dtype=config.params_dtype,
+        )
+        for param in self.memory.parameters():
+            # Megatron then sums their gradients over the ranks, as it does for norms
+            param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.ffn = ffn(config=config, pg_collection=pg_collection, **slot) if ffn else None
+
+    def forward(self, hidden_states: Tensor, **how: Any) -> tuple[Tensor, Tensor | None]:
+        """The MLP's contract; `how` is passed on to a feed-forward that stays."""
+        out_SBD = self.memory(hidden_states)
+        if self.ffn is None:
+            return out_SBD, None
+        ffn_SBD, bias_D = self.ffn(hidden_states, **how)
+        return out_SBD + ffn_SBD, bias_D
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Called by TransformerLayer, which counts from 1."""
+        assert layer_number == self.memory.layer + 1, (layer_number, self.memory.layer)
+
+
+class ValueTables(MegatronModule):
+    """The value tables of one model chunk, by name: registered, sharded and saved once."""
+
+    def __init__(self, config: TransformerConfig, tables: dict[str, ValueTable]) -> None:
+        super().__init__(config)
+        for name, table in tables.items():
+            self.add_module(name, table)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Each table as pieces of R x V."""
+        replica = torch.distributed.get_rank(
+            ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
+        )
+        entries = {}
+        for name, table in self.named_children():
+            assert isinstance(table, ValueTable)
+            key = f"{prefix}{name}.weight"
+            entries[key] = sharded_rows(key, table.weight, table.shard, replica)
+        return entries
+
+
+def build_table(
+    config: TransformerConfig,
+    memory: MemoryConfig,
+    name: str,
+    seed: int,
+    group: ProcessGroup,
+) -> ValueTable:
+    """A table spread over the tensor-parallel group, its weight marked as Megatron marks shards."""
+    make = WeightFactory(
+        seed=seed,
+        name=name,
+        device=torch.cuda.current_device(),
+        dtype=config.params_dtype,
+    )
+    table = ValueTable(memory, make, sharing(group))
+    set_tensor_model_parallel_attributes(table.weight, True, 0, 1)
+    return table
+
+
+def sharing(group: ProcessGroup) -> ProcessGroup | None:
+    """The group, or None where there is nobody to share with: then nothing is ever sent."""
+    return group if torch.distributed.get_world_size(group) > 1 else None

@@ -1,0 +1,85 @@
+"""What a run says about itself: parameters with the table, FLOPs without it."""
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from megamem.config import MemoryConfig
+from megamem.integration import compat
+
+FORWARD_AND_BACKWARD = 3
+MULTIPLY_AND_ADD = 2
+
+
+def layer_flops_per_token(memory: MemoryConfig, hidden_size: int) -> int:
+    """Matrix FLOPs of a memory layer for one token, forward and backward.
+
+    Query, scores of both halves, gate and projection. The table is read, not multiplied: its rows
+    count as parameters, never as FLOPs.
+    """
+    query = hidden_size * memory.memory_heads * memory.key_dim
+    scores = memory.memory_heads * memory.memory_num_keys * memory.key_dim
+    output = 2 * hidden_size * memory.value_dim if memory.memory_variant == "memory+" else 0
+    return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * (query + scores + output)
+
+
+def table_parameters(memory: MemoryConfig) -> int:
+    """Numbers in all value tables of the model."""
+    tables = 1 if memory.memory_pool == "shared" else len(memory.memory_layers)
+    return tables * memory.num_rows * memory.value_dim
+
+
+def with_memory_flops(
+    count: Callable[..., float],
+    args: argparse.Namespace,
+    memory: MemoryConfig,
+    batch_size: int,
+    *rest: Any,
+    **more: Any,
+) -> float:
+    """Megatron's FLOPs of a global batch, memories counted in place of what they replaced.
+
+    What they replaced is found by asking Megatron's own count for a model whose feed-forwards have
+    no width.
+    """
+    whole = count(copy.copy(args), batch_size, *rest, **more)
+    # the fourth argument, since 0.19, is how many tokens of the batch are real
+    tokens = more.get("total_real_tokens_in_batch", rest[1] if len(rest) > 1 else None)
+    if tokens is None:
+        tokens = batch_size * args.seq_length
+    added = len(memory.memory_layers) * layer_flops_per_token(memory, args.hidden_size) * tokens
+    if memory.memory_keep_ffn:
+        return whole + added
+
+    experts = compat.expert_layers(args)
+    replaced = 0.0
+    for is_expert in (False, True):
+        layers = [n for n, expert in enumerate(experts) if expert == is_expert]
+        gone = sum(layer in layers for layer in memory.memory_layers)
+        if gone:
+            bare = count(compat.without_ffn(args, is_expert), batch_size, *rest, **more)
+            replaced += (whole - bare) * gone / len(layers)
+    return whole - replaced + added
+
+
+def summary(memory: MemoryConfig, hidden_size: int, ranks: int) -> str:
+    """One line about the memory layers of a run, for its log."""
+    layers = ", ".join(map(str, sorted(memory.memory_layers)))
+    tables = "one shared table" if memory.memory_pool == "shared" else "a table each"
+    numbers = table_parameters(memory)
+    keys = memory.memory_heads * memory.memory_num_keys * memory.key_dim
+    share = f", {_si(numbers / ranks)} on each of {ranks} ranks" if ranks > 1 else ""
+    return (
+        f"megamem: layers {layers} are {memory.memory_variant}: {memory.memory_heads} heads x "
+        f"{memory.memory_topk} rows, {tables} of {memory.num_rows:,} x {memory.value_dim} = "
+        f"{_si(numbers)} parameters{share}; sub-keys {_si(keys)} a layer; "
+        f"{_si(layer_flops_per_token(memory, hidden_size))}FLOP per token and layer"
+    )
+
+
+def _si(number: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:.4g} "
