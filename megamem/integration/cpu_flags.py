@@ -14,6 +14,7 @@ NEEDED: tuple[tuple[str, Any, str], ...] = (
     ("distributed_backend", "gloo", "--distributed-backend gloo"),
     ("transformer_impl", "local", "--transformer-impl local"),
     ("apply_rope_fusion", False, "--no-rope-fusion"),
+    ("masked_softmax_fusion", False, "--no-masked-softmax-fusion"),
     ("gradient_accumulation_fusion", False, "--no-gradient-accumulation-fusion"),
     ("no_persist_layer_norm", True, "--no-persist-layer-norm"),
     # weights drawn whole and then cut, so that they do not depend on the tensor-parallel size

@@ -34,7 +34,8 @@ Runs a Megatron training script, unmodified, with memory layers at its disposal.
   --cpu=force  the same on a machine that has a GPU, which stays idle
 """
 USER_ERROR = 2
-# torchrun ends all ranks as soon as one has ended: let the first rank speak before that
+# torchrun ends all ranks as soon as one has ended: the first rank of a run, then of a node, speaks
+# before the others
 SECONDS_TO_READ = 3.0
 
 
@@ -153,20 +154,19 @@ def close_process_group() -> None:
 
 
 def stop(message: str) -> NoReturn:
-    """Say once for all ranks why the run cannot go on, then leave."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank != 0:
-        time.sleep(SECONDS_TO_READ)
-    # a rank that is still here may be the only one that failed, once ranks do different work
-    if rank == 0 or _ranks_have_parted():
-        sys.stderr.write(f"megamem: error: {message}\n")
-        sys.stderr.flush()
+    """Say once for all ranks why the run cannot go on, then leave.
+
+    A rank that waited and is still here is likely alone in failing, and says so.
+    """
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    if rank == 0:
+        who = ""
+    else:
+        time.sleep(SECONDS_TO_READ if local_rank == 0 else 2 * SECONDS_TO_READ)
+        who = f" (rank {rank})"
+    sys.stderr.write(f"megamem: error{who}: {message}\n")
+    sys.stderr.flush()
     raise SystemExit(USER_ERROR)
-
-
-def _ranks_have_parted() -> bool:
-    dist = sys.modules.get("torch.distributed")
-    return dist is not None and dist.is_available() and dist.is_initialized()
 
 
 def friendly_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
