@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Makes .venv in this checkout, with megamem and all that its examples and tests need. Safe to run
+# again: it returns at once when nothing has changed.
+#
+#   bash examples/setup.sh            MEGAMEM_PYTHON=/path/to/python3.12 chooses the interpreter
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
+stamp=$venv/.megamem-setup
+# what an environment depends on; its scripts hold its own path, so a moved one is made anew
+wanted=$(printf '%s\n%s' "$root" "$(cksum <"$root/setup.py")")
+
+say() { echo "setup: $*"; }
+
+fail() {
+    echo "setup: error: $*" >&2
+    exit 1
+}
+
+is_python312() {
+    "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1
+}
+
+find_python() {
+    if [ -n "${MEGAMEM_PYTHON:-}" ]; then
+        is_python312 "$MEGAMEM_PYTHON" ||
+            fail "MEGAMEM_PYTHON=$MEGAMEM_PYTHON is not a Python 3.12 that runs"
+        echo "$MEGAMEM_PYTHON"
+        return
+    fi
+    local candidate
+    # a shim of pyenv is on PATH even where it has nothing to start, hence the versions themselves
+    for candidate in python3.12 python3 python \
+        "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python3.12; do
+        if is_python312 "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.12 was not found. Any one of these gets it:
+    sudo apt install python3.12 python3.12-venv     (Ubuntu 24.04)
+    pyenv install 3.12                              (https://github.com/pyenv/pyenv)
+    uv python install 3.12                          (https://docs.astral.sh/uv)
+  Then run this again. If it lies elsewhere: MEGAMEM_PYTHON=/path/to/python3.12 bash $0"
+}
+
+works() {
+    is_python312 "$venv/bin/python" &&
+        { [ ! -f "$stamp" ] || [ "$(head -n 1 "$stamp")" = "$root" ]; }
+}
+
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && works; then
+    exit 0
+fi
+
+if works; then
+    say "1/2 $venv is there; bringing it up to date"
+else
+    python=$(find_python)
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "$python cannot make virtual environments; on Debian and Ubuntu:
+    sudo apt install python3.12-venv"
+    say "1/2 creating $venv with $("$python" -c 'import sys; print(sys.executable)')"
+    "$python" -m venv --clear "$venv"
+fi
+
+say "2/2 installing megamem, torch and Megatron-Core into it; the first time downloads about 3 GB"
+say "    (without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves most of it)"
+quiet=
+[ -t 1 ] || quiet=--quiet
+(cd "$root" && "$venv/bin/python" -m pip install $quiet --disable-pip-version-check -e '.[dev]') ||
+    fail "pip could not install everything; its message is above. Run this again to go on."
+echo "$wanted" >"$stamp"
+say "done: $venv"

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Sets up if needed, then runs every check. Arguments go to pytest:
+#
+#   bash tests/run.sh                         everything that needs no GPU
+#   bash tests/run.sh tests/ops -x            some of it
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+bash examples/setup.sh
+export PATH=$root/.venv/bin:$PATH
+
+step() {
+    echo "==> $*"
+    "$@"
+}
+
+step ruff check .
+step ruff format --check .
+step mypy
+step pytest -m "not gpu and not slow" "$@"
+echo "==> all checks passed"
