@@ -1,7 +1,14 @@
 """What layers call. Each op picks its Triton kernel or its torch twin, and owns the backward."""
 
-from megamem.reference.embedding_bag import embedding_bag
+from megamem.ops.embedding_bag import embedding_bag
+from megamem.ops.value_gradient import add_value_gradient_, sparse_value_gradient
 from megamem.reference.philox import random_rows
 from megamem.reference.product_topk import product_topk
 
-__all__ = ["embedding_bag", "product_topk", "random_rows"]
+__all__ = [
+    "add_value_gradient_",
+    "embedding_bag",
+    "product_topk",
+    "random_rows",
+    "sparse_value_gradient",
+]

@@ -1,0 +1,160 @@
+"""Triton kernels of the forward embedding_bag; megamem.reference.embedding_bag specifies them.
+
+    sum_bags   _compact_kernel (only if lookups may be skipped), then _bag_kernel
+
+A program of _bag_kernel owns BLOCK_V columns of one bag and walks its lookups UNROLL at a time.
+A tile [UNROLL, BLOCK_V] lies across the lanes along V, so a thread issues UNROLL independent
+16-byte loads before it uses the first, and the sum over lookups needs no exchange between threads.
+Row ids of the next tile are fetched while the rows of this one arrive.
+
+Lookups with row id -1 cost their id only: _compact_kernel closes the gaps they leave in each bag,
+so that _bag_kernel meets none of them.
+
+The backward is in row_gradient.py. In kernels: i_ an index, o_ offsets, m_ a mask, b_ a block held
+in registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_BLOCK_V = 1024
+UNROLL = 8
+COMPACT_BLOCK = 128
+# a multiply and an add may become one rounding, whatever Triton's default is to be
+OPTIONS = {"enable_fp_fusion": True}
+
+
+@triton.jit
+def _compact_kernel(
+    row_ids,  # [M]
+    weights,  # [M]
+    offsets,  # [G + 1]
+    row_ids_out,  # [M] a bag's present lookups lie at the front of its range
+    weights_out,  # [M]
+    ends,  # [G] where the present lookups of each bag end
+    BLOCK_M: tl.constexpr,
+):
+    i_g = tl.program_id(0).to(tl.int64)
+    i_out = tl.load(offsets + i_g)
+    i_end = tl.load(offsets + i_g + 1)
+    for i in range(i_out, i_end, BLOCK_M):
+        o_m = i + tl.arange(0, BLOCK_M)
+        b_row = tl.load(row_ids + o_m, mask=o_m < i_end, other=-1)
+        m_present = b_row >= 0
+        b_weight = tl.load(weights + o_m, mask=m_present, other=0.0)
+        b_count = tl.cumsum(m_present.to(tl.int32), axis=0)
+        o_out = i_out + b_count - 1
+        tl.store(row_ids_out + o_out, b_row, mask=m_present)
+        tl.store(weights_out + o_out, b_weight, mask=m_present)
+        i_out += tl.sum(m_present.to(tl.int32), axis=0)
+    tl.store(ends + i_g, i_out)
+
+
+@triton.jit
+def _bag_kernel(
+    values,  # [r, V]
+    row_ids,  # [M]
+    weights,  # [M]
+    starts,  # [G]
+    ends,  # [G]
+    out,  # [G, V]
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    i_g = tl.program_id(0).to(tl.int64)
+    o_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_v = o_v < V
+    i_start = tl.load(starts + i_g)
+    i_end = tl.load(ends + i_g)
+
+    b_sum = tl.zeros([BLOCK_V], tl.float32)
+    o_m = i_start + tl.arange(0, UNROLL)
+    b_row_next = tl.load(row_ids + o_m, mask=o_m < i_end, other=0).to(tl.int64)
+    b_weight_next = tl.load(weights + o_m, mask=o_m < i_end, other=0.0)
+    for i in range(i_start, i_end, UNROLL):
+        b_row, b_weight = b_row_next, b_weight_next
+        m_m = i + tl.arange(0, UNROLL) < i_end
+        o_m = i + UNROLL + tl.arange(0, UNROLL)
+        b_row_next = tl.load(row_ids + o_m, mask=o_m < i_end, other=0).to(tl.int64)
+        b_weight_next = tl.load(weights + o_m, mask=o_m < i_end, other=0.0)
+        # [UNROLL, BLOCK_V]
+        b_values = tl.load(
+            values + b_row[:, None] * V + o_v[None, :],
+            mask=m_m[:, None] & m_v[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        b_sum += tl.sum(b_values * b_weight.to(tl.float32)[:, None], axis=0)
+    tl.store(out + i_g * V + o_v, b_sum.to(out.dtype.element_ty), mask=m_v)
+
+
+def sum_bags(
+    values_rV: Tensor,
+    row_ids_M: Tensor,
+    weights_M: Tensor,
+    offsets: Tensor,
+    may_skip: bool = True,
+) -> Tensor:
+    """bags[g] = sum of weights[m] * values[row_ids[m]] over offsets[g] <= m < offsets[g + 1].
+
+    Args:
+        may_skip: whether row ids may be negative (lookups that add nothing).
+    """
+    num_bags, width = len(offsets) - 1, values_rV.shape[1]
+    out_GV = torch.empty(num_bags, width, dtype=values_rV.dtype, device=values_rV.device)
+    if num_bags == 0:
+        return out_GV
+    starts, ends = offsets[:-1], offsets[1:]
+    if may_skip:
+        row_ids_M, weights_M, ends = _close_gaps(row_ids_M, weights_M, offsets)
+    block = block_width(width)
+    _bag_kernel[(num_bags, triton.cdiv(width, block))](
+        values_rV,
+        row_ids_M,
+        weights_M,
+        starts,
+        ends,
+        out_GV,
+        V=width,
+        BLOCK_V=block,
+        UNROLL=UNROLL,
+        num_warps=num_warps(block, values_rV.element_size()),
+        **OPTIONS,
+    )
+    return out_GV
+
+
+def _close_gaps(
+    row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    device, num_lookups = offsets.device, len(row_ids_M)
+    present_ids_M = torch.empty(num_lookups, dtype=row_ids_M.dtype, device=device)
+    present_weights_M = torch.empty(num_lookups, dtype=weights_M.dtype, device=device)
+    ends = torch.empty(len(offsets) - 1, dtype=offsets.dtype, device=device)
+    _compact_kernel[(len(ends),)](
+        row_ids_M,
+        weights_M,
+        offsets,
+        present_ids_M,
+        present_weights_M,
+        ends,
+        COMPACT_BLOCK,
+        num_warps=1,
+        **OPTIONS,
+    )
+    return present_ids_M, present_weights_M, ends
+
+
+def block_width(width: int, limit: int = MAX_BLOCK_V) -> int:
+    """Columns of one program: the largest power of two that divides the width without waste."""
+    block = limit
+    while block >= 256 and width % block:
+        block //= 2
+    return block if width % block == 0 else min(limit, triton.next_power_of_2(width))
+
+
+def num_warps(block: int, element_size: int) -> int:
+    """As many warps as it takes to load a block of columns with one 16-byte load per thread."""
+    return max(1, min(8, block * element_size // (16 * 32)))

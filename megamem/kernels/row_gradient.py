@@ -1,0 +1,327 @@
+"""Triton kernels of the backward embedding_bag: one pass over the rows, no atomics.
+
+    sort_lookups    brings the lookups of one row together (torch's radix sort)
+    row_gradient    _row_pass_kernel    value gradient and weight gradient in one pass
+                    _merge_kernel       rows that several chunks shared
+                    _unsort_kernel      weight gradient back in the order of the lookups
+
+The sorted lookups are cut into chunks of equal length, whatever the rows: one row that takes every
+lookup is as much work as a million rows. A program owns BLOCK_V columns of one chunk and walks it,
+
+    sorted rows   3 3 | 3 3 3 | 3 5 7 | 7 9 9 |       (chunks between bars)
+                  tail  head    head
+                                  5 done
+                                    tail   head
+                                             9 done
+
+and stores a row's sum as soon as the row ends. A row that crosses a bar leaves a partial sum in
+each chunk: the tail of the chunk in which it starts, the head of the others. _merge_kernel adds
+them in order, so repeated runs agree bit for bit. The columns are the slowest axis of the grid,
+so that the bag gradients of one block of columns stay in the L2 cache while V rows stream by.
+
+Only touched rows are written. Nothing here is proportional to the number of rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megamem.kernels.embedding_bag import OPTIONS, block_width, num_warps
+
+MAX_BLOCK_V = 256
+UNROLL = 4
+MERGE_TILE = 8
+# enough chunks to fill a GPU, few enough that their partial sums stay small
+TARGET_CHUNKS, MIN_CHUNK, MAX_CHUNK = 8192, 32, 512
+
+
+@dataclass(frozen=True)
+class SortedLookups:
+    """The lookups of a batch in the order of their rows; those that read no row come last."""
+
+    rows_M: Tensor
+    """Row of each, ascending; num_rows where there is none."""
+    order_M: Tensor
+    """Where each stood before."""
+    bags_M: Tensor
+    """Bag each adds to."""
+    weights_M: Tensor
+    num_rows: int
+
+
+def sort_lookups(
+    row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor, num_rows: int
+) -> SortedLookups:
+    """Sort by (row, position). The key is as narrow as the table allows: fewer radix passes."""
+    key = torch.int16 if num_rows <= torch.iinfo(torch.int16).max else torch.int32
+    keys_M = torch.where(row_ids_M < 0, num_rows, row_ids_M).to(key)
+    rows_M, order_M = keys_M.sort(stable=True)
+    bag_ids_M = torch.repeat_interleave(
+        torch.arange(len(offsets) - 1, dtype=torch.int32, device=offsets.device),
+        offsets.diff(),
+        output_size=len(row_ids_M),
+    )
+    return SortedLookups(rows_M, order_M, bag_ids_M[order_M], weights_M[order_M], num_rows)
+
+
+@triton.jit
+def _only_if(condition, mask):
+    # mask & condition, which the interpreter of Triton 3.9 gets wrong for a scalar condition
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
+def _slot(slots, i_m, i_row, mask):
+    """Where in the output a row's sum goes: its slot if there are slots, or else the row."""
+    i_slot = i_row.to(tl.int64)
+    if slots is not None:
+        i_slot = tl.load(slots + i_m, mask=mask, other=0).to(tl.int64)
+    return i_slot
+
+
+@triton.jit(do_not_specialize=["num_lookups", "num_rows", "chunk"])
+def _row_pass_kernel(
+    rows,  # [M] sorted
+    bags,  # [M]
+    weights,  # [M]
+    slots,  # [M] where in out a lookup's row goes; None: at its row
+    values,  # [r, V]; None without WEIGHT_GRAD
+    grads,  # [G, V]
+    out,  # [*, V]; None without VALUE_GRAD
+    partials,  # [chunks, 2, V] head and tail
+    dots,  # [V blocks, M]
+    num_lookups,
+    num_rows,
+    chunk,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ADD: tl.constexpr,
+    VALUE_GRAD: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+):
+    i_c = tl.program_id(0).to(tl.int64)
+    i_v = tl.program_id(1).to(tl.int64)
+    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_v = o_v < V
+    i_first = i_c * chunk
+    i_end = tl.minimum(i_first + chunk, num_lookups)
+    i_row = tl.load(rows + i_first).to(tl.int32)
+    if i_row >= num_rows:
+        return
+    row_before = tl.load(rows + i_first - 1, mask=i_c > 0, other=-1).to(tl.int32)
+
+    b_sum = tl.zeros([BLOCK_V], tl.float32)
+    for i in range(i_first, i_end, UNROLL):
+        i_rows = (i_row,)
+        for u in tl.static_range(UNROLL):
+            i_m = i + u + 1
+            i_rows += (tl.load(rows + i_m, mask=i_m < num_lookups, other=num_rows).to(tl.int32),)
+
+        # every load of the group is issued before the first is used
+        b_grads, b_weights, b_values, o_outs, b_outs = (), (), (), (), ()
+        for u in tl.static_range(UNROLL):
+            i_m = i + u
+            m_u = (i_m < i_end) & (i_rows[u] < num_rows)
+            i_bag = tl.load(bags + i_m, mask=m_u, other=0).to(tl.int64)
+            b_grads += (tl.load(grads + i_bag * V + o_v, mask=_only_if(m_u, m_v), other=0.0),)
+            if WEIGHT_GRAD:
+                o_value = values + i_rows[u].to(tl.int64) * V + o_v
+                b_values += (
+                    tl.load(o_value, _only_if(m_u, m_v), other=0.0, eviction_policy="evict_first"),
+                )
+            if VALUE_GRAD:
+                b_weights += (tl.load(weights + i_m, mask=m_u, other=0.0).to(tl.float32),)
+                m_whole = m_u & (i_rows[u] != i_rows[u + 1]) & (i_rows[u] != row_before)
+                o_outs += (out + _slot(slots, i_m, i_rows[u], m_whole) * V + o_v,)
+                if ADD:
+                    b_outs += (tl.load(o_outs[u], mask=_only_if(m_whole, m_v), other=0.0),)
+
+        for u in tl.static_range(UNROLL):
+            i_m = i + u
+            m_u = (i_m < i_end) & (i_rows[u] < num_rows)
+            b_grad = b_grads[u].to(tl.float32)
+            if WEIGHT_GRAD:
+                b_dot = tl.sum(b_values[u].to(tl.float32) * b_grad, axis=0)
+                tl.store(dots + i_v * num_lookups + i_m, b_dot, mask=m_u)
+            if VALUE_GRAD:
+                b_sum += b_weights[u] * b_grad
+                m_ends = m_u & (i_rows[u] != i_rows[u + 1])
+                if m_ends & (i_rows[u] == row_before):
+                    tl.store(partials + i_c * 2 * V + o_v, b_sum, mask=m_v)
+                b_row = b_sum
+                if ADD:
+                    b_row += b_outs[u].to(tl.float32)
+                m_whole = m_ends & (i_rows[u] != row_before)
+                tl.store(o_outs[u], b_row.to(out.dtype.element_ty), mask=_only_if(m_whole, m_v))
+                b_sum = tl.where(m_ends, 0.0, b_sum)
+        i_row = i_rows[UNROLL]
+
+    if VALUE_GRAD:
+        i_last = tl.load(rows + i_end - 1).to(tl.int32)
+        row_after = tl.load(rows + i_end, mask=i_end < num_lookups, other=num_rows).to(tl.int32)
+        if (i_last == row_after) & (i_last < num_rows):
+            i_half = tl.where(i_last == row_before, 0, 1)
+            tl.store(partials + (i_c * 2 + i_half) * V + o_v, b_sum, mask=m_v)
+
+
+@triton.jit(do_not_specialize=["num_lookups", "num_rows", "chunk"])
+def _merge_kernel(
+    rows,  # [M] sorted
+    slots,  # [M] or None
+    partials,  # [chunks, 2, V]
+    out,  # [*, V]
+    num_lookups,
+    num_rows,
+    chunk,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    TILE: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    i_c = tl.program_id(0).to(tl.int64)
+    o_v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_v = o_v < V
+    i_first = i_c * chunk
+    i_next = i_first + chunk
+    if i_next >= num_lookups:
+        return
+    i_row = tl.load(rows + i_next - 1).to(tl.int32)
+    row_after = tl.load(rows + i_next).to(tl.int32)
+    row_before = tl.load(rows + i_first - 1, mask=i_c > 0, other=-1).to(tl.int32)
+    # only the chunk in which the row starts adds up its pieces
+    if (i_row != row_after) | (i_row == row_before) | (i_row >= num_rows):
+        return
+
+    b_sum = tl.load(partials + (i_c * 2 + 1) * V + o_v, mask=m_v, other=0.0)
+    i_k = i_c + 1
+    go_on = True
+    while go_on:
+        o_k = i_k + tl.arange(0, TILE)
+        b_row = tl.load(rows + o_k * chunk, mask=o_k * chunk < num_lookups, other=num_rows)
+        m_k = b_row.to(tl.int32) == i_row
+        b_heads = tl.load(
+            partials + o_k[:, None] * 2 * V + o_v[None, :],
+            mask=m_k[:, None] & m_v[None, :],
+            other=0.0,
+        )
+        b_sum += tl.sum(b_heads, axis=0)
+        go_on = tl.min(m_k.to(tl.int32), axis=0) > 0
+        i_k += TILE
+    o_out = out + _slot(slots, i_next - 1, i_row, True) * V + o_v
+    if ADD:
+        b_sum += tl.load(o_out, mask=m_v, other=0.0).to(tl.float32)
+    tl.store(o_out, b_sum.to(out.dtype.element_ty), mask=m_v)
+
+
+@triton.jit(do_not_specialize=["num_lookups", "num_rows"])
+def _unsort_kernel(
+    rows,  # [M] sorted
+    order,  # [M]
+    dots,  # [V blocks, M]
+    out,  # [M]
+    num_lookups,
+    num_rows,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < num_lookups
+    m_present = tl.load(rows + o_m, mask=m_m, other=0).to(tl.int32) < num_rows
+    b_dot = tl.zeros([BLOCK_M], tl.float32)
+    for i_v in tl.static_range(NUM_BLOCKS):
+        o_dots = dots + tl.full([1], i_v, tl.int64) * num_lookups + o_m
+        b_dot += tl.load(o_dots, mask=m_m & m_present, other=0.0)
+    i_out = tl.load(order + o_m, mask=m_m, other=0)
+    tl.store(out + i_out, b_dot.to(out.dtype.element_ty), mask=m_m)
+
+
+def row_gradient(
+    lookups: SortedLookups,
+    grad_GV: Tensor,
+    values_rV: Tensor | None,
+    out: Tensor | None,
+    slots_M: Tensor | None = None,
+    add: bool = False,
+) -> Tensor | None:
+    """Value gradient into `out`, and the weight gradient as the result.
+
+    Args:
+        grad_GV: gradient of the bags.
+        values_rV: the table, if the weight gradient is wanted.
+        out: what receives the value gradient of the touched rows, if it is wanted.
+        slots_M: row of `out` that each sorted lookup's row goes to; by default its own.
+        add: add to `out` instead of overwriting the touched rows.
+
+    Returns:
+        weight gradient in the order of the lookups before they were sorted, fp32
+    """
+    num_lookups, width = len(lookups.rows_M), grad_GV.shape[1]
+    device = grad_GV.device
+    weight_grad_M = None
+    if values_rV is not None:
+        weight_grad_M = torch.empty(num_lookups, dtype=torch.float32, device=device)
+    if num_lookups == 0:
+        return weight_grad_M
+    chunk = min(MAX_CHUNK, max(MIN_CHUNK, triton.next_power_of_2(num_lookups // TARGET_CHUNKS)))
+    num_chunks = triton.cdiv(num_lookups, chunk)
+    block = block_width(width, MAX_BLOCK_V)
+    num_blocks = triton.cdiv(width, block)
+    partials = dots = None
+    if out is not None:
+        partials = torch.empty(num_chunks, 2, width, dtype=torch.float32, device=device)
+    if values_rV is not None:
+        dots = torch.empty(num_blocks, num_lookups, dtype=torch.float32, device=device)
+    sizes = {"num_lookups": num_lookups, "num_rows": lookups.num_rows}
+    _row_pass_kernel[(num_chunks, num_blocks)](
+        lookups.rows_M,
+        lookups.bags_M,
+        lookups.weights_M,
+        slots_M,
+        values_rV,
+        grad_GV,
+        out,
+        partials,
+        dots,
+        **sizes,
+        chunk=chunk,
+        V=width,
+        BLOCK_V=block,
+        UNROLL=UNROLL,
+        ADD=add,
+        VALUE_GRAD=out is not None,
+        WEIGHT_GRAD=values_rV is not None,
+        num_warps=1,
+        **OPTIONS,
+    )
+    if out is not None:
+        _merge_kernel[(num_chunks, num_blocks)](
+            lookups.rows_M,
+            slots_M,
+            partials,
+            out,
+            **sizes,
+            chunk=chunk,
+            V=width,
+            BLOCK_V=block,
+            TILE=MERGE_TILE,
+            ADD=add,
+            num_warps=num_warps(block, 4),
+            **OPTIONS,
+        )
+    if values_rV is not None:
+        block_m = 256
+        _unsort_kernel[(triton.cdiv(num_lookups, block_m),)](
+            lookups.rows_M,
+            lookups.order_M,
+            dots,
+            weight_grad_M,
+            **sizes,
+            NUM_BLOCKS=num_blocks,
+            BLOCK_M=block_m,
+            **OPTIONS,
+        )
+    return weight_grad_M

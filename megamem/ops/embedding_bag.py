@@ -1,0 +1,176 @@
+"""Weighted sum of table rows into bags, forward and backward, and the forms its gradient takes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamem.kernels.embedding_bag import sum_bags
+from megamem.kernels.row_gradient import row_gradient, sort_lookups
+from megamem.ops.backend import use_triton
+from megamem.ops.value_gradient import add_value_gradient_
+from megamem.reference.embedding_bag import embedding_bag as reference
+
+TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _EmbeddingBag(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values_rV, row_ids_M, weights_M, offsets, may_skip, buffer_rV):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(values_rV, row_ids_M, weights_M, offsets)
+        ctx.buffer_rV = buffer_rV
+        if use_triton(values_rV):
+            return sum_bags(values_rV, row_ids_M, weights_M, offsets, may_skip)
+        return reference(values_rV, row_ids_M, weights_M, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad_GV):  # type: ignore[no-untyped-def]
+        values_rV, row_ids_M, weights_M, offsets = ctx.saved_tensors
+        want_values, _, want_weights, *_ = ctx.needs_input_grad
+        backward = _backward if use_triton(values_rV) else _twin_backward
+        grad_values, grad_weights = backward(
+            grad_GV.contiguous(),
+            values_rV,
+            row_ids_M,
+            weights_M,
+            offsets,
+            want_values,
+            want_weights,
+            ctx.buffer_rV,
+        )
+        return grad_values, None, grad_weights, None, None, None
+
+
+def _backward(
+    grad_GV: Tensor,
+    values_rV: Tensor,
+    row_ids_M: Tensor,
+    weights_M: Tensor,
+    offsets: Tensor,
+    want_values: bool,
+    want_weights: bool,
+    buffer_rV: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    if not (want_values or want_weights):
+        return None, None
+    grad_values = None
+    if want_values:
+        grad_values = torch.zeros_like(values_rV) if buffer_rV is None else buffer_rV
+    lookups = sort_lookups(row_ids_M, weights_M, offsets, len(values_rV))
+    grad_weights = row_gradient(
+        lookups,
+        grad_GV,
+        values_rV if want_weights else None,
+        grad_values,
+        add=buffer_rV is not None,
+    )
+    if grad_weights is not None:
+        grad_weights = grad_weights.to(weights_M.dtype)
+    return grad_values if buffer_rV is None else None, grad_weights
+
+
+def _twin_backward(
+    grad_GV: Tensor,
+    values_rV: Tensor,
+    row_ids_M: Tensor,
+    weights_M: Tensor,
+    offsets: Tensor,
+    want_values: bool,
+    want_weights: bool,
+    buffer_rV: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_weights = None
+    if want_weights:
+        weights_M = weights_M.detach().requires_grad_()
+        with torch.enable_grad():
+            bags_GV = reference(values_rV.detach(), row_ids_M, weights_M, offsets)
+        (grad_weights,) = torch.autograd.grad(bags_GV, weights_M, grad_GV)
+    if want_values and buffer_rV is not None:
+        add_value_gradient_(buffer_rV, grad_GV, row_ids_M, weights_M, offsets)
+    return None, grad_weights
+
+
+def embedding_bag(
+    values_rV: Tensor,
+    row_ids_M: Tensor,
+    weights_M: Tensor,
+    offsets: Tensor,
+    *,
+    may_skip: bool = True,
+    check_row_ids: bool | None = None,
+    add_value_grad_to: Tensor | None = None,
+) -> Tensor:
+    """Sum weighted table rows into bags; see the reference for the arithmetic.
+
+    Repeated runs agree bit for bit, forward and backward.
+
+    Args:
+        values_rV: this rank's shard of the value table; V a multiple of 8.
+        row_ids_M: local row each lookup reads, or -1 for none.
+        weights_M: weight of each lookup.
+        offsets: [G + 1], where each bag starts; the last entry is M.
+        may_skip: False promises that no row id is negative, which saves a pass over them.
+        check_row_ids: whether to look for row ids that the table does not have. By default only on
+            a CPU, as a GPU would have to wait for the answer.
+        add_value_grad_to: fp32 or bf16 [r, V] buffer that the backward adds the value gradient to,
+            touched rows only; autograd then gets none.
+
+    Returns:
+        bags_GV
+    """
+    _check_inputs(values_rV, row_ids_M, weights_M, offsets)
+    if add_value_grad_to is not None and (
+        add_value_grad_to.shape != values_rV.shape or not add_value_grad_to.is_contiguous()
+    ):
+        raise ValueError(
+            f"add_value_grad_to of shape {tuple(add_value_grad_to.shape)}: a contiguous buffer of "
+            f"the shape of the table, {tuple(values_rV.shape)}, is needed."
+        )
+    if check_row_ids or (check_row_ids is None and not values_rV.is_cuda):
+        _check_row_ids(row_ids_M, len(values_rV), may_skip)
+    if not use_triton(values_rV) and add_value_grad_to is None:
+        return reference(values_rV, row_ids_M, weights_M, offsets)
+    return _EmbeddingBag.apply(
+        values_rV.contiguous(),
+        row_ids_M.contiguous(),
+        weights_M.contiguous(),
+        offsets.contiguous(),
+        may_skip,
+        add_value_grad_to,
+    )
+
+
+def _check_inputs(values_rV: Tensor, row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor) -> None:
+    if values_rV.dim() != 2 or values_rV.shape[1] % 8:
+        raise ValueError(
+            f"values of shape {tuple(values_rV.shape)}: a table is [rows, width], the width a "
+            "multiple of 8."
+        )
+    if values_rV.dtype not in TABLE_DTYPES:
+        raise ValueError(f"values of {values_rV.dtype}: a table is fp32, bf16, fp16 or fp64.")
+    if not weights_M.is_floating_point():
+        raise ValueError(f"weights of {weights_M.dtype}: they must be floating point.")
+    for name, ids in (("row_ids", row_ids_M), ("offsets", offsets)):
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{name} of {ids.dtype}: they must be int64 or int32.")
+    if row_ids_M.dim() != 1 or row_ids_M.shape != weights_M.shape:
+        raise ValueError(
+            f"row_ids of shape {tuple(row_ids_M.shape)} and weights of shape "
+            f"{tuple(weights_M.shape)}: both must be [lookups]."
+        )
+    if offsets.dim() != 1 or len(offsets) == 0:
+        raise ValueError(f"offsets of shape {tuple(offsets.shape)}: they must be [bags + 1].")
+    devices = {x.device for x in (values_rV, row_ids_M, weights_M, offsets)}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"values, row_ids, weights and offsets lie on {names}: use one device.")
+
+
+def _check_row_ids(row_ids_M: Tensor, num_rows: int, may_skip: bool) -> None:
+    if len(row_ids_M) == 0:
+        return
+    low, high = (int(bound) for bound in row_ids_M.aminmax())
+    if high >= num_rows:
+        raise ValueError(f"row id {high} in a table of {num_rows} rows.")
+    if low < 0 and not may_skip:
+        raise ValueError(f"row id {low}, though may_skip=False promised none below 0.")

@@ -1,0 +1,164 @@
+"""embedding_bag against its twin and float64, outputs and all gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megamem.ops import add_value_gradient_, embedding_bag, sparse_value_gradient
+from megamem.reference.embedding_bag import embedding_bag as reference
+from tests.helpers.closeness import assert_as_good_as_torch
+from tests.ops.batches import BATCHES, Batch, make_batch
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def _run(op, batch: Batch, dtype: torch.dtype, **options) -> dict[str, Tensor]:
+    """The table is rounded to `dtype` for every op alike, so that float64 sees the same numbers."""
+    accumulate = torch.promote_types(dtype, torch.float32)
+    values = batch.values_rV.to(dtype, copy=True).requires_grad_()
+    weights = batch.weights_M.to(accumulate, copy=True).requires_grad_()
+    out = op(values, batch.row_ids_M, weights, batch.offsets, **options)
+    out.backward(batch.grad_GV.to(dtype))
+    return {"out": out.detach(), "dvalues": values.grad, "dweights": weights.grad}
+
+
+def _rounded(batch: Batch, dtype: torch.dtype) -> Batch:
+    return batch._replace(
+        values_rV=batch.values_rV.to(dtype).float(), grad_GV=batch.grad_GV.to(dtype).float()
+    )
+
+
+CASES = [(name, torch.float32) for name in BATCHES]
+# the dtype changes loads and stores only
+CASES += [(name, dtype) for name in ("most absent", "one row takes all") for dtype in HALF]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+def test_against_twin(name, dtype, device, poisoned_memory):
+    batch = _rounded(make_batch(**BATCHES[name], device=device), dtype)
+    ours = _run(embedding_bag, batch, dtype)
+    same_dtype = _run(reference, batch, dtype)
+    truth = _run(reference, batch, torch.float64)
+    for key in truth:
+        assert_as_good_as_torch(key, ours[key], same_dtype[key], truth[key])
+
+
+@pytest.mark.parametrize("one_row", [False, True])
+def test_five_runs_agree_bit_for_bit(one_row, device):
+    batch = make_batch([50, 20], num_rows=9, width=8, absent=0.2, one_row=one_row, device=device)
+    first, *others = (_run(embedding_bag, batch, torch.float32) for _ in range(5))
+    for other in others:
+        for key in first:
+            assert torch.equal(first[key], other[key]), key
+
+
+def test_promise_of_no_absent_lookups(device, poisoned_memory):
+    batch = make_batch([9, 0, 5], num_rows=6, width=16, device=device)
+    ours = _run(embedding_bag, batch, torch.float32, may_skip=False)
+    assert torch.equal(ours["out"], _run(embedding_bag, batch, torch.float32)["out"])
+    with pytest.raises(ValueError, match="may_skip=False"):
+        absent = batch._replace(row_ids_M=batch.row_ids_M - 1)
+        _run(embedding_bag, absent, torch.float32, may_skip=False, check_row_ids=True)
+
+
+@pytest.mark.parametrize("wanted", ["values", "weights", "neither"])
+def test_only_wanted_gradients(wanted, device, poisoned_memory):
+    batch = make_batch([12, 3], num_rows=7, width=16, device=device)
+    values = batch.values_rV.clone().requires_grad_(wanted == "values")
+    weights = batch.weights_M.clone().requires_grad_(wanted == "weights")
+    out = embedding_bag(values, batch.row_ids_M, weights, batch.offsets)
+    assert out.requires_grad == (wanted != "neither")
+    if out.requires_grad:
+        # an expanded gradient is not contiguous
+        out.backward(batch.grad_GV[:1].expand(2, -1))
+    truth = _run(reference, batch._replace(grad_GV=batch.grad_GV[:1].expand(2, -1)), torch.float32)
+    for key, x in (("values", values), ("weights", weights)):
+        if wanted == key:
+            torch.testing.assert_close(x.grad, truth[f"d{key}"])
+        else:
+            assert x.grad is None
+
+
+@pytest.mark.parametrize("name", ["duplicates", "most absent", "one row takes all", "no lookups"])
+def test_sparse_gradient_is_the_dense_one(name, device, poisoned_memory):
+    batch = make_batch(**BATCHES[name], device=device)
+    num_rows = len(batch.values_rV)
+    rows_E, grads_EV = sparse_value_gradient(
+        batch.grad_GV, batch.row_ids_M, batch.weights_M, batch.offsets, num_rows
+    )
+    touched = batch.row_ids_M[batch.row_ids_M >= 0].unique()
+    assert torch.equal(rows_E[: len(touched)], touched)
+    assert (rows_E[len(touched) :] == -1).all()
+    dense = torch.zeros_like(batch.values_rV)
+    dense[touched] = grads_EV[: len(touched)]
+    assert torch.equal(dense, _run(embedding_bag, batch, torch.float32)["dvalues"])
+
+
+@pytest.mark.parametrize("buffer_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["ragged and empty bags", "one row takes all"])
+def test_gradient_added_to_a_buffer(name, buffer_dtype, device, poisoned_memory):
+    batch = make_batch(**BATCHES[name], device=device)
+    start = torch.randn_like(batch.values_rV).to(buffer_dtype)
+    truth = start.double() + _run(reference, batch, torch.float64)["dvalues"]
+    in_torch = (start + _run(reference, batch, torch.float32)["dvalues"]).to(buffer_dtype)
+
+    direct = start.clone()
+    lookups = (batch.row_ids_M, batch.weights_M, batch.offsets)
+    assert add_value_gradient_(direct, batch.grad_GV, *lookups) is direct
+    by_backward = start.clone()
+    result = _run(embedding_bag, batch, torch.float32, add_value_grad_to=by_backward)
+    assert result["dvalues"] is None
+    assert torch.equal(direct, by_backward)
+    assert_as_good_as_torch("buffer", direct, in_torch, truth)
+    untouched = torch.ones(len(start), dtype=torch.bool, device=device)
+    untouched[batch.row_ids_M[batch.row_ids_M >= 0]] = False
+    assert torch.equal(direct[untouched], start[untouched])
+
+
+def test_float64_takes_the_twin(device):
+    batch = make_batch([4, 2], num_rows=5, width=8, device=device)
+    ours, truth = (_run(op, batch, torch.float64) for op in (embedding_bag, reference))
+    for key in truth:
+        assert torch.equal(ours[key], truth[key])
+
+
+def test_a_cpu_trains_on_the_twin(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    batch = make_batch([6, 2], num_rows=5, width=8)
+    ours, twin = (_run(op, batch, torch.float32) for op in (embedding_bag, reference))
+    assert all(torch.equal(ours[key], twin[key]) for key in twin)
+    buffer = torch.zeros_like(batch.values_rV)
+    by_buffer = _run(embedding_bag, batch, torch.float32, add_value_grad_to=buffer)
+    torch.testing.assert_close(buffer, twin["dvalues"])
+    torch.testing.assert_close(by_buffer["dweights"], twin["dweights"])
+    rows_E, grads_EV = sparse_value_gradient(
+        batch.grad_GV, batch.row_ids_M, batch.weights_M, batch.offsets, 5
+    )
+    present = rows_E >= 0
+    torch.testing.assert_close(grads_EV[present], twin["dvalues"][rows_E[present]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"values_rV": torch.zeros(5, 12)}, "multiple of 8"),
+        ({"values_rV": torch.zeros(5, 8, dtype=torch.int32)}, "fp32, bf16, fp16"),
+        ({"row_ids_M": torch.tensor([0, 5])}, "row id 5 in a table of 5 rows"),
+        ({"row_ids_M": torch.tensor([0.0, 1.0])}, "int64 or int32"),
+        ({"row_ids_M": torch.tensor([0, 1, 2])}, r"\[lookups\]"),
+        ({"weights_M": torch.tensor([1, 2])}, "floating point"),
+        ({"offsets": torch.tensor([], dtype=torch.int64)}, r"\[bags \+ 1\]"),
+        ({"weights_M": torch.zeros(2, device="meta")}, "use one device"),
+        ({"add_value_grad_to": torch.zeros(4, 8)}, "shape of the table"),
+    ],
+)
+def test_errors_for_people(change, message):
+    good = {
+        "values_rV": torch.zeros(5, 8),
+        "row_ids_M": torch.tensor([0, 4]),
+        "weights_M": torch.ones(2),
+        "offsets": torch.tensor([0, 2]),
+    }
+    embedding_bag(**good)
+    with pytest.raises(ValueError, match=message):
+        embedding_bag(**{**good, **change})
