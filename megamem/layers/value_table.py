@@ -51,7 +51,10 @@ class ValueTable(nn.Module):
             parks: another layer that shares this table comes later in this backward pass.
         """
         if parks:
-            values_rV, weights_TL = _ParkGradient.apply(self.weight, weights_TL, self._parked)
+            # detached: even an absent gradient would tell the parameter that its turn has come
+            values_rV, weights_TL = _ParkGradient.apply(
+                self.weight.detach(), weights_TL, self._parked
+            )
         else:
             values_rV = _JoinGradients.apply(self.weight, self._parked)
         plan = plan_routing(row_ids_TL, self.shard, self.group, token_counts, self.wire)
@@ -68,13 +71,15 @@ class ValueTable(nn.Module):
 
 
 class _ParkGradient(torch.autograd.Function):
-    """Forward: both inputs as they are. Backward: the table's gradient waits in `parked`."""
+    """Forward: both inputs as they are. Backward: the table's gradient waits in `parked`.
+
+    The weights come along to keep the graph alive, as the detached table would not.
+    """
 
     @staticmethod
-    def forward(ctx, weight, weights_TL, parked):  # type: ignore[no-untyped-def]
+    def forward(ctx, values_rV, weights_TL, parked):  # type: ignore[no-untyped-def]
         ctx.parked = parked
-        # detached, so that the parameter sees nothing of this use; weights_TL keeps the graph alive
-        return weight.detach(), weights_TL.view_as(weights_TL)
+        return values_rV.view_as(values_rV), weights_TL.view_as(weights_TL)
 
     @staticmethod
     def backward(ctx, grad_rV, grad_TL):  # type: ignore[no-untyped-def]
