@@ -1,0 +1,97 @@
+"""The rooms of the package and who may look into whom. A new arrow is a decision, made here."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "megamem"
+MAX_LINES = 400
+
+MAY_IMPORT = {
+    "config": set(),
+    "reference": set(),
+    "kernels": set(),
+    "ops": {"reference", "kernels"},
+    "parallel": {"ops"},
+    "checkpoint": {"parallel"},
+    "metrics": {"parallel"},
+    "layers": {"config", "ops", "parallel", "checkpoint", "metrics"},
+    "optimizer": {"config", "ops", "parallel", "checkpoint"},
+    "planner": {"config"},
+    "integration": {"config", "layers", "optimizer", "checkpoint", "metrics"},
+    "tools": {"config", "layers", "optimizer", "checkpoint", "planner", "integration"},
+    "run": {"integration"},
+    "__main__": {"integration", "planner", "tools"},
+}
+MEGATRON = {
+    "megatron.core": {"checkpoint", "layers", "optimizer", "integration", "tools"},
+    "megatron.training": {"integration", "tools"},
+}
+# what a file says -> why it may not, and the rooms that may
+BANNED = {
+    r"\bprint\(": ("log, or write to a stream", set()),
+    r"\.add_argument\(": ("flags are generated from MemoryConfig", {"tools"}),
+    r"\bparallel_state\b": ("process groups arrive as arguments", {"integration", "tools"}),
+    r"make_block_ptr|tl\.advance": ("removed from Triton; use descriptors", set()),
+    r"[^\x00-\x7f]": ("ASCII only", set()),
+}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+ALL_FILES = sorted(
+    path for room in ("megamem", "examples", "tests") for path in (ROOT / room).rglob("*.py")
+)
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(path: Path) -> list[str]:
+    """Every module a file imports; `from megamem.ops import x` names megamem.ops.x as well."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports are absolute"
+            found += [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
+
+
+def _is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_file_keeps_its_room(path: Path):
+    room = _room(path)
+    for module in _imports(path):
+        if module.startswith("megamem.") and module != "megamem.__version__":
+            target = module.split(".")[1]
+            assert target == room or target in MAY_IMPORT[room], f"{room} may not import {module}"
+        for package, rooms in MEGATRON.items():
+            if _is_within(module, package):
+                assert room in rooms, f"{room} may not import {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_file_says_nothing_banned(path: Path):
+    for pattern, (reason, rooms) in BANNED.items():
+        found = re.search(pattern, path.read_text())
+        assert not found or _room(path) in rooms, f"{found[0]!r}: {reason}"
+
+
+@pytest.mark.parametrize("path", ALL_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_is_short(path: Path):
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def test_no_arrow_points_back():
+    """The rooms can be put in an order in which each imports only earlier ones."""
+    left = {room: set(targets) for room, targets in MAY_IMPORT.items()}
+    while left:
+        free = {room for room, targets in left.items() if not targets & left.keys()}
+        assert free, f"these rooms import each other: {sorted(left)}"
+        left = {room: targets for room, targets in left.items() if room not in free}
