@@ -5,6 +5,8 @@ from pathlib import Path
 
 from megatron.core import dist_checkpointing
 from megatron.training import checkpointing
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megamem.checkpoint import SHARED, TABLES, layer_table, sub_keys_key, table_key
 from megamem.config import MemoryConfig
@@ -15,11 +17,22 @@ def checkpoint_problems(args: argparse.Namespace, memory: MemoryConfig | None) -
 
     Reads shapes only. A --load without a checkpoint is no problem: Megatron starts afresh there.
     """
-    folder = _checkpoint_folder(args)
-    if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        return []
-    metadata = dist_checkpointing.load_tensors_metadata(str(folder))
-    saved = {key: tuple(entry.global_shape) for key, entry in metadata.items()}
+    try:
+        folder = _checkpoint_folder(args)
+        if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+            return []
+        # torch's reader: Megatron's, in 0.19, cannot describe tensors to torch 2.15
+        entries = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever a damaged file makes of itself
+        return [
+            f"--load {args.load} cannot be read ({type(error).__name__}: {error}); it may be "
+            "damaged: use an earlier iteration with --ckpt-step."
+        ]
+    saved = {
+        key: tuple(entry.size)
+        for key, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
     return compare(saved, memory, str(folder))
 
 
@@ -90,8 +103,9 @@ def _checkpoint_folder(args: argparse.Namespace) -> Path | None:
     tracker = Path(checkpointing.get_checkpoint_tracker_filename(args.load))
     if not tracker.is_file():
         return None
-    iteration, release = checkpointing.read_metadata(str(tracker))
-    if getattr(args, "ckpt_step", None) and not release:
-        iteration = args.ckpt_step
+    # Megatron's own read of this file is a collective, and this runs on one rank
+    latest = tracker.read_text().strip()
+    release = latest == "release"
+    iteration = getattr(args, "ckpt_step", None) or (0 if release else int(latest))
     name = checkpointing.get_checkpoint_name(args.load, iteration, release, return_base_dir=True)
     return Path(name)
