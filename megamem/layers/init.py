@@ -43,7 +43,7 @@ class WeightFactory:
         return self._random(name, shape, bound, "uniform", 0)
 
     def constant(self, *shape: int, value: float) -> nn.Parameter:
-        return nn.Parameter(torch.full(shape, value, device=self.device, dtype=self.dtype))
+        return nn.Parameter(torch.full(shape, float(value), device=self.device, dtype=self.dtype))
 
     def _random(
         self,

@@ -1,0 +1,79 @@
+"""What a plan promises, on one rank and on several; the sums are tests/layers' business."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megamem.parallel.routing import choose_wire, combine, dispatch, plan_routing
+from megamem.parallel.row_shard import RowShard
+from tests.helpers.distributed import run_distributed
+
+WIRES = ("alltoall", "allgather")
+NUM_ROWS, LOOKUPS = 37, 6
+
+
+def test_choice_of_wire() -> None:
+    assert [choose_wire("auto", size) for size in (1, 8, 9)] == ["allgather"] * 2 + ["alltoall"]
+    assert choose_wire("alltoall", 2) == "alltoall"
+    assert choose_wire("allgather", 64) == "allgather"
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_alone_every_lookup_stays_in_its_bag(wire) -> None:
+    torch.manual_seed(1)
+    row_ids_TL = torch.randint(NUM_ROWS, (5, LOOKUPS))
+    plan = plan_routing(row_ids_TL, RowShard(NUM_ROWS, 0, 1), None, [5], wire)
+    assert plan.offsets.tolist() == list(range(0, 31, LOOKUPS))
+    assert torch.equal(plan.row_ids_M.view(5, LOOKUPS), row_ids_TL)
+    weights_TL = torch.rand(5, LOOKUPS)
+    assert torch.equal(dispatch(plan, weights_TL).view(5, LOOKUPS), weights_TL)
+    bags_GV = torch.rand(5, 8)
+    assert torch.equal(combine(plan, bags_GV), bags_GV)
+
+
+def _lookups_arrive_where_their_rows_are(counts: list[int], skewed: bool) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(5)
+    row_ids = [
+        torch.randint(1 if skewed else NUM_ROWS, (count, LOOKUPS), generator=generator)
+        for count in counts
+    ]
+    weights = [torch.rand(count, LOOKUPS, generator=generator) for count in counts]
+    shard = RowShard(NUM_ROWS, rank, world)
+    for wire in WIRES:
+        plan = plan_routing(row_ids[rank], shard, dist.group.WORLD, counts, wire)
+        weights_M = dispatch(plan, weights[rank])
+        assert plan.offsets[-1] == len(plan.row_ids_M) == len(weights_M)
+        assert len(plan.offsets) == sum(plan.bag_counts) + 1
+
+        # every token's bag holds its lookups of rows here, in their order, and nothing else
+        bag = 0
+        for source in range(world):
+            for token in range(plan.bag_counts[source]):
+                arrived = slice(plan.offsets[bag], plan.offsets[bag + 1])
+                present = plan.row_ids_M[arrived] >= 0
+                found = plan.row_ids_M[arrived][present] + shard.start
+                found_weights = weights_M[arrived][present]
+                expected = expected_weights = torch.empty(0)
+                if token < counts[source]:
+                    here = shard.owner(row_ids[source][token]) == rank
+                    expected = row_ids[source][token][here]
+                    expected_weights = weights[source][token][here]
+                assert found.tolist() == expected.tolist()
+                assert found_weights.tolist() == expected_weights.tolist()
+                bag += 1
+
+        # partial bags of ones come home as the number of ranks
+        home = combine(plan, torch.ones(sum(plan.bag_counts), 8))
+        assert torch.equal(home, torch.full((counts[rank], 8), float(world)))
+
+
+def _checks(counts: list[int]) -> None:
+    _lookups_arrive_where_their_rows_are(counts, skewed=False)
+    _lookups_arrive_where_their_rows_are(counts, skewed=True)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("counts", [[4, 4], [5, 0, 2]], ids=str)
+def test_lookups_arrive_where_their_rows_are(counts: list[int]) -> None:
+    run_distributed(_checks, len(counts), counts)
