@@ -22,7 +22,7 @@ import torch
 from megamem.config import ConfigurationError
 from megamem.integration import cpu_flags, cpu_torch
 from megamem.integration.cpu_optimizer import FusedAdam
-from megamem.integration.patching import replace, require
+from megamem.integration.patching import MARKER, replace, require
 
 ENVIRONMENT = {
     # Megatron compiles small functions; a compiler costs more than it gives at these sizes
@@ -57,17 +57,17 @@ def install(force: bool = False) -> None:
 
 
 def _installed() -> bool:
-    return getattr(torch.Tensor.to, "_megamem_replaced", False)
+    return hasattr(torch.Tensor.to, MARKER)
 
 
 def _check(force: bool) -> None:
-    if "megatron.core" in sys.modules:
-        raise RuntimeError("the CPU runtime must be installed before megatron is imported")
     if not force and torch.cuda.is_available():
         raise ConfigurationError(
             "--cpu was given on a machine with a GPU. Drop --cpu to train on the GPU, or write "
             "--cpu=force to leave the GPU idle."
         )
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("the CPU runtime must be installed before megatron is imported")
 
 
 def _adapt_core() -> None:

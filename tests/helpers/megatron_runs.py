@@ -47,7 +47,6 @@ TRAINING = {
     "--vocab-size": 127,
     # Megatron's 128 times the tensor-parallel size would give every layout another vocabulary
     "--make-vocab-size-divisible-by": 32,
-    "--split": "8,1,1",
     "--eval-interval": 100,
     "--eval-iters": 1,
     "--log-interval": 1,
@@ -87,9 +86,13 @@ class TrainingLog:
         return [float(match[3]) for match in ITERATION.finditer(self.stdout)]
 
     @property
-    def parameters(self) -> dict[str, int]:
-        """Model-parallel rank, such as "0, 1" -> parameters it holds."""
-        return {match[1]: int(match[2]) for match in PARAMETERS.finditer(self.stdout)}
+    def parameters(self) -> dict[tuple[int, int], int]:
+        """(tensor, pipeline) rank -> parameters it holds."""
+        found = {}
+        for match in PARAMETERS.finditer(self.stdout):
+            tensor, *_, pipeline = map(int, match[1].split(","))
+            found[tensor, pipeline] = int(match[2])
+        return found
 
     @property
     def validation(self) -> dict[str, float]:
@@ -144,7 +147,7 @@ def run_training(
     *flags: object,
     script: Path = SCRIPT,
     check: bool = True,
-    data: tuple[object, ...] = ("--mock-data",),
+    data: tuple[object, ...] = ("--mock-data", "--split", "8,1,1"),
 ) -> TrainingLog:
     """Train a tiny GPT on the CPU through the launcher; later flags overrule the usual ones.
 
