@@ -33,7 +33,7 @@ def require(owner: Any, name: str) -> Any:
 def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     """Set owner.name to make(original); a second call with the same `make` changes nothing."""
     original = require(owner, name)
-    applied = getattr(original, MARKER, frozenset())
+    applied: frozenset[str] = getattr(original, MARKER, frozenset())
     label = f"{make.__module__}.{make.__qualname__}"
     if label in applied:
         return
