@@ -1,9 +1,9 @@
 """What layers call. Each op picks its Triton kernel or its torch twin, and owns the backward."""
 
 from megamem.ops.embedding_bag import embedding_bag
+from megamem.ops.product_topk import product_topk
 from megamem.ops.value_gradient import add_value_gradient_, sparse_value_gradient
 from megamem.reference.philox import random_rows
-from megamem.reference.product_topk import product_topk
 
 __all__ = [
     "add_value_gradient_",
