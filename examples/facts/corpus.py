@@ -9,7 +9,8 @@ answer: what a model has to remember, and nothing it could work out.
     pycountry       ISO names of currencies, country codes, subdivisions: country
 
 Subjects that more than one answer would fit (Victoria, a city of many countries) and
-answers that their subject gives away (Mexico City: Mexico) are left out.
+answers that their subject gives away (Mexico City: Mexico) are left out, and so are names with an
+editor's remark in brackets.
 """
 
 import random
@@ -124,6 +125,7 @@ def load_facts() -> list[Fact]:
         for fact in found
         if len(answers[fact.relation, fact.subject.casefold()]) == 1
         and fact.answer.casefold() not in fact.subject.casefold()
+        and not set("[]()*?\u2020") & set(fact.subject + fact.answer)
     }
     return sorted(kept)
 

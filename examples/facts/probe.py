@@ -35,7 +35,9 @@ from torch import Tensor
 
 # the host script lies one folder up; ahead of a Megatron checkout's script of the same name
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from pretrain_gpt import build_model  # noqa: E402
+from pretrain_gpt import model_provider  # noqa: E402
+
+from megamem.config import ConfigurationError  # noqa: E402
 
 HELD_OUT = "held out (control)"
 
@@ -99,6 +101,11 @@ class Asker:
         # sequence parallelism cuts the sequence into equal parts
         parts = args.tensor_model_parallel_size
         self.length = -(-longest // parts) * parts
+        if self.length > args.seq_length:
+            raise ConfigurationError(
+                f"--seq-length {args.seq_length}: the longest question with its answer takes "
+                f"{self.length} tokens; train with at least that, or with fewer --facts"
+            )
 
     def right_answers(self, questions: Sequence[Question], progress: Progress) -> list[bool]:
         """For each question whether greedy decoding writes its answer; empty off the last stage."""
@@ -225,23 +232,23 @@ def check_args() -> None:
     """Refuse what would ask an untrained model, or ask nothing."""
     args = get_args()
     if not args.facts.is_file():
-        raise ValueError(
+        raise ConfigurationError(
             f"--facts {args.facts}: no such file; "
             f"write it with examples/facts/build_corpus.py --output {args.facts.parent}"
         )
     if not checkpoint_exists(args.load):
-        raise ValueError(
+        raise ConfigurationError(
             f"--load {args.load}: no checkpoint there (no latest_checkpointed_iteration.txt); "
             "give the folder that the training run had as --save"
         )
     if args.virtual_pipeline_model_parallel_size is not None:
-        raise ValueError(
+        raise ConfigurationError(
             "--num-layers-per-virtual-pipeline-stage "
             f"{args.num_layers_per_virtual_pipeline_stage}: the probe asks one batch at a time; "
             "leave the flag out, the checkpoint loads without it"
         )
     if args.probe_batch_size < 1:
-        raise ValueError(f"--probe-batch-size {args.probe_batch_size}: choose at least 1")
+        raise ConfigurationError(f"--probe-batch-size {args.probe_batch_size}: choose at least 1")
 
 
 def main() -> None:
@@ -250,7 +257,7 @@ def main() -> None:
     check_args()
     args.no_load_optim = args.no_load_rng = True
     initialize_megatron()
-    model = get_model(build_model, wrap_with_ddp=False)
+    model = get_model(model_provider, wrap_with_ddp=False)
     iteration, _ = load_checkpoint(model, None, None)
     for chunk in model:
         chunk.eval()
