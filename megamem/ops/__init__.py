@@ -2,13 +2,16 @@
 
 from megamem.ops.embedding_bag import embedding_bag
 from megamem.ops.product_topk import product_topk
+from megamem.ops.row_adam import adamw_, touched_adamw_
 from megamem.ops.value_gradient import add_value_gradient_, sparse_value_gradient
 from megamem.reference.philox import random_rows
 
 __all__ = [
+    "adamw_",
     "add_value_gradient_",
     "embedding_bag",
     "product_topk",
     "random_rows",
     "sparse_value_gradient",
+    "touched_adamw_",
 ]

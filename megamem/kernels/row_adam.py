@@ -1,0 +1,217 @@
+"""Triton kernel of adamw_ and touched_adamw_; megamem.reference.row_adam specifies it.
+
+    update_rows_   _update_kernel   all rows, or those of a list
+
+A program owns BLOCK_R rows and walks their columns in blocks: it reads gradient, weights and
+moments once, and writes weights and moments once, whatever the rounding. With one second moment
+per row it reads the gradient twice, the second time from the cache.
+
+Random rounding draws its bits from the counter (column / 8, row, step), so it needs no state and
+repeats. One Philox draw of four words serves eight columns.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megamem.kernels.embedding_bag import OPTIONS, block_width
+
+MAX_BLOCK_V = 1024
+TILE = 1024
+NO_MOMENT, FULL_MOMENT, ROW_MOMENT = 0, 1, 2
+
+
+@triton.jit
+def _one_minus_exp(x):
+    """1 - exp(x) for x <= 0, without cancellation near 0."""
+    series = x / 9 + 1
+    for n in tl.static_range(7):
+        series = x / (8 - n) * series + 1
+    return tl.where(x > -0.5, -x * series, 1 - tl.exp(x))
+
+
+@triton.jit
+def _round_randomly(b_x, b_row, i_v, step, seed, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr):
+    """fp32 whose low sixteen bits are zero: one of the two bf16 beside each element."""
+    b_column = i_v // 8 + tl.arange(0, BLOCK_V // 8)
+    b_zero = tl.zeros([BLOCK_R, BLOCK_V // 8], tl.int32)
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        b_zero + b_column[None, :],
+        b_zero + b_row.to(tl.int32)[:, None],
+        b_zero + (b_row >> 32).to(tl.int32)[:, None],
+        b_zero + step,
+    )
+    # [BLOCK_R, BLOCK_V / 8, half, word % 2, word / 2]
+    b_pairs = tl.join(tl.join(w0, w1), tl.join(w2, w3))
+    b_low, b_high = b_pairs & 0xFFFF, b_pairs >> 16
+    b_noise = tl.permute(tl.join(b_low, b_high), (0, 1, 4, 2, 3))
+    b_noise = tl.reshape(b_noise, [BLOCK_R, BLOCK_V]).to(tl.int32, bitcast=True)
+    b_bits = b_x.to(tl.int32, bitcast=True)
+    m_finite = (b_bits & 0x7F800000) != 0x7F800000
+    b_rounded = tl.where(m_finite, b_bits + b_noise, b_bits) & -0x10000
+    return tl.where(b_x == b_x, b_rounded.to(tl.float32, bitcast=True), b_x)
+
+
+@triton.jit(do_not_specialize=["num_rows", "row_offset", "step", "seed"])
+def _update_kernel(
+    weights,  # [r, V]
+    copy,  # [r, V] or None
+    grads,  # [E, V]
+    exp_avg,  # [r, V] or None
+    exp_avg_sq,  # [r, V], [r] or None
+    rows,  # [E]; None for all rows
+    touches,  # [r] or None
+    last_steps,  # [r] or None
+    grad_scale,  # [1] or None
+    num_rows,
+    row_offset,
+    step,
+    seed,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    correction1,
+    correction2,
+    log_beta1,
+    log_beta2,
+    decay,
+    log_decay,
+    V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SECOND: tl.constexpr,
+    RANDOM: tl.constexpr,
+):
+    o_e = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_e = o_e < num_rows
+    b_row = o_e
+    b_decay = tl.zeros([BLOCK_R], tl.float32) + decay
+    b_correction1 = tl.zeros([BLOCK_R], tl.float32) + correction1
+    b_correction2 = tl.zeros([BLOCK_R], tl.float32) + correction2
+    if rows is not None:
+        b_row = tl.load(rows + o_e, mask=m_e, other=-1).to(tl.int64)
+        m_e = b_row >= 0
+        b_touches = tl.load(touches + b_row, mask=m_e, other=0) + 1
+        b_gap = step - tl.load(last_steps + b_row, mask=m_e, other=0)
+        tl.store(touches + b_row, b_touches, mask=m_e)
+        tl.store(last_steps + b_row, b_gap * 0 + step, mask=m_e)
+        b_decay = tl.exp(b_gap.to(tl.float32) * log_decay)
+        b_correction1 = _one_minus_exp(b_touches.to(tl.float32) * log_beta1)
+        b_correction2 = _one_minus_exp(b_touches.to(tl.float32) * log_beta2)
+    scale = 1.0
+    if grad_scale is not None:
+        scale = tl.load(grad_scale).to(tl.float32)
+    o_v = tl.arange(0, BLOCK_V)
+
+    # [BLOCK_R, 1]
+    b_divisor = tl.zeros([BLOCK_R, 1], tl.float32)
+    if SECOND == 2:
+        b_square = tl.zeros([BLOCK_R], tl.float32)
+        for i_v in range(0, V, BLOCK_V):
+            m = m_e[:, None] & (i_v + o_v < V)[None, :]
+            o_grads = grads + o_e[:, None] * V + i_v + o_v[None, :]
+            b_grad = tl.load(o_grads, mask=m, other=0.0).to(tl.float32) * scale
+            b_square += tl.sum(b_grad * b_grad, axis=1)
+        b_second = tl.load(exp_avg_sq + b_row, mask=m_e, other=0.0).to(tl.float32)
+        b_second = b_second * beta2 + b_square / V * (1 - beta2)
+        tl.store(exp_avg_sq + b_row, b_second.to(exp_avg_sq.dtype.element_ty), mask=m_e)
+        b_divisor = (tl.sqrt(b_second / b_correction2) + eps)[:, None]
+
+    for i_v in range(0, V, BLOCK_V):
+        m = m_e[:, None] & (i_v + o_v < V)[None, :]
+        o_state = b_row[:, None] * V + i_v + o_v[None, :]
+        o_grads = grads + o_e[:, None] * V + i_v + o_v[None, :]
+        b_grad = tl.load(o_grads, mask=m, other=0.0).to(tl.float32) * scale
+        b_weight = tl.load(weights + o_state, mask=m, other=0.0).to(tl.float32)
+        b_update = b_grad
+        if exp_avg is not None:
+            b_first = tl.load(exp_avg + o_state, mask=m, other=0.0).to(tl.float32)
+            b_first += (b_grad - b_first) * (1 - beta1)
+            tl.store(exp_avg + o_state, b_first.to(exp_avg.dtype.element_ty), mask=m)
+            b_update = b_first / b_correction1[:, None]
+        if SECOND == 1:
+            b_second = tl.load(exp_avg_sq + o_state, mask=m, other=0.0).to(tl.float32)
+            b_second = b_second * beta2 + b_grad * b_grad * (1 - beta2)
+            tl.store(exp_avg_sq + o_state, b_second.to(exp_avg_sq.dtype.element_ty), mask=m)
+            b_update = b_update / (tl.sqrt(b_second / b_correction2[:, None]) + eps)
+        if SECOND == 2:
+            b_update = b_update / b_divisor
+        b_new = b_weight * b_decay[:, None] - lr * b_update
+        if copy is not None:
+            tl.store(copy + o_state, b_new.to(copy.dtype.element_ty), mask=m)
+        if RANDOM:
+            b_new = _round_randomly(b_new, b_row + row_offset, i_v, step, seed, BLOCK_R, BLOCK_V)
+        tl.store(weights + o_state, b_new.to(weights.dtype.element_ty), mask=m)
+
+
+def update_rows_(
+    weights_rV: Tensor,
+    grads_EV: Tensor,
+    exp_avg_rV: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    rows_E: Tensor | None = None,
+    touches_r: Tensor | None = None,
+    last_steps_r: Tensor | None = None,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor | None,
+    copy_rV: Tensor | None,
+    seed: int | None,
+    row_offset: int,
+) -> None:
+    """One step of AdamW on all rows, or on those of a list with counters of their own."""
+    num_rows, width = grads_EV.shape
+    if num_rows == 0:
+        return
+    block_v = block_width(width, MAX_BLOCK_V)
+    block_r = max(1, TILE // block_v)
+    second = NO_MOMENT
+    if exp_avg_sq is not None:
+        second = ROW_MOMENT if exp_avg_sq.dim() == 1 else FULL_MOMENT
+    # the key of Philox is unsigned; Triton takes it as the signed number of the same bits
+    key = ((seed or 0) + 2**63) % 2**64 - 2**63
+    _update_kernel[(triton.cdiv(num_rows, block_r),)](
+        weights_rV,
+        copy_rV,
+        grads_EV,
+        exp_avg_rV,
+        exp_avg_sq,
+        rows_E,
+        touches_r,
+        last_steps_r,
+        grad_scale,
+        num_rows=num_rows,
+        row_offset=row_offset,
+        step=step,
+        seed=key,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        correction1=1 - betas[0] ** step,
+        correction2=1 - betas[1] ** step,
+        log_beta1=_log(betas[0]),
+        log_beta2=_log(betas[1]),
+        decay=1 - lr * weight_decay,
+        log_decay=_log(1 - lr * weight_decay),
+        V=width,
+        BLOCK_R=block_r,
+        BLOCK_V=block_v,
+        SECOND=second,
+        RANDOM=seed is not None,
+        num_warps=4,
+        **OPTIONS,
+    )
+
+
+def _log(x: float) -> float:
+    # a power of zero is zero: without a memory, the first step is all there is
+    return math.log(x) if x > 0 else -1e30

@@ -1,0 +1,199 @@
+"""Row optimizers against torch.optim.AdamW and against their twins."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from megamem.ops import adamw_, touched_adamw_
+from megamem.reference import row_adam as reference
+from megamem.reference.row_adam import round_randomly
+from tests.helpers.closeness import assert_as_good_as_torch
+
+HYPER = {"lr": 0.03, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+SHAPES = [(5, 8), (3, 40), (2, 1032)]
+
+
+def _gradients(shape, steps, device, seed=0):
+    torch.manual_seed(seed)
+    return [torch.randn(shape, device=device) for _ in range(steps)]
+
+
+def _torch_adamw(start, grads, dtype):
+    weights = start.to(dtype, copy=True).requires_grad_()
+    optimizer = torch.optim.AdamW([weights], **HYPER)
+    for grad in grads:
+        weights.grad = grad.to(dtype)
+        optimizer.step()
+    state = optimizer.state[weights]
+    return weights.detach(), state["exp_avg"], state["exp_avg_sq"]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("touched", [False, True], ids=["all rows", "every row touched"])
+def test_equals_torch(shape, touched, device):
+    grads = _gradients(shape, 4, device)
+    weights = torch.randn(shape, device=device)
+    truth = _torch_adamw(weights, grads, torch.float64)
+    in_torch = _torch_adamw(weights, grads, torch.float32)
+    copy = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    first, second = torch.zeros_like(weights), torch.zeros_like(weights)
+    counters = [torch.zeros(shape[0], dtype=torch.int32, device=device) for _ in range(2)]
+    for step, grad in enumerate(grads, 1):
+        # half the gradient, scaled back on the device, as clipping does
+        options = {"step": step, "grad_scale": torch.tensor([2.0], device=device), **HYPER}
+        if touched:
+            rows = torch.randperm(shape[0], device=device)
+            state = (weights, rows, grad[rows] / 2, first, second, *counters)
+            touched_adamw_(*state, copy_rV=copy, **options)
+        else:
+            adamw_(weights, grad / 2, first, second, copy_rV=copy, **options)
+    for ours, torchs, true in zip((weights, first, second), in_torch, truth, strict=True):
+        torch_error = (torchs.double() - true).abs().max()
+        last_place = torch.finfo(torch.float32).eps * true.abs().max()
+        assert (ours.double() - true).abs().max() <= 2 * torch_error + 2 * last_place
+    # the interpreter truncates, a GPU rounds
+    gap = (copy.float() - weights).abs()
+    assert (gap <= torch.finfo(torch.bfloat16).eps * weights.abs()).all()
+
+
+def _state(num_rows, width, second, device):
+    torch.manual_seed(3)
+    moments = {
+        "both": (torch.zeros(num_rows, width), torch.zeros(num_rows, width)),
+        "one per row": (torch.zeros(num_rows, width), torch.zeros(num_rows)),
+        "first only": (torch.zeros(num_rows, width), None),
+        "none": (None, None),
+    }[second]
+    counters = [torch.zeros(num_rows, dtype=torch.int32) for _ in range(2)]
+    state = (torch.randn(num_rows, width), *moments, *counters)
+    return [None if x is None else x.to(device) for x in state]
+
+
+@pytest.mark.parametrize("second", ["both", "one per row", "first only", "none"])
+@pytest.mark.parametrize("touched", [False, True], ids=["all rows", "touched"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equals_twin(second, touched, dtype, device):
+    """Weights in bf16 are rounded at random, by kernel and twin from the same bits."""
+    num_rows, width = 6, 24
+    start = _state(num_rows, width, second, device)
+    start[0] = start[0].to(dtype)
+    seed = -5 if dtype == torch.bfloat16 else None
+    options = {**HYPER, "row_offset": 2**33}
+
+    def run(op, compute, seed):
+        state = [
+            x if x is None else x.to(compute if x.is_floating_point() else x.dtype, copy=True)
+            for x in start
+        ]
+        if seed is not None:
+            state[0] = start[0].clone()
+        torch.manual_seed(4)
+        for step in (1, 2, 5):
+            rows = torch.tensor([4, -1, 0, step % 2 + 2, -1], device=device)
+            grads = torch.randn(len(rows) if touched else num_rows, width, device=device)
+            weights, first, second_moment, *counters = state
+            if touched:
+                moments = (first, second_moment, *counters)
+                op(weights, rows, grads, *moments, step=step, seed=seed, **options)
+            else:
+                op(weights, grads, first, second_moment, step=step, seed=seed, **options)
+        return state
+
+    ours_op, twin_op = (
+        (touched_adamw_, reference.touched_adamw_) if touched else (adamw_, reference.adamw_)
+    )
+    ours, twin = run(ours_op, torch.float32, seed), run(twin_op, torch.float32, seed)
+    for a, b in zip(ours[3:], twin[3:], strict=True):
+        assert torch.equal(a, b)
+    if seed is None:
+        truth = run(twin_op, torch.float64, None)
+        for n in range(3):
+            if ours[n] is not None:
+                assert_as_good_as_torch(f"state {n}", ours[n], twin[n], truth[n])
+    else:
+        # a last place of fp32 decides few roundings
+        assert (ours[0] == twin[0]).double().mean() > 0.97
+        assert ((ours[0] - twin[0]).abs() <= 2**-7 * twin[0].abs()).all()
+    if touched:
+        assert torch.equal(ours[0][1], start[0][1])
+        assert ours[3].tolist() == [3, 0, 1, 2, 3, 0] and ours[4].tolist() == [5, 0, 2, 5, 5, 0]
+
+
+def test_idle_rows_decay_when_next_touched(device):
+    """Six idle steps, then one touch: the weights decayed as if every step had done it."""
+    weights = torch.ones(1, 8, device=device)
+    counters = [torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2)]
+    rows = torch.zeros(1, dtype=torch.int64, device=device)
+    zero = torch.zeros(1, 8, device=device)
+    touched_adamw_(weights, rows, zero, None, None, *counters, step=7, lr=0.1, weight_decay=0.5)
+    torch.testing.assert_close(weights, torch.full_like(weights, 0.95**7))
+
+
+def test_rounding_is_unbiased(device):
+    """The mean of many roundings is the number, far closer than one rounding gets."""
+    x = torch.tensor([1.0 + 2**-10, -3.1415926, 1e-30, 65504.0, 0.3, 7e8, -1e-3, 0.0])
+    rows = torch.arange(4096)
+    rounded = round_randomly(x.expand(4096, 8), rows, step=3, seed=11).double()
+    spacing = (rounded.max(0).values - rounded.min(0).values).clamp(min=1e-300)
+    # the standard error of the mean is at most spacing / 2 / 64
+    assert ((rounded.mean(0) - x.double()).abs() / spacing < 5 / 128).all()
+    assert (rounded[:, -1] == 0).all()
+    for column in range(7):
+        low, high = rounded[:, column].min(), rounded[:, column].max()
+        assert low < x[column].double() < high
+    exact = torch.tensor([[1.0, -2.5, float("inf"), -float("inf"), float("nan")]])
+    kept = round_randomly(exact, rows[:1], step=1, seed=0).float()
+    torch.testing.assert_close(kept, exact, rtol=0, atol=0, equal_nan=True)
+
+
+def test_kernel_rounds_with_the_bits_of_the_twin(device):
+    """No moments and no gradient: only the decay and the rounding, bit for bit."""
+    torch.manual_seed(0)
+    weights = torch.randn(7, 16, device=device).bfloat16()
+    zero = torch.zeros(7, 16, device=device)
+    results = []
+    for op, seed in product((adamw_, reference.adamw_), (1, 2**63 + 5)):
+        x = weights.clone()
+        # halving and quartering make every product exact
+        op(x, zero, None, None, step=9, lr=0.5, weight_decay=2**-9, seed=seed, row_offset=3)
+        results.append(x)
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+    assert not torch.equal(results[0], results[1])
+    # a shard rounds its rows as the whole table does
+    shard = weights[4:].clone()
+    adamw_(shard, zero[4:], None, None, step=9, lr=0.5, weight_decay=2**-9, seed=1, row_offset=7)
+    assert torch.equal(shard, results[0][4:])
+
+
+def test_no_rows(device):
+    weights = torch.ones(3, 8, device=device)
+    counters = [torch.zeros(3, dtype=torch.int32, device=device) for _ in range(2)]
+    rows = torch.zeros(0, dtype=torch.int64, device=device)
+    touched_adamw_(weights, rows, weights[:0], None, None, *counters, step=1, lr=0.1)
+    assert (weights == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"exp_avg_sq": torch.zeros(8)}, "one number per row"),
+        ({"exp_avg_rV": torch.zeros(3, 16)[:, ::2]}, "contiguous"),
+        ({"grads_rV": torch.zeros(2, 8)}, "for weights of shape"),
+        ({"seed": 1}, "only bf16"),
+        ({"step": 0}, "counted from 1"),
+        ({"weight_decay": 20.0}, "below 1"),
+    ],
+)
+def test_errors_for_people(change, message):
+    good = {
+        "weights_rV": torch.zeros(3, 8),
+        "grads_rV": torch.zeros(3, 8),
+        "exp_avg_rV": torch.zeros(3, 8),
+        "exp_avg_sq": torch.zeros(3),
+        "step": 1,
+        "lr": 0.1,
+    }
+    adamw_(**good)
+    with pytest.raises(ValueError, match=message):
+        adamw_(**{**good, **change})
