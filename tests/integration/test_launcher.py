@@ -117,7 +117,8 @@ def test_one_process_is_a_world_of_one(monkeypatch):
 
 def test_torchruns_world_is_left_alone(monkeypatch):
     monkeypatch.setenv("RANK", "5")
-    monkeypatch.delenv("MASTER_PORT", raising=False)
+    for name in ("WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     launcher.set_rendezvous_defaults()
     assert os.environ["RANK"] == "5" and "MASTER_PORT" not in os.environ
 
