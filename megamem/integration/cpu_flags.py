@@ -33,7 +33,7 @@ class Refusal:
 
     def problem(self, args: argparse.Namespace) -> str | None:
         """What to tell the user when the flag is on."""
-        value = getattr(args, self.dest, None)
+        value = getattr(args, self.dest, self.off[0])
         if value in self.off:
             return None
         shown = self.flag if value is True else f"{self.flag} {value}"
@@ -46,6 +46,8 @@ REFUSED = (
     Refusal("fp8", "--fp8-format", NEEDS_TE),
     Refusal("fp4", "--fp4-format", NEEDS_TE),
     Refusal("tp_comm_overlap", "--tp-comm-overlap", NEEDS_TE),
+    Refusal("moe_grouped_gemm", "--moe-grouped-gemm", NEEDS_TE),
+    Refusal("cross_entropy_fusion_impl", "--cross-entropy-fusion-impl", NEEDS_TE, off=("native",)),
     Refusal("use_precision_aware_optimizer", "--use-precision-aware-optimizer", NEEDS_TE),
     Refusal("optimizer_cpu_offload", "--optimizer-cpu-offload", "moves state off a GPU"),
     Refusal("use_torch_fsdp2", "--use-torch-fsdp2", "needs a GPU"),
@@ -67,9 +69,9 @@ def adapt_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
         given = sys.argv[1:] if args is None else list(args)
         parsed, rest = parse(args, namespace)
-        problem = find_problem(parsed)
-        if problem:
-            parser.error(problem)
+        problems = find_problems(parsed)
+        if problems:
+            parser.error("; ".join(problems))
         announce([flag for dest, _, flag in NEEDED if not _is_given(actions[dest], given)])
         return parsed, rest
 
@@ -77,14 +79,14 @@ def adapt_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def find_problem(args: argparse.Namespace) -> str | None:
-    """The first flag that contradicts a run on a CPU, with its fix."""
-    for dest, value, flag in NEEDED:
-        asked = getattr(args, dest)
-        if asked != value:
-            name = flag.split()[0]
-            return f"{name} {asked} needs a GPU; with --cpu, drop it or write {flag}"
-    return next(filter(None, (refusal.problem(args) for refusal in REFUSED)), None)
+def find_problems(args: argparse.Namespace) -> list[str]:
+    """Each flag that contradicts a run on a CPU, with its fix."""
+    contrary = [
+        f"{flag.split()[0]} {getattr(args, dest)} needs a GPU; with --cpu, drop it or write {flag}"
+        for dest, value, flag in NEEDED
+        if getattr(args, dest) != value
+    ]
+    return [*contrary, *filter(None, (refusal.problem(args) for refusal in REFUSED))]
 
 
 def announce(flags: Sequence[str]) -> None:

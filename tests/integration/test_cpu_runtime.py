@@ -151,6 +151,7 @@ def test_needed_flags_are_set_and_named(parser, capsys):
         ("--context-parallel-size 2", "--context-parallel-size 2 needs Transformer Engine"),
         ("--fp8-format hybrid", "--fp8-format hybrid needs Transformer Engine"),
         ("--use-torch-fsdp2", "--use-torch-fsdp2 needs a GPU; with --cpu, drop it"),
+        ("--fp8-format e4m3 --tp-comm-overlap", "drop it; --tp-comm-overlap needs"),
     ],
 )
 def test_contrary_flags_are_refused(parser, capsys, words, message):
