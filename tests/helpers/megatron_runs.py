@@ -111,11 +111,12 @@ def launch(
     *words: object,
     check: bool = True,
     environment: dict[str, str] | None = None,
+    module: str = "megamem.run",
 ) -> TrainingLog:
-    """Run `-m megamem.run WORDS...` on nproc ranks, under torchrun when they are several."""
+    """Run `-m MODULE WORDS...` on nproc ranks, under torchrun when they are several."""
     __tracebackhide__ = True
     ranks = ["torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "-m"]
-    modules = [*(ranks if nproc > 1 else []), "megamem.run"]
+    modules = [*(ranks if nproc > 1 else []), module]
     command = [sys.executable, "-m", *modules, *map(str, words)]
     # the interpreter of the tests' own kernels is not part of a run
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -148,6 +149,7 @@ def run_training(
     script: Path = SCRIPT,
     check: bool = True,
     data: tuple[object, ...] = ("--mock-data", "--split", "8,1,1"),
+    module: str = "megamem.run",
 ) -> TrainingLog:
     """Train a tiny GPT on the CPU through the launcher; later flags overrule the usual ones.
 
@@ -157,7 +159,9 @@ def run_training(
         script: the training script, by default examples/pretrain_gpt.py.
         check: a run that fails, fails the test.
         data: the flags that say what to train on.
+        module: what is launched; megamem.run, or a stand-in with its command line.
     """
     __tracebackhide__ = True
     usual = [word for pair in (MODEL | TRAINING).items() for word in pair]
-    return launch(name, nproc, "--cpu", script, *usual, *SWITCHES, *data, *flags, check=check)
+    words = ("--cpu", script, *usual, *SWITCHES, *data, *flags)
+    return launch(name, nproc, *words, check=check, module=module)
