@@ -31,7 +31,7 @@ ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
 }
 # kernels for a GPU, which Megatron prefers to torch's own wherever they are installed
-GPU_PACKAGES = ("transformer_engine", "apex")
+GPU_PACKAGES = ("transformer_engine", "apex", "amp_C")
 
 
 def install(force: bool = False) -> None:
