@@ -3,10 +3,16 @@
 import sys
 
 from megamem.integration import cpu_runtime
-from megamem.integration.launcher import parse, run_as_main, set_rendezvous_defaults
+from megamem.integration.launcher import (
+    parse,
+    run_as_main,
+    set_rendezvous_defaults,
+    use_helpers_of_the_wheel,
+)
 
 if __name__ == "__main__":
     command = parse(sys.argv[1:])
     set_rendezvous_defaults()
     cpu_runtime.install()
+    use_helpers_of_the_wheel()
     run_as_main(command)
