@@ -30,8 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_TOPK = 64
-BLOCK_C = 64
-PAIR_TILE = 2048
+MAX_BLOCK_C = 64
+PAIR_TILE = 1024
 OPTIONS = {"enable_fp_fusion": True}
 _LOWEST = tl.constexpr(-(2**31))
 _EMPTY = tl.constexpr(-(2**63))
@@ -198,6 +198,7 @@ def product_topk(
     padded = max(8 if interpreted else 32, triton.next_power_of_2(topk))
     # the merge sorts BLOCK_T * 4 KP numbers in registers
     block_t = 16 if interpreted else 1024 // padded
+    block_c = MAX_BLOCK_C if query_THQ.element_size() == 2 and padded == 32 else 32
     slots = torch.empty(2, num_tokens, heads, 4 * padded, dtype=torch.int64, device=device)
     _half_topk_kernel[(triton.cdiv(num_tokens, block_t), heads, 2)](
         query_THQ,
@@ -210,10 +211,10 @@ def product_topk(
         K=topk,
         KP=padded,
         BLOCK_T=block_t,
-        BLOCK_C=min(BLOCK_C, max(16, triton.next_power_of_2(key_dim))),
+        BLOCK_C=min(block_c, max(16, triton.next_power_of_2(key_dim))),
         UPCAST=interpreted,
         num_warps=8,
-        num_stages=3,
+        num_stages=3 if query_THQ.element_size() == 2 else 2,
         # two programs per multiprocessor; test_compile.py sees that nothing spills
         maxnreg=128,
         **OPTIONS,
@@ -221,7 +222,7 @@ def product_topk(
     ranks_2P = _staircase(topk, device)
     num_pairs = ranks_2P.shape[1]
     block_p = max(padded, triton.next_power_of_2(num_pairs))
-    block_j = (PAIR_TILE if not interpreted else 1024) // block_p
+    block_j = PAIR_TILE // block_p
     num_reads = num_tokens * heads
     _pair_kernel[(triton.cdiv(num_reads, block_j),)](
         slots,

@@ -3,7 +3,7 @@
 from megamem.ops.embedding_bag import embedding_bag
 from megamem.ops.product_topk import product_topk
 from megamem.ops.row_adam import adamw_, touched_adamw_
-from megamem.ops.value_gradient import add_value_gradient_, sparse_value_gradient
+from megamem.ops.value_gradient import add_value_gradient_, sparse_gradients
 from megamem.reference.philox import random_rows
 
 __all__ = [
@@ -12,6 +12,6 @@ __all__ = [
     "embedding_bag",
     "product_topk",
     "random_rows",
-    "sparse_value_gradient",
+    "sparse_gradients",
     "touched_adamw_",
 ]

@@ -73,7 +73,7 @@ def touched_adamw_(
 ) -> None:
     """One step of AdamW on the touched rows, with a bias correction and a decay of their own.
 
-    The rows are distinct; -1 is skipped (megamem.ops.sparse_value_gradient returns them so). See
+    The rows are distinct; -1 is skipped (megamem.ops.sparse_gradients returns them so). See
     the reference for the arguments, and for what makes this differ from AdamW.
     """
     options: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The value gradient of embedding_bag in the two forms that cost nothing per row of the table.
+"""The gradients of embedding_bag in the two forms that cost nothing per row of the table.
 
 Autograd wants a dense [r, V] gradient. These are for an optimizer that updates touched rows, and
 for a gradient buffer that already exists.
@@ -12,36 +12,42 @@ from megamem.ops.backend import use_triton
 from megamem.reference.embedding_bag import embedding_bag as reference
 
 
-def sparse_value_gradient(
-    grad_GV: Tensor, row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor, num_rows: int
-) -> tuple[Tensor, Tensor]:
+def sparse_gradients(
+    values_rV: Tensor, grad_GV: Tensor, row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the touched rows only, without waiting for how many there are.
 
     Args:
         grad_GV: gradient of the bags.
-        num_rows: r.
 
     Returns:
         rows_E: [min(M, r)] ascending touched rows, then -1.
         grads_EV: their gradients, in the dtype of grad_GV; the rest is undefined.
+        weight_grads_M: fp32 (fp64 for an fp64 table).
     """
+    (num_rows, width), device = values_rV.shape, grad_GV.device
     num_slots = min(len(row_ids_M), num_rows)
-    grads_EV = torch.empty(num_slots, grad_GV.shape[1], dtype=grad_GV.dtype, device=grad_GV.device)
-    rows_E = torch.full((num_slots,), -1, dtype=torch.int64, device=grad_GV.device)
-    if not use_triton(grad_GV):
+    grads_EV = torch.empty(num_slots, width, dtype=grad_GV.dtype, device=device)
+    if not use_triton(values_rV):
+        rows_E = torch.full((num_slots,), -1, dtype=torch.int64, device=device)
         rows_U, grads_UV = _twin_gradient(grad_GV, row_ids_M, weights_M, offsets)
         rows_E[: len(rows_U)], grads_EV[: len(rows_U)] = rows_U, grads_UV
-        return rows_E, grads_EV
+        weights_M = weights_M.detach().requires_grad_()
+        with torch.enable_grad():
+            bags_GV = reference(values_rV.detach(), row_ids_M, weights_M, offsets)
+            (weight_grads_M,) = torch.autograd.grad(bags_GV, weights_M, grad_GV)
+        return rows_E, grads_EV, weight_grads_M
     lookups = sort_lookups(row_ids_M, weights_M, offsets, num_rows)
-    starts_M = torch.ones(len(row_ids_M), dtype=torch.bool, device=grad_GV.device)
+    starts_M = torch.ones(len(row_ids_M), dtype=torch.bool, device=device)
     starts_M[1:] = lookups.rows_M[1:] != lookups.rows_M[:-1]
     slots_M = starts_M.cumsum(0, dtype=torch.int32) - 1
-    row_gradient(lookups, grad_GV.contiguous(), None, grads_EV, slots_M)
+    by_weight_M = row_gradient(lookups, grad_GV.contiguous(), values_rV, grads_EV, slots_M)
+    assert by_weight_M is not None
     # absent lookups share one slot after the last row, which may be one more than there are
-    slots_of_all = rows_E.new_full((num_slots + 1,), -1)
+    rows_E = torch.full((num_slots + 1,), -1, dtype=torch.int64, device=device)
     rows_M = lookups.rows_M.to(torch.int64)
-    slots_of_all[slots_M] = torch.where(rows_M < num_rows, rows_M, -1)
-    return slots_of_all[:num_slots], grads_EV
+    rows_E[slots_M] = torch.where(rows_M < num_rows, rows_M, -1)
+    return rows_E[:num_slots], grads_EV, by_weight_M
 
 
 def add_value_gradient_(

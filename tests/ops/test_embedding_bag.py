@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamem.ops import add_value_gradient_, embedding_bag, sparse_value_gradient
+from megamem.ops import add_value_gradient_, embedding_bag, sparse_gradients
 from megamem.reference.embedding_bag import embedding_bag as reference
 from tests.helpers.closeness import assert_as_good_as_torch
 from tests.ops.batches import BATCHES, Batch, make_batch
@@ -82,16 +82,17 @@ def test_only_wanted_gradients(wanted, device, poisoned_memory):
 @pytest.mark.parametrize("name", ["duplicates", "most absent", "one row takes all", "no lookups"])
 def test_sparse_gradient_is_the_dense_one(name, device, poisoned_memory):
     batch = make_batch(**BATCHES[name], device=device)
-    num_rows = len(batch.values_rV)
-    rows_E, grads_EV = sparse_value_gradient(
-        batch.grad_GV, batch.row_ids_M, batch.weights_M, batch.offsets, num_rows
+    rows_E, grads_EV, weight_grads_M = sparse_gradients(
+        batch.values_rV, batch.grad_GV, batch.row_ids_M, batch.weights_M, batch.offsets
     )
     touched = batch.row_ids_M[batch.row_ids_M >= 0].unique()
     assert torch.equal(rows_E[: len(touched)], touched)
     assert (rows_E[len(touched) :] == -1).all()
     dense = torch.zeros_like(batch.values_rV)
     dense[touched] = grads_EV[: len(touched)]
-    assert torch.equal(dense, _run(embedding_bag, batch, torch.float32)["dvalues"])
+    by_autograd = _run(embedding_bag, batch, torch.float32)
+    assert torch.equal(dense, by_autograd["dvalues"])
+    assert torch.equal(weight_grads_M, by_autograd["dweights"])
 
 
 @pytest.mark.parametrize("buffer_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -131,9 +132,10 @@ def test_a_cpu_trains_on_the_twin(monkeypatch):
     by_buffer = _run(embedding_bag, batch, torch.float32, add_value_grad_to=buffer)
     torch.testing.assert_close(buffer, twin["dvalues"])
     torch.testing.assert_close(by_buffer["dweights"], twin["dweights"])
-    rows_E, grads_EV = sparse_value_gradient(
-        batch.grad_GV, batch.row_ids_M, batch.weights_M, batch.offsets, 5
+    rows_E, grads_EV, weight_grads_M = sparse_gradients(
+        batch.values_rV, batch.grad_GV, batch.row_ids_M, batch.weights_M, batch.offsets
     )
+    torch.testing.assert_close(weight_grads_M, twin["dweights"])
     present = rows_E >= 0
     torch.testing.assert_close(grads_EV[present], twin["dvalues"][rows_E[present]])
 

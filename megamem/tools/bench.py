@@ -1,0 +1,221 @@
+"""`megamem bench`: how near the kernels come to what the memory of this machine can do.
+
+Measures a large copy first, which is the ceiling; then, case by case, checks the result of an op
+against its reference and times it beside torch. A case whose result is wrong is not timed.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from megamem.tools.bench_cases import (
+    MAX_RELATIVE_ERROR,
+    Case,
+    adam_cases,
+    bag_cases,
+    topk_cases,
+)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OPS = ("bag", "topk", "adam")
+WRONG_RESULT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured case, as --json writes it."""
+
+    device: str
+    op: str
+    shape: dict[str, int]
+    dtype: str
+    distribution: str
+    ms: float
+    bytes: int
+    gbps: float
+    ceiling_gbps: float
+    fraction: float
+    baseline: str
+    baseline_ms: float | None
+    speedup: float | None
+    error: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return its exit status."""
+    args = _parser().parse_args(argv)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # a file has no width of its own
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    torch.manual_seed(args.seed)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    ceiling = copy_gbps(device)
+    console.print(f"{name}: a large copy moves {ceiling:.0f} GB/s, which is the ceiling below")
+    if device.type == "cpu":
+        console.print(
+            "No GPU: the twins in plain torch run, on small shapes; only ratios mean anything."
+        )
+    records: list[Record] = []
+    wrong: list[Record] = []
+    skipped: list[Case] = []
+    cases = list(_cases(args, device))
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+            progress.update(task, description=f"{case.op} {_numbers(case.shape)}")
+            if case.memory > _free_bytes(device):
+                skipped.append(case)
+            else:
+                record = measure(case, device, name, ceiling, args.min_ms)
+                (records if record.error <= MAX_RELATIVE_ERROR else wrong).append(record)
+            progress.advance(task)
+    console.print(_table(records))
+    for case in skipped:
+        console.print(
+            f"skipped: {case.op} {_numbers(case.shape)} takes {case.memory / 2**30:.0f} GiB"
+        )
+    if args.json:
+        Path(args.json).write_text("".join(json.dumps(asdict(r)) + "\n" for r in records))
+    if args.plot:
+        from megamem.tools.bench_plot import plot
+
+        plot(records, Path(args.plot))
+    for record in wrong:
+        sys.stderr.write(
+            f"megamem: error: {record.op} {_numbers(record.shape)} {record.distribution} is wrong: "
+            f"relative error {record.error:.1e}; it was not timed\n"
+        )
+    return WRONG_RESULT if wrong else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megamem bench", description=main.__doc__)
+    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument("--quick", action="store_true", help="one width, one table size")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of tables and queries")
+    parser.add_argument("--min-ms", type=float, default=200, help="time spent on each timing")
+    parser.add_argument("--json", metavar="FILE", help="write one record per line")
+    parser.add_argument("--plot", metavar="FILE", help="draw the roofline as a PNG")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    dtype, gpu = DTYPES[args.dtype], device.type == "cuda"
+    if gpu:
+        widths, rows = [256, 1024, 2048, 4096], [2**16, 2**20, 2**24, 2**26]
+        sizes, tokens, lookups = [128, 1024, 4096, 16384], 8192, 128
+    else:
+        widths, rows, sizes, tokens, lookups = [64, 256], [2**12], [128], 64, 32
+    if args.quick:
+        widths, rows, sizes = widths[-2:-1], rows[-2:][:1], sizes[:2][-1:]
+    if "bag" in args.ops:
+        yield from bag_cases(widths, rows, tokens, lookups, dtype, device)
+    if "topk" in args.ops:
+        yield from topk_cases(sizes, tokens, 4, 256 if gpu else 32, 32, dtype, device)
+    if "adam" in args.ops:
+        yield from adam_cases(widths, rows, device)
+
+
+def measure(
+    case: Case, device: torch.device, device_name: str, ceiling: float, min_ms: float
+) -> Record:
+    """Check a case, then time it and its baseline; a wrong one has no times."""
+    work = case.build()
+    error = work.check()
+    # written so that NaN is wrong, too
+    right = error <= MAX_RELATIVE_ERROR
+    ms = median_ms(work.run, device, min_ms) if right else math.nan
+    baseline_ms = None
+    if right and work.baseline is not None:
+        baseline_ms = median_ms(work.baseline, device, min_ms)
+    gbps = work.bytes / ms / 1e6
+    return Record(
+        device=device_name,
+        op=case.op,
+        shape=case.shape,
+        dtype=str(case.dtype).removeprefix("torch."),
+        distribution=case.distribution,
+        ms=ms,
+        bytes=work.bytes,
+        gbps=gbps,
+        ceiling_gbps=ceiling,
+        fraction=gbps / ceiling,
+        baseline=work.baseline_name,
+        baseline_ms=baseline_ms,
+        speedup=None if baseline_ms is None else baseline_ms / ms,
+        error=error,
+    )
+
+
+def copy_gbps(device: torch.device) -> float:
+    """Bytes read plus bytes written per second by a copy several times as large as the cache."""
+    size = 2**31 if device.type == "cuda" else 2**26
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * size / median_ms(lambda: target.copy_(source), device, 200) / 1e6
+
+
+def median_ms(run: Callable[[], object], device: torch.device, min_ms: float) -> float:
+    """Median time of a run; on a GPU by events, with the cache flushed before each."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        with torch.cuda.device(device):
+            return do_bench(run, warmup=min_ms / 4, rep=min_ms, return_mode="median")
+    run()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < min_ms and len(times) < 100):
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type != "cuda":
+        return 2**30
+    torch.cuda.empty_cache()
+    # what allocating needs to round up and to keep
+    return 0.85 * torch.cuda.mem_get_info(device)[0]
+
+
+def _table(records: list[Record]) -> Table:
+    table = Table(box=None)
+    for title in ("op", "shape", "dtype", "rows picked"):
+        table.add_column(title, no_wrap=True)
+    for title in ("ms", "MB", "GB/s", "% of copy", "torch ms", "speed-up"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for r in records:
+        table.add_row(
+            r.op,
+            _numbers(r.shape),
+            r.dtype,
+            r.distribution,
+            f"{r.ms:.3f}",
+            f"{r.bytes / 1e6:.1f}",
+            f"{r.gbps:.1f}",
+            f"{100 * r.fraction:.0f}",
+            "" if r.baseline_ms is None else f"{r.baseline_ms:.3f}",
+            "" if r.speedup is None else f"{r.speedup:.1f}x",
+        )
+    return table
+
+
+def _numbers(shape: dict[str, int]) -> str:
+    return " ".join(f"{letter}={number}" for letter, number in shape.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""What the benchmark runs: an op on inputs of one shape, the bytes it must move, and its rival.
+
+Bytes are counted as if nothing were reused: each lookup reads its row. Rows that many lookups share
+come from the cache, so skewed lookups may show more than the memory's bandwidth; the distribution
+is in the table for that reason. Gradients count distinct rows, which no cache can save.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megamem import ops
+from megamem.reference import row_adam as row_adam_reference
+from megamem.reference.embedding_bag import embedding_bag as bag_reference
+from megamem.reference.product_topk import product_topk as topk_reference
+
+CHECKED_BAGS = 64
+# a bf16 result may be off by its rounding, a wrong one is off by its size
+MAX_RELATIVE_ERROR = 2e-2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table."""
+
+    op: str
+    shape: dict[str, int]
+    dtype: torch.dtype
+    distribution: str
+    build: Callable[[], "Work"]
+    """Makes the inputs; called when the case's turn has come, so that one case is in memory."""
+    memory: int
+    """Bytes of device memory that it takes, roughly."""
+
+
+@dataclass(frozen=True)
+class Work:
+    run: Callable[[], object]
+    bytes: int
+    check: Callable[[], float]
+    """Relative error against the reference."""
+    baseline: Callable[[], object] | None = None
+    baseline_name: str = ""
+
+
+def draw_rows(count: int, num_rows: int, distribution: str, device: torch.device) -> Tensor:
+    """Row ids, uniform, or so that the k-th most popular row comes up about 1 / k as often."""
+    if distribution == "uniform":
+        return torch.randint(num_rows, (count,), device=device)
+    draws = torch.rand(count, dtype=torch.float64, device=device)
+    ranks = (draws * torch.log(torch.tensor(float(num_rows)))).exp().long() - 1
+    # popular rows are not neighbours: an odd factor permutes a power of two
+    return ranks.clamp(0, num_rows - 1) * 2654435761 % num_rows
+
+
+def relative_error(ours: Tensor, truth: Tensor) -> float:
+    return float((ours.double() - truth.double()).norm() / truth.double().norm())
+
+
+def bag_cases(
+    widths: list[int],
+    rows: list[int],
+    tokens: int,
+    lookups: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[Case]:
+    size = dtype.itemsize
+    kinds = ("forward", "forward + backward", "sparse backward", "backward into fp32")
+    for width in widths:
+        for num_rows in rows:
+            for distribution in ("uniform", "zipf 1.0"):
+                for kind in kinds:
+                    # a dense gradient of torch's and one of ours, or a buffer in fp32
+                    tables = {"forward": 1, "sparse backward": 1, "forward + backward": 3}
+                    touched = min(num_rows, tokens * lookups)
+                    memory = num_rows * width * (tables.get(kind, 1) * size)
+                    memory += num_rows * width * 4 * (kind == "backward into fp32")
+                    memory += 2 * touched * width * size + tokens * width * 16
+                    shape = {"T": tokens, "L": lookups, "R": num_rows, "V": width}
+                    build = partial(_bag, kind, shape, dtype, distribution, device)
+                    yield Case(f"embedding_bag {kind}", shape, dtype, distribution, build, memory)
+
+
+def _bag(
+    kind: str, shape: dict[str, int], dtype: torch.dtype, distribution: str, device: torch.device
+) -> Work:
+    tokens, lookups, num_rows, width = shape.values()
+    values = torch.empty(num_rows, width, dtype=dtype, device=device).normal_()
+    row_ids = draw_rows(tokens * lookups, num_rows, distribution, device)
+    weights = torch.rand(tokens * lookups, device=device)
+    offsets = torch.arange(0, tokens * lookups + 1, lookups, device=device)
+    grad = torch.randn(tokens, width, device=device).to(dtype)
+    size, distinct = dtype.itemsize, len(row_ids.unique())
+    lookup_bytes = len(row_ids) * 12
+    forward_bytes = len(row_ids) * width * size + tokens * width * size + lookup_bytes
+    # V row in, gradient of the row out, gradient of the bags in
+    backward_bytes = 2 * distinct * width * size + tokens * width * size + lookup_bytes
+
+    def check() -> float:
+        return _bag_error(values, row_ids, weights, offsets, grad)
+
+    def torch_forward(table: Tensor, per_sample: Tensor) -> Tensor:
+        # torch wants weights of the table's dtype
+        return F.embedding_bag(
+            row_ids, table, offsets[:-1], mode="sum", per_sample_weights=per_sample
+        )
+
+    if kind == "forward":
+        half_weights = weights.to(dtype)
+        return Work(
+            lambda: ops.embedding_bag(
+                values, row_ids, weights, offsets, may_skip=False, check_row_ids=False
+            ),
+            forward_bytes,
+            check,
+            lambda: torch_forward(values, half_weights),
+            "F.embedding_bag",
+        )
+    if kind == "forward + backward":
+        values.requires_grad_()
+        ours_weights = weights.clone().requires_grad_()
+        torch_weights = weights.to(dtype).requires_grad_()
+
+        def both(forward: Callable[[], Tensor], per_sample: Tensor) -> None:
+            torch.autograd.grad(forward(), (values, per_sample), grad)
+
+        def ours() -> Tensor:
+            return ops.embedding_bag(
+                values, row_ids, ours_weights, offsets, may_skip=False, check_row_ids=False
+            )
+
+        return Work(
+            lambda: both(ours, ours_weights),
+            # autograd wants a dense gradient: every row of it is zeroed first
+            forward_bytes + backward_bytes + num_rows * width * size,
+            check,
+            lambda: both(lambda: torch_forward(values, torch_weights), torch_weights),
+            "F.embedding_bag",
+        )
+    if kind == "sparse backward":
+        return Work(
+            lambda: ops.sparse_gradients(values, grad, row_ids, weights, offsets),
+            backward_bytes,
+            check,
+        )
+    buffer = torch.zeros(num_rows, width, device=device)
+
+    def into_buffer() -> None:
+        ops.add_value_gradient_(buffer, grad, row_ids, weights, offsets)
+
+    # the buffer's touched rows in and out; the table is not read, as no weight gradient is made
+    buffer_bytes = 2 * distinct * width * 4 + tokens * width * size + lookup_bytes
+    return Work(into_buffer, buffer_bytes, check)
+
+
+def _bag_error(
+    values: Tensor, row_ids: Tensor, weights: Tensor, offsets: Tensor, grad: Tensor
+) -> float:
+    """Outputs and all gradients of the first bags against float64."""
+    bags = min(CHECKED_BAGS, len(grad))
+    count = int(offsets[bags])
+    row_ids, weights, offsets = row_ids[:count], weights[:count], offsets[: bags + 1]
+    grad = grad[:bags].contiguous()
+    rows, slots = row_ids.unique(return_inverse=True)
+    table = values.detach()[rows].double().requires_grad_()
+    true_weights = weights.double().requires_grad_()
+    truth = bag_reference(table, slots, true_weights, offsets)
+    true_gradients = torch.autograd.grad(truth, (table, true_weights), grad.double())
+
+    ours = ops.embedding_bag(values.detach(), row_ids, weights, offsets)
+    _, grads, weight_grad = ops.sparse_gradients(values.detach(), grad, row_ids, weights, offsets)
+    pairs = (
+        (ours, truth.detach()),
+        (grads[: len(rows)], true_gradients[0]),
+        (weight_grad, true_gradients[1]),
+    )
+    return max(relative_error(a, b) for a, b in pairs)
+
+
+def topk_cases(
+    sizes: list[int],
+    tokens: int,
+    heads: int,
+    key_dim: int,
+    topk: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[Case]:
+    for num_keys in sizes:
+        for kind in ("forward", "forward + backward"):
+            shape = {"T": tokens, "H": heads, "N": num_keys, "C": key_dim, "K": min(topk, num_keys)}
+            # torch's scores of both halves and what its sort takes
+            memory = 2 * tokens * heads * num_keys * 40
+            build = partial(_topk, kind, shape, dtype, device)
+            yield Case(f"product_topk {kind}", shape, dtype, "normal", build, memory)
+
+
+def _torch_topk(query: Tensor, sub_keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The usual path: scores, two topk, all K * K sums, a third topk."""
+    num_keys = sub_keys.shape[2]
+    halves = torch.stack(query.chunk(2, dim=-1))
+    (left, right), (i, j) = torch.einsum("zthc,zhnc->zthn", halves, sub_keys).topk(topk, dim=-1)
+    sums = (left.unsqueeze(-1) + right.unsqueeze(-2)).flatten(-2)
+    rows = (i.unsqueeze(-1) * num_keys + j.unsqueeze(-2)).flatten(-2)
+    scores, best = sums.topk(topk, dim=-1)
+    return scores, rows.gather(-1, best)
+
+
+def _topk(kind: str, shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> Work:
+    tokens, heads, num_keys, key_dim, topk = shape.values()
+    query = torch.randn(tokens, heads, 2 * key_dim, device=device).to(dtype)
+    sub_keys = torch.randn(2, heads, num_keys, key_dim, device=device).to(dtype)
+    grad = torch.randn(tokens, heads, topk, device=device)
+    moved = (query.numel() + sub_keys.numel()) * dtype.itemsize + grad.numel() * 12
+
+    def check() -> float:
+        ours, _ = ops.product_topk(query[:CHECKED_BAGS], sub_keys, topk)
+        few = (query[:CHECKED_BAGS].double().cpu(), sub_keys.double().cpu())
+        return relative_error(ours.cpu(), topk_reference(*few, topk)[0])
+
+    if kind == "forward":
+        return Work(
+            lambda: ops.product_topk(query, sub_keys, topk),
+            moved,
+            check,
+            lambda: _torch_topk(query, sub_keys, topk),
+            "torch topk",
+        )
+    inputs = (query.requires_grad_(), sub_keys.requires_grad_())
+
+    def both(op: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]) -> None:
+        scores, _ = op(*inputs, topk)
+        torch.autograd.grad(scores, inputs, grad.to(scores.dtype))
+
+    def check_detached() -> float:
+        with torch.no_grad():
+            return check()
+
+    return Work(
+        lambda: both(ops.product_topk),
+        3 * moved,
+        check_detached,
+        lambda: both(_torch_topk),
+        "torch topk",
+    )
+
+
+def adam_cases(widths: list[int], rows: list[int], device: torch.device) -> Iterator[Case]:
+    for width in widths:
+        for num_rows in rows:
+            for kind, per_number in (("fp32", 30), ("bf16, moment per row", 12)):
+                shape = {"R": num_rows, "V": width}
+                dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+                build = partial(_adam, kind, shape, device)
+                memory = num_rows * width * (per_number + 4)
+                yield Case(f"adamw_ {kind}", shape, dtype, "all rows", build, memory)
+
+
+def _adam(kind: str, shape: dict[str, int], device: torch.device) -> Work:
+    num_rows, width = shape.values()
+    options = {"step": 3, "lr": 1e-3, "weight_decay": 0.1}
+
+    def tables(count: int) -> list[Tensor | None]:
+        weights = torch.randn(count, width, device=device)
+        grads = torch.randn(count, width, device=device)
+        if kind == "fp32":
+            moments = torch.zeros(2, count, width, device=device).unbind()
+            return [weights, grads, *moments, torch.empty_like(weights, dtype=torch.bfloat16)]
+        first = torch.zeros(count, width, dtype=torch.bfloat16, device=device)
+        return [weights.bfloat16(), grads, first, torch.zeros(count, device=device), None]
+
+    def step(op: Callable[..., None], state: list[Tensor | None], seed: int | None) -> None:
+        *tensors, copy = state
+        op(*tensors, copy_rV=copy, seed=seed, **options)
+
+    seed = None if kind == "fp32" else 1
+    state = tables(num_rows)
+
+    def check() -> float:
+        ours = tables(min(256, num_rows))
+        twin = [None if x is None else x.clone() for x in ours]
+        step(ops.adamw_, ours, seed)
+        step(row_adam_reference.adamw_, twin, seed)
+        # the change, not the weights, must be right
+        assert ours[2] is not None and twin[2] is not None
+        assert ours[0] is not None and twin[0] is not None
+        return max(relative_error(ours[n], twin[n]) for n in (0, 2))  # type: ignore[arg-type]
+
+    # gradient in; weights and moments in and out; the copy out
+    per_number = 30 if kind == "fp32" else 12
+    moved = num_rows * width * per_number + (0 if kind == "fp32" else 8 * num_rows)
+    baseline, name = None, ""
+    if kind == "fp32" and device.type == "cuda":
+        parameter = torch.zeros(num_rows, width, device=device, requires_grad=True)
+        parameter.grad = state[1]
+        optimizer = torch.optim.AdamW([parameter], lr=1e-3, fused=True)
+        baseline, name = optimizer.step, "torch fused AdamW"
+    return Work(lambda: step(ops.adamw_, state, seed), moved, check, baseline, name)

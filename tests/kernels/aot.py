@@ -1,0 +1,237 @@
+"""Compiles the kernels for GPUs that need not be there, and counts what they use.
+
+    python -m tests.kernels.aot [--all] [--json]
+
+The host functions run as they are, on tensors without memory; a driver that only names its target
+stands in for the GPU, and every launch stops after compiling. So the shapes, dtypes and options
+are those of real launches, and a second launch that compiles again is caught.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from megamem.kernels.embedding_bag import sum_bags
+from megamem.kernels.product_topk import product_topk
+from megamem.kernels.row_adam import update_rows_
+from megamem.kernels.row_gradient import row_gradient, sort_lookups
+
+ARCHITECTURES = (80, 90, 100)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class Usage(NamedTuple):
+    kernel: str
+    case: str
+    arch: int
+    warps: int
+    registers: int
+    shared: int
+    spilled: int
+    """Bytes stored to and loaded from local memory."""
+
+
+class _Driver:
+    """As much of a driver as compiling takes; each architecture is a device of its own."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _meta(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _lookups(tokens: int) -> tuple[torch.Tensor, ...]:
+    return (
+        _meta(tokens * 16, dtype=torch.int64),
+        _meta(tokens * 16),
+        _meta(tokens + 1, dtype=torch.int64),
+    )
+
+
+def _bags(dtype: torch.dtype, width: int) -> Callable[[int], None]:
+    return lambda tokens: sum_bags(_meta(2**20, width, dtype=dtype), *_lookups(tokens))
+
+
+def _gradient(
+    dtype: torch.dtype,
+    width: int,
+    out_dtype: torch.dtype | None = None,
+    sparse: bool = False,
+    want_weights: bool = True,
+    num_rows: int = 2**20,
+) -> Callable[[int], None]:
+    def run(tokens: int) -> None:
+        lookups = sort_lookups(*_lookups(tokens), num_rows)
+        slots = _meta(tokens * 16, dtype=torch.int32) if sparse else None
+        values = _meta(num_rows, width, dtype=dtype) if want_weights else None
+        out = _meta(num_rows, width, dtype=out_dtype or dtype)
+        grad = _meta(tokens, width, dtype=dtype)
+        row_gradient(lookups, grad, values, out, slots, add=out_dtype is not None)
+
+    return run
+
+
+def _topk(dtype: torch.dtype, num_keys: int, key_dim: int, topk: int) -> Callable[[int], None]:
+    return lambda tokens: product_topk(
+        _meta(tokens, 4, 2 * key_dim, dtype=dtype),
+        _meta(2, 4, num_keys, key_dim, dtype=dtype),
+        topk,
+    )
+
+
+def _adam(
+    dtype: torch.dtype, touched: bool, row_wise: bool = False, width: int = 2048
+) -> Callable[[int], None]:
+    def run(tokens: int) -> None:
+        num_rows = 2**20
+        table, random = (num_rows, width), dtype == BF16
+        counters: tuple[torch.Tensor | None, ...] = (None, None, None)
+        if touched:
+            counters = tuple(
+                _meta(size, dtype=kind)
+                for size, kind in (
+                    (tokens, torch.int64),
+                    (num_rows, torch.int32),
+                    (num_rows, torch.int32),
+                )
+            )
+        update_rows_(
+            _meta(*table, dtype=dtype),
+            _meta(tokens if touched else num_rows, width),
+            _meta(*table, dtype=dtype),
+            _meta(num_rows) if row_wise else _meta(*table, dtype=dtype),
+            *counters,
+            step=tokens,
+            lr=0.1 / tokens,
+            betas=(0.9, 0.99),
+            eps=1e-8,
+            weight_decay=0.1,
+            grad_scale=_meta(1),
+            copy_rV=None if random else _meta(*table, dtype=BF16),
+            seed=tokens if random else None,
+            row_offset=tokens,
+        )
+
+    return run
+
+
+CASES: dict[str, Callable[[int], None]] = {
+    "bf16 V=2048": _bags(BF16, 2048),
+    "gradient bf16 V=2048": _gradient(BF16, 2048),
+    "top-k bf16 N=1024 C=256 K=32": _topk(BF16, 1024, 256, 32),
+    "adam fp32 + bf16 copy": _adam(FP32, touched=False),
+    "adam bf16 random, touched": _adam(BF16, touched=True),
+}
+MORE_CASES: dict[str, Callable[[int], None]] = {
+    "fp32 V=1024": _bags(FP32, 1024),
+    "fp16 V=1536": _bags(FP16, 1536),
+    "bf16 V=24": _bags(BF16, 24),
+    "gradient fp32 V=1024": _gradient(FP32, 1024),
+    "gradient fp16 V=72": _gradient(FP16, 72),
+    "gradient bf16 += fp32": _gradient(BF16, 2048, out_dtype=FP32),
+    "gradient bf16 += bf16": _gradient(BF16, 4096, out_dtype=BF16),
+    "gradient bf16 sparse": _gradient(BF16, 2048, sparse=True, want_weights=False),
+    "gradient of sub-keys": _gradient(BF16, 256, want_weights=False, num_rows=8192),
+    "top-k fp32 N=4096 C=512 K=32": _topk(FP32, 4096, 512, 32),
+    "top-k bf16 N=16384 C=128 K=64": _topk(BF16, 16384, 128, 64),
+    "top-k fp16 N=16 C=20 K=8": _topk(FP16, 16, 20, 8),
+    "adam bf16 random, moment per row": _adam(BF16, touched=False, row_wise=True),
+    "adam fp32 touched V=72": _adam(FP32, touched=True, width=72),
+}
+
+
+def compile_cases(cases: dict[str, Callable[[int], None]], arch: int) -> Iterator[Usage]:
+    """What every kernel of every case uses on one architecture.
+
+    Raises:
+        RuntimeError: another number of tokens made a kernel compile again.
+    """
+    driver.set_active(_Driver(arch))  # type: ignore[arg-type]
+    launched: dict[Any, str] = {}
+    launch = JITFunction.run
+
+    def stop_after_compiling(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
+        kernel = launch(self, *args, warmup=True, **kwargs)
+        if kernel not in launched and case is None:
+            raise RuntimeError(f"{kernel.name} compiles again for another number of tokens")
+        launched.setdefault(kernel, case)
+
+    JITFunction.run = stop_after_compiling
+    case: str | None = None
+    try:
+        for name, run in cases.items():
+            case = name
+            run(4096)
+            case = None
+            for tokens in (1, 15, 16, 4097):
+                run(tokens)
+    finally:
+        JITFunction.run = launch
+    for kernel, case in launched.items():
+        yield _measure(kernel, case, arch)
+
+
+def _measure(kernel: Any, case: str, arch: int) -> Usage:
+    """Assembles the kernel again, as its assembler tells what it used only in passing."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(kernel.asm["ptx"])
+        source.flush()
+        target = f"sm_{arch}{'a' if arch >= 90 else ''}"
+        command = [
+            get_ptxas(arch).path,
+            "-v",
+            f"--gpu-name={target}",
+            source.name,
+            "-o",
+            "/dev/null",
+        ]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    registers = int(re.search(r"Used (\d+) registers", log)[1])  # type: ignore[index]
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    return Usage(kernel.name, case, arch, warps, registers, shared, spilled)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--all", action="store_true", help="every shape and dtype in use")
+    parser.add_argument("--json", action="store_true", help="one record per line")
+    args = parser.parse_args()
+    assert not knobs.runtime.interpret, "the interpreter compiles nothing"
+    if not args.json:
+        print(f"{'kernel':20} {'case':34} sm  warps registers shared spilled")
+    for arch in ARCHITECTURES:
+        for usage in compile_cases({**CASES, **MORE_CASES} if args.all else CASES, arch):
+            if args.json:
+                print(json.dumps(usage._asdict()), flush=True)
+            else:
+                name, case, *numbers = usage
+                print(
+                    f"{name:20} {case:34} {'{:3} {:5} {:9} {:6} {:7}'.format(*numbers)}", flush=True
+                )
+
+
+if __name__ == "__main__":
+    main()
