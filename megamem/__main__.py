@@ -10,6 +10,7 @@ from megamem import __version__
 # name -> the module that has its main(argv) -> exit status, and what it does
 COMMANDS = {
     "run": ("megamem.integration.launcher", "run a Megatron training script with memory layers"),
+    "bench": ("megamem.tools.bench", "measure the kernels against the memory of this machine"),
 }
 USER_ERROR = 2
 

@@ -22,7 +22,10 @@ MAY_IMPORT = {
     "optimizer": {"config", "ops", "parallel", "checkpoint"},
     "planner": {"config"},
     "integration": {"config", "layers", "optimizer", "checkpoint", "metrics"},
-    "tools": {"config", "layers", "optimizer", "checkpoint", "planner", "integration"},
+    "tools": {
+        *("reference", "ops", "config", "layers", "optimizer", "checkpoint", "planner"),
+        "integration",
+    },
     "run": {"integration"},
     "__main__": {"integration", "planner", "tools"},
 }

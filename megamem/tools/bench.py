@@ -57,14 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # a file has no width of its own
     console = Console(width=None if sys.stdout.isatty() else 160)
+    show = console.print
     torch.manual_seed(args.seed)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     ceiling = copy_gbps(device)
-    console.print(f"{name}: a large copy moves {ceiling:.0f} GB/s, which is the ceiling below")
+    show(f"{name}: a large copy moves {ceiling:.0f} GB/s, which is the ceiling below")
     if device.type == "cpu":
-        console.print(
-            "No GPU: the twins in plain torch run, on small shapes; only ratios mean anything."
-        )
+        show("No GPU: the twins in plain torch run, on small shapes; only ratios mean anything.")
     records: list[Record] = []
     wrong: list[Record] = []
     skipped: list[Case] = []
@@ -79,11 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 record = measure(case, device, name, ceiling, args.min_ms)
                 (records if record.error <= MAX_RELATIVE_ERROR else wrong).append(record)
             progress.advance(task)
-    console.print(_table(records))
+    show(_table(records))
     for case in skipped:
-        console.print(
-            f"skipped: {case.op} {_numbers(case.shape)} takes {case.memory / 2**30:.0f} GiB"
-        )
+        show(f"skipped: {case.op} {_numbers(case.shape)} takes {case.memory / 2**30:.0f} GiB")
     if args.json:
         Path(args.json).write_text("".join(json.dumps(asdict(r)) + "\n" for r in records))
     if args.plot:
