@@ -1,6 +1,7 @@
 """Megatron's flags on a CPU: those it needs are set, those it cannot honour are refused."""
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -72,7 +73,7 @@ def adapt_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         problems = find_problems(parsed)
         if problems:
             parser.error("; ".join(problems))
-        announce([flag for dest, _, flag in NEEDED if not _is_given(actions[dest], given)])
+        announce(tuple(flag for dest, _, flag in NEEDED if not _is_given(actions[dest], given)))
         return parsed, rest
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
@@ -89,7 +90,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     return [*contrary, *filter(None, (refusal.problem(args) for refusal in REFUSED))]
 
 
-def announce(flags: Sequence[str]) -> None:
+@functools.cache  # Megatron reads the command line several times
+def announce(flags: tuple[str, ...]) -> None:
     """One line, on the first rank, that names the flags --cpu has set."""
     if flags and os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"megamem: --cpu sets {' '.join(flags)}\n")

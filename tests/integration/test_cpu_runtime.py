@@ -129,12 +129,14 @@ def test_adam_equals_torchs(adam_w_mode):
 def parser():
     from megatron.training.arguments import add_megatron_arguments
 
+    cpu_flags.announce.cache_clear()
     parser = argparse.ArgumentParser(allow_abbrev=False)
     return cpu_flags.adapt_parser(add_megatron_arguments(parser))
 
 
 def test_needed_flags_are_set_and_named(parser, capsys):
-    args = parser.parse_args(["--no-rope-fusion", "--transformer-impl=local"])
+    for _ in range(2):
+        args = parser.parse_args(["--no-rope-fusion", "--transformer-impl=local"])
     assert (args.distributed_backend, args.transformer_impl) == ("gloo", "local")
     assert not args.apply_rope_fusion and not args.gradient_accumulation_fusion
     assert args.no_persist_layer_norm and args.use_cpu_initialization
