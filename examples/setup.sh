@@ -66,7 +66,6 @@ else
 fi
 
 say "2/2 installing megamem, torch and Megatron-Core into it; the first time downloads about 3 GB"
-say "    (without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves most of it)"
 quiet=
 [ -t 1 ] || quiet=--quiet
 (cd "$root" && "$venv/bin/python" -m pip install $quiet --disable-pip-version-check -e '.[dev]') ||
