@@ -4,7 +4,7 @@
 # the checkpoint what it knows. Run it again to go on where it stopped.
 #
 #   bash examples/quickstart.sh                        about ten minutes on two cores
-#   bash examples/quickstart.sh --train-iters 4000     more; any flag of Megatron's may follow
+#   bash examples/quickstart.sh --train-iters 3000     more; any flag of Megatron's may follow
 #   MEGAMEM_RUN=elsewhere bash examples/quickstart.sh  keeps its files there
 set -euo pipefail
 
@@ -25,21 +25,21 @@ say "2/4 build the corpus of facts"
 python examples/facts/build_corpus.py --output "$run/data" --facts 4000
 
 model=(
-    --num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 384
+    --num-layers 4 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 176
     --seq-length 64 --max-position-embeddings 64 --position-embedding-type rope
     --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
     --attention-dropout 0 --hidden-dropout 0
 )
 memory=(
-    --memory-layers 1 2 --memory-num-keys 64 --memory-heads 2 --memory-topk 8 --memory-lr 1e-2
+    --memory-layers 1 2 --memory-num-keys 64 --memory-heads 2 --memory-topk 8 --memory-lr 2e-2
 )
 training=(
     --tensor-model-parallel-size 2 --sequence-parallel
-    --micro-batch-size 32 --global-batch-size 32 --train-iters 2000
-    --lr 2e-3 --min-lr 2e-4 --lr-warmup-iters 50 --lr-decay-style cosine
+    --micro-batch-size 32 --global-batch-size 32 --train-iters 1500
+    --lr 4e-3 --min-lr 2e-4 --lr-warmup-iters 50 --lr-decay-style cosine
     --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
-    --eval-interval 500 --eval-iters 10 --log-interval 20
-    --save "$run/checkpoints" --load "$run/checkpoints" --save-interval 1000
+    --eval-interval 500 --eval-iters 10 --log-interval 25
+    --save "$run/checkpoints" --load "$run/checkpoints" --save-interval 500
     --tensorboard-dir "$run/tensorboard"
 )
 data=(
@@ -67,7 +67,7 @@ sed -n '/closed-book exact match/,/^written to/p' "$run/probe.log"
 say "done. To go on:"
 cat <<EOF
     tensorboard --logdir $run/tensorboard          what the run looked like (.venv/bin has it)
-    bash examples/quickstart.sh --train-iters 4000   train on from the checkpoint in $run
+    bash examples/quickstart.sh --train-iters 3000   train on from the checkpoint in $run
     torchrun --nproc-per-node 8 -m megamem.run pretrain_gpt.py <your flags> --memory-layers 4 12 20
                                                      your own model, on GPUs
 EOF
