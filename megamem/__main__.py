@@ -11,6 +11,7 @@ from megamem import __version__
 COMMANDS = {
     "run": ("megamem.integration.launcher", "run a Megatron training script with memory layers"),
     "bench": ("megamem.tools.bench", "measure the kernels against the memory of this machine"),
+    "patch": ("megamem.tools.patch", "give a Megatron-LM checkout memory layers for good"),
 }
 USER_ERROR = 2
 

@@ -15,10 +15,10 @@ import runpy
 import socket
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megamem.config import ConfigurationError
 
@@ -94,6 +94,24 @@ def parse(words: Sequence[str]) -> Command:
             "script, such as pretrain_gpt.py of a Megatron-LM checkout"
         )
     return Command(rest[0], rest[1:], cpu=bool(cpu), force_cpu=cpu == "--cpu=force")
+
+
+def attach() -> None:
+    """What a patched script calls before it imports Megatron: the hooks, and errors in one line."""
+    from megamem.integration import hooks
+    from megamem.integration.patching import replace
+
+    hooks.install()
+    replace(sys, "excepthook", _say_in_one_line)
+
+
+def _say_in_one_line(original: Callable[..., None]) -> Callable[..., None]:
+    def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if isinstance(error, ConfigurationError):
+            stop(str(error))
+        original(kind, error, trace)
+
+    return excepthook
 
 
 def set_rendezvous_defaults() -> None:
