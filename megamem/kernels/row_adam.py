@@ -1,10 +1,12 @@
-"""Triton kernel of adamw_ and touched_adamw_; megamem.reference.row_adam specifies it.
+"""Triton kernel of the row optimizers; megamem.reference.row_adam specifies it.
 
     update_rows_   _update_kernel   all rows, or those of a list
 
 A program owns BLOCK_R rows and walks their columns in blocks: it reads gradient, weights and
 moments once, and writes weights and moments once, whatever the rounding. With one second moment
-per row it reads the gradient twice, the second time from the cache.
+per row it reads the gradient twice, the second time from the cache. Every load of a block is
+issued before the first is used: a store in between would hold back the loads behind it, as they
+might read what it wrote.
 
 Random rounding draws its bits from the counter (column / 8, row, step), so it needs no state and
 repeats. One Philox draw of four words serves eight columns.
@@ -65,6 +67,7 @@ def _update_kernel(
     rows,  # [E]; None for all rows
     touches,  # [r] or None
     last_steps,  # [r] or None
+    touched,  # [r] or None; gradients of rows where it is 0 are neither read nor cleared
     grad_scale,  # [1] or None
     num_rows,
     row_offset,
@@ -85,6 +88,7 @@ def _update_kernel(
     BLOCK_V: tl.constexpr,
     SECOND: tl.constexpr,
     RANDOM: tl.constexpr,
+    CLEAR: tl.constexpr,
 ):
     o_e = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_e = o_e < num_rows
@@ -95,6 +99,7 @@ def _update_kernel(
     if rows is not None:
         b_row = tl.load(rows + o_e, mask=m_e, other=-1).to(tl.int64)
         m_e = b_row >= 0
+    if touches is not None:
         b_touches = tl.load(touches + b_row, mask=m_e, other=0) + 1
         b_gap = step - tl.load(last_steps + b_row, mask=m_e, other=0)
         tl.store(touches + b_row, b_touches, mask=m_e)
@@ -102,6 +107,9 @@ def _update_kernel(
         b_decay = tl.exp(b_gap.to(tl.float32) * log_decay)
         b_correction1 = _one_minus_exp(b_touches.to(tl.float32) * log_beta1)
         b_correction2 = _one_minus_exp(b_touches.to(tl.float32) * log_beta2)
+    m_grads = m_e
+    if touched is not None:
+        m_grads = tl.load(touched + b_row, mask=m_e, other=0) != 0
     scale = 1.0
     if grad_scale is not None:
         scale = tl.load(grad_scale).to(tl.float32)
@@ -112,9 +120,9 @@ def _update_kernel(
     if SECOND == 2:
         b_square = tl.zeros([BLOCK_R], tl.float32)
         for i_v in range(0, V, BLOCK_V):
-            m = m_e[:, None] & (i_v + o_v < V)[None, :]
+            m_grad = m_grads[:, None] & (i_v + o_v < V)[None, :]
             o_grads = grads + o_e[:, None] * V + i_v + o_v[None, :]
-            b_grad = tl.load(o_grads, mask=m, other=0.0).to(tl.float32) * scale
+            b_grad = tl.load(o_grads, mask=m_grad, other=0.0).to(tl.float32) * scale
             b_square += tl.sum(b_grad * b_grad, axis=1)
         b_second = tl.load(exp_avg_sq + b_row, mask=m_e, other=0.0).to(tl.float32)
         b_second = b_second * beta2 + b_square / V * (1 - beta2)
@@ -123,24 +131,32 @@ def _update_kernel(
 
     for i_v in range(0, V, BLOCK_V):
         m = m_e[:, None] & (i_v + o_v < V)[None, :]
+        m_grad = m_grads[:, None] & (i_v + o_v < V)[None, :]
         o_state = b_row[:, None] * V + i_v + o_v[None, :]
         o_grads = grads + o_e[:, None] * V + i_v + o_v[None, :]
-        b_grad = tl.load(o_grads, mask=m, other=0.0).to(tl.float32) * scale
-        b_weight = tl.load(weights + o_state, mask=m, other=0.0).to(tl.float32)
+        b_grad = tl.load(o_grads, mask=m_grad, other=0.0)
+        b_weight = tl.load(weights + o_state, mask=m, other=0.0)
+        if exp_avg is not None:
+            b_first = tl.load(exp_avg + o_state, mask=m, other=0.0)
+        if SECOND == 1:
+            b_second = tl.load(exp_avg_sq + o_state, mask=m, other=0.0)
+
+        if CLEAR:
+            tl.store(o_grads, tl.zeros([BLOCK_R, BLOCK_V], grads.dtype.element_ty), mask=m_grad)
+        b_grad = b_grad.to(tl.float32) * scale
         b_update = b_grad
         if exp_avg is not None:
-            b_first = tl.load(exp_avg + o_state, mask=m, other=0.0).to(tl.float32)
+            b_first = b_first.to(tl.float32)
             b_first += (b_grad - b_first) * (1 - beta1)
             tl.store(exp_avg + o_state, b_first.to(exp_avg.dtype.element_ty), mask=m)
             b_update = b_first / b_correction1[:, None]
         if SECOND == 1:
-            b_second = tl.load(exp_avg_sq + o_state, mask=m, other=0.0).to(tl.float32)
-            b_second = b_second * beta2 + b_grad * b_grad * (1 - beta2)
+            b_second = b_second.to(tl.float32) * beta2 + b_grad * b_grad * (1 - beta2)
             tl.store(exp_avg_sq + o_state, b_second.to(exp_avg_sq.dtype.element_ty), mask=m)
             b_update = b_update / (tl.sqrt(b_second / b_correction2[:, None]) + eps)
         if SECOND == 2:
             b_update = b_update / b_divisor
-        b_new = b_weight * b_decay[:, None] - lr * b_update
+        b_new = b_weight.to(tl.float32) * b_decay[:, None] - lr * b_update
         if copy is not None:
             tl.store(copy + o_state, b_new.to(copy.dtype.element_ty), mask=m)
         if RANDOM:
@@ -166,8 +182,10 @@ def update_rows_(
     copy_rV: Tensor | None,
     seed: int | None,
     row_offset: int,
+    touched_r: Tensor | None = None,
+    clear_grads: bool = False,
 ) -> None:
-    """One step of AdamW on all rows, or on those of a list with counters of their own."""
+    """One step on all rows, or on those of a list, which may have counters of their own."""
     num_rows, width = grads_EV.shape
     if num_rows == 0:
         return
@@ -187,6 +205,7 @@ def update_rows_(
         rows_E,
         touches_r,
         last_steps_r,
+        touched_r,
         grad_scale,
         num_rows=num_rows,
         row_offset=row_offset,
@@ -207,6 +226,7 @@ def update_rows_(
         BLOCK_V=block_v,
         SECOND=second,
         RANDOM=seed is not None,
+        CLEAR=clear_grads,
         num_warps=4,
         **OPTIONS,
     )

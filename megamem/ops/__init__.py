@@ -2,7 +2,14 @@
 
 from megamem.ops.embedding_bag import embedding_bag
 from megamem.ops.product_topk import product_topk
-from megamem.ops.row_adam import adamw_, touched_adamw_
+from megamem.ops.row_adam import (
+    adamw_,
+    rowwise_adamw_,
+    sgd_,
+    touched_adamw_,
+    touched_rowwise_adamw_,
+    touched_sgd_,
+)
 from megamem.ops.value_gradient import add_value_gradient_, sparse_gradients
 from megamem.reference.philox import random_rows
 
@@ -12,6 +19,10 @@ __all__ = [
     "embedding_bag",
     "product_topk",
     "random_rows",
+    "rowwise_adamw_",
+    "sgd_",
     "sparse_gradients",
     "touched_adamw_",
+    "touched_rowwise_adamw_",
+    "touched_sgd_",
 ]

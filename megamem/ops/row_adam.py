@@ -1,6 +1,17 @@
-"""AdamW over the rows of a table, in place: every row, or only the touched ones."""
+"""Row optimizers, in place: AdamW and SGD, over every row of a table or only the touched ones.
 
-from typing import Any
+                            every row          touched rows
+    AdamW                   adamw_             touched_adamw_
+    a second moment of [r]  rowwise_adamw_     touched_rowwise_adamw_
+    SGD                     sgd_               touched_sgd_
+
+Weights in fp32 are the master weights, and `copy_rV` may receive their bf16 copy in the same pass.
+Weights in bf16 with a `seed` are rounded at random and need no master. `grad_scale` is one number
+on the device, for clipping times the inverse of the loss scale: no step waits for the host.
+megamem.reference.row_adam has the arithmetic.
+"""
+
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -8,6 +19,41 @@ from torch import Tensor
 from megamem.kernels.row_adam import update_rows_
 from megamem.ops.backend import use_triton
 from megamem.reference import row_adam as reference
+
+
+class SgdOptions(TypedDict, total=False):
+    """What every form takes beside `step` and `lr`; the reference says what each means."""
+
+    weight_decay: float
+    grad_scale: Tensor | None
+    copy_rV: Tensor | None
+    seed: int | None
+    row_offset: int
+
+
+class AdamOptions(SgdOptions, total=False):
+    betas: tuple[float, float]
+    eps: float
+
+
+class DenseSgdOptions(SgdOptions, total=False):
+    touched_r: Tensor | None
+    clear_grads: bool
+
+
+class DenseAdamOptions(AdamOptions, DenseSgdOptions, total=False):
+    pass
+
+
+DEFAULTS: dict[str, Any] = {
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "grad_scale": None,
+    "copy_rV": None,
+    "seed": None,
+    "row_offset": 0,
+}
 
 
 def adamw_(
@@ -18,38 +64,35 @@ def adamw_(
     *,
     step: int,
     lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    grad_scale: Tensor | None = None,
-    copy_rV: Tensor | None = None,
-    seed: int | None = None,
-    row_offset: int = 0,
+    **options: Unpack[DenseAdamOptions],
 ) -> None:
-    """One step of torch.optim.AdamW on every row; see the reference for the arguments."""
-    options: dict[str, Any] = {
-        "step": step,
-        "lr": lr,
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "grad_scale": grad_scale,
-        "copy_rV": copy_rV,
-        "seed": seed,
-        "row_offset": row_offset,
-    }
-    _check_state(weights_rV, grads_rV, exp_avg_rV, exp_avg_sq, options)
+    """One step of torch.optim.AdamW on every row.
+
+    Args:
+        exp_avg_rV: None for no first moment.
+        exp_avg_sq: [r, V], or [r] for one number per row, or None.
+        step: counted from 1.
+        options: `touched_r` [r] names the rows that have a gradient (not 0), so that the others'
+            is not read; `clear_grads=True` zeroes the gradients that were read, in the same pass.
+
+    Raises:
+        ValueError: tensors whose shapes, devices or dtypes do not fit, or an option out of range.
+    """
+    full: dict[str, Any] = {**DEFAULTS, "touched_r": None, "clear_grads": False, **options}
+    full |= {"step": step, "lr": lr}
+    _check_state(weights_rV, grads_rV, exp_avg_rV, exp_avg_sq, full)
     if grads_rV.shape != weights_rV.shape:
         raise ValueError(
             f"gradients of shape {tuple(grads_rV.shape)} for weights of shape "
             f"{tuple(weights_rV.shape)}."
         )
+    _check_rows("touched_r", full["touched_r"], weights_rV, weights_rV.shape[:1])
     state = (weights_rV, grads_rV, exp_avg_rV, exp_avg_sq)
     with torch.no_grad():
         if use_triton(weights_rV):
-            update_rows_(*state, **options)
+            update_rows_(*state, **full)
         else:
-            reference.adamw_(*state, **options)
+            reference.adamw_(*state, **full)
 
 
 def touched_adamw_(
@@ -63,64 +106,145 @@ def touched_adamw_(
     *,
     step: int,
     lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    grad_scale: Tensor | None = None,
-    copy_rV: Tensor | None = None,
-    seed: int | None = None,
-    row_offset: int = 0,
+    **options: Unpack[AdamOptions],
 ) -> None:
     """One step of AdamW on the touched rows, with a bias correction and a decay of their own.
 
-    The rows are distinct; -1 is skipped (megamem.ops.sparse_gradients returns them so). See
-    the reference for the arguments, and for what makes this differ from AdamW.
+    The rows are distinct; -1 is skipped (megamem.ops.sparse_gradients returns them so). The
+    reference says what makes this differ from AdamW.
+
+    Raises:
+        ValueError: tensors whose shapes, devices or dtypes do not fit, or an option out of range.
     """
-    options: dict[str, Any] = {
-        "step": step,
-        "lr": lr,
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "grad_scale": grad_scale,
-        "copy_rV": copy_rV,
-        "seed": seed,
-        "row_offset": row_offset,
-    }
-    _check_state(weights_rV, grads_EV, exp_avg_rV, exp_avg_sq, options)
-    if grads_EV.shape != (len(rows_E), weights_rV.shape[1]):
-        raise ValueError(
-            f"gradients of shape {tuple(grads_EV.shape)} for {len(rows_E)} rows of width "
-            f"{weights_rV.shape[1]}."
-        )
+    full: dict[str, Any] = {**DEFAULTS, **options, "step": step, "lr": lr}
+    _check_touched(weights_rV, rows_E, grads_EV, exp_avg_rV, exp_avg_sq, full)
     if not len(touches_r) == len(last_steps_r) == len(weights_rV):
         raise ValueError(
             f"{len(touches_r)} touches and {len(last_steps_r)} last steps for "
             f"{len(weights_rV)} rows."
         )
+    _check_rows("touches_r", touches_r, weights_rV, weights_rV.shape[:1])
+    _check_rows("last_steps_r", last_steps_r, weights_rV, weights_rV.shape[:1])
+    counters = (touches_r, last_steps_r)
     with torch.no_grad():
         if use_triton(weights_rV):
-            update_rows_(
-                weights_rV,
-                grads_EV,
-                exp_avg_rV,
-                exp_avg_sq,
-                rows_E,
-                touches_r,
-                last_steps_r,
-                **options,
-            )
+            state = (weights_rV, grads_EV, exp_avg_rV, exp_avg_sq)
+            update_rows_(*state, rows_E, *counters, **full)
         else:
-            reference.touched_adamw_(
-                weights_rV,
-                rows_E,
-                grads_EV,
-                exp_avg_rV,
-                exp_avg_sq,
-                touches_r,
-                last_steps_r,
-                **options,
-            )
+            moments = (exp_avg_rV, exp_avg_sq)
+            reference.touched_adamw_(weights_rV, rows_E, grads_EV, *moments, *counters, **full)
+
+
+def rowwise_adamw_(
+    weights_rV: Tensor,
+    grads_rV: Tensor,
+    exp_avg_rV: Tensor | None,
+    exp_avg_sq_r: Tensor,
+    *,
+    step: int,
+    lr: float,
+    **options: Unpack[DenseAdamOptions],
+) -> None:
+    """adamw_ with one second moment per row, of the mean square of the row's gradient."""
+    _check_row_moment(exp_avg_sq_r, weights_rV)
+    adamw_(weights_rV, grads_rV, exp_avg_rV, exp_avg_sq_r, step=step, lr=lr, **options)
+
+
+def touched_rowwise_adamw_(
+    weights_rV: Tensor,
+    rows_E: Tensor,
+    grads_EV: Tensor,
+    exp_avg_rV: Tensor | None,
+    exp_avg_sq_r: Tensor,
+    touches_r: Tensor,
+    last_steps_r: Tensor,
+    *,
+    step: int,
+    lr: float,
+    **options: Unpack[AdamOptions],
+) -> None:
+    """touched_adamw_ with one second moment per row, of the mean square of the row's gradient."""
+    _check_row_moment(exp_avg_sq_r, weights_rV)
+    moments, counters = (exp_avg_rV, exp_avg_sq_r), (touches_r, last_steps_r)
+    touched_adamw_(weights_rV, rows_E, grads_EV, *moments, *counters, step=step, lr=lr, **options)
+
+
+def sgd_(
+    weights_rV: Tensor,
+    grads_rV: Tensor,
+    *,
+    step: int,
+    lr: float,
+    **options: Unpack[DenseSgdOptions],
+) -> None:
+    """weights * (1 - lr * weight_decay) - lr * gradient, on every row.
+
+    Args:
+        step: counted from 1; only the random rounding depends on it.
+    """
+    adamw_(weights_rV, grads_rV, None, None, step=step, lr=lr, **options)
+
+
+def touched_sgd_(
+    weights_rV: Tensor,
+    rows_E: Tensor,
+    grads_EV: Tensor,
+    *,
+    step: int,
+    lr: float,
+    **options: Unpack[SgdOptions],
+) -> None:
+    """weights * (1 - lr * weight_decay) - lr * gradient, on the touched rows; others do not decay.
+
+    Args:
+        rows_E: distinct rows, or -1 for none.
+        step: counted from 1; only the random rounding depends on it.
+    """
+    full: dict[str, Any] = {**DEFAULTS, **options, "step": step, "lr": lr}
+    _check_touched(weights_rV, rows_E, grads_EV, None, None, full)
+    with torch.no_grad():
+        if use_triton(weights_rV):
+            update_rows_(weights_rV, grads_EV, None, None, rows_E, **full)
+        else:
+            del full["betas"], full["eps"]
+            reference.touched_sgd_(weights_rV, rows_E, grads_EV, **full)
+
+
+def _check_touched(
+    weights_rV: Tensor,
+    rows_E: Tensor,
+    grads_EV: Tensor,
+    exp_avg_rV: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    options: dict[str, Any],
+) -> None:
+    _check_state(weights_rV, grads_EV, exp_avg_rV, exp_avg_sq, options)
+    _check_rows("rows_E", rows_E, weights_rV, rows_E.shape[:1])
+    if grads_EV.shape != (len(rows_E), weights_rV.shape[1]):
+        raise ValueError(
+            f"gradients of shape {tuple(grads_EV.shape)} for {len(rows_E)} rows of width "
+            f"{weights_rV.shape[1]}."
+        )
+
+
+def _check_rows(name: str, x: Tensor | None, weights_rV: Tensor, shape: torch.Size) -> None:
+    if x is None:
+        return
+    if x.shape != shape or x.is_floating_point() or not x.is_contiguous():
+        raise ValueError(
+            f"{name} of shape {tuple(x.shape)} and {x.dtype}: one contiguous tensor of integers is "
+            f"needed, for weights of shape {tuple(weights_rV.shape)}."
+        )
+    if x.device != weights_rV.device:
+        raise ValueError(f"{name} on {x.device}, the weights on {weights_rV.device}.")
+
+
+def _check_row_moment(exp_avg_sq_r: Tensor, weights_rV: Tensor) -> None:
+    if exp_avg_sq_r.shape != weights_rV.shape[:1]:
+        raise ValueError(
+            f"the second moment of shape {tuple(exp_avg_sq_r.shape)} for weights of shape "
+            f"{tuple(weights_rV.shape)}: one number per row is needed."
+        )
 
 
 def _check_state(
@@ -136,17 +260,29 @@ def _check_state(
         "first moment": exp_avg_rV,
         "second moment": exp_avg_sq,
         "copy": options["copy_rV"],
+        "gradient scale": options["grad_scale"],
     }
     for name, x in tensors.items():
-        if x is not None and not x.is_contiguous():
+        if x is None:
+            continue
+        if not x.is_contiguous():
             raise ValueError(f"the {name} must be contiguous.")
-        if x is not None and x.device != weights_rV.device:
+        if not x.is_floating_point():
+            raise ValueError(f"the {name} of {x.dtype} must be floating point.")
+        if x.device != weights_rV.device:
             raise ValueError(f"the {name} on {x.device}, the weights on {weights_rV.device}.")
-        if name in ("first moment", "copy") and x is not None and x.shape != weights_rV.shape:
+        if name in ("first moment", "copy") and x.shape != weights_rV.shape:
             raise ValueError(
                 f"the {name} of shape {tuple(x.shape)} for weights of shape "
                 f"{tuple(weights_rV.shape)}."
             )
+        if name == "gradient scale" and x.numel() != 1:
+            raise ValueError(f"the {name} of shape {tuple(x.shape)}: one number is needed.")
+    if weights_rV.dim() != 2 or weights_rV.shape[1] % 8:
+        raise ValueError(
+            f"weights of shape {tuple(weights_rV.shape)}: a table is [rows, width], the width a "
+            "multiple of 8."
+        )
     if exp_avg_sq is not None and exp_avg_sq.shape not in (weights_rV.shape, weights_rV.shape[:1]):
         raise ValueError(
             f"the second moment of shape {tuple(exp_avg_sq.shape)} for weights of shape "

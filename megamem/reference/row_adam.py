@@ -1,8 +1,8 @@
-"""AdamW over the rows of a table, as arithmetic: all rows, or only those that were touched.
+"""Row optimizers as arithmetic: AdamW and SGD, over all rows or only those that were touched.
 
-Both leave out a moment that is None: without the second there is no division (momentum SGD),
-without either a step is lr * gradient. A second moment of shape [r] holds one number per row, the
-running mean of the squares of its gradient.
+A moment that is None is left out: without the second there is no division (momentum SGD), without
+either a step is lr * gradient (plain SGD). A second moment of shape [r] holds one number per row,
+the running mean of the squares of its gradient.
 """
 
 import math
@@ -28,6 +28,8 @@ def adamw_(
     copy_rV: Tensor | None = None,
     seed: int | None = None,
     row_offset: int = 0,
+    touched_r: Tensor | None = None,
+    clear_grads: bool = False,
 ) -> None:
     """One step of torch.optim.AdamW on every row, in fp32, whatever the dtypes.
 
@@ -40,14 +42,19 @@ def adamw_(
         seed: of the random rounding.
         row_offset: number of the first row in the whole table, so that the rounding of a row does
             not depend on how the table is sharded.
+        touched_r: rows where it is 0 have a gradient of zero, whatever `grads_rV` says.
+        clear_grads: leave zeros in the gradients of the touched rows.
     """
     rows_r = torch.arange(len(weights_rV), device=weights_rV.device)
+    with_gradient_r1 = torch.ones_like(rows_r, dtype=torch.bool).unsqueeze(-1)
+    if touched_r is not None:
+        with_gradient_r1 = touched_r.bool().unsqueeze(-1)
     corrections = [torch.tensor(1 - beta**step, dtype=torch.float64) for beta in betas]
     decay = torch.tensor(1 - lr * weight_decay, dtype=torch.float64)
     _update_rows_(
         weights_rV,
         rows_r,
-        grads_rV,
+        grads_rV.where(with_gradient_r1, 0),
         exp_avg_rV,
         exp_avg_sq,
         corrections,
@@ -61,6 +68,8 @@ def adamw_(
         seed,
         row_offset,
     )
+    if clear_grads:
+        grads_rV.masked_fill_(with_gradient_r1, 0)
 
 
 def touched_adamw_(
@@ -114,6 +123,45 @@ def touched_adamw_(
         lr,
         betas,
         eps,
+        grad_scale,
+        copy_rV,
+        seed,
+        row_offset,
+    )
+
+
+def touched_sgd_(
+    weights_rV: Tensor,
+    rows_E: Tensor,
+    grads_EV: Tensor,
+    *,
+    step: int,
+    lr: float,
+    weight_decay: float = 0.0,
+    grad_scale: Tensor | None = None,
+    copy_rV: Tensor | None = None,
+    seed: int | None = None,
+    row_offset: int = 0,
+) -> None:
+    """weights * (1 - lr * weight_decay) - lr * gradient on the touched rows; no state, no others.
+
+    Args:
+        rows_E: distinct rows, or -1 for none. Idle rows do not decay.
+        step: counted from 1; only the random rounding depends on it.
+    """
+    present_E = rows_E >= 0
+    _update_rows_(
+        weights_rV,
+        rows_E[present_E],
+        grads_EV[present_E],
+        None,
+        None,
+        [torch.ones(()), torch.ones(())],
+        torch.tensor(1 - lr * weight_decay, dtype=torch.float64),
+        step,
+        lr,
+        (0.0, 0.0),
+        0.0,
         grad_scale,
         copy_rV,
         seed,
