@@ -1,0 +1,68 @@
+"""Megatron-LM checkouts in miniature, and patches made for them by git."""
+
+import hashlib
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+RELEASE = "core_v0.19.x"
+VERSION = "MAJOR = 0\nMINOR = {minor}\nPATCH = {patch}\nPRE_RELEASE = ''\n"
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A checkout as released, and the files as its patches leave them."""
+
+    root: Path
+    released: dict[str, bytes]
+    patched: dict[str, bytes]
+
+    def read(self) -> dict[str, bytes]:
+        """What the patched files hold now."""
+        return {path: (self.root / path).read_bytes() for path in self.released}
+
+    def everything(self) -> dict[str, bytes]:
+        """Every file of the tree, so that a leftover shows."""
+        found = (path for path in self.root.rglob("*") if path.is_file())
+        return {str(path.relative_to(self.root)): path.read_bytes() for path in found}
+
+
+def write_tree(root: Path, files: dict[str, str], minor: int = 19, patch: int = 2) -> Path:
+    """A folder that says which release of Megatron-LM it is, with these files."""
+    facts = {"megatron/core/package_info.py": VERSION.format(minor=minor, patch=patch)}
+    for path, text in (facts | files).items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    return root
+
+
+def insert(text: str, *blocks: tuple[int, str]) -> str:
+    """The text with blocks put after line numbers of its own."""
+    lines = text.splitlines(keepends=True)
+    for after, block in sorted(blocks, reverse=True):
+        lines[after:after] = [block]
+    return "".join(lines)
+
+
+def git_diff(old: str, new: str, path: str, scratch: Path) -> str:
+    """What `git diff -U0` prints, without the line of the file it repeats after each @@."""
+    for side, text in (("a", old), ("b", new)):
+        (scratch / side / path).parent.mkdir(parents=True, exist_ok=True)
+        (scratch / side / path).write_text(text)
+    words = ["git", "diff", "--no-index", "--no-prefix", "-U0", f"a/{path}", f"b/{path}"]
+    diff = subprocess.run(words, cwd=scratch, capture_output=True, text=True).stdout
+    return re.sub(r"^(@@ .*? @@).*$", r"\1", diff, flags=re.MULTILINE)
+
+
+def write_series(home: Path, scratch: Path, changes: dict[str, tuple[str, str]]) -> Path:
+    """patches/<release> for files given as path -> (as released, patched)."""
+    folder = home / RELEASE
+    folder.mkdir(parents=True)
+    sums = []
+    for number, (path, (old, new)) in enumerate(changes.items(), 1):
+        diff = git_diff(old, new, path, scratch)
+        (folder / f"{number:04}-{Path(path).stem}.patch").write_text("Why it is here.\n\n" + diff)
+        sums.append(f"{hashlib.sha256(old.encode()).hexdigest()}  {path}\n")
+    (folder / "SHA256SUMS").write_text("".join(sums))
+    return folder
