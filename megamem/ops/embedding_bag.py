@@ -8,10 +8,9 @@ from torch import Tensor
 from megamem.kernels.embedding_bag import sum_bags
 from megamem.kernels.row_gradient import row_gradient, sort_lookups
 from megamem.ops.backend import use_triton
+from megamem.ops.checks import check_buffer, check_contents, check_inputs
 from megamem.ops.value_gradient import add_value_gradient_
 from megamem.reference.embedding_bag import embedding_bag as reference
-
-TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class _EmbeddingBag(torch.autograd.Function):
@@ -27,6 +26,7 @@ class _EmbeddingBag(torch.autograd.Function):
     def backward(ctx: Any, grad_GV):  # type: ignore[no-untyped-def]
         values_rV, row_ids_M, weights_M, offsets = ctx.saved_tensors
         want_values, _, want_weights, *_ = ctx.needs_input_grad
+        want_values = want_values or ctx.buffer_rV is not None
         backward = _backward if use_triton(values_rV) else _twin_backward
         grad_values, grad_weights = backward(
             grad_GV.contiguous(),
@@ -110,24 +110,23 @@ def embedding_bag(
         weights_M: weight of each lookup.
         offsets: [G + 1], where each bag starts; the last entry is M.
         may_skip: False promises that no row id is negative, which saves a pass over them.
-        check_row_ids: whether to look for row ids that the table does not have. By default only on
-            a CPU, as a GPU would have to wait for the answer.
+        check_row_ids: whether to look for row ids that the table does not have, and for offsets
+            that are none. By default only on a CPU, as a GPU would have to wait for the answer.
         add_value_grad_to: fp32 or bf16 [r, V] buffer that the backward adds the value gradient to,
             touched rows only; autograd then gets none.
 
     Returns:
         bags_GV
+
+    Raises:
+        ValueError: tensors whose shapes, devices or dtypes do not fit, or, where checked, a row id
+            or an offset out of range.
     """
-    _check_inputs(values_rV, row_ids_M, weights_M, offsets)
-    if add_value_grad_to is not None and (
-        add_value_grad_to.shape != values_rV.shape or not add_value_grad_to.is_contiguous()
-    ):
-        raise ValueError(
-            f"add_value_grad_to of shape {tuple(add_value_grad_to.shape)}: a contiguous buffer of "
-            f"the shape of the table, {tuple(values_rV.shape)}, is needed."
-        )
+    check_inputs(values_rV, row_ids_M, weights_M, offsets)
+    if add_value_grad_to is not None:
+        check_buffer(add_value_grad_to, values_rV)
     if check_row_ids or (check_row_ids is None and not values_rV.is_cuda):
-        _check_row_ids(row_ids_M, len(values_rV), may_skip)
+        check_contents(row_ids_M, offsets, len(values_rV), may_skip)
     if not use_triton(values_rV) and add_value_grad_to is None:
         return reference(values_rV, row_ids_M, weights_M, offsets)
     return _EmbeddingBag.apply(
@@ -138,39 +137,3 @@ def embedding_bag(
         may_skip,
         add_value_grad_to,
     )
-
-
-def _check_inputs(values_rV: Tensor, row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor) -> None:
-    if values_rV.dim() != 2 or values_rV.shape[1] % 8:
-        raise ValueError(
-            f"values of shape {tuple(values_rV.shape)}: a table is [rows, width], the width a "
-            "multiple of 8."
-        )
-    if values_rV.dtype not in TABLE_DTYPES:
-        raise ValueError(f"values of {values_rV.dtype}: a table is fp32, bf16, fp16 or fp64.")
-    if not weights_M.is_floating_point():
-        raise ValueError(f"weights of {weights_M.dtype}: they must be floating point.")
-    for name, ids in (("row_ids", row_ids_M), ("offsets", offsets)):
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"{name} of {ids.dtype}: they must be int64 or int32.")
-    if row_ids_M.dim() != 1 or row_ids_M.shape != weights_M.shape:
-        raise ValueError(
-            f"row_ids of shape {tuple(row_ids_M.shape)} and weights of shape "
-            f"{tuple(weights_M.shape)}: both must be [lookups]."
-        )
-    if offsets.dim() != 1 or len(offsets) == 0:
-        raise ValueError(f"offsets of shape {tuple(offsets.shape)}: they must be [bags + 1].")
-    devices = {x.device for x in (values_rV, row_ids_M, weights_M, offsets)}
-    if len(devices) > 1:
-        names = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"values, row_ids, weights and offsets lie on {names}: use one device.")
-
-
-def _check_row_ids(row_ids_M: Tensor, num_rows: int, may_skip: bool) -> None:
-    if len(row_ids_M) == 0:
-        return
-    low, high = (int(bound) for bound in row_ids_M.aminmax())
-    if high >= num_rows:
-        raise ValueError(f"row id {high} in a table of {num_rows} rows.")
-    if low < 0 and not may_skip:
-        raise ValueError(f"row id {low}, though may_skip=False promised none below 0.")

@@ -61,6 +61,9 @@ def product_topk(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[T
     Returns:
         scores_THK: fp32 (fp64 for fp64 queries), best first.
         row_ids_THK: int64, row = i * N + j.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or a topk out of range.
     """
     _check_inputs(query_THQ, sub_keys_2HNC, topk)
     if not use_triton(query_THQ) or not use_triton(sub_keys_2HNC):
@@ -80,6 +83,9 @@ def _check_inputs(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> None:
             f"{tuple(sub_keys_2HNC.shape)}: [tokens, heads, 2 * width] and "
             "[2, heads, keys, width] are needed."
         )
+    for name, x in (("queries", query_THQ), ("sub-keys", sub_keys_2HNC)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name} of {x.dtype}: they must be floating point.")
     _, heads, num_keys, key_dim = sub_keys_2HNC.shape
     if query_THQ.shape[1:] != (heads, 2 * key_dim):
         raise ValueError(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megamem.kernels.row_gradient import row_gradient, sort_lookups
 from megamem.ops.backend import use_triton
+from megamem.ops.checks import check_gradient, check_inputs
 from megamem.reference.embedding_bag import embedding_bag as reference
 
 
@@ -25,6 +26,8 @@ def sparse_gradients(
         grads_EV: their gradients, in the dtype of grad_GV; the rest is undefined.
         weight_grads_M: fp32 (fp64 for an fp64 table).
     """
+    check_inputs(values_rV, row_ids_M, weights_M, offsets)
+    check_gradient(grad_GV, values_rV, offsets)
     (num_rows, width), device = values_rV.shape, grad_GV.device
     num_slots = min(len(row_ids_M), num_rows)
     grads_EV = torch.empty(num_slots, width, dtype=grad_GV.dtype, device=device)
@@ -54,6 +57,8 @@ def add_value_gradient_(
     buffer_rV: Tensor, grad_GV: Tensor, row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor
 ) -> Tensor:
     """Add the value gradient to the touched rows of a buffer, summed in fp32, rounded once."""
+    check_inputs(buffer_rV, row_ids_M, weights_M, offsets)
+    check_gradient(grad_GV, buffer_rV, offsets)
     if not use_triton(grad_GV):
         rows_U, grads_UV = _twin_gradient(
             grad_GV.to(torch.promote_types(grad_GV.dtype, torch.float32)),

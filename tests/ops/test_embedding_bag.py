@@ -152,6 +152,13 @@ def test_a_cpu_trains_on_the_twin(monkeypatch):
         ({"offsets": torch.tensor([], dtype=torch.int64)}, r"\[bags \+ 1\]"),
         ({"weights_M": torch.zeros(2, device="meta")}, "use one device"),
         ({"add_value_grad_to": torch.zeros(4, 8)}, "shape of the table"),
+        ({"add_value_grad_to": torch.zeros(5, 8, dtype=torch.int64)}, "use fp32 or bf16"),
+        ({"add_value_grad_to": torch.zeros(5, 8, device="meta")}, "add_value_grad_to on meta"),
+        ({"row_ids_M": torch.tensor([0, -2])}, "row id -2: rows are counted from 0"),
+        ({"row_ids_M": torch.tensor([0, -1]), "may_skip": False}, "promised none below 0"),
+        ({"offsets": torch.tensor([0, 3])}, "offsets from 0 to 3 for 2 lookups"),
+        ({"offsets": torch.tensor([1, 2])}, "offsets from 1 to 2"),
+        ({"offsets": torch.tensor([0, 2, 1, 2])}, "must rise"),
     ],
 )
 def test_errors_for_people(change, message):
@@ -164,3 +171,42 @@ def test_errors_for_people(change, message):
     embedding_bag(**good)
     with pytest.raises(ValueError, match=message):
         embedding_bag(**{**good, **change})
+
+
+def test_the_check_can_be_turned_off(device, monkeypatch):
+    """On request, and on a GPU by default, nobody looks at the ids and nobody waits for them."""
+    batch = make_batch([4, 2], num_rows=5, width=8, device=device)
+    lookups = (batch.row_ids_M, batch.weights_M, batch.offsets)
+    looks = []
+    aminmax = Tensor.aminmax
+    monkeypatch.setattr(Tensor, "aminmax", lambda x: looks.append(x) or aminmax(x))
+    embedding_bag(batch.values_rV, *lookups, check_row_ids=False)
+    assert not looks
+    embedding_bag(batch.values_rV, *lookups, check_row_ids=True)
+    assert len(looks) == 1
+    embedding_bag(batch.values_rV, *lookups)
+    assert len(looks) == (1 if device == "cuda" else 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row_ids_M": torch.tensor([0, 1, 2])}, r"\[lookups\]"),
+        ({"weights_M": torch.zeros(2, device="meta")}, "use one device"),
+        ({"grad_GV": torch.zeros(2, 8)}, "gradient of shape"),
+        ({"grad_GV": torch.zeros(1, 8, device="meta")}, "gradient on meta"),
+        ({"buffer_rV": torch.zeros(5, 12), "grad_GV": torch.zeros(1, 12)}, "multiple of 8"),
+    ],
+)
+def test_errors_of_the_gradient_forms(change, message):
+    good = {
+        "buffer_rV": torch.zeros(5, 8),
+        "grad_GV": torch.zeros(1, 8),
+        "row_ids_M": torch.tensor([0, 4]),
+        "weights_M": torch.ones(2),
+        "offsets": torch.tensor([0, 2]),
+    }
+    for op in (add_value_gradient_, sparse_gradients):
+        op(*good.values())
+        with pytest.raises(ValueError, match=message):
+            op(*{**good, **change}.values())

@@ -121,6 +121,17 @@ def test_errors_for_people(query, sub_keys, topk, message, device):
         product_topk(torch.zeros(query, device=device), torch.zeros(sub_keys, device=device), topk)
 
 
+def test_inputs_that_do_not_fit_each_other():
+    query, sub_keys = torch.zeros(2, 1, 8), torch.zeros(2, 1, 6, 4)
+    with pytest.raises(ValueError, match="use one device"):
+        product_topk(query, sub_keys.to("meta"), 2)
+    for pair in ((query.long(), sub_keys), (query, sub_keys.int())):
+        with pytest.raises(ValueError, match="must be floating point"):
+            product_topk(*pair, 2)
+    with pytest.raises(ValueError, match="at most 46340"):
+        product_topk(query, torch.zeros(2, 1, 46341, 4), 2)
+
+
 def test_a_cpu_trains_on_the_twin_at_any_topk(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     query, sub_keys = _integers(2, 1, 80, 4, 2, "cpu")
