@@ -1,0 +1,248 @@
+"""What one layout of the table takes: bytes on a rank, bytes on the wires, seconds of a step."""
+
+from dataclasses import dataclass
+
+from megamem.planner.hardware import HARDWARE
+from megamem.planner.job import Job, Layout, layout_traffic, layout_wire
+from megamem.planner.sizes import (
+    dense_flops_per_token,
+    memory_flops_per_token,
+    stage_parameters,
+)
+from megamem.planner.states import TableState
+from megamem.planner.traffic import (
+    Traffic,
+    expected_unique,
+    forward_bytes,
+    replication_bytes,
+    widest_slice,
+)
+
+GRADIENT_BYTES = 4
+MOMENTS_BYTES = 8
+MASTER_BYTES = 4
+# int64 row ids and fp32 weights
+LOOKUP_KEPT_BYTES = 12
+# sorting lookups by row: keys and positions, twice
+LOOKUP_SORTED_BYTES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankBytes:
+    """Bytes on the fullest rank, activations of the dense model not among them."""
+
+    dense: float
+    """Weights, gradients and optimizer of everything but the table."""
+    weights: float
+    """Of the table."""
+    gradients: float
+    optimizer: float
+    buffers: float
+    """Of the lookup path: what backward keeps of every memory layer, and the exchange's peak."""
+
+    @property
+    def table(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        return self.dense + self.table + self.buffers
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSeconds:
+    """Estimated time of one step on one kind of GPU."""
+
+    dense: float
+    """Matrix work of the whole model, that of the memory layers included."""
+    lookup: float
+    """Rows read forward and backward, partial sums written, gradients added up."""
+    exchange: float
+    """Lookups to the rows and sums back, both directions."""
+    replicas: float
+    """Gradients summed over replicas of the table, and weights given back."""
+    optimizer: float
+    """The table's step."""
+
+    @property
+    def table(self) -> float:
+        """All but the matrix work."""
+        return self.lookup + self.exchange + self.replicas + self.optimizer
+
+    @property
+    def share(self) -> float:
+        """Of the step that the table takes."""
+        return self.table / (self.table + self.dense)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutCost:
+    """One layout and what it takes."""
+
+    layout: Layout
+    replicas: int
+    bytes: RankBytes
+    sent: Traffic
+    """Per token and memory layer."""
+    exchange_per_step: float
+    """Bytes that a rank sends for lookups."""
+    replicas_per_step: float
+    """Bytes that a rank sends to keep replicas equal."""
+    seconds: dict[str, StepSeconds]
+    """GPU -> estimate."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's part of the tables, and of the lookups; counts are expectations."""
+
+    tables: int
+    rows: int
+    """Of each table, on the rank that holds most."""
+    width: int
+    """Numbers of a row, there."""
+    picks: float
+    """Lookups that arrive for one layer in one microbatch."""
+    calls: int
+    """Memory layers times microbatches."""
+    touched: float
+    """Rows of one table that one layer touches in one microbatch."""
+    touched_by_step: float
+    """Rows of one table that all layers, microbatches and replicas touch."""
+
+    @property
+    def numbers(self) -> int:
+        return self.tables * self.rows * self.width
+
+
+def layout_cost(job: Job, layout: Layout) -> LayoutCost:
+    """What one layout takes on the fullest rank and in every step."""
+    cluster, size = job.cluster, layout.group_size
+    share, sent = rank_share(job, layout), layout_traffic(job, layout)
+    replicas = cluster.stage_ranks // size
+    tokens = job.microbatch_tokens * share.calls
+    replica_bytes = 0.0
+    if replicas > 1:
+        replica_bytes = replication_bytes(share.numbers, 1, e=job.number_bytes)
+    return LayoutCost(
+        layout=layout,
+        replicas=replicas,
+        bytes=rank_bytes(job, layout),
+        sent=sent,
+        exchange_per_step=tokens * sent.total,
+        replicas_per_step=replica_bytes,
+        seconds={
+            gpu: _step_seconds(job, layout, share, sent, replica_bytes, gpu) for gpu in HARDWARE
+        },
+    )
+
+
+def rank_share(job: Job, layout: Layout) -> Share:
+    """What falls to one rank of the stage with most memory layers."""
+    memory, microbatches = job.memory, job.cluster.microbatches
+    layers, own_tables = max(job.stage_memories), memory.memory_pool == "layer"
+    rows = -(-memory.num_rows // layout.row_ranks)
+    picks = memory.lookups_per_token * job.microbatch_tokens * layout.column_ranks
+    readers = (1 if own_tables else layers) * (job.cluster.stage_ranks // layout.group_size)
+    return Share(
+        tables=layers if own_tables else 1,
+        rows=rows,
+        width=widest_slice(memory.value_dim, layout.column_ranks),
+        picks=picks,
+        calls=layers * microbatches,
+        touched=expected_unique(rows, picks),
+        touched_by_step=expected_unique(rows, picks * readers * microbatches),
+    )
+
+
+def rank_bytes(job: Job, layout: Layout) -> RankBytes:
+    """What one layout takes on the fullest rank."""
+    state, share = job.state, rank_share(job, layout)
+    # a sparse gradient has rows for what was touched; an upper bound is every row
+    gradient_rows = share.touched_by_step if state.sparse else share.rows
+    return RankBytes(
+        dense=dense_bytes(job),
+        weights=share.numbers * state.weights,
+        gradients=share.tables * gradient_rows * share.width * state.gradient,
+        optimizer=share.numbers * state.optimizer + share.tables * share.rows * state.per_row,
+        buffers=lookup_buffers(job, layout),
+    )
+
+
+def dense_bytes(job: Job) -> float:
+    """Weights, gradients and AdamW state of all but the table, on the fullest pipeline stage."""
+    cluster, half = job.cluster, job.cluster.half_precision
+    parameters = max(
+        stage_parameters(
+            job.shape,
+            job.memory,
+            cluster.tensor_model_parallel_size,
+            cluster.pipeline_model_parallel_size,
+        )
+    )
+    owners = 1
+    if cluster.use_distributed_optimizer:
+        owners = cluster.data_parallel * cluster.context_parallel_size
+    state = (MASTER_BYTES if half else 0) + MOMENTS_BYTES
+    return parameters * (job.number_bytes + GRADIENT_BYTES + state / owners)
+
+
+def lookup_buffers(job: Job, layout: Layout) -> float:
+    """Bytes that memory layers keep for backward, and the largest exchange's own.
+
+    Kept: a token's lookups where they were made and where they arrived, its queries, read-out and
+    gate. At the peak: the partial sums of all tokens that are read here, as sent and as arrived,
+    or their gradients, and the lookups sorted by row.
+    """
+    memory, tokens, e = job.memory, job.microbatch_tokens, job.number_bytes
+    lookups, width, size = memory.lookups_per_token, memory.value_dim, layout.group_size
+    # at a fixed size a place is kept for lookups that went elsewhere
+    senders = size if layout_wire(job, layout) == "allgather" else layout.column_ranks
+    arrived = lookups * tokens * senders
+    gate = 2 * width if memory.memory_variant == "memory+" else 0
+    kept = LOOKUP_KEPT_BYTES * (lookups * tokens + arrived)
+    kept += tokens * e * (memory.memory_heads * memory.key_dim + width + gate)
+    bags = 2 * size * tokens * widest_slice(width, layout.column_ranks) * e
+    stages = job.cluster.pipeline_model_parallel_size
+    # a stage holds as many microbatches as there are stages from it to the last
+    kept_layers = max(
+        count * min(stages - stage, job.cluster.microbatches)
+        for stage, count in enumerate(job.stage_memories)
+    )
+    return kept_layers * kept + bags + LOOKUP_SORTED_BYTES * arrived
+
+
+def backward_bytes(touched: float, width: float, state: TableState, *, e: int = 2) -> float:
+    """Read and written by the sorted backward: each touched row once, and its gradient.
+
+    A dense gradient is added to, a sparse one only written.
+    """
+    return touched * width * (e + state.gradient * (1 if state.sparse else 2))
+
+
+def step_flops(job: Job) -> float:
+    """Matrix FLOPs of a step on one rank, if all ranks share them evenly."""
+    per_token = dense_flops_per_token(job.shape, job.memory)
+    memories = len(job.memory.memory_layers)
+    per_token += memories * memory_flops_per_token(job.memory, job.shape.hidden_size)
+    return per_token * job.cluster.batch * job.shape.seq_length / job.cluster.world_size
+
+
+def _step_seconds(
+    job: Job, layout: Layout, share: Share, sent: Traffic, replica_bytes: float, gpu: str
+) -> StepSeconds:
+    hardware, state, e = HARDWARE[gpu], job.state, job.number_bytes
+    memory, cluster, tokens = job.memory, job.cluster, job.microbatch_tokens
+    moved = forward_bytes(memory.value_dim, memory.lookups_per_token, tokens, e=e)
+    # what every rank of the group sums for these tokens is written and read again
+    moved += (layout.group_size - 1) * tokens * share.width * e
+    moved += backward_bytes(share.touched, share.width, state, e=e)
+    stepped = share.touched_by_step if state.sparse else share.rows
+    within_node = cluster.stage_ranks <= cluster.gpus_per_node
+    return StepSeconds(
+        dense=step_flops(job) / hardware.flops,
+        lookup=share.calls * moved / hardware.copy,
+        exchange=sent.seconds(share.calls * tokens, hardware.link, hardware.network),
+        replicas=replica_bytes / (hardware.link if within_node else hardware.network),
+        optimizer=share.tables * stepped * share.width * state.moved_by_step / hardware.copy,
+    )

@@ -1,0 +1,247 @@
+"""What is to be planned: a model, its memories, the ranks, and how a table may lie over them."""
+
+import math
+from dataclasses import dataclass, replace
+
+from megamem.config import ConfigurationError, MemoryConfig
+from megamem.planner.hardware import HARDWARE, Hardware
+from megamem.planner.sizes import ModelShape, stage_layers
+from megamem.planner.states import Optimizer, TableState, table_state
+from megamem.planner.traffic import (
+    Mode,
+    Traffic,
+    Wire,
+    choose_mode,
+    choose_wire,
+    divisors,
+    mode_problem,
+    traffic,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The ranks of a run and what each step gives them; fields bear the names of Megatron's."""
+
+    world_size: int
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    micro_batch_size: int = 1
+    global_batch_size: int | None = None
+    """Sequences of a step. Default: one microbatch on every data-parallel rank."""
+    gpus_per_node: int = 8
+    half_precision: bool = True
+    use_distributed_optimizer: bool = True
+
+    def __post_init__(self) -> None:
+        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        cp, found = self.context_parallel_size, []
+        sizes = {
+            "--world-size": self.world_size,
+            "--tensor-model-parallel-size": tp,
+            "--pipeline-model-parallel-size": pp,
+            "--context-parallel-size": cp,
+            "--micro-batch-size": self.micro_batch_size,
+            "--gpus-per-node": self.gpus_per_node,
+        }
+        found += [f"{flag} {size} must be at least 1." for flag, size in sizes.items() if size < 1]
+        if not found and self.world_size % (tp * pp * cp):
+            fewer = max(1, self.world_size // (tp * pp * cp)) * tp * pp * cp
+            found.append(
+                f"--world-size {self.world_size} is not a multiple of {tp * pp * cp}, which "
+                f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} x "
+                f"--context-parallel-size {cp} make; use {fewer}."
+            )
+        if not found and self.batch % (self.micro_batch_size * self.data_parallel):
+            step = self.micro_batch_size * self.data_parallel
+            found.append(
+                f"--global-batch-size {self.batch} is not a multiple of --micro-batch-size "
+                f"{self.micro_batch_size} x {self.data_parallel} data-parallel ranks; use "
+                f"{-(-self.batch // step) * step}."
+            )
+        ConfigurationError.collect(found)
+
+    @property
+    def stage_ranks(self) -> int:
+        """TP x CP x DP: the ranks of one pipeline stage."""
+        return self.world_size // self.pipeline_model_parallel_size
+
+    @property
+    def data_parallel(self) -> int:
+        return self.stage_ranks // self.tensor_model_parallel_size // self.context_parallel_size
+
+    @property
+    def batch(self) -> int:
+        return self.global_batch_size or self.micro_batch_size * self.data_parallel
+
+    @property
+    def microbatches(self) -> int:
+        return self.batch // (self.micro_batch_size * self.data_parallel)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the table lies: over which ranks, and how they share it."""
+
+    mode: Mode
+    group_size: int
+    column_ranks: int
+    """Ranks over which the columns of a row are cut."""
+
+    @property
+    def row_ranks(self) -> int:
+        """Ranks over which the rows are cut."""
+        return self.group_size // self.column_ranks
+
+    def __str__(self) -> str:
+        if self.mode == "2d":
+            return f"2d {self.row_ranks} x {self.column_ranks}"
+        return f"{self.mode} over {self.group_size}"
+
+    @property
+    def flags(self) -> str:
+        """What to add to a command line for this layout."""
+        cut = f" --memory-column-ranks {self.column_ranks}" if self.mode == "2d" else ""
+        return f"--memory-mode {self.mode} --memory-group-size {self.group_size}{cut}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything a plan depends on."""
+
+    shape: ModelShape
+    memory: MemoryConfig
+    """Resolved."""
+    cluster: Cluster
+    gpu: str = "h100"
+    fill: float = 0.6
+    """Share of a GPU's memory that model and optimizer state may take; activations get the rest."""
+
+    def with_optimizer(self, name: Optimizer, stochastic_rounding: bool = False) -> "Job":
+        """The same job with another optimizer for the table."""
+        memory = replace(
+            self.memory, memory_optimizer=name, memory_stochastic_rounding=stochastic_rounding
+        )
+        return replace(self, memory=memory)
+
+    @property
+    def state(self) -> TableState:
+        return table_state(
+            self.memory.memory_optimizer,
+            half_precision=self.cluster.half_precision,
+            stochastic_rounding=self.memory.memory_stochastic_rounding,
+        )
+
+    @property
+    def hardware(self) -> Hardware:
+        return HARDWARE[self.gpu]
+
+    @property
+    def room(self) -> float:
+        """Bytes of a rank that state may take."""
+        return self.fill * self.hardware.memory
+
+    @property
+    def number_bytes(self) -> int:
+        """e."""
+        return 2 if self.cluster.half_precision else 4
+
+    @property
+    def microbatch_tokens(self) -> float:
+        """Tokens of a microbatch that one rank looks up."""
+        ranks = self.cluster.tensor_model_parallel_size * self.cluster.context_parallel_size
+        return self.cluster.micro_batch_size * self.shape.seq_length / ranks
+
+    @property
+    def stage_memories(self) -> list[int]:
+        """Pipeline stage -> memory layers on it."""
+        stages, layers = self.cluster.pipeline_model_parallel_size, self.shape.num_layers
+        return [
+            sum(layer in stage_layers(layers, stages, stage) for layer in self.memory.memory_layers)
+            for stage in range(stages)
+        ]
+
+
+def group_sizes(cluster: Cluster) -> list[int]:
+    """The sizes a memory group can have: whatever divides a stage."""
+    return divisors(cluster.stage_ranks)
+
+
+def asked_layout(job: Job) -> Layout:
+    """The layout that the --memory-* flags ask for.
+
+    Raises:
+        ConfigurationError: the group does not divide the stage, or rows cannot be cut so.
+    """
+    memory, cluster = job.memory, job.cluster
+    size = memory.memory_group_size or cluster.tensor_model_parallel_size
+    sizes = group_sizes(cluster)
+    if size not in sizes:
+        raise ConfigurationError(
+            f"--memory-group-size {size} does not divide the {cluster.stage_ranks} ranks of a "
+            f"pipeline stage; use one of {', '.join(map(str, sizes))}."
+        )
+    mode = memory.memory_mode
+    if mode == "auto":
+        choice = choose_mode(
+            memory.value_dim,
+            memory.lookups_per_token,
+            size,
+            ranks_per_node=cluster.gpus_per_node,
+            column_ranks=memory.memory_column_ranks,
+            wire=memory.memory_wire,
+            e=job.number_bytes,
+            link=job.hardware.link,
+            network=job.hardware.network,
+        )
+        return Layout(choice.mode, size, choice.column_ranks)
+    neighbours = memory.memory_column_ranks or cluster.tensor_model_parallel_size
+    column_ranks = {"row": 1, "column": size, "2d": neighbours}[mode]
+    if problem := mode_problem(mode, memory.value_dim, size, column_ranks):
+        raise ConfigurationError(problem)
+    return Layout(mode, size, column_ranks)
+
+
+def layouts(job: Job) -> list[Layout]:
+    """Every group size in every mode that can cut the rows; 2d with its best cut."""
+    found = []
+    width = job.memory.value_dim
+    for size in group_sizes(job.cluster):
+        found.append(Layout("row", size, 1))
+        if size > 1 and mode_problem("column", width, size, size) is None:
+            found.append(Layout("column", size, size))
+        cuts = [
+            cut
+            for cut in divisors(math.gcd(size, job.cluster.gpus_per_node))
+            if 1 < cut < size and mode_problem("2d", width, size, cut) is None
+        ]
+        if cuts:
+            options = [Layout("2d", size, cut) for cut in cuts]
+            found.append(min(options, key=lambda option: _exchange_seconds(job, option)))
+    return found
+
+
+def layout_wire(job: Job, layout: Layout) -> Wire:
+    """How lookups reach the ranks that hold their rows."""
+    wanted = job.memory.memory_wire
+    return choose_wire(layout.row_ranks) if wanted == "auto" else wanted
+
+
+def layout_traffic(job: Job, layout: Layout) -> Traffic:
+    """Bytes that a layout sends per token and memory layer."""
+    memory, size = job.memory, layout.group_size
+    return traffic(
+        layout.mode,
+        memory.value_dim,
+        memory.lookups_per_token,
+        size,
+        column_ranks=layout.column_ranks,
+        ranks_per_node=min(size, job.cluster.gpus_per_node),
+        wire=layout_wire(job, layout),
+        e=job.number_bytes,
+    )
+
+
+def _exchange_seconds(job: Job, layout: Layout) -> float:
+    return layout_traffic(job, layout).seconds(1, job.hardware.link, job.hardware.network)

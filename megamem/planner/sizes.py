@@ -1,0 +1,226 @@
+"""How many parameters and FLOPs a model has, dense parts and memories, in closed form."""
+
+from dataclasses import dataclass, replace
+
+from megamem.config import ConfigurationError, MemoryConfig
+
+FORWARD_AND_BACKWARD = 3
+MULTIPLY_AND_ADD = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A dense GPT as Megatron's flags describe it; fields bear the names of the flags."""
+
+    num_layers: int
+    """Layers of the model."""
+    hidden_size: int
+    """D, width of a token."""
+    num_attention_heads: int
+    """Query heads."""
+    padded_vocab_size: int
+    """Rows of the embedding, padding included."""
+    seq_length: int
+    """Tokens of a sequence."""
+    ffn_hidden_size: int | None = None
+    """Width inside a feed-forward. Default: Megatron's, 4 D, and two thirds of it with --swiglu."""
+    num_query_groups: int | None = None
+    """Key and value heads. Default: as many as query heads."""
+    kv_channels: int | None = None
+    """Width of an attention head. Default: D / heads."""
+    swiglu: bool = False
+    """Gated feed-forward, with two matrices in."""
+    add_bias_linear: bool = True
+    """Linear layers have biases."""
+    add_qkv_bias: bool = False
+    """Query, key and value have biases even where other linears do not."""
+    layer_norm_bias: bool = True
+    """LayerNorm, which has a bias; RMSNorm has none."""
+    qk_layernorm: bool = False
+    """Norms on queries and keys of attention."""
+    untied: bool = False
+    """The output has a matrix of its own."""
+    learned_positions: int = 0
+    """Rows of a learned position embedding; 0 with RoPE."""
+
+    def __post_init__(self) -> None:
+        positive = ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size")
+        ConfigurationError.collect(
+            [
+                f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1."
+                for name in (*positive, "seq_length", "ffn_hidden_size", "num_query_groups")
+                if (value := getattr(self, name)) is not None and value < 1
+            ]
+        )
+
+    @property
+    def ffn_width(self) -> int:
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        # Megatron's default keeps a gated feed-forward at the parameters of a plain one
+        return int(4 * self.hidden_size * 2 / 3) // 64 * 64 if self.swiglu else 4 * self.hidden_size
+
+    @property
+    def attention_width(self) -> int:
+        """Of all query heads together."""
+        channels = self.kv_channels or self.hidden_size // self.num_attention_heads
+        return channels * self.num_attention_heads
+
+    @property
+    def qkv_width(self) -> int:
+        groups = self.num_query_groups or self.num_attention_heads
+        return self.attention_width + 2 * groups * self.attention_width // self.num_attention_heads
+
+
+PRESETS = {
+    # layers, hidden, heads, FFN, key and value heads, vocabulary, sequence, memory layers
+    "134m": (12, 768, 12, 2048, 12, 32_000, 2048, [2, 6, 10]),
+    "373m": (24, 1024, 16, 2816, 16, 32_000, 2048, [4, 12, 20]),
+    "1.3b": (22, 2048, 16, 5632, 16, 32_000, 2048, [3, 11, 19]),
+    "8b": (32, 4096, 32, 14336, 8, 128_256, 4096, [8, 16, 24]),
+}
+"""The bases of "Memory Layers at Scale" (section 4; 8B: Llama 3's shape) and the three layers that
+Memory+ replaces in each."""
+
+
+def preset(name: str) -> tuple[ModelShape, list[int]]:
+    """A published base and the layers that become memories in it."""
+    layers, hidden, heads, ffn, groups, vocabulary, sequence, places = PRESETS[name]
+    shape = ModelShape(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        ffn_hidden_size=ffn,
+        num_query_groups=groups,
+        padded_vocab_size=vocabulary,
+        seq_length=sequence,
+        swiglu=True,
+        add_bias_linear=False,
+        layer_norm_bias=False,
+        untied=True,
+    )
+    return shape, places
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers in a model, by part; with tp > 1, those on one tensor-parallel rank."""
+
+    embeddings: int
+    """Of tokens and learned positions."""
+    output: int
+    """The matrix before the loss, where it is not the embedding."""
+    layer: int
+    """One layer less its feed-forward: attention and norms."""
+    ffn: int
+    """One feed-forward."""
+    final_norm: int
+
+
+def dense_parts(shape: ModelShape, tp: int = 1) -> Parameters:
+    """The parts of the dense model; matrices are cut over `tp`, norms and output biases are not."""
+    hidden, norm = shape.hidden_size, shape.hidden_size * (2 if shape.layer_norm_bias else 1)
+    width, qkv = shape.attention_width, shape.qkv_width
+    head = width // shape.num_attention_heads
+    bias = shape.add_bias_linear
+    attention = (hidden * qkv + hidden * width) // tp
+    attention += (qkv // tp if bias or shape.add_qkv_bias else 0) + (hidden if bias else 0)
+    qk_norms = 2 * head * (2 if shape.layer_norm_bias else 1) if shape.qk_layernorm else 0
+    inner = shape.ffn_width * (2 if shape.swiglu else 1)
+    ffn = (hidden * inner + shape.ffn_width * hidden) // tp + (inner // tp + hidden if bias else 0)
+    words = shape.padded_vocab_size * hidden // tp
+    return Parameters(
+        embeddings=words + shape.learned_positions * hidden,
+        output=words if shape.untied else 0,
+        layer=attention + 2 * norm + qk_norms,
+        ffn=ffn,
+        final_norm=norm,
+    )
+
+
+def memory_layer_parameters(memory: MemoryConfig, hidden_size: int) -> int:
+    """Numbers in one memory layer, the value table not among them.
+
+    Query, sub-keys, the gains of q/k norm, and of memory+ gate and projection.
+    """
+    query = (hidden_size + 1) * memory.memory_heads * memory.key_dim
+    sub_keys = memory.memory_heads * memory.memory_num_keys * memory.key_dim
+    gains = memory.key_dim + memory.key_dim // 2 if memory.memory_qk_norm else 0
+    gated = memory.memory_variant == "memory+"
+    output = 2 * hidden_size * memory.value_dim + memory.value_dim + hidden_size if gated else 0
+    return query + sub_keys + gains + output
+
+
+def table_parameters(memory: MemoryConfig) -> int:
+    """Numbers in all value tables of the model."""
+    tables = 1 if memory.memory_pool == "shared" else len(memory.memory_layers)
+    return tables * memory.num_rows * memory.value_dim
+
+
+def total_parameters(shape: ModelShape, memory: MemoryConfig | None) -> dict[str, int]:
+    """Part of the model -> its parameters, and their sum under `total`."""
+    parts = dense_parts(shape)
+    places = len(memory.memory_layers) if memory else 0
+    kept = shape.num_layers if memory and memory.memory_keep_ffn else shape.num_layers - places
+    found = {
+        "embeddings": parts.embeddings + parts.output,
+        "attention and norms": shape.num_layers * parts.layer + parts.final_norm,
+        "feed-forwards": kept * parts.ffn,
+    }
+    if memory:
+        found["memory layers"] = places * memory_layer_parameters(memory, shape.hidden_size)
+        found["value table"] = table_parameters(memory)
+    return found | {"total": sum(found.values())}
+
+
+def stage_parameters(shape: ModelShape, memory: MemoryConfig, tp: int, pp: int) -> list[int]:
+    """Pipeline stage -> parameters on each of its ranks, the value table not among them.
+
+    A memory layer's own weights are whole on every rank.
+    """
+    parts = dense_parts(shape, tp)
+    own = memory_layer_parameters(memory, shape.hidden_size)
+    stages = []
+    for stage in range(pp):
+        layers = stage_layers(shape.num_layers, pp, stage)
+        places = sum(layer in layers for layer in memory.memory_layers)
+        ffns = len(layers) if memory.memory_keep_ffn else len(layers) - places
+        count = len(layers) * parts.layer + ffns * parts.ffn + places * own
+        if stage == 0:
+            count += parts.embeddings
+        if stage == pp - 1:
+            count += parts.final_norm + parts.output
+            # a tied output far from its embedding is a copy of it
+            count += (
+                0
+                if shape.untied or pp == 1
+                else shape.padded_vocab_size // tp * (shape.hidden_size)
+            )
+        stages.append(count)
+    return stages
+
+
+def stage_layers(num_layers: int, pp: int, stage: int) -> range:
+    """The layers of a pipeline stage, when all stages have as many."""
+    return range(stage * num_layers // pp, (stage + 1) * num_layers // pp)
+
+
+def memory_flops_per_token(memory: MemoryConfig, hidden_size: int) -> int:
+    """Matrix FLOPs of one memory layer, forward and backward; reading the table is none."""
+    query = hidden_size * memory.memory_heads * memory.key_dim
+    scores = memory.memory_heads * memory.memory_num_keys * memory.key_dim
+    output = 2 * hidden_size * memory.value_dim if memory.memory_variant == "memory+" else 0
+    return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * (query + scores + output)
+
+
+def dense_flops_per_token(shape: ModelShape, memory: MemoryConfig) -> int:
+    """Matrix FLOPs of everything but the memories, forward and backward; causal attention."""
+    without_norms = replace(shape, add_bias_linear=False, add_qkv_bias=False)
+    width, inner = shape.attention_width, shape.ffn_width * (3 if shape.swiglu else 2)
+    attention = shape.hidden_size * (without_norms.qkv_width + width)
+    # scores and their product with the values, over half of the sequence on average
+    attention += width * shape.seq_length
+    ffns = shape.num_layers - (0 if memory.memory_keep_ffn else len(memory.memory_layers))
+    matrices = shape.num_layers * attention + ffns * shape.hidden_size * inner
+    matrices += shape.padded_vocab_size * shape.hidden_size
+    return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * matrices

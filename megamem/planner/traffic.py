@@ -1,0 +1,278 @@
+"""What a lookup sends and reads, mode by mode, in closed form.
+
+Letters: L lookups per token, V row width, e bytes of a number of a row, P ranks of the memory
+group, f = (P - 1) / P, and E = P (1 - (1 - 1/P)^L), the ranks that hold rows of a token when rows
+lie at random. Everything counts bytes that a rank sends, for one token of its own and one memory
+layer.
+
+    row, alltoall    6 L f + E f V e              back  E f V e + 4 L f
+    row, allgather   6 L (P - 1) + (P - 1) V e    back  (P - 1) V e + 4 L (P - 1)
+    column           6 L (P - 1) + V f e          back  V f e + 4 L (P - 1)
+    2d               column among the C neighbours that share rows, and among the P / C ranks that
+                     share columns row, with the lookups of C ranks each and slices of V / C
+
+An id is 4 bytes, a weight 2, the gradient of a weight 4.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Mode = Literal["row", "column", "2d"]
+MODES: tuple[Mode, ...] = ("row", "column", "2d")
+Wire = Literal["alltoall", "allgather"]
+
+LOOKUP_BYTES = 6
+WEIGHT_GRADIENT_BYTES = 4
+# a narrower slice of a row wastes a read
+NARROWEST_SLICE_BYTES = 128
+# columns are dealt out in blocks of this many
+COLUMN_BLOCK = 8
+# up to here fixed sizes cost little more than exact ones, and need no wait for counts
+ALLGATHER_UP_TO = 8
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes sent per token and memory layer."""
+
+    forward_inside: float
+    """Forward, to ranks of the same node."""
+    forward_across: float
+    """Forward, to other nodes."""
+    backward_inside: float
+    backward_across: float
+
+    @property
+    def forward(self) -> float:
+        return self.forward_inside + self.forward_across
+
+    @property
+    def backward(self) -> float:
+        return self.backward_inside + self.backward_across
+
+    @property
+    def total(self) -> float:
+        """Both directions."""
+        return self.forward + self.backward
+
+    @property
+    def across(self) -> float:
+        """Both directions, to other nodes."""
+        return self.forward_across + self.backward_across
+
+    @property
+    def inside(self) -> float:
+        return self.forward_inside + self.backward_inside
+
+    def seconds(self, tokens: float, link: float, network: float) -> float:
+        """Time for these tokens at bytes per second inside and across nodes, both at once."""
+        return tokens * max(self.inside / link, self.across / network)
+
+
+def owners_per_token(lookups: int, ranks: int) -> float:
+    """E: ranks that hold at least one of a token's rows, when rows lie at random."""
+    return ranks * (1 - (1 - 1 / ranks) ** lookups)
+
+
+def choose_wire(ranks: int) -> Wire:
+    """The wire form of `--memory-wire auto`."""
+    return "allgather" if ranks <= ALLGATHER_UP_TO else "alltoall"
+
+
+def row_traffic(
+    width: int,
+    lookups: int,
+    ranks: int,
+    *,
+    wire: Wire = "alltoall",
+    brought: int = 1,
+    e: int = 2,
+) -> tuple[float, float]:
+    """Forward and backward bytes of row mode.
+
+    In 2d a rank brings the lookups of its `brought` neighbours as well, for a slice of the rows:
+    as many bytes of sums, and so many times the bytes of lookups.
+    """
+    if wire == "allgather":
+        lookup_peers, bag_peers = float(ranks - 1), float(ranks - 1)
+    else:
+        lookup_peers = (ranks - 1) / ranks
+        bag_peers = owners_per_token(lookups, ranks) * lookup_peers
+    bags, lookup_peers = bag_peers * width * e, brought * lookup_peers
+    return (
+        LOOKUP_BYTES * lookups * lookup_peers + bags,
+        bags + WEIGHT_GRADIENT_BYTES * lookups * lookup_peers,
+    )
+
+
+def column_traffic(width: int, lookups: int, ranks: int, *, e: int = 2) -> tuple[float, float]:
+    """Forward and backward bytes of column mode."""
+    slices = width * (ranks - 1) / ranks * e
+    return (
+        LOOKUP_BYTES * lookups * (ranks - 1) + slices,
+        slices + WEIGHT_GRADIENT_BYTES * lookups * (ranks - 1),
+    )
+
+
+def traffic(
+    mode: Mode,
+    width: int,
+    lookups: int,
+    ranks: int,
+    *,
+    column_ranks: int = 1,
+    ranks_per_node: int | None = None,
+    wire: Wire = "alltoall",
+    e: int = 2,
+) -> Traffic:
+    """What a mode sends, by where it goes.
+
+    Args:
+        mode: row, column or 2d.
+        width: V.
+        lookups: L.
+        ranks: P.
+        column_ranks: 2d: neighbouring ranks over which the columns of one row are cut.
+        ranks_per_node: of the group; without it all are on one node.
+        wire: of the ranks among which rows are cut.
+        e: bytes of a number of a row.
+    """
+    near = min(ranks, ranks_per_node or ranks)
+    cut = {"row": 1, "column": ranks, "2d": column_ranks}[mode]
+    row_ranks = ranks // cut
+    near_rows, near_columns = max(1, near // cut), min(near, cut)
+    # columns of one row lie with neighbours, rows of one column far apart
+    across_columns = (cut - near_columns) / (cut - 1) if cut > 1 else 0
+    across_rows = (row_ranks - near_rows) / (row_ranks - 1) if row_ranks > 1 else 0
+    column, column_back = column_traffic(width, lookups, cut, e=e)
+    row, row_back = row_traffic(width, lookups, row_ranks, wire=wire, brought=cut, e=e)
+    across = column * across_columns + row * across_rows
+    across_back = column_back * across_columns + row_back * across_rows
+    return Traffic(column + row - across, across, column_back + row_back - across_back, across_back)
+
+
+def mode_problem(mode: Mode, width: int, ranks: int, column_ranks: int) -> str | None:
+    """Why a table of this width cannot be cut so, and what would do; None where it can."""
+    if mode == "2d" and (column_ranks < 1 or ranks % column_ranks):
+        return (
+            f"--memory-column-ranks {column_ranks} does not divide --memory-group-size {ranks}; "
+            f"use one of {_words(divisors(ranks))}."
+        )
+    cut, blocks = {"row": 1, "column": ranks, "2d": column_ranks}[mode], width // COLUMN_BLOCK
+    if cut > blocks:
+        widest = max(d for d in divisors(ranks) if d <= blocks)
+        return (
+            f"--memory-mode {mode} cuts rows of --memory-value-dim {width} over {cut} ranks, but "
+            f"columns are dealt out {COLUMN_BLOCK} at a time; use --memory-mode 2d with "
+            f"--memory-column-ranks {widest} or fewer, or --memory-mode row."
+        )
+    return None
+
+
+def widest_slice(width: int, column_ranks: int) -> int:
+    """Columns on the rank that holds most."""
+    return -(-(width // COLUMN_BLOCK) // column_ranks) * COLUMN_BLOCK
+
+
+@dataclass(frozen=True)
+class ModeChoice:
+    """What `--memory-mode auto` became."""
+
+    mode: Mode
+    column_ranks: int
+    """Ranks over which the columns of a row are cut: 1, all of them, or of 2d some."""
+    why: str
+
+
+def choose_mode(
+    width: int,
+    lookups: int,
+    ranks: int,
+    *,
+    ranks_per_node: int = 8,
+    column_ranks: int | None = None,
+    wire: Literal["auto", "alltoall", "allgather"] = "auto",
+    e: int = 2,
+    link: float = 350e9,
+    network: float = 45e9,
+) -> ModeChoice:
+    """The mode whose exchange takes least time, by the formulas above.
+
+    Inside one node columns beat the alltoall form of rows where V e > 5 L or so: then the ids and
+    weights that go to every rank weigh less than the partial sums that come from every rank. They
+    always beat the allgather form, which sends both. Slices narrower than 128 bytes are left out.
+
+    Args:
+        width: V.
+        lookups: L.
+        ranks: P.
+        ranks_per_node: neighbouring ranks of the group with fast links between them.
+        column_ranks: of 2d; by default the best cut inside a node.
+        wire: of row mode.
+        e: bytes of a number of a row.
+        link, network: bytes per second and rank, inside a node and between nodes.
+    """
+    if ranks == 1:
+        return ModeChoice("row", 1, "one rank holds the whole table: nothing is sent")
+    near = min(ranks, ranks_per_node)
+    if column_ranks is None:
+        cuts: Sequence[int] = divisors(math.gcd(ranks, near))
+    else:
+        cuts = [column_ranks]
+    options: list[tuple[Mode, int]] = [("row", 1), ("column", ranks)]
+    options += [("2d", cut) for cut in cuts if 1 < cut < ranks]
+    times: dict[tuple[Mode, int], float] = {}
+    for mode, cut in options:
+        narrow = mode != "row" and width * e / cut < NARROWEST_SLICE_BYTES
+        if narrow or mode_problem(mode, width, ranks, cut):
+            continue
+        sent = traffic(
+            mode,
+            width,
+            lookups,
+            ranks,
+            column_ranks=cut,
+            ranks_per_node=near,
+            wire=choose_wire(ranks // cut) if wire == "auto" else wire,
+            e=e,
+        )
+        times[mode, cut] = sent.seconds(1, link, network)
+    (mode, cut), best = min(times.items(), key=lambda item: item[1])
+    others = {name: min(t for (m, _), t in times.items() if m == name) for name, _ in times}
+    told = ", ".join(
+        f"{name} {others[name] * 1e9:.0f}" for name in MODES if name in others and name != mode
+    )
+    why = f"{mode} needs {best * 1e9:.0f} ns per token and layer"
+    return ModeChoice(mode, cut, f"{why}; {told}" if told else why)
+
+
+def expected_unique(rows: float, picks: float) -> float:
+    """U: distinct rows among uniform picks."""
+    return rows * -math.expm1(-picks / rows)
+
+
+def forward_bytes(width: int, lookups: int, tokens: float, *, e: int = 2) -> float:
+    """Read and written by the bags of these tokens, no row read twice from cache."""
+    return tokens * (lookups * width * e + width * e + LOOKUP_BYTES * lookups)
+
+
+def replication_bytes(parameters: float, ranks: int, *, e: int = 2) -> float:
+    """Sent by a rank to keep replicas of the table equal: fp32 gradients out, weights back."""
+    return (4 + e) * parameters / ranks
+
+
+def widening_threshold(replication: float, sent_per_token: float, layers: int) -> float:
+    """Tokens per rank and step below which a wider group sends less than replicas do."""
+    return replication / (layers * sent_per_token)
+
+
+def divisors(number: int) -> list[int]:
+    """Ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _words(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

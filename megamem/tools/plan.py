@@ -1,0 +1,260 @@
+"""`megamem plan`: what memory layers take on a cluster, and how to lay the table out.
+
+    python -m megamem plan --preset 1.3b --memory-num-keys 8192 --world-size 128
+    python -m megamem plan --world-size 64 <the flags of a training run>
+
+Takes Megatron's own flags, so that the command line of a run can be pasted. Needs neither a GPU nor
+other ranks, and starts none.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from megamem.config import ConfigurationError, MemoryConfig
+from megamem.planner import PRESETS, Cluster, Job, ModelShape, make_plan, preset
+from megamem.planner.hardware import HARDWARE
+from megamem.planner.plan import Plan
+from megamem.tools.plan_tables import show_plan
+
+USER_ERROR = 2
+WIDTH_OF_A_FILE = 120
+
+# flags that change sizes in ways that the planner does not know
+UNPLANNED = {
+    "num_experts": "mixtures of experts",
+    "mtp_num_layers": "multi-token prediction",
+    "multi_latent_attention": "multi-latent attention",
+    "attention_output_gate": "gated attention",
+    "num_layers_per_virtual_pipeline_stage": "virtual pipeline stages",
+    "num_virtual_stages_per_pipeline_rank": "virtual pipeline stages",
+    "pipeline_model_parallel_layout": "uneven pipeline stages",
+    "decoder_first_pipeline_num_layers": "uneven pipeline stages",
+    "decoder_last_pipeline_num_layers": "uneven pipeline stages",
+    "hybrid_layer_pattern": "hybrid models",
+    "heterogeneous_layers_config_path": "layers that differ",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plan; return the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+    try:
+        args = parse(words)
+        plan = make_plan(job_from_args(args))
+    except ConfigurationError as error:
+        sys.stderr.write(f"megamem: error: {error}\n")
+        return USER_ERROR
+    show_plan(plan, console)
+    if args.json:
+        Path(args.json).write_text(json.dumps(as_json(plan), indent=2) + "\n")
+        console.print(f"Written to {args.json}")
+    return 0
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The command line; a --preset's flags first, so that others overrule them.
+
+    Raises:
+        ConfigurationError: a flag is unknown, or its value is none that it can have.
+    """
+    parser = _own_flags()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        # Megatron says at import what it lacks for training
+        warnings.simplefilter("ignore")
+        from megatron.training.arguments import add_megatron_arguments
+
+        from megamem.integration.arguments import add_memory_flags
+        from megamem.integration.launcher import suggestion
+
+    add_memory_flags(parser)
+    page = parser.format_help()
+    add_megatron_arguments(parser)
+    # a page of Megatron's hundreds of flags would hide the planner's own
+    parser.format_help = lambda: page  # type: ignore[method-assign]
+
+    def error(message: str) -> NoReturn:
+        raise ConfigurationError(message + suggestion(message, parser._option_string_actions))
+
+    parser.error = error  # type: ignore[method-assign]
+    chosen = parser.parse_args(words).preset
+    if chosen:
+        parser.set_defaults(**_preset_flags(chosen))
+    return parser.parse_args(words)
+
+
+def _own_flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megamem plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="All other flags are Megatron's: --num-layers --hidden-size --ffn-hidden-size "
+        "--num-attention-heads --vocab-size --seq-length --micro-batch-size --global-batch-size "
+        "--tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size "
+        "--bf16 ...; those that change no size are ignored.",
+    )
+    add = parser.add_argument
+    add("--world-size", "--num-gpus", type=int, help="ranks of the run; default: one model's worth")
+    add("--gpus-per-node", type=int, default=8, help="ranks with fast links between them")
+    add("--gpu", choices=HARDWARE, default="h100", help="whose memory and rates decide")
+    add(
+        "--fill",
+        type=float,
+        default=0.6,
+        help="share of a GPU's memory for weights, gradients and optimizer; activations need the "
+        "rest",
+    )
+    add(
+        "--preset",
+        choices=PRESETS,
+        help='a base of "Memory Layers at Scale" with its three memory layers, in bf16, with the '
+        "distributed optimizer",
+    )
+    add("--json", metavar="FILE", help="write the plan")
+    return parser
+
+
+def _preset_flags(name: str) -> dict[str, Any]:
+    """The flags that a preset stands for, as Megatron names them."""
+    shape, places = preset(name)
+    return {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": shape.num_query_groups,
+        "padded_vocab_size": shape.padded_vocab_size,
+        "seq_length": shape.seq_length,
+        "swiglu": shape.swiglu,
+        "add_bias_linear": shape.add_bias_linear,
+        "normalization": "RMSNorm",
+        "untie_embeddings_and_output_weights": shape.untied,
+        "position_embedding_type": "rope",
+        "bf16": True,
+        "use_distributed_optimizer": True,
+        "memory_layers": places,
+    }
+
+
+def job_from_args(args: argparse.Namespace) -> Job:
+    """What a command line asks to plan.
+
+    Raises:
+        ConfigurationError: a size is missing or impossible, or of a kind that cannot be planned.
+    """
+    ConfigurationError.collect(
+        [
+            f"--{name.replace('_', '-')}: {what} cannot be planned; drop it."
+            for name, what in UNPLANNED.items()
+            if getattr(args, name, None)
+        ]
+    )
+    if not 0 < args.fill <= 1:
+        raise ConfigurationError(f"--fill {args.fill} must be more than 0 and at most 1.")
+    shape = shape_from_args(args)
+    tp = args.tensor_model_parallel_size
+    cp, pp = args.context_parallel_size, args.pipeline_model_parallel_size
+    world = args.world_size if args.world_size is not None else tp * cp * pp
+    micro_batch = args.micro_batch_size if args.micro_batch_size is not None else 1
+    cluster = Cluster(
+        world_size=world,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        micro_batch_size=micro_batch,
+        global_batch_size=args.global_batch_size,
+        gpus_per_node=args.gpus_per_node,
+        half_precision=bool(args.bf16 or args.fp16),
+        use_distributed_optimizer=args.use_distributed_optimizer,
+    )
+    memory = MemoryConfig.from_args(args).resolve(shape.hidden_size)
+    return Job(shape=shape, memory=memory, cluster=cluster, gpu=args.gpu, fill=args.fill)
+
+
+def shape_from_args(args: argparse.Namespace) -> ModelShape:
+    """The dense model of a command line.
+
+    Raises:
+        ConfigurationError: a size that Megatron has no default for is missing.
+    """
+    needed = ["num_layers", "hidden_size", "num_attention_heads", "seq_length"]
+    missing = [name for name in needed if getattr(args, name) is None]
+    missing += ["vocab_size"] if args.vocab_size is None and args.padded_vocab_size is None else []
+    if missing:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise ConfigurationError(f"{flags}: missing; give them, or take a --preset.")
+    if args.num_attention_heads < 1 or args.hidden_size % args.num_attention_heads:
+        raise ConfigurationError(
+            f"--hidden-size {args.hidden_size} is not a multiple of --num-attention-heads "
+            f"{args.num_attention_heads}; change one of them."
+        )
+    learned = args.position_embedding_type == "learned_absolute"
+    return ModelShape(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        padded_vocab_size=args.padded_vocab_size or _padded(args),
+        seq_length=args.seq_length,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_query_groups=args.num_query_groups if args.group_query_attention else None,
+        kv_channels=args.kv_channels,
+        swiglu=args.swiglu,
+        add_bias_linear=args.add_bias_linear,
+        add_qkv_bias=args.add_qkv_bias,
+        layer_norm_bias=args.normalization == "LayerNorm",
+        qk_layernorm=args.qk_layernorm,
+        untied=args.untie_embeddings_and_output_weights,
+        learned_positions=(args.max_position_embeddings or args.seq_length) if learned else 0,
+    )
+
+
+def _padded(args: argparse.Namespace) -> int:
+    """Rows of the embedding, rounded up as Megatron does; a null tokenizer adds one."""
+    words = args.vocab_size + (args.tokenizer_type == "NullTokenizer")
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    return -(-words // multiple) * multiple
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The whole plan in plain numbers and strings; bytes, seconds, and tokens as counts."""
+    costs = {}
+    for cost in (*plan.costs, plan.asked):
+        record = asdict(replace(cost, seconds={}))
+        record["bytes"] |= {"table": cost.bytes.table, "total": cost.bytes.total}
+        record["sent"] |= {"forward": cost.sent.forward, "backward": cost.sent.backward}
+        record["fits"] = cost.bytes.total <= plan.job.room
+        record["flags"] = cost.layout.flags
+        record["seconds"] = {
+            gpu: asdict(step) | {"share": step.share} for gpu, step in cost.seconds.items()
+        }
+        costs[str(cost.layout)] = record
+    return {
+        "model": asdict(plan.job.shape),
+        "memory": plan.job.memory.to_dict(),
+        "cluster": asdict(plan.job.cluster),
+        "gpu": plan.job.gpu,
+        "fill": plan.job.fill,
+        "parameters": plan.parameters,
+        "bytes_per_table_parameter": asdict(plan.job.state),
+        "layouts": costs,
+        "asked": str(plan.asked.layout),
+        "recommended": str(plan.recommended.layout),
+        "why": plan.why,
+        "gpus_needed": plan.gpus_needed,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

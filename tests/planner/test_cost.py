@@ -1,0 +1,151 @@
+"""Bytes held and moved by a rank, against tables worked by hand.
+
+For bf16 rows, 128 lookups per token and 8192 tokens a rank where nothing else is said.
+"""
+
+import pytest
+
+from megamem.planner import (
+    OPTIMIZERS,
+    Layout,
+    table_state,
+)
+from megamem.planner.cost import backward_bytes, lookup_buffers, rank_bytes
+from megamem.planner.hardware import HARDWARE
+from megamem.planner.plan import gpus_for_bytes
+from megamem.planner.traffic import (
+    expected_unique,
+    forward_bytes,
+)
+from tests.planner.jobs import LOOKUPS, MILLION_ROWS, TOKENS, WIDTH, job_of
+
+
+def test_expected_unique_rows() -> None:
+    picks = TOKENS * LOOKUPS
+    printed = {1: "663k", 2: "825k", 16: "1016k", 64: "1040k"}
+    for million_rows, thousands in printed.items():
+        unique = expected_unique(million_rows * MILLION_ROWS, picks)
+        assert abs(unique / 1e3 - float(thousands[:-1])) < 1, million_rows
+
+
+@pytest.mark.parametrize(
+    ("width", "gb", "h100", "h200"),
+    [
+        (1024, "2.17", "0.72", "0.50"),
+        (2048, "4.33", "1.44", "1.01"),
+        (4096, "8.66", "2.89", "2.01"),
+    ],
+)
+def test_forward_floor(width: int, gb: str, h100: str, h200: str) -> None:
+    moved = forward_bytes(width, LOOKUPS, TOKENS)
+    assert moved / 1e9 == pytest.approx(float(gb), abs=0.006)
+    for gpu, printed in (("h100", h100), ("h200", h200)):
+        assert f"{moved / HARDWARE[gpu].copy * 1e3:.2f}" == printed
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "printed"),
+    [
+        # += fp32 main_grad: 10 bytes a number; sparse fp32 out: 6
+        ("adamw", [(4.5, 3.2), (5.7, 3.9), (7.0, 4.9)]),
+        ("lazy_adamw", [(2.7, 1.9), (3.4, 2.4), (4.2, 2.9)]),
+    ],
+)
+def test_backward_floor(optimizer: str, printed: list) -> None:
+    """The printed times hold some 50 MB of indices beside: within a tenth of a millisecond."""
+    for million_rows, (h100, h200) in zip((1, 2, 16), printed, strict=True):
+        unique = expected_unique(million_rows * MILLION_ROWS, TOKENS * LOOKUPS)
+        moved = backward_bytes(unique, WIDTH, table_state(optimizer))
+        for gpu, ms in (("h100", h100), ("h200", h200)):
+            assert moved / HARDWARE[gpu].copy * 1e3 == pytest.approx(ms, abs=0.1)
+
+
+def test_step_of_adamw() -> None:
+    state = table_state("adamw")
+    assert state.moved_by_step == 30
+    for million_rows, printed in ((1, "21.5"), (2, "42.9"), (16, "343.6")):
+        moved = state.moved_by_step * million_rows * MILLION_ROWS * WIDTH
+        assert f"{moved / 3e12 * 1e3:.1f}" == printed
+
+
+def test_rows_touched_by_a_step() -> None:
+    printed = {
+        (1, 2**16): "1.00",
+        (16, 2**16): "0.39",
+        (64, 2**16): "0.12",
+        (16, 2**19): "0.98",
+        (64, 2**19): "0.63",
+        (64, 2**22): "1.00",
+    }
+    for (million_rows, tokens), share in printed.items():
+        rows = million_rows * MILLION_ROWS
+        assert f"{expected_unique(rows, tokens * LOOKUPS) / rows:.2f}" == share
+
+
+def test_state_per_parameter() -> None:
+    """Bytes per parameter in half precision with an fp32 copy, with random rounding, in fp32."""
+    totals = {
+        name: (
+            table_state(name).total,
+            table_state(name, stochastic_rounding=True).total,
+            table_state(name, half_precision=False).total,
+        )
+        for name in OPTIMIZERS
+    }
+    assert totals == {
+        "adamw": (18, 14, 16),
+        "lazy_adamw": (18, 14, 16),
+        "rowwise_adamw": (14, 10, 12),
+        "sgd": (10, 6, 8),
+    }
+    assert [table_state(name).per_row for name in OPTIMIZERS] == [0, 4, 4, 0]
+
+
+@pytest.mark.parametrize(
+    ("per_parameter", "gb", "h100", "h200"),
+    [(18, 2304, 48, 28), (12, 1536, 32, 19), (6, 768, 16, 10), (4, 512, 11, 7)],
+)
+def test_gpus_for_128b(per_parameter: int, gb: int, h100: int, h200: int) -> None:
+    state = per_parameter * 128e9
+    assert state / 1e9 == gb
+    assert gpus_for_bytes(state, 0.6 * HARDWARE["h100"].memory) == h100
+    assert gpus_for_bytes(state, 0.6 * HARDWARE["h200"].memory) == h200
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout("row", 8, 1), Layout("column", 8, 8), Layout("2d", 8, 4)]
+)
+def test_table_bytes_are_the_shards(layout: Layout) -> None:
+    job = job_of(num_keys=1024, world=8)
+    ours = rank_bytes(job, layout)
+    assert ours.table == 18 * 2**20 * 2048 / 8
+    assert ours.weights == 2 * 2**20 * 2048 / 8
+    lean = rank_bytes(job.with_optimizer("rowwise_adamw", True), layout)
+    # a number per row, kept wherever a part of the row is
+    per_row = 4 * 2**20 / layout.row_ranks
+    assert lean.table == 10 * 2**20 * 2048 / 8 + per_row
+
+
+def test_uneven_pieces_count_as_the_largest() -> None:
+    """33 x 33 rows over 2 ranks, 10 blocks of 8 columns over 4."""
+    job = job_of(num_keys=33, world=8, memory_value_dim=80)
+    assert rank_bytes(job, Layout("2d", 8, 4)).weights == 2 * 545 * 24
+
+
+def test_a_lazy_gradient_holds_touched_rows() -> None:
+    job = job_of(num_keys=8192, world=8).with_optimizer("lazy_adamw")
+    rows = rank_bytes(job, Layout("row", 8, 1)).gradients / 4 / 2048
+    touched = expected_unique(8192**2 / 8, 3 * TOKENS * LOOKUPS)
+    assert rows == pytest.approx(touched)
+
+
+def test_buffers_grow_with_the_group_as_sums_do() -> None:
+    """Rows far apart make a partial sum of every token on every rank; columns a slice of it."""
+    job = job_of()
+    row, column = (
+        [lookup_buffers(job, Layout(mode, p, p if mode == "column" else 1)) for p in (16, 32)]
+        for mode in ("row", "column")
+    )
+    assert row[1] - row[0] == 2 * 16 * TOKENS * WIDTH * 2
+    # 16 more ranks' lookups, kept by 3 layers and sorted in one
+    assert column[1] - column[0] == 16 * TOKENS * LOOKUPS * (3 * 12 + 16)

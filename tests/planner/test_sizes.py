@@ -1,0 +1,86 @@
+"""Parameter counts against published totals, and against real modules."""
+
+from dataclasses import replace
+
+import pytest
+
+from megamem.config import MemoryConfig
+from megamem.integration.reports import layer_flops_per_token
+from megamem.layers.init import WeightFactory
+from megamem.layers.memory import MemoryLayer
+from megamem.layers.value_table import ValueTable
+from megamem.parallel.memory_group import MemoryGroup
+from megamem.planner import (
+    preset,
+)
+from megamem.planner.sizes import (
+    memory_flops_per_token,
+    memory_layer_parameters,
+    stage_parameters,
+    table_parameters,
+    total_parameters,
+)
+from tests.planner.jobs import memory_of
+
+
+@pytest.mark.parametrize(
+    ("base", "num_keys", "millions"),
+    [("134m", None, 134.1), ("373m", None, 373.9), ("1.3b", None, 1261.5)]
+    + [("134m", 1024, 937.1), ("1.3b", 2048, 9823.2)]
+    + [("1.3b", 4096, 35618.1), ("1.3b", 8192, 138747.7)],
+)
+def test_published_totals(base: str, num_keys: int | None, millions: float) -> None:
+    shape = preset(base)[0]
+    memory = memory_of(base, num_keys) if num_keys else None
+    total = total_parameters(shape, memory)["total"]
+    assert total / 1e6 == pytest.approx(millions, abs=0.051)
+
+
+def test_the_published_plain_memory() -> None:
+    memory = memory_of(memory_variant="memory", memory_layers=[11])
+    total = total_parameters(preset("1.3b")[0], memory)["total"]
+    assert total / 1e6 == pytest.approx(3377.6, abs=0.051)
+
+
+def test_llama_3_8b() -> None:
+    """8,030,261,248 is what Meta's checkpoint holds."""
+    assert total_parameters(preset("8b")[0], None)["total"] == 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"memory_variant": "memory"},
+        {"memory_qk_norm": True, "memory_heads": 2, "memory_key_dim": 48},
+        {"memory_value_dim": 64, "memory_pool": "layer", "memory_num_keys": 33},
+    ],
+)
+def test_counts_are_those_of_the_modules(settings: dict) -> None:
+    hidden = 256
+    memory = MemoryConfig(memory_layers=[1, 2], **settings).resolve(hidden)
+    make = WeightFactory(seed=0, name="table", device="meta")
+    table = ValueTable(memory, make, MemoryGroup())
+    layer = MemoryLayer(
+        memory, hidden, table, layer=1, group=None, tokens_sharded=True, seed=0, device="meta"
+    )
+    count = sum(param.numel() for param in layer.parameters())
+    assert memory_layer_parameters(memory, hidden) == count
+    tables = 2 if memory.memory_pool == "layer" else 1
+    assert table_parameters(memory) == tables * sum(p.numel() for p in table.parameters())
+    assert memory_flops_per_token(memory, hidden) == layer_flops_per_token(memory, hidden)
+
+
+def test_stages_and_shards_add_up() -> None:
+    """Stages hold the model once; shards also hold what is whole on every rank."""
+    shape, memory = preset("373m")[0], memory_of("373m", memory_pool="layer")
+    parts = total_parameters(shape, memory)
+    whole = parts["total"] - parts["value table"]
+    assert sum(stage_parameters(shape, memory, 1, 4)) == whole
+    norms = (2 * shape.num_layers + 1) * shape.hidden_size
+    replicated = norms + parts["memory layers"]
+    assert sum(stage_parameters(shape, memory, 2, 4)) == (whole - replicated) / 2 + replicated
+    tied = replace(shape, untied=False)
+    words = shape.padded_vocab_size * shape.hidden_size
+    assert sum(stage_parameters(tied, memory, 1, 2)) == whole  # the copy of a tied output counts
+    assert stage_parameters(tied, memory, 1, 1) == [whole - words]

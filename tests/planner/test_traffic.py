@@ -1,0 +1,130 @@
+"""Bytes sent, against tables worked by hand, printed with the digits given here.
+
+For bf16 rows and 128 lookups per token where nothing else is said.
+"""
+
+import pytest
+
+from megamem.planner import (
+    choose_mode,
+)
+from megamem.planner.traffic import (
+    column_traffic,
+    replication_bytes,
+    row_traffic,
+    traffic,
+    widening_threshold,
+)
+from tests.planner.jobs import LOOKUPS, MILLION_ROWS, TOKENS, WIDTH
+
+KIB = 1024
+
+
+@pytest.mark.parametrize(
+    ("ranks", "row", "column"),
+    [
+        (2, ("4.4", "4.2"), ("2.8", "2.5")),
+        (4, ("12.6", "12.4"), ("5.2", "4.5")),
+        (8, ("28.7", "28.4"), ("8.8", "7.0")),
+        (16, ("60.7", "60.5"), ("15.0", "11.2")),
+        (32, ("123", "122"), ("27.1", "19.4")),
+        (64, ("219", "219"), ("51.2", "35.4")),
+    ],
+)
+def test_bytes_per_token(ranks: int, row: tuple, column: tuple) -> None:
+    def printed(numbers: tuple[float, float]) -> tuple[str, ...]:
+        return tuple(f"{n / KIB:.0f}" if n > 1e5 else f"{n / KIB:.1f}" for n in numbers)
+
+    assert printed(row_traffic(WIDTH, LOOKUPS, ranks)) == row
+    assert printed(column_traffic(WIDTH, LOOKUPS, ranks)) == column
+
+
+@pytest.mark.parametrize(
+    ("width", "row", "column"),
+    [(1024, ("14.7", "14.4"), ("7.0", "5.2")), (4096, ("56.7", "56.4"), ("12.2", "10.5"))],
+)
+def test_bytes_per_token_of_other_widths(width: int, row: tuple, column: tuple) -> None:
+    assert tuple(f"{n / KIB:.1f}" for n in row_traffic(width, LOOKUPS, 8)) == row
+    assert tuple(f"{n / KIB:.1f}" for n in column_traffic(width, LOOKUPS, 8)) == column
+
+
+def test_fixed_sizes_cost_little_more_up_to_8_ranks() -> None:
+    forward, _ = row_traffic(WIDTH, LOOKUPS, 8, wire="allgather")
+    assert f"{forward / KIB:.0f}" == "33"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "row", "column"), [(2, "0.21", "0.13"), (8, "1.37", "0.38"), (64, "10.5", "2.1")]
+)
+def test_exchange_times_at_350_gb_per_second(ranks: int, row: str, column: str) -> None:
+    for mode, printed in (("row", row), ("column", column)):
+        ms = traffic(mode, WIDTH, LOOKUPS, ranks).seconds(TOKENS, 350e9, 45e9) * 1e3
+        assert f"{ms:.{len(printed.partition('.')[2])}f}" == printed
+
+
+def test_two_dimensions_end_in_row_and_column() -> None:
+    """Cut over one column rank 2d is row mode, over all of them column mode."""
+    for width in (256, 2048):
+        for mode, cut in (("row", 1), ("column", 16)):
+            ours = traffic("2d", width, LOOKUPS, 16, column_ranks=cut)
+            other = traffic(mode, width, LOOKUPS, 16)
+            assert ours.forward == pytest.approx(other.forward)
+            assert ours.backward == pytest.approx(other.backward)
+
+
+def test_two_dimensions_send_whole_sums_between_nodes() -> None:
+    """8 nodes of 8: 7 partial sums of 4 KiB and 8 ranks' lookups leave the node, not 200 KiB."""
+    sent = traffic("2d", WIDTH, LOOKUPS, 64, column_ranks=8, ranks_per_node=8)
+    assert sent.forward_across == pytest.approx(28 * KIB + 8 * 6 * LOOKUPS * 7 / 8)
+    assert sent.forward_inside == pytest.approx(column_traffic(WIDTH, LOOKUPS, 8)[0])
+    assert sent.across < traffic("row", WIDTH, LOOKUPS, 64, ranks_per_node=8).across / 4
+
+
+def test_what_crosses_nodes_is_part_of_the_whole() -> None:
+    near, far = (traffic("row", WIDTH, LOOKUPS, 16, ranks_per_node=n) for n in (16, 8))
+    assert near.across == 0
+    assert far.total == pytest.approx(near.total)
+    assert far.across == pytest.approx(near.total * 8 / 15)
+
+
+@pytest.mark.parametrize(
+    ("width", "lookups", "ranks", "wire", "mode"),
+    [
+        (2048, 128, 1, "auto", "row"),
+        (2048, 128, 8, "auto", "column"),
+        # V e against 5 L
+        (400, 128, 2, "alltoall", "column"),
+        (256, 128, 2, "alltoall", "row"),
+        (128, 32, 2, "alltoall", "column"),
+        (64, 32, 2, "alltoall", "row"),
+        # a fixed size makes every rank send every sum
+        (256, 128, 2, "auto", "column"),
+        # a slice of 64 bytes is too narrow for column mode
+        (2048, 128, 64, "auto", "2d"),
+        # two blocks of 8 columns: three ranks cannot all have one
+        (16, 2, 3, "auto", "row"),
+    ],
+)
+def test_choose_mode(width: int, lookups: int, ranks: int, wire: str, mode: str) -> None:
+    choice = choose_mode(width, lookups, ranks, wire=wire)
+    assert choice.mode == mode, choice
+    cut = choice.column_ranks
+    assert {"row": cut == 1, "column": cut == ranks, "2d": 1 < cut < ranks}[mode]
+
+
+@pytest.mark.parametrize(
+    ("million_rows", "gb", "ms", "column", "row"),
+    [
+        (1, "1.6", "36", "33k", "9k"),
+        (4, "6.4", "143", "133k", "37k"),
+        (16, "25.8", "573", "533k", "147k"),
+        (64, "103.1", "2291", "2130k", "588k"),
+    ],
+)
+def test_replicate_or_widen(million_rows: int, gb: str, ms: str, column: str, row: str) -> None:
+    sent = replication_bytes(million_rows * MILLION_ROWS * WIDTH, 8)
+    assert f"{sent / 1e9:.1f}" == gb
+    assert f"{sent / 45e9 * 1e3:.0f}" == ms
+    for printed, mode in ((column, column_traffic), (row, row_traffic)):
+        tokens = widening_threshold(sent, sum(mode(WIDTH, LOOKUPS, 8)), 3)
+        assert tokens == pytest.approx(1e3 * float(printed[:-1]), rel=1e-3, abs=500)
