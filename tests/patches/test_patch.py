@@ -23,10 +23,10 @@ SEAM = "import seam\n\nseam.open()\n"
 @pytest.fixture
 def tree(tmp_path, monkeypatch) -> Tree:
     """Two scripts, one of them patched in two places, and patches that fit them."""
-    released = {"pretrain_gpt.py": SCRIPT, "deep/pretrain.py": "a\r\nb\x0cc\nno end"}
+    released = {"pretrain_gpt.py": SCRIPT, "deep/pretrain.py": "a\rb\r\nc\x0cd\nno end"}
     patched = {
         "pretrain_gpt.py": insert(SCRIPT, (4, SEAM), (20, "two\n")),
-        "deep/pretrain.py": insert(released["deep/pretrain.py"], (1, SEAM)),
+        "deep/pretrain.py": insert(released["deep/pretrain.py"], (2, SEAM)),
     }
     changes = {path: (released[path], patched[path]) for path in released}
     home = write_series(tmp_path / "patches", tmp_path / "scratch", changes).parent
@@ -305,7 +305,7 @@ def test_every_patched_file_is_pinned(tree, tmp_path):
 
 
 @given(
-    lines=st.lists(st.sampled_from(["a", "b", "", "+c", "@@ -1 @@", "--- d"]), min_size=1),
+    lines=st.lists(st.sampled_from(["a", "b", "", "+c", "@@ -1 @@", "--- d", "e\rf"]), min_size=1),
     blocks=st.lists(st.tuples(st.integers(0, 40), st.sampled_from(["x\n", "a\n", "\n", "y\nz\n"]))),
     ended=st.booleans(),
 )

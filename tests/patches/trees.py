@@ -38,8 +38,8 @@ def write_tree(root: Path, files: dict[str, str], minor: int = 19, patch: int = 
 
 
 def insert(text: str, *blocks: tuple[int, str]) -> str:
-    """The text with blocks put after line numbers of its own."""
-    lines = text.splitlines(keepends=True)
+    """The text with blocks put after line numbers of its own; only a newline ends a line."""
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
     for after, block in sorted(blocks, reverse=True):
         lines[after:after] = [block]
     return "".join(lines)
@@ -51,7 +51,8 @@ def git_diff(old: str, new: str, path: str, scratch: Path) -> str:
         (scratch / side / path).parent.mkdir(parents=True, exist_ok=True)
         (scratch / side / path).write_text(text)
     words = ["git", "diff", "--no-index", "--no-prefix", "-U0", f"a/{path}", f"b/{path}"]
-    diff = subprocess.run(words, cwd=scratch, capture_output=True, text=True).stdout
+    # text mode would turn a carriage return into a line end
+    diff = subprocess.run(words, cwd=scratch, capture_output=True).stdout.decode()
     return re.sub(r"^(@@ .*? @@).*$", r"\1", diff, flags=re.MULTILINE)
 
 
