@@ -10,6 +10,7 @@ from megamem import __version__
 # name -> the module that has its main(argv) -> exit status, and what it does
 COMMANDS = {
     "run": ("megamem.integration.launcher", "run a Megatron training script with memory layers"),
+    "plan": ("megamem.tools.plan", "say what a table takes on a cluster, and how to lay it out"),
     "bench": ("megamem.tools.bench", "measure the kernels against the memory of this machine"),
     "patch": ("megamem.tools.patch", "give a Megatron-LM checkout memory layers for good"),
 }

@@ -1,0 +1,116 @@
+"""The plan on the command line: what it prints, what it writes, what it refuses."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megamem.planner import PRESETS
+from megamem.planner.sizes import total_parameters
+from megamem.tools.plan import job_from_args, main, parse, shape_from_args
+from tests.helpers.megatron_runs import MODEL, SWITCHES, TRAINING, run_training
+
+BIG = ("--preset", "1.3b", "--memory-num-keys", "8192", "--world-size", "128")
+
+
+def _shape(*words: object):
+    return shape_from_args(parse([str(word) for word in words]))
+
+
+def test_the_tables_and_the_advice(capsys: pytest.CaptureFixture) -> None:
+    assert main(BIG) == 0
+    said = capsys.readouterr().out
+    for words in ("138,747.7", "137,439.0", "row over 128", "2d 16 x 8", "H200", "KiB", "estimate"):
+        assert words in said, words
+    assert "Recommended: --memory-mode 2d --memory-group-size 128 --memory-column-ranks" in said
+    assert "Your flags ask for row over 1, which does not fit: 24" in said
+
+
+def test_the_written_plan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "plan.json"
+    assert main([*BIG, "--memory-group-size", "128", "--json", str(path)]) == 0
+    plan = json.loads(path.read_text())
+    assert plan["parameters"]["value table"] == 137_438_953_472
+    asked = plan["layouts"][plan["asked"]]
+    assert asked["layout"] == {"mode": "row", "group_size": 128, "column_ranks": 1}
+    assert asked["bytes"]["weights"] == 2 * 137_438_953_472 / 128
+    kinds = ("dense", "weights", "gradients", "optimizer", "buffers")
+    assert asked["bytes"]["total"] == pytest.approx(sum(asked["bytes"][kind] for kind in kinds))
+    assert plan["layouts"][plan["recommended"]]["fits"]
+    assert plan["layouts"]["row over 1"]["fits"] is False
+    assert set(plan["layouts"]["row over 8"]["seconds"]) == {"h100", "h200", "b200"}
+    assert plan["gpus_needed"]["adamw"]["h100"] > plan["gpus_needed"]["adamw"]["b200"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_plans(name: str, capsys: pytest.CaptureFixture) -> None:
+    tp = "1" if name != "8b" else "8"
+    assert main(["--preset", name, "--world-size", "64", "--tensor-model-parallel-size", tp]) == 0
+
+
+def test_flags_overrule_a_preset() -> None:
+    words = ["--preset", "373m", "--num-layers", "30", "--memory-layers", "1", "2"]
+    job = job_from_args(parse(words))
+    assert (job.shape.num_layers, job.shape.hidden_size) == (30, 1024)
+    assert job.memory.memory_layers == [1, 2]
+    assert job.cluster.half_precision and job.cluster.use_distributed_optimizer
+
+
+def test_the_command_line_of_a_run_can_be_pasted() -> None:
+    """Flags that change no size are taken and do nothing; ranks default to one model's worth."""
+    usual = [str(word) for pair in (MODEL | TRAINING).items() for word in pair]
+    words = [*usual, *SWITCHES, "--memory-layers", "1", "--tensor-model-parallel-size", "2"]
+    job = job_from_args(parse([*words, "--global-batch-size", "4", "--mock-data"]))
+    assert (job.cluster.world_size, job.cluster.microbatches) == (2, 2)
+    assert not job.cluster.half_precision
+
+
+OTHER = (
+    *("--swiglu", "--normalization", "RMSNorm", "--untie-embeddings-and-output-weights"),
+    *("--group-query-attention", "--num-query-groups", 2, "--ffn-hidden-size", 96),
+)
+BIASED = (
+    *("--position-embedding-type", "learned_absolute", "--qk-layernorm"),
+    *("--add-qkv-bias", "--kv-channels", 24),
+)
+
+
+@pytest.mark.parametrize("flags", [(), OTHER, BIASED], ids=["plain", "llama", "biased"])
+def test_counts_are_megatrons(flags: tuple) -> None:
+    """A dense model that Megatron builds has the parameters that the planner counts."""
+    log = run_training("count", 1, "--train-iters", 1, *flags)
+    usual = [word for pair in (MODEL | TRAINING).items() for word in pair]
+    shape = _shape(*usual, *SWITCHES, *flags)
+    assert log.parameters == {(0, 0): total_parameters(shape, None)["total"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--preset", "1.3b", "--memory-num-key", "8"), "did you mean --memory-num-keys?"),
+        (("--preset", "2b"), "invalid choice: '2b'"),
+        (("--num-layers", "2"), "--hidden-size, --num-attention-heads, --seq-length, --vocab-size"),
+        (("--preset", "134m", "--num-experts", "8"), "--num-experts: mixtures of experts"),
+        (("--preset", "134m", "--hidden-size", "760", "--num-attention-heads", "7"), "use|change"),
+        (("--preset", "134m", "--fill", "1.5"), "--fill 1.5 must be"),
+        (("--preset", "134m", "--memory-topk", "2000"), "--memory-topk 2000 is larger than"),
+        (("--preset", "134m", "--world-size", "6", "--memory-group-size", "4"), "does not divide"),
+        ((*BIG[:4], "--world-size", "8"), "nothing fits: .* --world-size 64 "),
+    ],
+)
+def test_one_clear_error(capsys: pytest.CaptureFixture, words: tuple, message: str) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("megamem: error: ") and said.err.count("\n") == 1
+    assert re.search(message, said.err), said.err
+    assert said.out == ""
+
+
+def test_help_is_the_planners_own() -> None:
+    words = [sys.executable, "-m", "megamem", "plan", "--help"]
+    page = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "--preset" in page and "--memory-num-keys" in page and "--gpus-per-node" in page
+    assert "--lr-warmup-iters" not in page and len(page.splitlines()) < 200
