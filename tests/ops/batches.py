@@ -45,6 +45,8 @@ BATCHES = {
     "duplicates": {"bag_sizes": [40, 40, 9], "num_rows": 3, "width": 24},
     "ragged and empty bags": {"bag_sizes": [0, 7, 0, 0, 33, 1, 0], "num_rows": 50, "width": 40},
     "two blocks of columns": {"bag_sizes": [16] * 5, "num_rows": 16, "width": 264},
+    "a width of no power of two": {"bag_sizes": [3, 0, 6], "num_rows": 7, "width": 1000},
+    "a last block of eight": {"bag_sizes": [5, 1], "num_rows": 4, "width": 1032, "absent": 0.3},
     "most absent": {"bag_sizes": [70, 0, 200], "num_rows": 60, "width": 16, "absent": 0.85},
     "all absent": {"bag_sizes": [5, 3], "num_rows": 4, "width": 8, "absent": 1.0},
     # crosses many chunks, and more than one tile of the merge

@@ -43,6 +43,32 @@ def test_against_twin(name, dtype, device, poisoned_memory):
         assert_as_good_as_torch(key, ours[key], same_dtype[key], truth[key])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("width", [8, 16, 24, 72, 128, 200, 256, 384, 520, 768, 1288, 2048, 2056])
+def test_any_width_in_any_dtype(width, dtype, device, poisoned_memory):
+    batch = make_batch([0, 37, 3, 0, 60], num_rows=13, width=width, absent=0.1, device=device)
+    batch = _rounded(batch, dtype)
+    ours, same_dtype = (_run(op, batch, dtype) for op in (embedding_bag, reference))
+    truth = _run(reference, batch, torch.float64)
+    for key in truth:
+        assert_as_good_as_torch(key, ours[key], same_dtype[key], truth[key])
+
+
+def test_narrow_ids_and_weights(device, poisoned_memory):
+    """int32 ids and offsets, as they travel between ranks, and weights of the table's dtype."""
+    batch = make_batch([9, 0, 5], num_rows=6, width=16, absent=0.2, device=device)
+    batch = batch._replace(weights_M=batch.weights_M.bfloat16().float())
+    wide = _run(embedding_bag, batch, torch.float32)
+    weights = batch.weights_M.bfloat16().requires_grad_()
+    values = batch.values_rV.clone().requires_grad_()
+    out = embedding_bag(values, batch.row_ids_M.int(), weights, batch.offsets.int())
+    out.backward(batch.grad_GV)
+    assert torch.equal(out, wide["out"]) and torch.equal(values.grad, wide["dvalues"])
+    assert weights.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(weights.grad, wide["dweights"].bfloat16())
+
+
 @pytest.mark.parametrize("one_row", [False, True])
 def test_five_runs_agree_bit_for_bit(one_row, device):
     batch = make_batch([50, 20], num_rows=9, width=8, absent=0.2, one_row=one_row, device=device)

@@ -1,5 +1,6 @@
 """The ops on inputs that hypothesis thinks up: duplicates, empty bags, extreme weights, k = N."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from megamem.reference.embedding_bag import embedding_bag as bag_reference
 from megamem.reference.product_topk import product_topk as topk_reference
 from tests.ops.batches import Batch
 
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float32).eps
 # the interpreter is slow; a GPU affords more
