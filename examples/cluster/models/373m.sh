@@ -1,0 +1,13 @@
+# The 373M base: 24 layers of 1024. Read by ../flags.sh.
+# shellcheck shell=bash disable=SC2034
+model=(
+    --num-layers 24 --hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16
+    --rotary-base 10000
+)
+vocabulary=32000
+tensor_parallel=1
+micro_batch=4
+memory_layers=(4 12 20)
+# rows -> the fewest GPUs of 80 GB, in powers of two, that hold the table beside the model
+least=([1m]=1 [4m]=2 [16m]=8 [64m]=32)
+lean=([1m]=1 [4m]=2 [16m]=4 [64m]=16)
