@@ -8,13 +8,17 @@ A score and its index travel as one int64, so that one comparison orders both:
     63          32 31        0
     | score, order | ~index |      larger score first, then smaller index; no two are equal
 
-_half_topk_kernel owns some tokens of one head and half, and meets the sub-keys in blocks of 2 KP,
-KP being K or a little more. No score tensor exists: a block's scores stay in registers, and only
-those above a threshold go to a short buffer beside the best so far. A buffer that could not take
-another whole block is merged into the best, and the K-th best becomes the threshold. Few scores
-pass after the first blocks, so merges become rare.
+_half_topk_kernel owns BLOCK_T tokens of one head and half. Their queries stay on the
+multiprocessor while the sub-keys pass by in blocks of 2 KP, KP being K or a little more. No score
+tensor exists: a block's scores stay in registers, and only those above a threshold go to a short
+buffer beside the best so far. Where a buffer could not take another whole block, all are merged
+into the best, and the K-th best becomes the threshold. Few scores pass after the first blocks, so
+merges become rare.
 
-    slots of a token   | best KP, sorted | buffer 3 KP |
+    slots of a token   | best KP, sorted | buffer 3 KP - 1 | count |
+
+_merge is a function of its own (noinline): a loop in the body would keep Triton from fetching the
+next block of sub-keys while this one is scored.
 
 _pair_kernel needs K ln K sums, not K * K: the pair of ranks (a, b) can win only if a * b <= K.
 
@@ -30,7 +34,8 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_TOPK = 64
-MAX_BLOCK_C = 64
+MAX_BLOCK_C = 256
+SORT_TILE = 2048
 PAIR_TILE = 1024
 OPTIONS = {"enable_fp_fusion": True}
 _LOWEST = tl.constexpr(-(2**31))
@@ -55,20 +60,31 @@ def _pack(b_order, b_index):
     return (b_order.to(tl.int64) << 32) | (b_index ^ _INDEX).to(tl.int64)
 
 
-@triton.jit
-def _merge(slots, o_slots, m_t, b_used, K: tl.constexpr, KP: tl.constexpr):
-    """Merge the buffers into the best; return the order of the K-th best."""
+@triton.jit(noinline=True)
+def _merge(
+    slots,
+    num_left,
+    H: tl.constexpr,
+    KP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SORT_T: tl.constexpr,
+):
+    """Merge the buffers, whose counts stand in their last slots, into the best."""
+    STRIDE: tl.constexpr = H * 4 * KP
     o_s = tl.arange(0, 4 * KP)
     o_k = tl.arange(0, KP)
     # what other threads appended must have arrived
     tl.debug_barrier()
-    m_full = m_t[:, None] & (o_s[None, :] < KP + b_used[:, None])
-    b_all = tl.load(slots + o_slots[:, None] + o_s[None, :], mask=m_full, other=_EMPTY)
-    b_best = tl.topk(b_all, KP)
+    for i_t in range(0, BLOCK_T, SORT_T):
+        o_u = i_t + tl.arange(0, SORT_T)
+        m_u = o_u < num_left
+        b_count = tl.load(slots + o_u * STRIDE + 4 * KP - 1, mask=m_u, other=0).to(tl.int32)
+        o_all = slots + (o_u * STRIDE)[:, None] + o_s[None, :]
+        m_full = m_u[:, None] & (o_s[None, :] < KP + b_count[:, None])
+        b_best = tl.topk(tl.load(o_all, mask=m_full, other=_EMPTY), KP)
+        tl.debug_barrier()
+        tl.store(slots + (o_u * STRIDE)[:, None] + o_k[None, :], b_best, mask=m_u[:, None])
     tl.debug_barrier()
-    tl.store(slots + o_slots[:, None] + o_k[None, :], b_best, mask=m_t[:, None])
-    b_order = (b_best >> 32).to(tl.int32)
-    return tl.max(tl.where(o_k[None, :] == K - 1, b_order, _LOWEST), axis=1)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -84,6 +100,7 @@ def _half_topk_kernel(
     KP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    SORT_T: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     i_h = tl.program_id(1).to(tl.int64)
@@ -93,48 +110,57 @@ def _half_topk_kernel(
     slots += ((i_z * num_tokens + i_t) * H + i_h) * (4 * KP)
     query += (i_t * H + i_h) * (2 * C) + i_z * C
     sub_keys += (i_z * H + i_h) * N * C
+    num_left = tl.minimum(num_tokens - i_t, BLOCK_T).to(tl.int32)
     BLOCK_N: tl.constexpr = 2 * KP
+    STRIDE: tl.constexpr = H * 4 * KP
     o_t = tl.arange(0, BLOCK_T)
     o_n = tl.arange(0, BLOCK_N)
     o_c = tl.arange(0, BLOCK_C)
-    m_t = i_t + o_t < num_tokens
-    o_slots = o_t * (H * 4 * KP)
+    m_t = o_t < num_left
+    o_slots = slots + (o_t * (H * 4 * KP))[:, None]
+    o_query = query + (o_t * (H * 2 * C))[:, None] + o_c[None, :]
+    # [BLOCK_C, BLOCK_N]
+    o_keys = sub_keys + (o_n * C)[None, :] + o_c[:, None]
 
     b_empty = tl.full([BLOCK_T, KP], _EMPTY, tl.int64)
-    tl.store(slots + o_slots[:, None] + tl.arange(0, KP)[None, :], b_empty, mask=m_t[:, None])
+    tl.store(o_slots + tl.arange(0, KP)[None, :], b_empty, mask=m_t[:, None])
+    if C <= BLOCK_C:
+        b_query = tl.load(o_query, mask=m_t[:, None] & (o_c < C)[None, :], other=0.0)
+        if UPCAST:
+            b_query = b_query.to(tl.float32)
     b_low = tl.full([BLOCK_T], _LOWEST, tl.int32)
     b_used = tl.zeros([BLOCK_T], tl.int32)
     for i_n in tl.range(0, N, BLOCK_N, disable_licm=True):
         m_n = i_n + o_n < N
         b_scores = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-        for i_c in range(0, C, BLOCK_C):
-            m_c = i_c + o_c < C
-            b_query = tl.load(
-                query + i_c + (o_t * (H * 2 * C))[:, None] + o_c[None, :],
-                mask=m_t[:, None] & m_c[None, :],
-                other=0.0,
-            )
-            # [BLOCK_C, BLOCK_N]
-            b_keys = tl.load(
-                sub_keys + i_c + (o_n * C)[None, :] + o_c[:, None],
-                mask=m_n[None, :] & m_c[:, None],
-                other=0.0,
-            )
+        if C <= BLOCK_C:
+            b_keys = tl.load(o_keys, mask=m_n[None, :] & (o_c < C)[:, None], other=0.0)
             if UPCAST:
-                b_query, b_keys = b_query.to(tl.float32), b_keys.to(tl.float32)
+                b_keys = b_keys.to(tl.float32)
             b_scores = tl.dot(b_query, b_keys, b_scores, input_precision="tf32x3")
+        else:
+            for i_c in range(0, C, BLOCK_C):
+                m_c = i_c + o_c < C
+                b_part = tl.load(o_query + i_c, mask=m_t[:, None] & m_c[None, :], other=0.0)
+                b_keys = tl.load(o_keys + i_c, mask=m_n[None, :] & m_c[:, None], other=0.0)
+                if UPCAST:
+                    b_part, b_keys = b_part.to(tl.float32), b_keys.to(tl.float32)
+                b_scores = tl.dot(b_part, b_keys, b_scores, input_precision="tf32x3")
         b_order = tl.where(m_n[None, :], _to_order(b_scores), _LOWEST)
 
-        m_pass = b_order > b_low[:, None]
-        o_buffer = KP + b_used[:, None] + tl.cumsum(m_pass.to(tl.int32), axis=1) - 1
+        m_pass = (b_order > b_low[:, None]) & m_t[:, None]
+        b_rank = tl.cumsum(m_pass.to(tl.int32), axis=1)
         b_packed = _pack(b_order, (i_n + o_n)[None, :])
-        tl.store(slots + o_slots[:, None] + o_buffer, b_packed, mask=m_pass & m_t[:, None])
+        tl.store(o_slots + (KP - 1) + b_used[:, None] + b_rank, b_packed, mask=m_pass)
         b_used += tl.sum(m_pass.to(tl.int32), axis=1)
-        # the next block may need 2 KP places
-        if (tl.max(b_used, axis=0) > KP) | (i_n + BLOCK_N >= N):
-            b_low = tl.maximum(b_low, _merge(slots, o_slots, m_t, b_used, K, KP))
+        # the next block may need 2 KP places, and one is the count's
+        if (tl.max(b_used, axis=0) >= KP) | (i_n + BLOCK_N >= N):
+            tl.store(slots + o_t * STRIDE + 4 * KP - 1, b_used.to(tl.int64), mask=m_t)
+            _merge(slots, num_left, H, KP, BLOCK_T, SORT_T)
+            b_last = tl.load(slots + o_t * STRIDE + K - 1, mask=m_t, other=_EMPTY)
+            b_low = tl.maximum(b_low, (b_last >> 32).to(tl.int32))
             b_used = tl.zeros([BLOCK_T], tl.int32)
-        sub_keys += BLOCK_N * C
+        o_keys += BLOCK_N * C
 
 
 @triton.jit(do_not_specialize=["num_reads"])
@@ -196,9 +222,9 @@ def product_topk(
     if num_tokens == 0:
         return scores_THK, row_ids_THK
     padded = max(8 if interpreted else 32, triton.next_power_of_2(topk))
-    # the merge sorts BLOCK_T * 4 KP numbers in registers
-    block_t = 16 if interpreted else 1024 // padded
-    block_c = MAX_BLOCK_C if query_THQ.element_size() == 2 and padded == 32 else 32
+    narrow = query_THQ.element_size() == 2
+    block_t = 16 if interpreted else 64
+    block_c = max(16, triton.next_power_of_2(key_dim))
     slots = torch.empty(2, num_tokens, heads, 4 * padded, dtype=torch.int64, device=device)
     _half_topk_kernel[(triton.cdiv(num_tokens, block_t), heads, 2)](
         query_THQ,
@@ -211,12 +237,12 @@ def product_topk(
         K=topk,
         KP=padded,
         BLOCK_T=block_t,
-        BLOCK_C=min(block_c, max(16, triton.next_power_of_2(key_dim))),
+        BLOCK_C=min(block_c, MAX_BLOCK_C if narrow else 32),
+        # what sorts 4 KP numbers each in registers
+        SORT_T=min(block_t // 2, SORT_TILE // (4 * padded)),
         UPCAST=interpreted,
         num_warps=8,
-        num_stages=3 if query_THQ.element_size() == 2 else 2,
-        # two programs per multiprocessor; test_compile.py sees that nothing spills
-        maxnreg=128,
+        num_stages=2,
         **OPTIONS,
     )
     ranks_2P = _staircase(topk, device)

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -39,7 +38,7 @@ class Usage(NamedTuple):
     registers: int
     shared: int
     spilled: int
-    """Bytes stored to and loaded from local memory."""
+    """Bytes per thread that did not fit into registers and went to local memory."""
 
 
 class _Driver:
@@ -156,6 +155,7 @@ MORE_CASES: dict[str, Callable[[int], None]] = {
     "gradient of sub-keys": _gradient(BF16, 256, want_weights=False, num_rows=8192),
     "top-k fp32 N=4096 C=512 K=32": _topk(FP32, 4096, 512, 32),
     "top-k bf16 N=16384 C=128 K=64": _topk(BF16, 16384, 128, 64),
+    "top-k bf16 N=1024 C=512 K=32": _topk(BF16, 1024, 512, 32),
     "top-k fp16 N=16 C=20 K=8": _topk(FP16, 16, 20, 8),
     "adam bf16 random, moment per row": _adam(BF16, touched=False, row_wise=True),
     "adam fp32 touched V=72": _adam(FP32, touched=True, width=72),
@@ -194,24 +194,18 @@ def compile_cases(cases: dict[str, Callable[[int], None]], arch: int) -> Iterato
 
 
 def _measure(kernel: Any, case: str, arch: int) -> Usage:
-    """Assembles the kernel again, as its assembler tells what it used only in passing."""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
-        source.write(kernel.asm["ptx"])
-        source.flush()
-        target = f"sm_{arch}{'a' if arch >= 90 else ''}"
-        command = [
-            get_ptxas(arch).path,
-            "-v",
-            f"--gpu-name={target}",
-            source.name,
-            "-o",
-            "/dev/null",
-        ]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
-    registers = int(re.search(r"Used (\d+) registers", log)[1])  # type: ignore[index]
+    """What the machine code that would be launched says of itself."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(kernel.asm["cubin"])
+        binary.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", binary.name]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack, local = (
+        int(re.search(rf"\b{name}:(\d+)", log)[1])  # type: ignore[index]
+        for name in ("REG", "STACK", "LOCAL")
+    )
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
-    return Usage(kernel.name, case, arch, warps, registers, shared, spilled)
+    return Usage(kernel.name, case, arch, warps, registers, shared, stack + local)
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from tests.kernels.aot import ARCHITECTURES, CASES, MORE_CASES, Usage
 
+# what a program may take of a multiprocessor's shared memory
+SHARED_KIB = {80: 163, 90: 227, 100: 227}
 KERNELS = {
     "_bag_kernel",
     "_compact_kernel",
@@ -43,8 +45,8 @@ def _check(usages: list[Usage], cases: set[str]) -> None:
     }
     spills = [usage for usage in usages if usage.spilled]
     assert not spills, "\n".join(map(str, spills))
-    # what every generation grants a program without asking
-    assert max(usage.shared for usage in usages) <= 48 * 1024
+    too_large = [usage for usage in usages if usage.shared > SHARED_KIB[usage.arch] * 1024]
+    assert not too_large, "\n".join(map(str, too_large))
 
 
 def test_compiles_for_every_architecture_without_spills():

@@ -37,6 +37,33 @@ def test_ids_are_the_twins(tokens, heads, num_keys, key_dim, topk, spread, devic
     assert torch.equal(scores, true_scores)
 
 
+@pytest.mark.parametrize("kept", [7, 8, 9])
+def test_a_buffer_filled_to_its_last_slot(kept, device, poisoned_memory):
+    """A first block passes whole, of the second about half, the third whole, its last key best."""
+    topk = 8 if device == "cpu" else 32
+    block, kept = 2 * topk, kept * topk // 8
+    scores = torch.ones(3 * block, device=device)
+    scores[block : block + kept] = 2
+    scores[block + kept : 2 * block] = 0
+    scores[2 * block :] = torch.arange(3, 3 + block)
+    sub_keys = scores.view(1, 1, -1, 1).repeat(2, 1, 1, 1)
+    query = torch.ones(1, 1, 2, device=device)
+    ours, truth = (op(query, sub_keys, topk) for op in (product_topk, reference))
+    assert torch.equal(ours[0], truth[0]) and torch.equal(ours[1], truth[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topk", [1, 16, 33, 64])
+@pytest.mark.parametrize("num_keys", [64, 1000, 4096, 16384])
+def test_ids_are_the_twins_at_every_size(num_keys, topk, device, poisoned_memory):
+    tokens = 2 if device == "cpu" else 257
+    query, sub_keys = _integers(tokens, 2, num_keys, 24, 3, device, seed=num_keys)
+    scores, rows = product_topk(query, sub_keys, topk)
+    true_scores, true_rows = reference(query, sub_keys, topk)
+    assert torch.equal(rows, true_rows)
+    assert torch.equal(scores, true_scores)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_scores_and_gradients(dtype, device, poisoned_memory):
     torch.manual_seed(1)

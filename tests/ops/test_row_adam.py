@@ -197,3 +197,50 @@ def test_errors_for_people(change, message):
     adamw_(**good)
     with pytest.raises(ValueError, match=message):
         adamw_(**{**good, **change})
+
+
+@pytest.mark.parametrize("row_moment", [False, True], ids=["a moment each", "a moment per row"])
+def test_columns_of_a_table_step_as_the_table_does(row_moment, device):
+    """Bit for bit with random rounding: what a column rank needs is in its arguments."""
+    rows, width, cut = 6, 40, 16
+    grads = _gradients((rows, width), 3, device)
+    start = torch.randn(rows, width, device=device).bfloat16()
+
+    def fresh(columns: slice) -> list:
+        weights = start[:, columns].clone()
+        second = (
+            torch.zeros(rows, device=device) if row_moment else torch.zeros_like(weights).float()
+        )
+        return [weights, torch.zeros_like(weights).float(), second]
+
+    whole, left, right = fresh(slice(None)), fresh(slice(0, cut)), fresh(slice(cut, None))
+    scale = torch.tensor([0.5], device=device)
+    for step, grad in enumerate(grads, 1):
+        options = {"step": step, "seed": 5, "row_offset": 11, "grad_scale": scale, **HYPER}
+        squares = grad.square().mean(-1) if row_moment else None
+        adamw_(whole[0], grad, *whole[1:], row_squares_r=squares, **options)
+        for part, columns in ((left, slice(0, cut)), (right, slice(cut, None))):
+            adamw_(
+                part[0],
+                grad[:, columns].contiguous(),
+                *part[1:],
+                row_squares_r=squares,
+                column_offset=columns.start,
+                **options,
+            )
+    assert torch.equal(torch.cat((left[0], right[0]), 1), whole[0])
+    assert torch.equal(torch.cat((left[1], right[1]), 1), whole[1])
+    if row_moment:
+        assert torch.equal(left[2], whole[2]) and torch.equal(right[2], whole[2])
+
+
+def test_given_squares_are_those_that_would_be_taken(device):
+    (grad,) = _gradients((4, 24), 1, device)
+    states = []
+    for squares in (None, grad.square().mean(-1)):
+        state = [torch.ones_like(grad), torch.zeros_like(grad), torch.zeros(4, device=device)]
+        scale = torch.tensor([3.0], device=device)
+        adamw_(state[0], grad, *state[1:], step=1, grad_scale=scale, row_squares_r=squares, **HYPER)
+        states.append(state)
+    for a, b in zip(*states, strict=True):
+        torch.testing.assert_close(a, b)
