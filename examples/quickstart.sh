@@ -40,6 +40,7 @@ training=(
     --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
     --eval-interval 500 --eval-iters 10 --log-interval 25
     --save "$run/checkpoints" --load "$run/checkpoints" --save-interval 500
+    --override-opt-param-scheduler  # a longer run decays over its own length
     --tensorboard-dir "$run/tensorboard"
 )
 data=(

@@ -1,16 +1,20 @@
 """How a value table lies in a checkpoint: as what it is, R rows of width V.
 
-Every rank writes the rows it holds, at their place in the whole table; nothing is gathered, padded
-or flattened, so that any other number of ranks can read it back.
+Every rank writes the piece it holds, at its place in the whole table; nothing is gathered, padded
+or flattened, so that any other number of ranks, cutting by rows, columns or both, can read it back.
+The optimizer's state lies beside it in the same way.
 """
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
-from megamem.parallel.row_shard import RowShard
+from megamem.parallel.row_shard import TableShard
 
 TABLES = "memory_values"
 """Name, in the model, of what holds its value tables; checkpoint keys start with it."""
+
+OPTIMIZER = "optimizer"
+"""What checkpoint keys of optimizer state start with."""
 
 SHARED = "shared"
 """Name of the table of `--memory-pool shared`."""
@@ -31,23 +35,55 @@ def sub_keys_key(layer: int) -> str:
     return f"decoder.layers.{layer}.mlp.memory.keys.sub_keys"
 
 
-def sharded_rows(key: str, rows_rV: Tensor, shard: RowShard, replica: int) -> ShardedTensor:
-    """This rank's rows as a piece of the whole table.
+def state_key(table: str, slot: str) -> str:
+    """Checkpoint key of a table's optimizer state."""
+    return f"{OPTIMIZER}.{TABLES}.{table}.{slot}"
+
+
+def placement_key(table: str) -> str:
+    """Checkpoint key of the seed that placed a table's rows."""
+    return f"{TABLES}.{table}.placement"
+
+
+def sharded_piece(
+    key: str, piece: Tensor, shard: TableShard, replica: int, per_row: bool = False
+) -> ShardedTensor:
+    """This rank's piece of an [R, V] table, or of something with one number per row.
 
     Args:
         key: in the checkpoint.
-        rows_rV: the rows of `shard`.
-        replica: 0 on one of the ranks that hold these rows, another number on each other.
+        piece: [r, v], or [r] where per_row.
+        shard: where it lies.
+        replica: 0 on one of the ranks that hold this piece, another number on each other.
+        per_row: the column ranks hold the same numbers.
     """
-    even = shard.num_rows % shard.world_size == 0
+    rows, columns = shard.rows, shard.column_blocks
+    dims = 1 if per_row else 2
+    assert tuple(piece.shape) == shard.shape[:dims], (piece.shape, shard.shape)
+    fragments = (rows.world_size, columns.world_size)[:dims]
+    even = rows.even if per_row else shard.even
     return ShardedTensor(
         key,
-        rows_rV,
-        rows_rV.dtype,
-        tuple(rows_rV.shape),
-        (shard.num_rows, rows_rV.shape[1]),
-        (shard.start, 0),
+        piece,
+        piece.dtype,
+        tuple(piece.shape),
+        shard.global_shape[:dims],
+        shard.offset[:dims],
         # None says that the pieces differ in size
-        (shard.world_size, 1) if even else None,
-        replica_id=(0, 0, replica),
+        fragments if even else None,
+        replica_id=(0, columns.rank if per_row else 0, replica),
+    )
+
+
+def same_everywhere(key: str, tensor: Tensor, shard: TableShard, replica: int) -> ShardedTensor:
+    """A tensor that all ranks of a table hold alike."""
+    return ShardedTensor(
+        key,
+        tensor,
+        tensor.dtype,
+        tuple(tensor.shape),
+        tuple(tensor.shape),
+        (0,) * tensor.dim(),
+        (1,) * tensor.dim(),
+        replica_id=(shard.rows.rank, shard.column_blocks.rank, replica),
     )

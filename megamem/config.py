@@ -70,6 +70,39 @@ class MemoryConfig:
     memory_weight_decay: float | None = None
     """Weight decay of the value table. Default: the model's --weight-decay."""
 
+    memory_clip_grad: float | None = None
+    """Clip the gradient of the value tables apart, at this norm. Default: together with the model,
+    at --clip-grad."""
+
+    memory_optimizer: Literal["adamw", "lazy_adamw", "rowwise_adamw", "sgd"] = "adamw"
+    """What updates the value table. adamw: exact AdamW on every row. lazy_adamw: touched rows only,
+    each with a step count and a catch-up decay of its own; not Adam, as momentum waits with its
+    row. rowwise_adamw: one second moment per row. sgd: no state."""
+
+    memory_stochastic_rounding: bool = False
+    """In a bf16 model, round the table's updates to bf16 at random, without bias, and keep no fp32
+    copy of it."""
+
+    memory_mode: Literal["row", "column", "2d", "auto"] = "row"
+    """How a table is cut. row: each rank holds some rows. column: each rank holds some columns of
+    every row. 2d: rows across, columns within sets of --memory-column-ranks neighbours. auto:
+    whichever sends the fewest bytes. Results and checkpoints are the same."""
+
+    memory_group_size: int | None = None
+    """Ranks that one table is spread over, at most tensor x context x data parallel size; what is
+    left are replicas. Default: the tensor-parallel size."""
+
+    memory_column_ranks: int | None = None
+    """Ranks that share a row in mode 2d. Default: the tensor-parallel size."""
+
+    memory_placement_seed: int = 0
+    """Decides which row of the table a pair of sub-keys reads, so that pairs that are read together
+    lie on different ranks. Part of a checkpoint: it cannot change later."""
+
+    memory_check_row_ids: bool = False
+    """Look for row ids that the table does not have before every read, for debugging: a GPU has to
+    wait for the answer."""
+
     memory_wire: Literal["auto", "alltoall", "allgather"] = "auto"
     """How lookups reach the ranks that own their rows. alltoall: each only to its owner, after the
     counts were exchanged (one host sync). allgather: all to all ranks, at fixed sizes, without a
@@ -97,6 +130,8 @@ class MemoryConfig:
             "memory_topk": self.memory_topk,
             "memory_key_dim": self.memory_key_dim,
             "memory_value_dim": self.memory_value_dim,
+            "memory_group_size": self.memory_group_size,
+            "memory_column_ranks": self.memory_column_ranks,
         }
         for name, value in positive.items():
             if value is not None and value < 1:
@@ -117,7 +152,21 @@ class MemoryConfig:
                 f"--memory-value-dim {self.memory_value_dim} is not a multiple of 8, which the "
                 f"kernels load at once; use {_next_multiple(self.memory_value_dim, 8)}."
             )
-        for name in ("memory_value_init_std", "memory_lr", "memory_weight_decay"):
+        if self.memory_column_ranks is not None and self.memory_mode != "2d":
+            found.append(
+                f"--memory-column-ranks {self.memory_column_ranks} says how --memory-mode 2d cuts "
+                f"rows, but the mode is {self.memory_mode}; use 2d or drop it."
+            )
+        if not 0 <= self.memory_placement_seed < 2**31:
+            found.append(
+                f"--memory-placement-seed {self.memory_placement_seed} must be from 0 to 2**31 - 1."
+            )
+        for name in (
+            "memory_value_init_std",
+            "memory_lr",
+            "memory_weight_decay",
+            "memory_clip_grad",
+        ):
             value = getattr(self, name)
             # written so that a NaN is caught too
             if value is not None and not 0 <= value < float("inf"):

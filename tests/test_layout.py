@@ -21,10 +21,12 @@ MAY_IMPORT = {
     "layers": {"config", "ops", "parallel", "checkpoint", "metrics"},
     "optimizer": {"config", "ops", "parallel", "checkpoint"},
     "planner": {"config"},
-    "integration": {"config", "layers", "optimizer", "checkpoint", "metrics"},
+    "integration": {
+        *("config", "parallel", "layers", "optimizer", "checkpoint", "metrics", "planner"),
+    },
     "tools": {
         *("reference", "ops", "config", "layers", "optimizer", "checkpoint", "planner"),
-        "integration",
+        *("parallel", "integration"),
     },
     "run": {"integration"},
     "__main__": {"integration", "planner", "tools"},

@@ -2,11 +2,17 @@
 
 import argparse
 import dataclasses
+import os
 
+import torch
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megamem.config import MemoryConfig, flag
 from megamem.integration.layer_specs import MemorySettings
+from megamem.planner import choose_mode
+
+GPUS_PER_NODE = 8
+"""Where the launcher does not say."""
 
 ATTRIBUTE = "megamem"
 """Where a TransformerConfig carries MemorySettings, and nothing where memory is off."""
@@ -27,7 +33,37 @@ def settings_from_args(args: argparse.Namespace) -> MemorySettings | None:
     memory = MemoryConfig.from_args(args)
     if not memory.enabled:
         return None
-    return MemorySettings(memory=memory.resolve(args.hidden_size), seed=args.seed)
+    memory = with_layout(memory.resolve(args.hidden_size), args)
+    return MemorySettings(memory=memory, seed=args.seed, tokens_vary=tokens_vary(args))
+
+
+def with_layout(memory: MemoryConfig, args: argparse.Namespace) -> MemoryConfig:
+    """The same settings with a group size, and a mode and column ranks in place of auto."""
+    tensor_ranks = args.tensor_model_parallel_size
+    size = memory.memory_group_size or tensor_ranks
+    mode, columns = memory.memory_mode, memory.memory_column_ranks
+    if mode == "auto":
+        choice = choose_mode(
+            memory.value_dim,
+            memory.lookups_per_token,
+            size,
+            ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", GPUS_PER_NODE)),
+            wire=memory.memory_wire,
+            e=2 if args.params_dtype != torch.float32 else 4,
+        )
+        mode, columns = choice.mode, choice.column_ranks if choice.mode == "2d" else None
+    elif mode == "2d":
+        columns = columns or min(tensor_ranks, size)
+    return dataclasses.replace(
+        memory, memory_mode=mode, memory_group_size=size, memory_column_ranks=columns
+    )
+
+
+def tokens_vary(args: argparse.Namespace) -> bool:
+    """Whether ranks of different data may bring sequences of different lengths."""
+    wide = (args.memory_group_size or 1) > args.tensor_model_parallel_size
+    packs = ("variable_seq_lengths", "sft", "use_packed_sequence", "sequence_packing_scheduler")
+    return wide and any(bool(getattr(args, name, None)) for name in packs)
 
 
 def idle_flags(memory: MemoryConfig) -> list[str]:

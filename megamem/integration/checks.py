@@ -7,6 +7,7 @@ from typing import Any
 
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.integration import compat
+from megamem.integration.group_checks import group_problems
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ def check(args: argparse.Namespace, memory: MemoryConfig, config: Any) -> None:
             f"from 0, and --num-layers {args.num_layers} ends at layer {args.num_layers - 1}."
         )
     problems += _pool_problems(args, memory, config) if not problems else []
+    problems += group_problems(args, memory)
     problems += _ffn_problems(args, memory)
     problems += _optimizer_problems(args, memory)
     ConfigurationError.collect(problems)
@@ -217,9 +219,15 @@ def _ffn_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:
 
 
 def _optimizer_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:
+    problems = []
     if memory.memory_lr_schedule == "constant" and memory.memory_lr is None:
-        return [
+        problems.append(
             "--memory-lr-schedule constant needs a rate to stay at; add --memory-lr, such as "
             f"--memory-lr {getattr(args, 'lr', None) or 1e-3}."
-        ]
-    return []
+        )
+    if memory.memory_stochastic_rounding and not args.bf16:
+        problems.append(
+            "--memory-stochastic-rounding rounds to bf16, but the model is not in bf16; add --bf16 "
+            "or drop it."
+        )
+    return problems

@@ -1,10 +1,12 @@
-"""Where megamem enters Megatron: six functions replaced at run time, none of its files changed.
+"""Where megamem enters Megatron: eight functions replaced at run time, none of its files changed.
 
     add_megatron_arguments             the --memory-* flags
     validate_args                      what cannot work is refused
     core_transformer_config_from_args  the settings travel to the model
     GPTModel.__init__                  layer specs get memories, the model gets their tables
-    get_megatron_optimizer_config      the table's own learning rate and weight decay
+    get_megatron_optimizer             the tables' own optimizer joins Megatron's
+    DistributedDataParallel
+      .scale_gradients                 the tables' gradients are scaled with the model's
     num_floating_point_operations      memories counted in place of feed-forwards
     setup_model_and_optimizer          the checkpoint is compared with the flags
 
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import argument_utils, arguments, training
@@ -41,7 +44,7 @@ from megamem.integration.data_checks import check_data_prefixes
 from megamem.integration.launcher import friendly_parser
 from megamem.integration.layer_specs import memory_layer_spec
 from megamem.integration.memory_mlp import ValueTables
-from megamem.integration.optimizer import table_overrides
+from megamem.integration.optimizer import scale_tables, with_tables
 from megamem.integration.patching import replace, replace_everywhere
 from megamem.integration.saved_model import checkpoint_problems
 
@@ -58,7 +61,8 @@ def install() -> None:
     replace_everywhere(arguments, "validate_args", _validate)
     replace_everywhere(argument_utils, "core_transformer_config_from_args", _carry_settings)
     replace(GPTModel, "__init__", _build_memories)
-    replace(training, "get_megatron_optimizer_config", _override_table_group)
+    replace(training, "get_megatron_optimizer", _add_table_optimizer)
+    replace(DistributedDataParallel, "scale_gradients", _scale_tables)
     replace(training, "num_floating_point_operations", _count_flops)
     replace(training, "setup_model_and_optimizer", _compare_with_checkpoint)
 
@@ -127,15 +131,24 @@ def _build_memories(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-def _override_table_group(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_megatron_optimizer_config(args: argparse.Namespace) -> Any:
-        config, overrides = original(args)
+def _add_table_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_megatron_optimizer(config: Any, chunks: Any, *rest: Any, **more: Any) -> Any:
+        optimizer = original(config, chunks, *rest, **more)
+        args = get_args()
         settings = settings_from_args(args)
-        if settings is not None:
-            overrides = {**(overrides or {}), **table_overrides(args, settings.memory)}
-        return config, overrides
+        if settings is None:
+            return optimizer
+        return with_tables(optimizer, config, chunks, args, settings.memory)
 
-    return get_megatron_optimizer_config
+    return get_megatron_optimizer
+
+
+def _scale_tables(original: Callable[..., Any]) -> Callable[..., Any]:
+    def scale_gradients(self: Any, scaling_factor: Any) -> None:
+        original(self, scaling_factor)
+        scale_tables(self, scaling_factor)
+
+    return scale_gradients
 
 
 def _count_flops(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,7 +173,7 @@ def _compare_with_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]
         dist.broadcast_object_list(found, src=0, device=_object_device())
         ConfigurationError.collect(found[0])
         if memory is not None and dist.get_rank() == 0:
-            ranks = args.tensor_model_parallel_size
+            ranks = memory.memory_group_size or 1
             sys.stdout.write(f" > {reports.summary(memory, args.hidden_size, ranks)}\n")
         return original(*rest, **more)
 

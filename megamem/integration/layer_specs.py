@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megamem.checkpoint import SHARED, layer_table
 from megamem.config import MemoryConfig
 from megamem.integration import compat
+from megamem.integration.groups import memory_group
 from megamem.integration.memory_mlp import MemoryMLP, build_table
 from megamem.layers.value_table import ValueTable
 
@@ -26,6 +27,9 @@ class MemorySettings:
 
     seed: int
     """Of the run."""
+
+    tokens_vary: bool = False
+    """Sequences of different lengths may reach the ranks that share a table."""
 
 
 @dataclass
@@ -58,15 +62,15 @@ def memory_layer_spec(
     layers = compat.stage_layers(config, vp_stage, pp_rank)
     assert len(layers) == len(block.layer_specs), (layers, len(block.layer_specs))
     memory = settings.memory
+    # before any stage turns back: making process groups takes all ranks
+    group = memory_group(memory, pg_collection)
     here = [layer for layer in layers if layer in memory.memory_layers]
     if not here:
         return MemoryLayerSpec(block)
 
     shared = memory.memory_pool == "shared"
     names = [SHARED] if shared else [layer_table(layer) for layer in here]
-    tables = {
-        name: build_table(config, memory, name, settings.seed, pg_collection.tp) for name in names
-    }
+    tables = {name: build_table(config, memory, name, settings.seed, group) for name in names}
     specs = list(block.layer_specs)
     for layer in here:
         place = layers.index(layer)
@@ -77,8 +81,7 @@ def memory_layer_spec(
             values=tables[SHARED if shared else layer_table(layer)],
             layer=layer,
             seed=settings.seed,
-            # the backward of the lowest layer runs last: it hands the table its whole gradient
-            parks_gradient=shared and layer != min(here),
+            tokens_vary=settings.tokens_vary,
         )
     return MemoryLayerSpec(
         TransformerBlockSubmodules(layer_specs=specs, layer_norm=block.layer_norm), tables

@@ -8,15 +8,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megamem.checkpoint import sharded_rows
+from megamem.checkpoint import same_everywhere, sharded_piece
 from megamem.config import MemoryConfig
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.value_table import ValueTable
+from megamem.parallel.memory_group import MemoryGroup
 
 FFNBuilder = Callable[..., nn.Module]
 
@@ -36,7 +36,7 @@ class MemoryMLP(MegatronModule):
         values: ValueTable,
         layer: int,
         seed: int,
-        parks_gradient: bool,
+        tokens_vary: bool = False,
         ffn: FFNBuilder | None = None,
         **slot: Any,
     ) -> None:
@@ -44,12 +44,12 @@ class MemoryMLP(MegatronModule):
 
         Args:
             config: Megatron's.
-            pg_collection: the ranks of the tensor-parallel group share the table.
+            pg_collection: the ranks of the tensor-parallel group share a sequence.
             memory: resolved.
             values: registered in the model by the caller.
             layer: its number in the model, from 0.
             seed: of the run.
-            parks_gradient: a layer below this one shares the table.
+            tokens_vary: sequences of different lengths may reach the ranks that share the table.
             ffn: builds what was in the slot, where it stays.
             slot: whatever else this release passes to an MLP.
         """
@@ -63,7 +63,7 @@ class MemoryMLP(MegatronModule):
             group=sharing(groups.tp),
             tokens_sharded=config.sequence_parallel,
             seed=seed,
-            parks_gradient=parks_gradient,
+            tokens_vary=tokens_vary,
             device=torch.cuda.current_device(),
             dtype=config.params_dtype,
         )
@@ -96,33 +96,33 @@ class ValueTables(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Each table as pieces of R x V."""
-        replica = torch.distributed.get_rank(
-            ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
-        )
+        """Each table as pieces of R x V, and the seed that placed its rows."""
         entries = {}
         for name, table in self.named_children():
             assert isinstance(table, ValueTable)
-            key = f"{prefix}{name}.weight"
-            entries[key] = sharded_rows(key, table.weight, table.shard, replica)
+            of_table = (table.shard, table.group.replica)
+            weight, placement = f"{prefix}{name}.weight", f"{prefix}{name}.placement"
+            entries[weight] = sharded_piece(weight, table.weight, *of_table)
+            entries[placement] = same_everywhere(placement, table.placement, *of_table)
         return entries
 
 
 def build_table(
-    config: TransformerConfig,
-    memory: MemoryConfig,
-    name: str,
-    seed: int,
-    group: ProcessGroup,
+    config: TransformerConfig, memory: MemoryConfig, name: str, seed: int, group: MemoryGroup
 ) -> ValueTable:
-    """A table spread over the tensor-parallel group, its weight marked as Megatron marks shards."""
+    """A table spread over a memory group, kept out of Megatron's gradient buffers.
+
+    Its optimizer is its own: Megatron would allocate, reduce and gather dense gradients of it all.
+    """
     make = WeightFactory(
         seed=seed,
         name=name,
         device=torch.cuda.current_device(),
         dtype=config.params_dtype,
     )
-    table = ValueTable(memory, make, sharing(group))
+    table = ValueTable(memory, make, group)
+    table.weight.requires_grad_(False)
+    # so that reports of sizes count every rank's piece
     set_tensor_model_parallel_attributes(table.weight, True, 0, 1)
     return table
 

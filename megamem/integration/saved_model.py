@@ -3,13 +3,24 @@
 import argparse
 from pathlib import Path
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.training import checkpointing
+from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megamem.checkpoint import SHARED, TABLES, layer_table, sub_keys_key, table_key
+from megamem.checkpoint import (
+    OPTIMIZER,
+    SHARED,
+    TABLES,
+    layer_table,
+    state_key,
+    sub_keys_key,
+    table_key,
+)
 from megamem.config import MemoryConfig
+from megamem.optimizer.state import slots
 
 
 def checkpoint_problems(args: argparse.Namespace, memory: MemoryConfig | None) -> list[str]:
@@ -33,7 +44,65 @@ def checkpoint_problems(args: argparse.Namespace, memory: MemoryConfig | None) -
         for key, entry in entries.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    return compare(saved, memory, str(folder))
+    if found := compare(saved, memory, str(folder)):
+        return found
+    if memory is None:
+        return []
+    found = placement_problems(read_placements(saved, folder), memory, str(folder))
+    resumes = not (args.finetune or args.no_load_optim)
+    return found + (state_problems(saved, args, memory, str(folder)) if resumes else [])
+
+
+def read_placements(saved: dict[str, tuple[int, ...]], folder: Path) -> dict[str, int]:
+    """Table -> the seed that placed its rows."""
+    keys = [key for key in saved if key.startswith(f"{TABLES}.") and key.endswith(".placement")]
+    seeds = {key: torch.empty(saved[key], dtype=torch.int64) for key in keys}
+    if seeds:
+        dcp.load(seeds, storage_reader=FileSystemReader(str(folder)), no_dist=True)
+    return {key.split(".")[1]: int(seed) for key, seed in seeds.items()}
+
+
+def placement_problems(seeds: dict[str, int], memory: MemoryConfig, folder: str) -> list[str]:
+    """A sentence where a table's rows lie elsewhere than this run would look for them."""
+    wanted = memory.memory_placement_seed
+    return [
+        f"--memory-placement-seed {wanted} differs from {seed}, which placed the rows of table "
+        f"{table} in --load {folder}; use --memory-placement-seed {seed}."
+        for table, seed in sorted(seeds.items())
+        if seed != wanted
+    ][:1]
+
+
+def state_problems(
+    saved: dict[str, tuple[int, ...]],
+    args: argparse.Namespace,
+    memory: MemoryConfig,
+    folder: str,
+) -> list[str]:
+    """A sentence where the checkpoint lacks state that the tables' optimizer goes on with."""
+    wanted = slots(memory.memory_optimizer, args.params_dtype, memory.memory_stochastic_rounding)
+    prefix = f"{OPTIMIZER}.{TABLES}."
+    tables = sorted({key.split(".")[1] for key in saved if key.startswith(f"{TABLES}.")})
+    for table in tables:
+        for name, slot in wanted.items():
+            shape = (memory.num_rows, memory.value_dim)[: 1 if slot.per_row else 2]
+            found = saved.get(state_key(table, name))
+            if found == shape:
+                continue
+            kept = sorted(
+                key.removeprefix(f"{prefix}{table}.")
+                for key in saved
+                if key.startswith(f"{prefix}{table}.")
+            )
+            return [
+                f"--memory-optimizer {memory.memory_optimizer} needs {name} of shape "
+                f"{list(shape)} for table {table}, but --load {folder} holds "
+                f"{', '.join(kept) or 'no state'}"
+                f"{f' ({name} of shape {list(found)})' if found else ''}; use the optimizer, the "
+                "precision and --memory-stochastic-rounding that it was saved with, or start the "
+                "optimizer afresh with --no-load-optim."
+            ]
+    return []
 
 
 def compare(

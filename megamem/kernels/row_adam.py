@@ -36,7 +36,10 @@ def _one_minus_exp(x):
 
 @triton.jit
 def _round_randomly(b_x, b_row, i_v, step, seed, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr):
-    """fp32 whose low sixteen bits are zero: one of the two bf16 beside each element."""
+    """fp32 whose low sixteen bits are zero: one of the two bf16 beside each element.
+
+    i_v is the first column, of the whole table; a multiple of 8.
+    """
     b_column = i_v // 8 + tl.arange(0, BLOCK_V // 8)
     b_zero = tl.zeros([BLOCK_R, BLOCK_V // 8], tl.int32)
     w0, w1, w2, w3 = tl.philox(
@@ -57,7 +60,7 @@ def _round_randomly(b_x, b_row, i_v, step, seed, BLOCK_R: tl.constexpr, BLOCK_V:
     return tl.where(b_x == b_x, b_rounded.to(tl.float32, bitcast=True), b_x)
 
 
-@triton.jit(do_not_specialize=["num_rows", "row_offset", "step", "seed"])
+@triton.jit(do_not_specialize=["num_rows", "row_offset", "column_offset", "step", "seed"])
 def _update_kernel(
     weights,  # [r, V]
     copy,  # [r, V] or None
@@ -69,8 +72,10 @@ def _update_kernel(
     last_steps,  # [r] or None
     touched,  # [r] or None; gradients of rows where it is 0 are neither read nor cleared
     grad_scale,  # [1] or None
+    row_squares,  # [r] or None: mean squares of whole rows' gradients, of which these are columns
     num_rows,
     row_offset,
+    column_offset,
     step,
     seed,
     lr,
@@ -119,13 +124,17 @@ def _update_kernel(
     b_divisor = tl.zeros([BLOCK_R, 1], tl.float32)
     if SECOND == 2:
         b_square = tl.zeros([BLOCK_R], tl.float32)
-        for i_v in range(0, V, BLOCK_V):
-            m_grad = m_grads[:, None] & (i_v + o_v < V)[None, :]
-            o_grads = grads + o_e[:, None] * V + i_v + o_v[None, :]
-            b_grad = tl.load(o_grads, mask=m_grad, other=0.0).to(tl.float32) * scale
-            b_square += tl.sum(b_grad * b_grad, axis=1)
+        if row_squares is not None:
+            b_square = tl.load(row_squares + b_row, mask=m_grads, other=0.0) * scale * scale
+        else:
+            for i_v in range(0, V, BLOCK_V):
+                m_grad = m_grads[:, None] & (i_v + o_v < V)[None, :]
+                o_grads = grads + o_e[:, None] * V + i_v + o_v[None, :]
+                b_grad = tl.load(o_grads, mask=m_grad, other=0.0).to(tl.float32) * scale
+                b_square += tl.sum(b_grad * b_grad, axis=1)
+            b_square = b_square / V
         b_second = tl.load(exp_avg_sq + b_row, mask=m_e, other=0.0).to(tl.float32)
-        b_second = b_second * beta2 + b_square / V * (1 - beta2)
+        b_second = b_second * beta2 + b_square * (1 - beta2)
         tl.store(exp_avg_sq + b_row, b_second.to(exp_avg_sq.dtype.element_ty), mask=m_e)
         b_divisor = (tl.sqrt(b_second / b_correction2) + eps)[:, None]
 
@@ -160,7 +169,9 @@ def _update_kernel(
         if copy is not None:
             tl.store(copy + o_state, b_new.to(copy.dtype.element_ty), mask=m)
         if RANDOM:
-            b_new = _round_randomly(b_new, b_row + row_offset, i_v, step, seed, BLOCK_R, BLOCK_V)
+            b_new = _round_randomly(
+                b_new, b_row + row_offset, i_v + column_offset, step, seed, BLOCK_R, BLOCK_V
+            )
         tl.store(weights + o_state, b_new.to(weights.dtype.element_ty), mask=m)
 
 
@@ -182,6 +193,8 @@ def update_rows_(
     copy_rV: Tensor | None,
     seed: int | None,
     row_offset: int,
+    column_offset: int = 0,
+    row_squares_r: Tensor | None = None,
     touched_r: Tensor | None = None,
     clear_grads: bool = False,
 ) -> None:
@@ -207,8 +220,10 @@ def update_rows_(
         last_steps_r,
         touched_r,
         grad_scale,
+        row_squares_r,
         num_rows=num_rows,
         row_offset=row_offset,
+        column_offset=column_offset,
         step=step,
         seed=key,
         lr=lr,

@@ -5,6 +5,7 @@ rank ever holds a row that is not its own.
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megamem.ops import random_rows
+from megamem.parallel.row_shard import TableShard
 
 # rows are drawn in blocks of this many numbers, so that fp64 draws never fill the device
 _BLOCK = 2**22
@@ -34,13 +36,28 @@ class WeightFactory:
     device: torch.device | str | int | None = None
     dtype: torch.dtype | None = None
 
-    def normal(self, name: str, *shape: int, std: float, first_row: int = 0) -> nn.Parameter:
-        """N(0, std). The tensor's first row is row `first_row` of a larger one."""
-        return self._random(name, shape, std, "normal", first_row)
+    def normal(
+        self,
+        name: str,
+        *shape: int,
+        std: float,
+        piece: TableShard | None = None,
+        name_rows: Callable[[Tensor], Tensor] = lambda rows: rows,
+    ) -> nn.Parameter:
+        """N(0, std).
+
+        Args:
+            name: of the weight.
+            shape: of the tensor.
+            std: standard deviation.
+            piece: what the tensor is of a larger one.
+            name_rows: row of the larger one -> the number that its values depend on.
+        """
+        return self._random(name, shape, std, "normal", piece, name_rows)
 
     def uniform(self, name: str, *shape: int, bound: float) -> nn.Parameter:
         """U(-bound, bound)."""
-        return self._random(name, shape, bound, "uniform", 0)
+        return self._random(name, shape, bound, "uniform")
 
     def constant(self, *shape: int, value: float) -> nn.Parameter:
         return nn.Parameter(torch.full(shape, float(value), device=self.device, dtype=self.dtype))
@@ -51,25 +68,20 @@ class WeightFactory:
         shape: tuple[int, ...],
         scale: float,
         distribution: Literal["normal", "uniform"],
-        first_row: int,
+        piece: TableShard | None = None,
+        name_rows: Callable[[Tensor], Tensor] = lambda rows: rows,
     ) -> nn.Parameter:
         tensor = torch.empty(shape, device=self.device, dtype=self.dtype)
         if not tensor.is_meta:
+            rows = tensor.view(-1, shape[-1])
+            first, columns, width = 0, slice(None), shape[-1]
+            if piece is not None:
+                first, columns, width = piece.offset[0], piece.columns, piece.global_shape[1]
             stream = zlib.crc32(f"{self.name}.{name}".encode())
-            _fill_(tensor.view(-1, shape[-1]), scale, self.seed, stream, distribution, first_row)
+            step = max(1, _BLOCK // width)
+            for start in range(0, len(rows), step):
+                part = rows[start : start + step]
+                ids = torch.arange(len(part), device=part.device) + (first + start)
+                drawn = random_rows(name_rows(ids), width, self.seed, stream, distribution)
+                part.copy_(drawn[:, columns] * scale)
         return nn.Parameter(tensor)
-
-
-def _fill_(
-    rows: Tensor,
-    scale: float,
-    seed: int,
-    stream: int,
-    distribution: Literal["normal", "uniform"],
-    first_row: int,
-) -> None:
-    step = max(1, _BLOCK // rows.shape[1])
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        ids = torch.arange(len(part), device=part.device) + (first_row + start)
-        part.copy_(random_rows(ids, part.shape[1], seed, stream, distribution) * scale)

@@ -21,20 +21,21 @@ from megamem.layers.output import GatedOutput, PlainOutput
 from megamem.layers.product_keys import ProductKeys
 from megamem.layers.query import Query
 from megamem.layers.value_table import ValueTable
-from megamem.parallel.collectives import gather_tokens, group_size, split_tokens
+from megamem.parallel.collectives import gather_tokens, group_size, share_counts, split_tokens
 from megamem.parallel.row_shard import even_counts
 
 
 class MemoryLayer(nn.Module):
     """hidden states -> query -> product-key top-k -> read-out of the value table -> gate, proj.
 
-    The layer is token-parallel: each rank of `group` looks up tokens of its own. Where hidden
-    states are replicated (`tokens_sharded=False`, plain tensor parallelism) it takes its share
-    first and gathers the output last; where they are sharded (sequence parallelism, or ranks with
-    data of their own) it works on what it gets.
+    The layer is token-parallel: no two ranks look up the same token. Where hidden states are
+    replicated over `group` (`tokens_sharded=False`, plain tensor parallelism) each rank takes its
+    share first and gathers the output last; where they are sharded (sequence parallelism, or ranks
+    with data of their own) it works on what it gets.
 
     The value table is used, not owned: it may serve several layers, so whoever builds it registers
-    it once in the model.
+    it once in the model. The ranks that it is spread over are its own affair: they may be fewer or
+    many more than `group`.
     """
 
     values: ValueTable
@@ -49,7 +50,7 @@ class MemoryLayer(nn.Module):
         group: ProcessGroup | None,
         tokens_sharded: bool,
         seed: int,
-        parks_gradient: bool = False,
+        tokens_vary: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -57,16 +58,17 @@ class MemoryLayer(nn.Module):
 
         Args:
             config: resolved.
-            values: the table, spread over `group`.
+            values: the table.
             layer: its number in the model, from 0; the initial weights depend on it.
-            group: ranks that share the table, and the tokens where those are replicated.
+            group: ranks that hold the same hidden states, or shards of one sequence.
             tokens_sharded: hidden states differ from rank to rank of the group.
             seed: of the run.
-            parks_gradient: a layer below this one shares the table.
+            tokens_vary: ranks that share the table may bring sequences of different lengths; their
+                lengths are then exchanged first.
         """
         super().__init__()
         self.layer, self.group = layer, group
-        self.tokens_sharded, self.parks_gradient = tokens_sharded, parks_gradient
+        self.tokens_sharded, self.tokens_vary = tokens_sharded, tokens_vary
         make = WeightFactory(
             seed=seed,
             name=f"layer_{layer}",
@@ -87,22 +89,32 @@ class MemoryLayer(nn.Module):
 
         Args:
             hidden_SBD: after the block's norm.
-            token_counts: S * B of every rank of the group, where they differ.
+            token_counts: tokens of every rank that shares the table, where the caller knows them.
         """
         x_TD = hidden_SBD.flatten(0, 1)
-        counts = token_counts or self._token_counts(len(x_TD))
+        split = even_counts(len(x_TD), group_size(self.group))
         if not self.tokens_sharded:
-            x_TD = split_tokens(x_TD, counts, self.group)
+            x_TD = split_tokens(x_TD, split, self.group)
 
         query_THQ = self.query(x_TD)
         row_ids_TL, weights_TL = self.keys(query_THQ)
-        out_TV = self.values(row_ids_TL, weights_TL, counts, parks=self.parks_gradient)
-        y_TD = self.output(out_TV, x_TD)
+        lookups = self.values.launch(
+            row_ids_TL, weights_TL, token_counts or self._token_counts(len(x_TD), split)
+        )
+        # the gate needs only the token: it is computed while the lookups travel
+        gate_TV = self.output.gate_of(x_TD)
+        out_TV = self.values.collect(lookups)
+        y_TD = self.output(out_TV, gate_TV)
 
         if not self.tokens_sharded:
-            y_TD = gather_tokens(y_TD, counts, self.group)
+            y_TD = gather_tokens(y_TD, split, self.group)
         return y_TD.view_as(hidden_SBD)
 
-    def _token_counts(self, tokens: int) -> list[int]:
-        world_size = group_size(self.group)
-        return [tokens] * world_size if self.tokens_sharded else even_counts(tokens, world_size)
+    def _token_counts(self, tokens: int, split: list[int]) -> list[int]:
+        """Tokens of every rank that shares the table."""
+        group = self.values.group
+        if self.tokens_vary:
+            return share_counts(tokens, group.members, self.values.weight.device)
+        if self.tokens_sharded:
+            return [tokens] * group.world_size
+        return group.split_counts(split)

@@ -17,12 +17,19 @@ class GatedOutput(nn.Module):
         self.gate = ReplicatedLinear(make.normal("gate", width, hidden_size, std=std), make)
         self.proj = ReplicatedLinear(make.normal("proj", hidden_size, width, std=std), make)
 
-    def forward(self, out_TV: Tensor, x_TD: Tensor) -> Tensor:
-        return self.proj(out_TV * F.silu(self.gate(x_TD)))
+    def gate_of(self, x_TD: Tensor) -> Tensor:
+        """gate_TV, which needs no read-out."""
+        return F.silu(self.gate(x_TD))
+
+    def forward(self, out_TV: Tensor, gate_TV: Tensor) -> Tensor:
+        return self.proj(out_TV * gate_TV)
 
 
 class PlainOutput(nn.Module):
     """Memory: the read-out is the output."""
 
-    def forward(self, out_TV: Tensor, x_TD: Tensor) -> Tensor:
+    def gate_of(self, x_TD: Tensor) -> None:
+        """None: nothing is gated."""
+
+    def forward(self, out_TV: Tensor, gate_TV: None) -> Tensor:
         return out_TV

@@ -1,103 +1,125 @@
-"""The table of values that memory layers read, sharded by rows over a group of ranks."""
+"""The table of values that memory layers read, spread over the ranks of a memory group."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from megamem.config import MemoryConfig
 from megamem.layers.init import WeightFactory
-from megamem.ops import embedding_bag
-from megamem.parallel.collectives import group_rank, group_size
-from megamem.parallel.routing import choose_wire, combine, dispatch, plan_routing
-from megamem.parallel.row_shard import RowShard
+from megamem.ops import embedding_bag, place_rows, unplace_rows
+from megamem.parallel.collectives import group_rank, join_columns
+from megamem.parallel.columns import gather_lookups
+from megamem.parallel.memory_group import MemoryGroup
+from megamem.parallel.routing import (
+    RoutingPlan,
+    arrive,
+    choose_wire,
+    combine,
+    dispatch,
+    plan_routing,
+)
+from megamem.parallel.row_shard import TableShard
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """What a table was asked, on its way to the rows."""
+
+    plan: RoutingPlan
+    weights_M: Tensor
+    column_counts: list[int]
+    """T of every column rank."""
 
 
 class ValueTable(nn.Module):
-    """R rows of width V, of which this rank holds r, initialised N(0, V**-0.5).
+    """R rows of width V, initialised N(0, V**-0.5), of which this rank holds [r, v].
 
-    One table may serve several layers (`--memory-pool shared`). Its gradient then has several
-    sources, and they are joined here: every layer but the one whose backward runs last parks its
-    share, and that last one hands the sum to the parameter. So a parameter's gradient arrives once
-    per backward pass even where each layer is recomputed by a backward pass of its own, which is
-    what overlapped gradient reduction counts on.
+    One table may serve several layers (`--memory-pool shared`).
+
+    By default autograd makes a dense gradient. An optimizer that sets `grad_buffer` gets the
+    gradients of touched rows added to it, and nothing per backward is as large as the table; the
+    gradient is then `grad_factor` times the buffer, and `touched_r` says which rows have one.
     """
 
-    def __init__(
-        self, config: MemoryConfig, make: WeightFactory, group: ProcessGroup | None
-    ) -> None:
+    def __init__(self, config: MemoryConfig, make: WeightFactory, group: MemoryGroup) -> None:
         super().__init__()
         self.group = group
-        self.shard = RowShard(config.num_rows, group_rank(group), group_size(group))
-        self.wire = choose_wire(config.memory_wire, self.shard.world_size)
+        self.shard = TableShard.cut(
+            (config.num_rows, config.value_dim),
+            row=(group_rank(group.rows), group.row_ranks),
+            column=(group_rank(group.columns), group.column_ranks),
+        )
+        self.wire = choose_wire(config.memory_wire, group.row_ranks)
+        self.num_keys, self.placement_seed = config.memory_num_keys, config.memory_placement_seed
+        self.check_row_ids = config.memory_check_row_ids
         std = config.memory_value_init_std
         self.weight = make.normal(
             "values",
-            self.shard.num_local,
-            config.value_dim,
+            *self.shard.shape,
             std=config.value_dim**-0.5 if std is None else std,
-            first_row=self.shard.start,
+            piece=self.shard,
+            # a pair of sub-keys starts with the same row, wherever that row is placed
+            name_rows=lambda rows: unplace_rows(rows, self.num_keys, self.placement_seed),
         )
-        self._parked: list[Tensor] = []
+        self.register_buffer("placement", torch.tensor([self.placement_seed], device=make.device))
+        self.placement: Tensor
+        self.grad_buffer: Tensor | None = None
+        self.grad_factor: float | Tensor = 1.0
+        self.touched_r: Tensor | None = None
+        self.lookups_received: Tensor | None = None
 
-    def forward(
-        self, row_ids_TL: Tensor, weights_TL: Tensor, token_counts: list[int], parks: bool = False
-    ) -> Tensor:
-        """Sum every token's rows by weight, whichever ranks hold them -> out_TV.
+    def launch(self, row_ids_TL: Tensor, weights_TL: Tensor, token_counts: list[int]) -> Lookups:
+        """Send lookups to the ranks that hold their rows; returns while they travel.
 
         Args:
-            row_ids_TL: rows of the whole table.
+            row_ids_TL: pairs of sub-keys, i * N + j.
             weights_TL: how much of each.
-            token_counts: T of every rank of the group.
-            parks: another layer that shares this table comes later in this backward pass.
+            token_counts: T of every member of the group.
         """
-        if parks:
-            # detached: even an absent gradient would tell the parameter that its turn has come
-            values_rV, weights_TL = _ParkGradient.apply(
-                self.weight.detach(), weights_TL, self._parked
-            )
-        else:
-            values_rV = _JoinGradients.apply(self.weight, self._parked)
-        plan = plan_routing(row_ids_TL, self.shard, self.group, token_counts, self.wire)
-        weights_M = dispatch(plan, weights_TL)
-        bags_GV = embedding_bag(values_rV, plan.row_ids_M, weights_M, plan.offsets)
-        return combine(plan, bags_GV)
+        group = self.group
+        rows_TL = place_rows(row_ids_TL, self.num_keys, self.placement_seed)
+        by_row_rank = torch.tensor(token_counts).view(group.row_ranks, group.column_ranks)
+        column_counts = by_row_rank[group_rank(group.rows)].tolist()
+        rows_XL, weights_XL = gather_lookups(rows_TL, weights_TL, column_counts, group.columns)
+        plan = plan_routing(
+            rows_XL, self.shard.rows, group.rows, by_row_rank.sum(1).tolist(), self.wire
+        )
+        return Lookups(plan, dispatch(plan, weights_XL), column_counts)
+
+    def collect(self, lookups: Lookups) -> Tensor:
+        """Wait for the lookups, sum every token's rows by weight, send them home -> out_TV."""
+        plan = lookups.plan
+        rows_M = arrive(plan)
+        self._record(rows_M)
+        bags_Gv = embedding_bag(
+            self.weight,
+            rows_M,
+            lookups.weights_M,
+            plan.offsets,
+            check_row_ids=self.check_row_ids or None,
+            add_value_grad_to=self.grad_buffer if torch.is_grad_enabled() else None,
+        )
+        sums_Xv = combine(plan, bags_Gv)
+        return join_columns(sums_Xv, lookups.column_counts, self.shard.widths, self.group.columns)
+
+    def forward(self, row_ids_TL: Tensor, weights_TL: Tensor, token_counts: list[int]) -> Tensor:
+        """launch() and collect() -> out_TV."""
+        return self.collect(self.launch(row_ids_TL, weights_TL, token_counts))
+
+    def _record(self, rows_M: Tensor) -> None:
+        """Note what was read, where somebody asked for it, in passes that will be learnt from."""
+        if not torch.is_grad_enabled():
+            return
+        if self.touched_r is not None:
+            # row -1 stands for none; it marks the spare place at the end
+            self.touched_r[rows_M] = True
+        if self.lookups_received is not None:
+            self.lookups_received += (rows_M >= 0).sum()
 
     def extra_repr(self) -> str:
-        shard = self.shard
+        (num_rows, width), (local_rows, local_width) = self.shard.global_shape, self.shard.shape
         return (
-            f"rows={shard.num_rows}, width={self.weight.shape[1]}, "
-            f"rank {shard.rank} of {shard.world_size} holds {shard.num_local}, wire={self.wire}"
+            f"rows={num_rows}, width={width}, on {self.group.row_ranks} x "
+            f"{self.group.column_ranks} ranks, here {local_rows} x {local_width}, wire={self.wire}"
         )
-
-
-class _ParkGradient(torch.autograd.Function):
-    """Forward: both inputs as they are. Backward: the table's gradient waits in `parked`.
-
-    The weights come along to keep the graph alive, as the detached table would not.
-    """
-
-    @staticmethod
-    def forward(ctx, values_rV, weights_TL, parked):  # type: ignore[no-untyped-def]
-        ctx.parked = parked
-        return values_rV.view_as(values_rV), weights_TL.view_as(weights_TL)
-
-    @staticmethod
-    def backward(ctx, grad_rV, grad_TL):  # type: ignore[no-untyped-def]
-        if ctx.parked:
-            ctx.parked[0] += grad_rV
-        else:
-            ctx.parked.append(grad_rV.clone())
-        return None, grad_TL, None
-
-
-class _JoinGradients(torch.autograd.Function):
-    """Forward: the table as it is. Backward: its gradient and the parked ones."""
-
-    @staticmethod
-    def forward(ctx, weight, parked):  # type: ignore[no-untyped-def]
-        ctx.parked = parked
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, grad_rV):  # type: ignore[no-untyped-def]
-        return (grad_rV + ctx.parked.pop() if ctx.parked else grad_rV), None

@@ -1,6 +1,7 @@
 """What layers call. Each op picks its Triton kernel or its torch twin, and owns the backward."""
 
 from megamem.ops.embedding_bag import embedding_bag
+from megamem.ops.placement import place_rows, unplace_rows
 from megamem.ops.product_topk import product_topk
 from megamem.ops.row_adam import (
     adamw_,
@@ -17,6 +18,7 @@ __all__ = [
     "adamw_",
     "add_value_gradient_",
     "embedding_bag",
+    "place_rows",
     "product_topk",
     "random_rows",
     "rowwise_adamw_",
@@ -25,4 +27,5 @@ __all__ = [
     "touched_adamw_",
     "touched_rowwise_adamw_",
     "touched_sgd_",
+    "unplace_rows",
 ]

@@ -29,6 +29,7 @@ class SgdOptions(TypedDict, total=False):
     copy_rV: Tensor | None
     seed: int | None
     row_offset: int
+    column_offset: int
 
 
 class AdamOptions(SgdOptions, total=False):
@@ -42,7 +43,7 @@ class DenseSgdOptions(SgdOptions, total=False):
 
 
 class DenseAdamOptions(AdamOptions, DenseSgdOptions, total=False):
-    pass
+    row_squares_r: Tensor | None
 
 
 DEFAULTS: dict[str, Any] = {
@@ -53,6 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "copy_rV": None,
     "seed": None,
     "row_offset": 0,
+    "column_offset": 0,
 }
 
 
@@ -73,12 +75,15 @@ def adamw_(
         exp_avg_sq: [r, V], or [r] for one number per row, or None.
         step: counted from 1.
         options: `touched_r` [r] names the rows that have a gradient (not 0), so that the others'
-            is not read; `clear_grads=True` zeroes the gradients that were read, in the same pass.
+            is not read; `clear_grads=True` zeroes the gradients that were read, in the same pass;
+            `row_squares_r` [r] are the mean squares of whole rows' gradients, where these are only
+            some of their columns.
 
     Raises:
         ValueError: tensors whose shapes, devices or dtypes do not fit, or an option out of range.
     """
-    full: dict[str, Any] = {**DEFAULTS, "touched_r": None, "clear_grads": False, **options}
+    dense = {"touched_r": None, "clear_grads": False, "row_squares_r": None}
+    full: dict[str, Any] = {**DEFAULTS, **dense, **options}
     full |= {"step": step, "lr": lr}
     _check_state(weights_rV, grads_rV, exp_avg_rV, exp_avg_sq, full)
     if grads_rV.shape != weights_rV.shape:
@@ -290,6 +295,8 @@ def _check_state(
         )
     if options["seed"] is not None and weights_rV.dtype != torch.bfloat16:
         raise ValueError(f"weights of {weights_rV.dtype}: only bf16 is rounded at random.")
+    if options["column_offset"] % 8:
+        raise ValueError(f"column offset {options['column_offset']} is not a multiple of 8.")
     if options["step"] < 1:
         raise ValueError(f"step {options['step']}: steps are counted from 1.")
     if options["lr"] * options["weight_decay"] >= 1:

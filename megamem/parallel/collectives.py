@@ -1,8 +1,11 @@
 """Collectives that autograd can cross. Every pair says what its backward sends.
 
 A group of None stands for this process alone. Counts are Python numbers that every rank knows:
-nothing here waits for the device.
+nothing here waits for the device. Where a Flight is given, an exchange only begins, and its result
+may be read after flight.wait().
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,19 +21,52 @@ def group_rank(group: ProcessGroup | None) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
-def exchange(x: Tensor, send: list[int], recv: list[int], group: ProcessGroup | None) -> Tensor:
+class Flight:
+    """Exchanges under way."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Any, Tensor]] = []
+
+    def add(self, work: Any, sent: Tensor) -> None:
+        """Take an exchange along; what was sent must live until it has arrived."""
+        self._pending.append((work, sent))
+
+    def wait(self) -> None:
+        """Return when all have arrived (on a GPU: when later kernels will find them arrived)."""
+        for work, _ in self._pending:
+            work.wait()
+        self._pending.clear()
+
+
+def exchange(
+    x: Tensor,
+    send: list[int],
+    recv: list[int],
+    group: ProcessGroup | None,
+    flight: Flight | None = None,
+) -> Tensor:
     """Send `send[p]` leading rows of x to each rank p; return the `recv[p]` rows each sent here.
 
     No gradient; all_to_all has one.
     """
     if group is None:
         return x
+    x = x.contiguous()
     out = x.new_empty(sum(recv), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), recv, send, group=group)
+    wait = flight is None
+    work = dist.all_to_all_single(out, x, recv, send, group=group, async_op=not wait)
+    if flight is not None:
+        flight.add(work, x)
     return out
 
 
-def gather_padded(x: Tensor, size: int, group: ProcessGroup | None, fill: float = 0) -> Tensor:
+def gather_padded(
+    x: Tensor,
+    size: int,
+    group: ProcessGroup | None,
+    fill: float = 0,
+    flight: Flight | None = None,
+) -> Tensor:
     """Every rank's x, filled up to `size` rows each: [W, size, ...]. No gradient."""
     padded = x.contiguous()
     if len(x) < size:
@@ -39,7 +75,10 @@ def gather_padded(x: Tensor, size: int, group: ProcessGroup | None, fill: float 
     if group is None:
         return padded.unsqueeze(0)
     out = x.new_empty(group_size(group), size, *x.shape[1:])
-    dist.all_gather_into_tensor(out.flatten(0, 1), padded, group=group)
+    wait = flight is None
+    work = dist.all_gather_into_tensor(out.flatten(0, 1), padded, group=group, async_op=not wait)
+    if flight is not None:
+        flight.add(work, padded)
     return out
 
 
@@ -58,30 +97,30 @@ class _AllToAll(torch.autograd.Function):
     """Forward: all-to-all of rows. Backward: the same with the splits swapped."""
 
     @staticmethod
-    def forward(ctx, x, send, recv, group):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, send, recv, group, flight):  # type: ignore[no-untyped-def]
         ctx.send, ctx.recv, ctx.group = send, recv, group
-        return exchange(x, send, recv, group)
+        return exchange(x, send, recv, group, flight)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return exchange(grad, ctx.recv, ctx.send, ctx.group), None, None, None
+        return exchange(grad, ctx.recv, ctx.send, ctx.group), None, None, None, None
 
 
 class _GatherWeights(torch.autograd.Function):
     """Forward: all-gather at a fixed size. Backward: reduce-scatter."""
 
     @staticmethod
-    def forward(ctx, x, size, group):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, size, group, flight):  # type: ignore[no-untyped-def]
         ctx.rows, ctx.group = len(x), group
-        return gather_padded(x, size, group)
+        return gather_padded(x, size, group, flight=flight)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         if ctx.group is None:
-            return grad[0, : ctx.rows], None, None
+            return grad[0, : ctx.rows], None, None, None
         out = grad.new_empty(grad.shape[1:])
         dist.reduce_scatter_tensor(out, grad.contiguous().flatten(0, 1), group=ctx.group)
-        return out[: ctx.rows], None, None
+        return out[: ctx.rows], None, None, None
 
 
 class _SumBagsHome(torch.autograd.Function):
@@ -102,6 +141,30 @@ class _SumBagsHome(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_TV):  # type: ignore[no-untyped-def]
         return _gather(grad_TV, ctx.counts, ctx.group), None, None
+
+
+class _JoinColumns(torch.autograd.Function):
+    """Forward: all-to-all of column slices, joined. Backward: cut, and the all-to-all back."""
+
+    @staticmethod
+    def forward(ctx, slices_Xv, counts, widths, group):  # type: ignore[no-untyped-def]
+        ctx.counts, ctx.widths, ctx.group = counts, widths, group
+        rank = group_rank(group)
+        send = [count * widths[rank] for count in counts]
+        recv = [counts[rank] * width for width in widths]
+        parts = exchange(slices_Xv.flatten(), send, recv, group).split(recv)
+        return torch.cat(
+            [part.view(counts[rank], width) for part, width in zip(parts, widths, strict=True)], 1
+        )
+
+    @staticmethod
+    def backward(ctx, grad_TV):  # type: ignore[no-untyped-def]
+        rank = group_rank(ctx.group)
+        send = [ctx.counts[rank] * width for width in ctx.widths]
+        recv = [count * ctx.widths[rank] for count in ctx.counts]
+        cut = torch.cat([part.flatten() for part in grad_TV.split(ctx.widths, 1)])
+        home = exchange(cut, send, recv, ctx.group)
+        return home.view(sum(ctx.counts), ctx.widths[rank]), None, None, None
 
 
 class _SplitTokens(torch.autograd.Function):
@@ -145,19 +208,41 @@ class _ReduceGradient(torch.autograd.Function):
         return total, None
 
 
-def all_to_all(x: Tensor, send: list[int], recv: list[int], group: ProcessGroup | None) -> Tensor:
+def all_to_all(
+    x: Tensor,
+    send: list[int],
+    recv: list[int],
+    group: ProcessGroup | None,
+    flight: Flight | None = None,
+) -> Tensor:
     """exchange() that autograd can cross."""
-    return _AllToAll.apply(x, send, recv, group)
+    return _AllToAll.apply(x, send, recv, group, flight)
 
 
-def gather_weights(x: Tensor, size: int, group: ProcessGroup | None) -> Tensor:
+def gather_weights(
+    x: Tensor, size: int, group: ProcessGroup | None, flight: Flight | None = None
+) -> Tensor:
     """gather_padded() that autograd can cross: [W, size, ...]."""
-    return _GatherWeights.apply(x, size, group)
+    return _GatherWeights.apply(x, size, group, flight)
 
 
 def sum_bags_home(bags_GV: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
     """Send rank p its `counts[p]` partial bags; return the sum of those that came home."""
     return _SumBagsHome.apply(bags_GV, counts, group)
+
+
+def join_columns(
+    slices_Xv: Tensor, counts: list[int], widths: list[int], group: ProcessGroup | None
+) -> Tensor:
+    """Send rank p this rank's columns of its `counts[p]` tokens; join what came home -> [T, V]."""
+    return slices_Xv if group is None else _JoinColumns.apply(slices_Xv, counts, widths, group)
+
+
+def share_counts(own: int, group: ProcessGroup | None, device: torch.device) -> list[int]:
+    """Every rank's number, where they are not known beforehand. Waits for the device."""
+    if group is None:
+        return [own]
+    return [int(n) for n in gather_padded(torch.tensor([own], device=device), 1, group).flatten()]
 
 
 def split_tokens(x: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:

@@ -2,8 +2,11 @@
 
     plan      = plan_routing(row_ids_TL, ...)            who needs which rows from whom
     weights_M = dispatch(plan, weights_TL)               lookups travel to the row owners
+    row_ids_M = arrive(plan)                             what arrived, as local rows
     bags_GV   = embedding_bag(values_rV, ...)            local work only
     out_TV    = combine(plan, bags_GV)                   partial bags travel home and are summed
+
+Lookups travel from plan_routing to arrive; whoever has other work does it in between.
 
 Two wire forms differ in how a lookup finds its owner:
 
@@ -23,6 +26,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megamem.parallel.collectives import (
+    Flight,
     all_to_all,
     exchange,
     gather_padded,
@@ -42,8 +46,12 @@ ALLGATHER_UP_TO = 8
 class RoutingPlan:
     """The integer facts of one exchange of lookups."""
 
-    row_ids_M: Tensor
-    """Lookups that arrived here, as rows of this rank's shard; -1 reads nothing."""
+    sent_M: Tensor
+    """Row ids as they travel: of the whole table in the form allgather, of the owner's shard in
+    the form alltoall."""
+    shard: RowShard
+    flight: Flight
+    """Lookups under way."""
     offsets: Tensor
     """[G + 1] where each bag's lookups start among the M."""
     bag_counts: list[int]
@@ -92,12 +100,13 @@ def _plan_allgather(
 ) -> RoutingPlan:
     world_size, lookups = len(token_counts), row_ids_TL.shape[1]
     num_bags = max(token_counts)
-    row_ids_M = gather_padded(row_ids_TL, num_bags, group, fill=-1).flatten().long()
-    local_M = row_ids_M - shard.start
-    here_M = (row_ids_M >= 0) & (local_M >= 0) & (local_M < shard.num_local)
+    flight = Flight()
+    gathered = gather_padded(row_ids_TL, num_bags, group, fill=-1, flight=flight)
     return RoutingPlan(
-        row_ids_M=torch.where(here_M, local_M, -1),
-        offsets=torch.arange(world_size * num_bags + 1, device=local_M.device) * lookups,
+        sent_M=gathered.flatten(),
+        shard=shard,
+        flight=flight,
+        offsets=torch.arange(world_size * num_bags + 1, device=row_ids_TL.device) * lookups,
         bag_counts=[num_bags] * world_size,
         num_tokens=len(row_ids_TL),
         group=group,
@@ -127,9 +136,12 @@ def _plan_alltoall(
 
     # 2. which rows of its shard
     local_J = shard.local_on(owners_J, row_ids_J).to(id_dtype)
-    row_ids_M = exchange(local_J[order_J], send, recv, group)
+    flight = Flight()
+    sent_M = exchange(local_J[order_J], send, recv, group, flight)
     return RoutingPlan(
-        row_ids_M=row_ids_M.long(),
+        sent_M=sent_M,
+        shard=shard,
+        flight=flight,
         offsets=torch.cat((sizes_G.new_zeros(1), sizes_G.cumsum(0))),
         bag_counts=token_counts,
         num_tokens=num_tokens,
@@ -142,11 +154,24 @@ def _plan_alltoall(
 
 
 def dispatch(plan: RoutingPlan, weights_TL: Tensor) -> Tensor:
-    """Send each lookup's weight where plan_routing sent its row id -> weights_M."""
+    """Send each lookup's weight where plan_routing sends its row id -> weights_M."""
     if plan.wire == "allgather":
-        return gather_weights(weights_TL, plan.bag_counts[0], plan.group).flatten()
+        size = plan.bag_counts[0]
+        return gather_weights(weights_TL, size, plan.group, plan.flight).flatten()
     assert plan.order_J is not None and plan.send is not None and plan.recv is not None
-    return all_to_all(weights_TL.flatten()[plan.order_J], plan.send, plan.recv, plan.group)
+    weights_J = weights_TL.flatten()[plan.order_J]
+    return all_to_all(weights_J, plan.send, plan.recv, plan.group, plan.flight)
+
+
+def arrive(plan: RoutingPlan) -> Tensor:
+    """Wait for the lookups -> row_ids_M, as rows of this rank's shard; -1 reads nothing."""
+    plan.flight.wait()
+    if plan.wire == "alltoall":
+        return plan.sent_M.long()
+    row_ids_M = plan.sent_M.long()
+    local_M = row_ids_M - plan.shard.start
+    here_M = (row_ids_M >= 0) & (local_M >= 0) & (local_M < plan.shard.num_local)
+    return torch.where(here_M, local_M, -1)
 
 
 def combine(plan: RoutingPlan, bags_GV: Tensor) -> Tensor:

@@ -158,12 +158,10 @@ def rank_share(job: Job, layout: Layout) -> Share:
 def rank_bytes(job: Job, layout: Layout) -> RankBytes:
     """What one layout takes on the fullest rank."""
     state, share = job.state, rank_share(job, layout)
-    # a sparse gradient has rows for what was touched; an upper bound is every row
-    gradient_rows = share.touched_by_step if state.sparse else share.rows
     return RankBytes(
         dense=dense_bytes(job),
         weights=share.numbers * state.weights,
-        gradients=share.tables * gradient_rows * share.width * state.gradient,
+        gradients=share.numbers * state.gradient,
         optimizer=share.numbers * state.optimizer + share.tables * share.rows * state.per_row,
         buffers=lookup_buffers(job, layout),
     )
@@ -212,12 +210,14 @@ def lookup_buffers(job: Job, layout: Layout) -> float:
     return kept_layers * kept + bags + LOOKUP_SORTED_BYTES * arrived
 
 
-def backward_bytes(touched: float, width: float, state: TableState, *, e: int = 2) -> float:
+def backward_bytes(
+    touched: float, width: float, state: TableState, *, e: int = 2, adds: bool = True
+) -> float:
     """Read and written by the sorted backward: each touched row once, and its gradient.
 
-    A dense gradient is added to, a sparse one only written.
+    A gradient that is added to a buffer is read and written; one that is returned, only written.
     """
-    return touched * width * (e + state.gradient * (1 if state.sparse else 2))
+    return touched * width * (e + state.gradient * (2 if adds else 1))
 
 
 def step_flops(job: Job) -> float:
@@ -237,7 +237,7 @@ def _step_seconds(
     # what every rank of the group sums for these tokens is written and read again
     moved += (layout.group_size - 1) * tokens * share.width * e
     moved += backward_bytes(share.touched, share.width, state, e=e)
-    stepped = share.touched_by_step if state.sparse else share.rows
+    stepped = share.touched_by_step if state.touched_only else share.rows
     within_node = cluster.stage_ranks <= cluster.gpus_per_node
     return StepSeconds(
         dense=step_flops(job) / hardware.flops,

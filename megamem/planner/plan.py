@@ -120,7 +120,7 @@ def gpus_needed(job: Job) -> int | None:
     """
     cluster, stages = job.cluster, job.cluster.pipeline_model_parallel_size
     unit = stages * cluster.tensor_model_parallel_size * cluster.context_parallel_size
-    # gradients of a sparse optimizer can be few: weights and optimizer state alone are a bound
+    # weights and optimizer state alone are a bound
     state: float = table_parameters(job.memory) * (job.state.weights + job.state.optimizer)
     if job.memory.memory_pool == "layer":
         state *= max(job.stage_memories) / len(job.memory.memory_layers)

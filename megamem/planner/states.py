@@ -19,13 +19,13 @@ class TableState:
     master: int
     """Per parameter: the fp32 copy that is stepped, where there is one."""
     gradient: int
-    """Per parameter: fp32, summed over microbatches; for every row, or for touched ones only."""
+    """Per parameter: fp32, summed over microbatches."""
     moments: int
     """Per parameter: fp32 exp_avg and exp_avg_sq."""
     per_row: int
     """Per row: what a whole row shares."""
-    sparse: bool
-    """Only touched rows have a gradient and are stepped."""
+    touched_only: bool
+    """Only touched rows are stepped."""
 
     @property
     def optimizer(self) -> int:
@@ -63,7 +63,7 @@ def table_state(
         master=4 if half_precision and not stochastic_rounding else 0,
         gradient=4,
         moments={"adamw": 8, "lazy_adamw": 8, "rowwise_adamw": 4, "sgd": 0}[optimizer],
-        # the second moment of rowwise_adamw; the step a row was last touched in
-        per_row={"adamw": 0, "lazy_adamw": 4, "rowwise_adamw": 4, "sgd": 0}[optimizer],
-        sparse=optimizer == "lazy_adamw",
+        # the second moment of rowwise_adamw; how often and when last a row was touched
+        per_row={"adamw": 0, "lazy_adamw": 8, "rowwise_adamw": 4, "sgd": 0}[optimizer],
+        touched_only=optimizer == "lazy_adamw",
     )

@@ -28,6 +28,8 @@ def adamw_(
     copy_rV: Tensor | None = None,
     seed: int | None = None,
     row_offset: int = 0,
+    column_offset: int = 0,
+    row_squares_r: Tensor | None = None,
     touched_r: Tensor | None = None,
     clear_grads: bool = False,
 ) -> None:
@@ -40,8 +42,11 @@ def adamw_(
         grad_scale: one number that multiplies the gradients, read on the device.
         copy_rV: what also receives the new weights, rounded to nearest.
         seed: of the random rounding.
-        row_offset: number of the first row in the whole table, so that the rounding of a row does
-            not depend on how the table is sharded.
+        row_offset, column_offset: place of the first element in the whole table, so that the
+            rounding of an element does not depend on how the table is cut; the column a multiple
+            of 8.
+        row_squares_r: mean squares of the gradients of whole rows, before grad_scale, where these
+            are only some of their columns.
         touched_r: rows where it is 0 have a gradient of zero, whatever `grads_rV` says.
         clear_grads: leave zeros in the gradients of the touched rows.
     """
@@ -67,6 +72,8 @@ def adamw_(
         copy_rV,
         seed,
         row_offset,
+        column_offset,
+        row_squares_r if touched_r is None or row_squares_r is None else row_squares_r * touched_r,
     )
     if clear_grads:
         grads_rV.masked_fill_(with_gradient_r1, 0)
@@ -90,6 +97,7 @@ def touched_adamw_(
     copy_rV: Tensor | None = None,
     seed: int | None = None,
     row_offset: int = 0,
+    column_offset: int = 0,
 ) -> None:
     """One step of AdamW on the touched rows; the others are not read.
 
@@ -127,6 +135,7 @@ def touched_adamw_(
         copy_rV,
         seed,
         row_offset,
+        column_offset,
     )
 
 
@@ -142,6 +151,7 @@ def touched_sgd_(
     copy_rV: Tensor | None = None,
     seed: int | None = None,
     row_offset: int = 0,
+    column_offset: int = 0,
 ) -> None:
     """weights * (1 - lr * weight_decay) - lr * gradient on the touched rows; no state, no others.
 
@@ -166,6 +176,7 @@ def touched_sgd_(
         copy_rV,
         seed,
         row_offset,
+        column_offset,
     )
 
 
@@ -185,6 +196,8 @@ def _update_rows_(
     copy_rV: Tensor | None,
     seed: int | None,
     row_offset: int,
+    column_offset: int,
+    row_squares_r: Tensor | None = None,
 ) -> None:
     compute = torch.promote_types(weights_rV.dtype, torch.float32)
     first_correction, second_correction = (c.to(weights_rV.device, compute) for c in corrections)
@@ -201,6 +214,9 @@ def _update_rows_(
         row_wise = exp_avg_sq.dim() == 1
         squares = grads_UV.square()
         squares = squares.mean(-1) if row_wise else squares
+        if row_squares_r is not None:
+            scale = 1.0 if grad_scale is None else grad_scale.to(compute)
+            squares = row_squares_r[rows_U].to(compute) * scale**2
         second = exp_avg_sq[rows_U].to(compute) * betas[1] + squares * (1 - betas[1])
         exp_avg_sq[rows_U] = second.to(exp_avg_sq.dtype)
         second = second.unsqueeze(-1) if row_wise else second
@@ -209,12 +225,14 @@ def _update_rows_(
     if seed is None:
         weights_rV[rows_U] = new_UV.to(weights_rV.dtype)
     else:
-        weights_rV[rows_U] = round_randomly(new_UV, rows_U + row_offset, step, seed)
+        weights_rV[rows_U] = round_randomly(new_UV, rows_U + row_offset, step, seed, column_offset)
     if copy_rV is not None:
         copy_rV[rows_U] = new_UV.to(copy_rV.dtype)
 
 
-def round_randomly(x_UV: Tensor, rows_U: Tensor, step: int, seed: int) -> Tensor:
+def round_randomly(
+    x_UV: Tensor, rows_U: Tensor, step: int, seed: int, column_offset: int = 0
+) -> Tensor:
     """Round fp32 to one of the two nearest bf16, so that the mean of many roundings is x.
 
     Sixteen random bits are added to the sixteen that bf16 lacks, then these are cut off. The bits
@@ -223,7 +241,7 @@ def round_randomly(x_UV: Tensor, rows_U: Tensor, step: int, seed: int) -> Tensor
     """
     num_rows, width = x_UV.shape
     blocks = -(-width // 8)
-    column = torch.arange(blocks, device=x_UV.device)
+    column = torch.arange(blocks, device=x_UV.device) + column_offset // 8
     row = rows_U.unsqueeze(-1)
     counter = torch.stack(
         torch.broadcast_tensors(

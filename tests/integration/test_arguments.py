@@ -28,6 +28,14 @@ def test_every_field_is_a_flag_and_comes_back() -> None:
         memory_lr=2e-3,
         memory_lr_schedule="constant",
         memory_weight_decay=0.0,
+        memory_clip_grad=0.5,
+        memory_optimizer="sgd",
+        memory_stochastic_rounding=True,
+        memory_mode="2d",
+        memory_group_size=4,
+        memory_column_ranks=2,
+        memory_placement_seed=7,
+        memory_check_row_ids=True,
         memory_wire="alltoall",
     )
     words = []

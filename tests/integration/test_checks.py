@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.integration import checks
+from megamem.integration.arguments import with_layout
 from tests.helpers.megatron_runs import run_training
 
 
@@ -20,9 +21,14 @@ def _check(memory: dict | None = None, **given) -> None:
         "virtual_pipeline_model_parallel_size": None,
         "num_experts": None,
         "lr": 1e-3,
+        "tensor_model_parallel_size": 1,
+        "world_size": 2,
+        "params_dtype": torch.float32,
+        "bf16": False,
     }
     args = argparse.Namespace(**{**usual, **given})
     settings = MemoryConfig(**{"memory_layers": [2, 5], **(memory or {})}).resolve(64)
+    settings = with_layout(settings, args)
     shape = TransformerConfig(
         num_layers=8,
         hidden_size=64,

@@ -6,9 +6,8 @@ import pytest
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megamem.checkpoint import SHARED, table_key
 from megamem.config import MemoryConfig
-from megamem.integration.optimizer import table_overrides
+from megamem.integration.optimizer import table_group
 
 ARGS = argparse.Namespace(lr=1e-3, min_lr=1e-4)
 
@@ -16,12 +15,7 @@ ARGS = argparse.Namespace(lr=1e-3, min_lr=1e-4)
 def _rates(memory: MemoryConfig, style: str) -> list[tuple[float, float]]:
     """(learning rate, weight decay) of the table at the end of warm-up, half-way and last."""
     weight = torch.nn.Parameter(torch.zeros(1))
-    overrides = table_overrides(ARGS, memory)
-    group: dict = {"params": [weight]}
-    for key, override in overrides.items():
-        assert key.matches(weight, f"module.module.{table_key(SHARED)}")
-        assert not key.matches(weight, "module.decoder.layers.1.mlp.memory.keys.sub_keys")
-        group |= override
+    group: dict = {"params": [weight], **table_group(ARGS, memory)}
     scheduler = OptimizerParamScheduler(
         torch.optim.SGD([weight], lr=1.0),
         init_lr=0.0,
@@ -63,5 +57,5 @@ def test_weight_decay_is_the_tables_own(decay: float) -> None:
     assert [found for _, found in rates] == [decay] * 3
 
 
-def test_without_settings_nothing_is_overridden() -> None:
-    assert table_overrides(ARGS, MemoryConfig()) == {}
+def test_without_settings_the_table_follows_the_model() -> None:
+    assert not {"max_lr", "min_lr", "start_wd", "end_wd"} & table_group(ARGS, MemoryConfig()).keys()

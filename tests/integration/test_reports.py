@@ -12,6 +12,7 @@ from megamem.integration import reports
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.value_table import ValueTable
+from megamem.parallel.memory_group import MemoryGroup
 
 HIDDEN, FFN, TOKENS = 64, 128, 2 * 32
 
@@ -61,7 +62,7 @@ def test_a_layer_counts_what_torch_counts(variant: str) -> None:
     layer = MemoryLayer(
         memory,
         HIDDEN,
-        ValueTable(memory, make, None),
+        ValueTable(memory, make, MemoryGroup()),
         layer=0,
         group=None,
         tokens_sharded=True,

@@ -9,6 +9,7 @@ from megamem.checkpoint import SHARED, table_key
 from megamem.config import MemoryConfig
 from megamem.layers.init import WeightFactory
 from megamem.layers.value_table import ValueTable
+from megamem.parallel.memory_group import MemoryGroup
 from tests.helpers.checkpoints import saved_tensors
 from tests.helpers.megatron_runs import TrainingLog, run_training
 
@@ -127,7 +128,7 @@ def test_a_table_without_rate_and_decay_keeps_its_initial_values(tmp_path: Path)
     log = run_training("still", 2, *MEMORY, *TP2, *still, "--save", tmp_path, "--save-interval", 5)
     assert log.losses[-1] < log.losses[0] - 0.1
     config = MemoryConfig(memory_layers=[0, 1], memory_num_keys=9, memory_topk=4).resolve(64)
-    start = ValueTable(config, WeightFactory(seed=1234, name="shared"), None).weight
+    start = ValueTable(config, WeightFactory(seed=1234, name="shared"), MemoryGroup()).weight
     assert torch.equal(saved_tensors(tmp_path / "iter_0000005")[table_key(SHARED)], start)
 
 

@@ -1,6 +1,9 @@
 import torch
 
 from megamem.layers.init import WeightFactory
+from megamem.parallel.row_shard import TableShard
+
+PLACES = [(row, column) for row in range(7) for column in range(2)]
 
 
 def _make(**settings) -> WeightFactory:
@@ -9,8 +12,18 @@ def _make(**settings) -> WeightFactory:
 
 def test_rows_do_not_depend_on_the_rows_around_them() -> None:
     whole = _make().normal("values", 100, 24, std=0.5)
-    part = _make().normal("values", 13, 24, std=0.5, first_row=60)
-    assert torch.equal(part, whole[60:73])
+    pieces = [TableShard.cut((100, 24), (row, 7), (column, 2)) for row, column in PLACES]
+    for piece in pieces:
+        part = _make().normal("values", *piece.shape, std=0.5, piece=piece)
+        assert torch.equal(part, whole[piece.rows.local, piece.columns])
+    assert sum(piece.shape[0] * piece.shape[1] for piece in pieces) == whole.numel()
+
+
+def test_a_row_is_drawn_by_its_name() -> None:
+    whole = _make().normal("values", 100, 24, std=0.5)
+    piece = TableShard.cut((100, 24), (1, 3))
+    part = _make().normal("values", *piece.shape, std=0.5, piece=piece, name_rows=lambda r: 99 - r)
+    assert torch.equal(part, whole.flip(0)[piece.rows.local])
 
 
 def test_blocks_leave_no_seam(monkeypatch) -> None:

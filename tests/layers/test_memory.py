@@ -13,7 +13,8 @@ from megamem.config import MemoryConfig
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.value_table import ValueTable
-from megamem.parallel.row_shard import RowShard, even_counts
+from megamem.parallel.memory_group import MemoryGroup, form, partition
+from megamem.parallel.row_shard import even_counts
 from tests.helpers.distributed import run_distributed
 
 HIDDEN, SEED = 16, 1234
@@ -24,6 +25,10 @@ class Case(NamedTuple):
     tokens_sharded: bool
     recompute: bool = False
     counts: tuple[int, ...] | None = None
+    group_size: int | None = None
+    column_ranks: int = 1
+    buffer: bool = False
+    vary: bool = False
 
 
 def _config(**settings) -> MemoryConfig:
@@ -33,7 +38,7 @@ def _config(**settings) -> MemoryConfig:
         "memory_heads": 3,
         "memory_topk": 4,
         "memory_key_dim": 10,
-        "memory_value_dim": 24,
+        "memory_value_dim": 40,  # five blocks of columns: uneven over 2, 3 and 4 ranks
     }
     return MemoryConfig(**{**base, **settings}).resolve(HIDDEN)
 
@@ -41,10 +46,19 @@ def _config(**settings) -> MemoryConfig:
 class Model(nn.Module):
     """Two memory layers on one table, with a residual and a non-linearity between."""
 
-    def __init__(self, config: MemoryConfig, group, tokens_sharded: bool, recompute=False) -> None:
+    def __init__(
+        self,
+        config: MemoryConfig,
+        tokens_sharded: bool = True,
+        recompute: bool = False,
+        *,
+        group=None,
+        memory_group: MemoryGroup | None = None,
+        vary: bool = False,
+    ) -> None:
         super().__init__()
         make = WeightFactory(seed=SEED, name="table", dtype=torch.float64)
-        self.table = ValueTable(config, make, group)
+        self.table = ValueTable(config, make, memory_group or MemoryGroup())
         self.layers = nn.ModuleList(
             MemoryLayer(
                 config,
@@ -54,7 +68,7 @@ class Model(nn.Module):
                 group=group,
                 tokens_sharded=tokens_sharded,
                 seed=SEED,
-                parks_gradient=n > 0,
+                tokens_vary=vary,
                 dtype=torch.float64,
             )
             for n in range(2)
@@ -76,6 +90,14 @@ def _step(model: nn.Module) -> None:
     torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1).step()
 
 
+def _memory_group(case: Case) -> MemoryGroup:
+    world = dist.get_world_size()
+    size = case.group_size or world
+    ranks = list(range(world))
+    # every rank of the world splits replicated tokens
+    return form(partition([ranks], size, case.column_ranks), token_ranks=ranks)
+
+
 def _matches_one_process(case: Case) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     batch = 2
@@ -84,45 +106,59 @@ def _matches_one_process(case: Case) -> None:
     hidden = torch.randn(tokens, batch, HIDDEN, generator=generator, dtype=torch.float64)
     grad = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
 
-    alone = Model(case.config, None, tokens_sharded=True)
+    alone = Model(case.config)
+    start = alone.table.weight.detach().clone()
     whole = hidden.clone().requires_grad_()
     expected = alone(whole)
     expected.backward(grad)
 
-    many = Model(case.config, dist.group.WORLD, case.tokens_sharded, case.recompute)
+    memory_group = _memory_group(case)
+    many = Model(
+        case.config,
+        case.tokens_sharded,
+        case.recompute,
+        group=dist.group.WORLD if world > 1 else None,
+        memory_group=memory_group,
+        vary=case.vary,
+    )
+    shard = many.table.shard
+    piece = (shard.rows.local, shard.columns)
+    assert torch.equal(many.table.weight, start[piece]), "a shard starts with other numbers"
+    if case.buffer:
+        many.table.weight.requires_grad_(False)
+        many.table.grad_buffer = torch.zeros_like(many.table.weight)
     counts = list(case.counts or even_counts(tokens, world))
 
     def mine(x: Tensor) -> Tensor:
         return x.split(counts)[rank] if case.tokens_sharded else x
 
     part = mine(hidden).clone().requires_grad_()
-    out = many(part, [count * batch for count in counts] if case.tokens_sharded else None)
+    known = None
+    if case.tokens_sharded and not case.vary:
+        members = dist.get_process_group_ranks(memory_group.members) if world > 1 else [0]
+        known = [counts[p] * batch for p in (members if memory_group.members else [rank])]
+    out = many(part, known)
     out.backward(mine(grad))
 
     torch.testing.assert_close(out, mine(expected))
     torch.testing.assert_close(part.grad, mine(whole.grad))
-    shard = RowShard(case.config.num_rows, rank, world)
-    rows = slice(shard.start, shard.start + shard.num_local)
+    if case.buffer:
+        many.table.weight.grad = many.table.grad_buffer
+    if memory_group.replicas is not None:
+        dist.all_reduce(many.table.weight.grad, group=memory_group.replicas)
     theirs = dict(alone.named_parameters())
     for name, param in many.named_parameters():
         if name == "table.weight":
-            assert torch.equal(
-                param,
-                ValueTable(
-                    case.config, WeightFactory(seed=SEED, name="table", dtype=torch.float64), None
-                ).weight[rows],
-            ), "a shard starts with other numbers than the same rows of one table"
-            torch.testing.assert_close(param.grad, theirs[name].grad[rows])
+            torch.testing.assert_close(param.grad, theirs[name].grad[piece])
             continue
-        if case.tokens_sharded:
+        if case.tokens_sharded and world > 1:
             # what the host framework does for weights used on sharded tokens
             dist.all_reduce(param.grad)
         torch.testing.assert_close(param.grad, theirs[name].grad, msg=lambda m, n=name: f"{n}: {m}")
-    assert not many.table._parked, "a parked gradient never reached the table"
 
     _step(alone), _step(many)
     for name, param in many.named_parameters():
-        want = theirs[name][rows] if name == "table.weight" else theirs[name]
+        want = theirs[name][piece] if name == "table.weight" else theirs[name]
         torch.testing.assert_close(param, want)
 
 
@@ -156,6 +192,25 @@ def _cases(world: int) -> list[Case]:
     cases += [
         Case(_config(memory_wire=wire, memory_num_keys=1, memory_topk=1), True) for wire in wires
     ]
+    # a gradient buffer in autograd's place; lengths that only the ranks themselves know
+    cases += [
+        Case(_config(memory_wire=wire), s, recompute, buffer=True)
+        for wire, s, recompute in product(wires, sharded, (False, True))
+    ]
+    cases += [Case(_config(memory_wire=wire), True, counts=counts, vary=True) for wire in wires]
+    # columns, both, and groups that leave replicas
+    shapes = [
+        (size, columns)
+        for size in range(1, world + 1)
+        for columns in range(1, size + 1)
+        if world % size == 0 and size % columns == 0 and (size, columns) != (world, 1)
+    ]
+    for size, columns in shapes:
+        for wire, s in product(wires, sharded):
+            cases.append(Case(_config(memory_wire=wire), s, group_size=size, column_ranks=columns))
+        cases.append(
+            Case(_config(), True, True, counts, size, columns, buffer=True, vary=size == world)
+        )
     return cases
 
 

@@ -7,6 +7,7 @@ from megamem.config import MemoryConfig
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.value_table import ValueTable
+from megamem.parallel.memory_group import MemoryGroup
 
 VOCABULARY = 32_000
 MILLION = 1e6
@@ -53,7 +54,7 @@ def test_memory_totals(base, variant, places, num_keys, total) -> None:
     config = MemoryConfig(
         memory_layers=places, memory_variant=variant, memory_num_keys=num_keys
     ).resolve(hidden)
-    table = ValueTable(config, WeightFactory(seed=0, name="table", device="meta"), None)
+    table = ValueTable(config, WeightFactory(seed=0, name="table", device="meta"), MemoryGroup())
     memories = [
         MemoryLayer(
             config,
@@ -75,7 +76,7 @@ def test_memory_totals(base, variant, places, num_keys, total) -> None:
 def test_the_table_is_used_not_owned() -> None:
     """A layer's own parameters leave out the table, which its model counts once."""
     config = MemoryConfig(memory_layers=[0, 1], memory_num_keys=8, memory_topk=2).resolve(16)
-    table = ValueTable(config, WeightFactory(seed=0, name="table"), None)
+    table = ValueTable(config, WeightFactory(seed=0, name="table"), MemoryGroup())
     layer = MemoryLayer(config, 16, table, layer=0, group=None, tokens_sharded=True, seed=0)
     assert all(param is not table.weight for param in layer.parameters())
     assert "values.weight" not in layer.state_dict()

@@ -1,0 +1,39 @@
+"""Brings lookups to the ranks that hold the columns of a row, and the columns home.
+
+rank p of the column ranks         [r, v_p]: its columns of every row of the set
+gather_lookups                     every lookup of the set's tokens to every rank of the set
+(each sums its columns)
+join_columns                       token by token, the columns travel home and are joined
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megamem.parallel.collectives import Flight, gather_padded, gather_weights
+
+
+def gather_lookups(
+    row_ids_TL: Tensor, weights_TL: Tensor, counts: list[int], group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """The lookups of all the column ranks' tokens -> row_ids_XL, weights_XL.
+
+    Args:
+        row_ids_TL: rows of the whole table, not negative.
+        weights_TL: their weights.
+        counts: T of every column rank; X is their sum.
+        group: the column ranks.
+    """
+    if group is None:
+        return row_ids_TL, weights_TL
+    size, flight = max(counts), Flight()
+    row_ids = gather_padded(row_ids_TL, size, group, flight=flight)
+    weights = gather_weights(weights_TL, size, group, flight)
+    flight.wait()
+    if len(set(counts)) == 1:
+        return row_ids.flatten(0, 1), weights.flatten(0, 1)
+
+    def joined(padded: Tensor) -> Tensor:
+        return torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)])
+
+    return joined(row_ids), joined(weights)
