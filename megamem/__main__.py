@@ -11,6 +11,7 @@ from megamem import __version__
 COMMANDS = {
     "run": ("megamem.integration.launcher", "run a Megatron training script with memory layers"),
     "plan": ("megamem.tools.plan", "say what a table takes on a cluster, and how to lay it out"),
+    "convert": ("megamem.tools.convert", "bring checkpoints in, and take a table out"),
     "bench": ("megamem.tools.bench", "measure the kernels against the memory of this machine"),
     "patch": ("megamem.tools.patch", "give a Megatron-LM checkout memory layers for good"),
 }

@@ -1,0 +1,272 @@
+"""What a consolidated checkpoint of the published reference implementation holds.
+
+tok_embeddings, norm, output          one each
+layers.I.attention.{wq,wk,wv,wo}      rotary pairs are neighbours: (0, 1), (2, 3), ...
+layers.I.feed_forward.{w1,w2,w3}      gate, down, up
+layers.I.feed_forward.keys            [2 * heads * N, Q / 2]: head, half, sub-key
+layers.I.feed_forward.values.weight   [N * N, V], again in every memory layer
+layers.I.feed_forward.query_proj...   swilu_projection (the gate), value_proj
+"""
+
+import math
+import pickle
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megamem.config import ConfigurationError, MemoryConfig
+from megamem.tools.convert.safetensors import read_files
+
+EMBEDDING, NORM, OUTPUT = "tok_embeddings.weight", "norm.weight", "output.weight"
+QUERIES, KEYS, VALUES = (f"attention.{name}.weight" for name in ("wq", "wk", "wv"))
+ATTENTION_OUT, ATTENTION_NORM = "attention.wo.weight", "attention_norm.weight"
+FFN_NORM = "ffn_norm.weight"
+GATE, DOWN, UP = (f"feed_forward.{name}.weight" for name in ("w1", "w2", "w3"))
+SUB_KEYS, TABLE = "feed_forward.keys", "feed_forward.values.weight"
+QUERY = "feed_forward.query_proj.query_mlps.0."
+OUT_GATE, OUT_PROJ = "feed_forward.swilu_projection.", "feed_forward.value_proj."
+LINEARS = (QUERY, OUT_GATE, OUT_PROJ)
+LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+UNSUPPORTED = {
+    "feed_forward.gating.": "a scalar gate on its output",
+    "feed_forward.values_u.": "a PEER layer",
+    "feed_forward.values_v.": "a PEER layer",
+}
+# made anew by every model
+IGNORED = re.compile(r"(rope\.)?freqs_cis|rope\..*")
+
+
+def read_reference(files: Sequence[Path]) -> dict[str, Tensor]:
+    """Every tensor of the files, mapped; no code in them is run.
+
+    Raises:
+        ConfigurationError: a file cannot be read, or holds something else than tensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if not file.is_file():
+            raise ConfigurationError(f"no file at {file}; name the consolidated .pth files.")
+        found = read_files([file])[0] if file.suffix == ".safetensors" else _read_torch(file)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise ConfigurationError(f"{file} holds {twice[0]}, which another file has already.")
+        tensors |= found
+    return tensors
+
+
+def _read_torch(file: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConfigurationError(
+            f"{file} is not a file of tensors alone: loading it would run code that it names, "
+            "which convert never does; save its state dict again with torch.save."
+        ) from error
+    except Exception as error:  # whatever a damaged file makes of itself
+        raise ConfigurationError(
+            f"{file} is no file that torch.save wrote ({type(error).__name__}: {error})."
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    strange = [
+        name
+        for name, value in (content.items() if isinstance(content, dict) else ())
+        if not isinstance(value, Tensor)
+    ]
+    if not isinstance(content, dict) or strange:
+        what = f"{strange[0]} in it is no tensor" if strange else "it is no dictionary"
+        raise ConfigurationError(f"{file} is no consolidated checkpoint: {what}.")
+    return content
+
+
+def layers_of(source: dict[str, Tensor]) -> dict[int, list[str]]:
+    """Layer -> names of its weights.
+
+    Raises:
+        ConfigurationError: a key is unknown, a layer is missing, or a weight of one.
+    """
+    layers: dict[int, list[str]] = {}
+    unknown = []
+    known = {QUERIES, KEYS, VALUES, ATTENTION_OUT, ATTENTION_NORM, FFN_NORM, GATE, DOWN, UP}
+    known |= {SUB_KEYS, TABLE}
+    known |= {prefix + part for prefix in LINEARS for part in ("weight", "bias")}
+    for key in source:
+        match = LAYER.fullmatch(key)
+        rest = match[2] if match else key
+        for prefix, what in UNSUPPORTED.items():
+            if rest.startswith(prefix):
+                raise ConfigurationError(f"{key}: {what}, which megamem does not have.")
+        if match and rest in known:
+            layers.setdefault(int(match[1]), []).append(rest)
+        elif key not in (EMBEDDING, NORM, OUTPUT) and not IGNORED.fullmatch(key):
+            unknown.append(key)
+    if unknown:
+        raise ConfigurationError(
+            f"{len(unknown)} keys are none of a consolidated checkpoint with memory layers: "
+            f"{', '.join(sorted(unknown)[:3])}{', ...' if len(unknown) > 3 else ''}."
+        )
+    ordered = dict(sorted(layers.items()))
+    missing = [key for key in (EMBEDDING, NORM) if key not in source]
+    missing += [f"layers.{n}" for n in range(len(ordered)) if n not in ordered]
+    for layer, names in ordered.items():
+        needed = {QUERIES, KEYS, VALUES, ATTENTION_OUT, ATTENTION_NORM, FFN_NORM}
+        if SUB_KEYS in names:
+            needed |= {TABLE, QUERY + "weight", QUERY + "bias"}
+            if any(name.startswith((OUT_GATE, OUT_PROJ)) for name in names):
+                needed |= {p + part for p in (OUT_GATE, OUT_PROJ) for part in ("weight", "bias")}
+        else:
+            needed |= {GATE, DOWN, UP}
+        missing += [f"layers.{layer}.{name}" for name in sorted(needed - set(names))]
+    if missing:
+        raise ConfigurationError(
+            f"the checkpoint lacks {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; "
+            "if it lies in several files, name all of them."
+        )
+    return ordered
+
+
+@dataclass(frozen=True)
+class ReferenceShape:
+    """Sizes that follow from the tensors."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    groups: int
+    head_dim: int
+    ffn: int | None
+    num_keys: int
+    memory_heads: int
+    key_dim: int
+    value_dim: int
+    gated: bool
+
+    @classmethod
+    def of(
+        cls,
+        source: dict[str, Tensor],
+        layers: dict[int, list[str]],
+        memories: list[int],
+        heads: int,
+    ) -> "ReferenceShape":
+        first = f"layers.{memories[0]}."
+        vocabulary, hidden = source[EMBEDDING].shape
+        queries, keys = source[f"{first}{QUERIES}"].shape[0], source[f"{first}{KEYS}"].shape[0]
+        if heads < 1 or queries % heads or keys % (queries // heads):
+            raise ConfigurationError(
+                f"--num-attention-heads {heads} does not cut queries of width {queries} and keys "
+                f"of width {keys} into heads; use the number that the model was trained with."
+            )
+        rows, value_dim = source[first + TABLE].shape
+        num_keys = math.isqrt(rows)
+        sub_keys, half = source[first + SUB_KEYS].shape
+        if num_keys**2 != rows or sub_keys % (2 * num_keys):
+            raise ConfigurationError(
+                f"{first}{TABLE} of {rows} rows and {first}{SUB_KEYS} of {sub_keys} contradict "
+                "each other: they must be N * N and 2 * heads * N."
+            )
+        dense = [layer for layer in layers if layer not in memories]
+        ffn = source[f"layers.{dense[0]}.{GATE}"].shape[0] if dense else None
+        shape = cls(
+            vocabulary=vocabulary,
+            hidden=hidden,
+            layers=len(layers),
+            heads=heads,
+            groups=keys // (queries // heads),
+            head_dim=queries // heads,
+            ffn=ffn,
+            num_keys=num_keys,
+            memory_heads=sub_keys // (2 * num_keys),
+            key_dim=2 * half,
+            value_dim=value_dim,
+            gated=f"{first}{OUT_GATE}weight" in source,
+        )
+        shape._check(source, layers)
+        return shape
+
+    def _check(self, source: dict[str, Tensor], layers: dict[int, list[str]]) -> None:
+        hidden, width = self.hidden, self.heads * self.head_dim
+        keys, query = self.groups * self.head_dim, self.memory_heads * self.key_dim
+        expected = {
+            QUERIES: (width, hidden),
+            KEYS: (keys, hidden),
+            VALUES: (keys, hidden),
+            ATTENTION_OUT: (hidden, width),
+            ATTENTION_NORM: (hidden,),
+            FFN_NORM: (hidden,),
+            GATE: (self.ffn, hidden),
+            UP: (self.ffn, hidden),
+            DOWN: (hidden, self.ffn),
+            SUB_KEYS: (2 * self.memory_heads * self.num_keys, self.key_dim // 2),
+            TABLE: (self.num_keys**2, self.value_dim),
+            QUERY + "weight": (query, hidden),
+            QUERY + "bias": (query,),
+            OUT_GATE + "weight": (self.value_dim, hidden),
+            OUT_GATE + "bias": (self.value_dim,),
+            OUT_PROJ + "weight": (hidden, self.value_dim),
+            OUT_PROJ + "bias": (hidden,),
+        }
+        wanted = {
+            f"layers.{layer}.{name}": expected[name]
+            for layer, names in layers.items()
+            for name in names
+        }
+        wanted |= {NORM: (hidden,), EMBEDDING: (self.vocabulary, hidden)}
+        if OUTPUT in source:
+            wanted[OUTPUT] = (self.vocabulary, hidden)
+        ConfigurationError.collect(
+            [
+                f"{key} has shape {list(source[key].shape)}, not {list(shape)}."
+                for key, shape in wanted.items()
+                if tuple(source[key].shape) != shape
+            ][:5]
+        )
+
+    def memory(self, layers: list[int], separate: bool) -> MemoryConfig:
+        """The memory layers' settings, how many rows a head reads aside.
+
+        Raises:
+            ConfigurationError: no memory layer of ours can have them.
+        """
+        return MemoryConfig(
+            memory_layers=layers,
+            memory_variant="memory+" if self.gated else "memory",
+            memory_num_keys=self.num_keys,
+            memory_heads=self.memory_heads,
+            memory_topk=min(MemoryConfig().memory_topk, self.num_keys),
+            memory_key_dim=self.key_dim,
+            memory_value_dim=self.value_dim,
+            memory_pool="layer" if separate else "shared",
+        ).resolve(self.hidden)
+
+    def flags(self, memory: MemoryConfig, untied: bool, seed: int) -> list[str]:
+        """The flags of a run on this checkpoint."""
+        groups = ["--group-query-attention", f"--num-query-groups {self.groups}"]
+        layers = " ".join(map(str, memory.memory_layers))
+        return [
+            f"--num-layers {self.layers}",
+            f"--hidden-size {self.hidden}",
+            *([f"--ffn-hidden-size {self.ffn}"] if self.ffn else []),
+            f"--num-attention-heads {self.heads}",
+            *(groups if self.groups != self.heads else []),
+            *(
+                [f"--kv-channels {self.head_dim}"]
+                if self.head_dim * self.heads != self.hidden
+                else []
+            ),
+            *("--swiglu", "--normalization RMSNorm", "--disable-bias-linear"),
+            "--position-embedding-type rope",
+            *(["--untie-embeddings-and-output-weights"] if untied else []),
+            f"--memory-layers {layers}",
+            f"--memory-variant {memory.memory_variant}",
+            f"--memory-num-keys {memory.memory_num_keys}",
+            f"--memory-heads {memory.memory_heads}",
+            f"--memory-key-dim {memory.key_dim}",
+            f"--memory-value-dim {memory.value_dim}",
+            f"--memory-pool {memory.memory_pool}",
+            *([f"--memory-placement-seed {seed}"] if seed else []),
+        ]

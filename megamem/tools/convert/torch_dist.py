@@ -1,0 +1,293 @@
+"""Megatron's torch_dist checkpoints, read and written by one process without a process group.
+
+A folder with torch's distributed checkpoint, and in it a few files of Megatron's. Its index is a
+pickle, which here may name the classes of such an index and nothing else; tensors are read as
+torch reads untrusted files.
+"""
+
+import io
+import json
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    BytesIOWriteData,
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megamem.config import ConfigurationError
+from megamem.tools.convert.lazy import LazyTensor, Region, Tensors
+
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+COMMON = {"common_backend": "torch", "common_backend_version": 1}
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+CHECKPOINT_VERSION = 3.0
+# what the indices of torch and Megatron consist of: values, and records that do nothing when made
+_DCP = "torch.distributed.checkpoint"
+INDEX_NAMES = {
+    *(
+        (f"{_DCP}.metadata", name)
+        for name in (
+            *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"),
+            *("BytesStorageMetadata", "ChunkStorageMetadata", "TensorStorageMetadata"),
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    *(
+        (f"{_DCP}.planner", name)
+        for name in (
+            "SavePlan",
+            "WriteItem",
+            "WriteItemType",
+            "TensorWriteData",
+            "BytesIOWriteData",
+        )
+    ),
+    *((f"{_DCP}.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")),
+    *(("pathlib", name) for name in ("Path", "PosixPath", "WindowsPath")),
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+}
+
+
+def find_folder(path: Path) -> Path:
+    """The folder of an iteration, from itself or from what was given as --save.
+
+    Raises:
+        ConfigurationError: there is no torch_dist checkpoint.
+    """
+    tracker = path / TRACKER
+    if tracker.is_file():
+        latest = tracker.read_text().strip()
+        path = path / (RELEASE if latest == RELEASE else f"iter_{int(latest):07d}")
+    try:
+        found = json.loads((path / "metadata.json").read_text())["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    if found != FORMAT["sharded_backend"]:
+        raise ConfigurationError(
+            f"{path} is no torch_dist checkpoint; give the folder of --save, or an iteration in it "
+            "(convert others with Megatron's --ckpt-convert-format torch_dist first)."
+        )
+    return path
+
+
+class TorchDist:
+    """A checkpoint that is there."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the index.
+
+        Raises:
+            ConfigurationError: there is none, or it is damaged.
+        """
+        self.folder = find_folder(path)
+        self._reader = _SafeReader(str(self.folder))
+        try:
+            self._index = self._reader.read_metadata()
+            self._reader.set_up_storage_reader(self._index, is_coordinator=True)
+        except Exception as error:  # whatever a damaged file makes of itself
+            raise ConfigurationError(
+                f"{self.folder} cannot be read ({type(error).__name__}: {error}); it may be "
+                "damaged: use another iteration."
+            ) from error
+
+    @property
+    def tensors(self) -> dict[str, LazyTensor]:
+        """Key -> tensor, optimizer state included."""
+        return {
+            key: self._lazy(key, entry)
+            for key, entry in self._index.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    @property
+    def objects(self) -> list[str]:
+        """Keys of what is not a tensor."""
+        entries = self._index.state_dict_metadata.items()
+        return [key for key, entry in entries if isinstance(entry, BytesStorageMetadata)]
+
+    def _lazy(self, key: str, entry: TensorStorageMetadata) -> LazyTensor:
+        regions = tuple(Region(tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks)
+        dtype = entry.properties.dtype
+        return LazyTensor(tuple(entry.size), dtype, regions, lambda region: self.read(key, region))
+
+    def read(self, key: str, region: Region) -> Tensor:
+        """A box of a tensor, from the pieces it was saved in.
+
+        Raises:
+            ConfigurationError: a file is missing or damaged.
+        """
+        entry = self._index.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata)
+        target = torch.empty(region.sizes, dtype=entry.properties.dtype)
+        wanted = ChunkStorageMetadata(torch.Size(region.offsets), torch.Size(region.sizes))
+        items = create_read_items_for_chunk_list(key, entry, [wanted])
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+        except Exception as error:
+            raise ConfigurationError(
+                f"{key} in {self.folder} cannot be read ({type(error).__name__}: {error}); the "
+                "checkpoint may be damaged: use another iteration."
+            ) from error
+        return target
+
+
+class _SafeReader(dcp.FileSystemReader):
+    """Unpickles an index, and nothing that an index does not consist of."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with Path(self.path, ".metadata").open("rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in INDEX_NAMES:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(value := vars(torch).get(name), torch.dtype):
+            return value
+        raise pickle.UnpicklingError(f"the index names {module}.{name}, which no index holds")
+
+
+class _Into(dcp.LoadPlanner):
+    """Reads into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        self.target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        target = self.target
+        for dim, (offset, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            target = target.narrow(dim, offset, length)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def create_local_plan(self) -> LoadPlan:
+        raise NotImplementedError
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        raise NotImplementedError
+
+    def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
+        raise NotImplementedError
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise NotImplementedError
+
+
+def write(
+    folder: Path, tensors: Tensors, empty_objects: list[str], advance: Callable[[int], None]
+) -> None:
+    """Write a checkpoint that Megatron's --load takes as a release: weights, and iteration 0.
+
+    Args:
+        folder: of --load. What was half written by an earlier attempt is written again; it counts
+            as a checkpoint only once everything is there.
+        tensors: key -> tensor.
+        empty_objects: keys of extra state, all of which is to be None.
+        advance: told how many bytes were written.
+
+    Raises:
+        ConfigurationError: a tensor cannot be read.
+        OSError: there is no room, or no right, to write.
+    """
+    release = folder / RELEASE
+    release.mkdir(parents=True, exist_ok=True)
+    writer = dcp.FileSystemWriter(release, single_file_per_rank=False, thread_count=1)
+    planner = _Streaming(tensors, empty_objects, advance)
+    with warnings.catch_warnings():
+        # that there is no process group, which is what no_dist says
+        warnings.filterwarnings("ignore", message=".*torch.distributed is")
+        try:
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            # what happened, without the story of ranks that are not there
+            raise next(iter(error.failures.values()))[0] from error
+    torch.save({"checkpoint_version": CHECKPOINT_VERSION}, release / "common.pt")
+    (release / "metadata.json").write_text(json.dumps(FORMAT | COMMON))
+    (folder / TRACKER).write_text(RELEASE)
+
+
+class _Streaming(dcp.DefaultSavePlanner):
+    """Makes each region of each tensor when its turn has come to be written."""
+
+    def __init__(
+        self, tensors: Tensors, empty_objects: list[str], advance: Callable[[int], None]
+    ) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.tensors, self.empty_objects, self.advance = tensors, empty_objects, advance
+
+    def create_local_plan(self) -> SavePlan:
+        nothing = BytesIOWriteData(nbytes=len(_saved_none()))
+        items = [
+            WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO, bytes_io_data=nothing)
+            for key in self.empty_objects
+        ]
+        for key, tensor in self.tensors.items():
+            assert tensor.target_rows is None, key
+            properties = TensorProperties(dtype=tensor.dtype)
+            items += [
+                WriteItem(
+                    MetadataIndex(key, torch.Size(region.offsets), number),
+                    WriteItemType.SHARD,
+                    tensor_data=TensorWriteData(
+                        ChunkStorageMetadata(torch.Size(region.offsets), torch.Size(region.sizes)),
+                        properties,
+                        torch.Size(tensor.shape),
+                    ),
+                )
+                for number, region in enumerate(tensor.regions)
+            ]
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            return io.BytesIO(_saved_none())
+        tensor = self.tensors[write_item.index.fqn]
+        assert write_item.index.index is not None
+        piece = tensor.read(tensor.regions[write_item.index.index]).contiguous()
+        self.advance(piece.numel() * piece.element_size())
+        return piece
+
+
+def _saved_none() -> bytes:
+    """None as Megatron saves it: the only one of the objects with this key."""
+    buffer = io.BytesIO()
+    torch.save([None], buffer)
+    return buffer.getvalue()

@@ -1,0 +1,157 @@
+"""A dense checkpoint of Megatron's loop becomes a memory model that its loop starts from."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamem.config import MemoryConfig
+from megamem.layers.init import WeightFactory
+from megamem.layers.value_table import ValueTable
+from megamem.parallel.memory_group import MemoryGroup
+from megamem.tools.convert import main, torch_dist, upcycle
+from tests.helpers.checkpoints import saved_tensors
+from tests.helpers.megatron_runs import run_training
+
+MEMORY = ("--memory-layers", 1, 3, "--memory-num-keys", 9, "--memory-topk", 4)
+KEEP = "--memory-keep-ffn"
+FIRST_STEP = ("--train-iters", 1, "--no-load-optim")
+LLAMA = ("--swiglu", "--normalization", "RMSNorm", "--untie-embeddings-and-output-weights")
+
+
+def _dense(folder: Path, *flags: object) -> Path:
+    saving = ("--save", folder, "--save-interval", 2, "--train-iters", 2)
+    run_training("dense", 1, *saving, *flags)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LayerNorm with biases, tied embeddings: every kind of key that a dense layer has."""
+    return _dense(tmp_path_factory.mktemp("dense"))
+
+
+def _upcycle(source: Path, target: Path, *flags: object) -> int:
+    return main(["upcycle", str(source), "--to", str(target), *map(str, flags)])
+
+
+def _first_loss(folder: Path, *flags: object, ranks: int = 1) -> float:
+    log = run_training("start", ranks, "--load", folder, "--finetune", *FIRST_STEP, *flags)
+    assert "successfully loaded checkpoint" in log.stdout
+    return log.losses[0]
+
+
+def test_the_loss_at_step_0_is_unchanged(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = _first_loss(dense)
+    assert _upcycle(dense, tmp_path / "kept", *MEMORY, KEEP) == 0
+    assert "the loss at step 0 is that of the dense model" in capsys.readouterr().out
+    assert _first_loss(tmp_path / "kept", *MEMORY, KEEP) == before
+
+
+@pytest.mark.gloo
+def test_plain_memories_of_a_llama_on_two_ranks(tmp_path: Path) -> None:
+    """Without a projection to be zero, the table is; a table for each layer."""
+    source = _dense(tmp_path / "dense", *LLAMA)
+    flags = (*MEMORY, KEEP, "--memory-variant", "memory", "--memory-pool", "layer")
+    assert _upcycle(source, tmp_path / "to", *flags) == 0
+    two = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
+    loss = _first_loss(tmp_path / "to", *LLAMA, *flags, *two, ranks=2)
+    assert loss == pytest.approx(_first_loss(source, *LLAMA), rel=1e-6)
+
+
+def test_replaced_feed_forwards_change_the_loss_and_it_is_said(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert _upcycle(dense, tmp_path / "to", *MEMORY) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the loss at step 0 is higher" in said and "--memory-keep-ffn" in said
+    assert _first_loss(tmp_path / "to", *MEMORY) != pytest.approx(_first_loss(dense), rel=1e-4)
+
+
+def test_weights_are_the_dense_ones_and_the_initial_ones(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New weights are those a fresh run of the seed has, in however many pieces drawn."""
+    monkeypatch.setattr(upcycle, "REGION_BYTES", 1000)
+    flags = ("--seed", 99, "--memory-placement-seed", 3)
+    assert _upcycle(dense, tmp_path / "to", *MEMORY, *flags) == 0
+    old = saved_tensors(dense / "iter_0000002")
+    new = saved_tensors(tmp_path / "to/release")
+    qkv = "self_attention.linear_qkv.weight"
+    for layer in range(4):
+        stacked = old[f"decoder.layers.{qkv}"][layer]
+        assert torch.equal(new[f"decoder.layers.{layer}.{qkv}"], stacked)
+    norm = old["decoder.layers.mlp.linear_fc1.layer_norm_bias"]
+    assert torch.equal(new["decoder.layers.3.pre_mlp_layernorm.bias"], norm[3])
+    assert torch.equal(new["decoder.layers.2.mlp.linear_fc1.layer_norm_bias"], norm[2])
+    assert not any(key.startswith("decoder.layers.1.mlp.linear") for key in new)
+    assert not any("optimizer" in key for key in new)
+
+    memory = MemoryConfig(
+        memory_layers=[1, 3], memory_num_keys=9, memory_topk=4, memory_placement_seed=3
+    ).resolve(64)
+    table = ValueTable(memory, WeightFactory(seed=99, name="shared"), MemoryGroup())
+    assert torch.equal(new["memory_values.shared.weight"], table.weight)
+    assert torch.equal(new["memory_values.shared.placement"], table.placement)
+    assert new["decoder.layers.1.mlp.memory.output.proj.weight"].std() > 0.01
+    assert new["decoder.layers.1.mlp.memory.output.proj.weight"].std() < 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "name them with --memory-layers"),
+        (("--memory-layers", 4), "--memory-layers 4: the checkpoint has layers 0 to 3"),
+        (("--memory-layers", 1, "--memory-topk", 9, "--memory-num-keys", 8), "--memory-topk 9"),
+        (("--memory-layer", 1, 2, "x"), "unrecognized|invalid|ambiguous|int value"),
+    ],
+)
+def test_impossible_memories(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: tuple, message: str
+) -> None:
+    assert _upcycle(dense, tmp_path / "to", *flags) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said), said
+    assert said.count("\n") == 1 and not (tmp_path / "to").exists()
+
+
+def test_what_is_no_dense_checkpoint(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert _upcycle(tmp_path, tmp_path / "to", *MEMORY) == 2
+    assert "is no torch_dist checkpoint" in capsys.readouterr().err
+    assert _upcycle(dense, tmp_path / "one", *MEMORY) == 0
+    assert _upcycle(tmp_path / "one", tmp_path / "to", *MEMORY) == 2
+    assert "has memory layers already" in capsys.readouterr().err
+
+
+def test_an_index_that_names_code_is_not_read(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    (folder / "metadata.json").write_text((dense / "iter_0000002/metadata.json").read_text())
+    # a pickle that would touch a file
+    path = str(tmp_path / "ran")
+    code = f"cpathlib\nPath.touch\n(cpathlib\nPath\n(V{path}\ntRtR.".encode()
+    (folder / ".metadata").write_bytes(code)
+    assert _upcycle(folder, tmp_path / "to", *MEMORY) == 2
+    said = capsys.readouterr().err
+    assert "names pathlib.Path.touch, which no index holds" in said
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_file_is_named(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(dense, tmp_path / "copy")
+    for file in (tmp_path / "copy/iter_0000002").glob("*.distcp"):
+        file.unlink()
+    assert _upcycle(tmp_path / "copy", tmp_path / "to", *MEMORY) == 2
+    assert "the checkpoint may be damaged" in capsys.readouterr().err
+    # what was begun does not count as a checkpoint
+    assert not (tmp_path / "to" / torch_dist.TRACKER).exists()
