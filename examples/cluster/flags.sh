@@ -1,6 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # Makes the flags of one run of "Memory Layers at Scale" out of a file of models/ and the number of
-# rows. Sourced, by the scripts beside it, with $here and $world set; leaves $script and `flags`.
+# rows. Sourced, by the scripts beside it, with $here and $world set; leaves $script, $folder to start it
+# in, $run for what it writes, and `flags`.
 #
 #   source flags.sh MODEL ROWS      MODEL: 134m 373m 1.3b 8b    ROWS: dense 1m 4m 16m 64m
 #
@@ -93,8 +94,11 @@ case ${DATA:-} in
     *)
         [ -f "$DATA.idx" ] || fail "DATA=$DATA: there is no $DATA.idx"
         [ -n "${TOKENIZER:-}" ] || fail "set TOKENIZER to the tokenizer that $DATA was made with"
+        DATA=$(realpath -s "$DATA")
+        # a folder, or a name on Hugging Face's hub
+        if [ -e "$TOKENIZER" ]; then TOKENIZER=$(realpath -s "$TOKENIZER"); fi
         data=(
-            --data-path "$(realpath "$DATA.idx" | sed 's/\.idx$//')"
+            --data-path "$DATA"
             --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER"
         )
         ;;
@@ -122,11 +126,17 @@ flags=(
 
 home=$(cd "$here/../.." && pwd)
 script=$home/examples/pretrain_gpt.py
-if [ -n "${MEGATRON:-}" ]; then
+folder=$PWD
+if [ -n "${CONTAINER:-}" ] && [ -n "${MEGATRON:-}" ] && [ ! -e "$MEGATRON" ]; then
+    # a checkout that the image has
+    folder=$MEGATRON
+    script=$folder/pretrain_gpt.py
+elif [ -n "${MEGATRON:-}" ]; then
     [ -f "$MEGATRON/pretrain_gpt.py" ] || fail "MEGATRON=$MEGATRON has no pretrain_gpt.py"
     # the checkout's own megatron is used, not an installed one
     cd "$MEGATRON" || exit
-    script=$PWD/pretrain_gpt.py
+    folder=$PWD
+    script=$folder/pretrain_gpt.py
 fi
 launcher=(megamem.run)
 if [ "${CPU:-0}" = 1 ]; then launcher+=(--cpu); fi

@@ -10,4 +10,4 @@ micro_batch=2
 memory_layers=(3 11 19)
 # rows -> the fewest GPUs of 80 GB, in powers of two, that hold the table beside the model
 least=([1m]=2 [4m]=8 [16m]=32 [64m]=128)
-lean=([1m]=2 [4m]=4 [16m]=16 [64m]=64)
+lean=([1m]=1 [4m]=4 [16m]=16 [64m]=64)

@@ -6,7 +6,7 @@ model=(
 )
 vocabulary=32000
 tensor_parallel=1
-micro_batch=4
+micro_batch=2
 memory_layers=(4 12 20)
 # rows -> the fewest GPUs of 80 GB, in powers of two, that hold the table beside the model
 least=([1m]=1 [4m]=2 [16m]=8 [64m]=32)
