@@ -7,16 +7,17 @@ against its reference and times it beside torch. A case whose result is wrong is
 import argparse
 import json
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from megamem.tools.bench_cases import (
     MAX_RELATIVE_ERROR,
@@ -25,36 +26,30 @@ from megamem.tools.bench_cases import (
     bag_cases,
     topk_cases,
 )
+from megamem.tools.bench_published import PublishedKernels
+from megamem.tools.bench_table import Record, markdown, numbers, read_records, rich_table
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPS = ("bag", "topk", "adam")
 WRONG_RESULT = 1
-
-
-@dataclass(frozen=True)
-class Record:
-    """One measured case, as --json writes it."""
-
-    device: str
-    op: str
-    shape: dict[str, int]
-    dtype: str
-    distribution: str
-    ms: float
-    bytes: int
-    gbps: float
-    ceiling_gbps: float
-    fraction: float
-    baseline: str
-    baseline_ms: float | None
-    speedup: float | None
-    error: float
+USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return its exit status."""
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(words)
+    if args.table:
+        return _show_table(Path(args.table))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    published = None
+    if args.published:
+        try:
+            published = PublishedKernels.load(Path(args.published), device)
+        except ValueError as error:
+            sys.stderr.write(f"megamem: error: {error}\n")
+            return USER_ERROR
+    command = " ".join(("python -m megamem bench", *words))
     # a file has no width of its own
     console = Console(width=None if sys.stdout.isatty() else 160)
     show = console.print
@@ -67,20 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     records: list[Record] = []
     wrong: list[Record] = []
     skipped: list[Case] = []
-    cases = list(_cases(args, device))
+    cases = list(_cases(args, device, published))
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
-            progress.update(task, description=f"{case.op} {_numbers(case.shape)}")
+            progress.update(task, description=f"{case.op} {numbers(case.shape)}")
             if case.memory > _free_bytes(device):
                 skipped.append(case)
             else:
-                record = measure(case, device, name, ceiling, args.min_ms)
+                record = measure(case, device, name, ceiling, args.min_ms, command)
                 (records if record.error <= MAX_RELATIVE_ERROR else wrong).append(record)
             progress.advance(task)
-    show(_table(records))
+    show(rich_table(records))
     for case in skipped:
-        show(f"skipped: {case.op} {_numbers(case.shape)} takes {case.memory / 2**30:.0f} GiB")
+        show(f"skipped: {case.op} {numbers(case.shape)} takes {case.memory / 2**30:.0f} GiB")
     if args.json:
         Path(args.json).write_text("".join(json.dumps(asdict(r)) + "\n" for r in records))
     if args.plot:
@@ -89,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plot(records, Path(args.plot))
     for record in wrong:
         sys.stderr.write(
-            f"megamem: error: {record.op} {_numbers(record.shape)} {record.distribution} is wrong: "
+            f"megamem: error: {record.op} {numbers(record.shape)} {record.distribution} is wrong: "
             f"relative error {record.error:.1e}; it was not timed\n"
         )
     return WRONG_RESULT if wrong else 0
@@ -104,11 +99,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-ms", type=float, default=200, help="time spent on each timing")
     parser.add_argument("--json", metavar="FILE", help="write one record per line")
     parser.add_argument("--plot", metavar="FILE", help="draw the roofline as a PNG")
+    parser.add_argument(
+        "--published",
+        metavar="DIR",
+        help="also time the bag kernels in this checkout of facebookresearch/memory",
+    )
+    parser.add_argument(
+        "--table", metavar="FILE", help="measure nothing: turn a --json file into Markdown"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
 
-def _cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+def _show_table(path: Path) -> int:
+    try:
+        records = read_records(path)
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"megamem: error: {path} holds no records of --json: {error}\n")
+        return USER_ERROR
+    sys.stdout.write(markdown(records))
+    return 0
+
+
+def _cases(
+    args: argparse.Namespace, device: torch.device, published: PublishedKernels | None
+) -> Iterator[Case]:
     dtype, gpu = DTYPES[args.dtype], device.type == "cuda"
     if gpu:
         widths, rows = [256, 1024, 2048, 4096], [2**16, 2**20, 2**24, 2**26]
@@ -118,7 +133,7 @@ def _cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     if args.quick:
         widths, rows, sizes = widths[-2:-1], rows[-2:][:1], sizes[:2][-1:]
     if "bag" in args.ops:
-        yield from bag_cases(widths, rows, tokens, lookups, dtype, device)
+        yield from bag_cases(widths, rows, tokens, lookups, dtype, device, published)
     if "topk" in args.ops:
         yield from topk_cases(sizes, tokens, 4, 256 if gpu else 32, 32, dtype, device)
     if "adam" in args.ops:
@@ -126,17 +141,24 @@ def _cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
 
 
 def measure(
-    case: Case, device: torch.device, device_name: str, ceiling: float, min_ms: float
+    case: Case,
+    device: torch.device,
+    device_name: str,
+    ceiling: float,
+    min_ms: float,
+    command: str = "",
 ) -> Record:
-    """Check a case, then time it and its baseline; a wrong one has no times."""
+    """Check a case, then time it and its rivals; a wrong one has no times."""
     work = case.build()
     error = work.check()
     # written so that NaN is wrong, too
     right = error <= MAX_RELATIVE_ERROR
     ms = median_ms(work.run, device, min_ms) if right else math.nan
-    baseline_ms = None
+    baseline_ms = published_ms = None
     if right and work.baseline is not None:
         baseline_ms = median_ms(work.baseline, device, min_ms)
+    if right and work.published is not None:
+        published_ms = median_ms(work.published, device, min_ms)
     gbps = work.bytes / ms / 1e6
     return Record(
         device=device_name,
@@ -152,8 +174,25 @@ def measure(
         baseline=work.baseline_name,
         baseline_ms=baseline_ms,
         speedup=None if baseline_ms is None else baseline_ms / ms,
+        published_ms=published_ms,
         error=error,
+        commit=commit(),
+        command=command,
     )
+
+
+@lru_cache
+def commit() -> str:
+    """The commit of the checkout that runs, "+" behind it where files differ; "" outside of one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        words = [
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout
+            for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "-uno", "."))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return words[0].strip() + ("+" if words[1].strip() else "")
 
 
 def copy_gbps(device: torch.device) -> float:
@@ -186,32 +225,6 @@ def _free_bytes(device: torch.device) -> float:
     torch.cuda.empty_cache()
     # what allocating needs to round up and to keep
     return 0.85 * torch.cuda.mem_get_info(device)[0]
-
-
-def _table(records: list[Record]) -> Table:
-    table = Table(box=None)
-    for title in ("op", "shape", "dtype", "rows picked"):
-        table.add_column(title, no_wrap=True)
-    for title in ("ms", "MB", "GB/s", "% of copy", "torch ms", "speed-up"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for r in records:
-        table.add_row(
-            r.op,
-            _numbers(r.shape),
-            r.dtype,
-            r.distribution,
-            f"{r.ms:.3f}",
-            f"{r.bytes / 1e6:.1f}",
-            f"{r.gbps:.1f}",
-            f"{100 * r.fraction:.0f}",
-            "" if r.baseline_ms is None else f"{r.baseline_ms:.3f}",
-            "" if r.speedup is None else f"{r.speedup:.1f}x",
-        )
-    return table
-
-
-def _numbers(shape: dict[str, int]) -> str:
-    return " ".join(f"{letter}={number}" for letter, number in shape.items())
 
 
 if __name__ == "__main__":

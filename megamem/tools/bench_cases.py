@@ -17,6 +17,7 @@ from megamem import ops
 from megamem.reference import row_adam as row_adam_reference
 from megamem.reference.embedding_bag import embedding_bag as bag_reference
 from megamem.reference.product_topk import product_topk as topk_reference
+from megamem.tools.bench_published import PublishedKernels
 
 CHECKED_BAGS = 64
 # a bf16 result may be off by its rounding, a wrong one is off by its size
@@ -45,6 +46,7 @@ class Work:
     """Relative error against the reference."""
     baseline: Callable[[], object] | None = None
     baseline_name: str = ""
+    published: Callable[[], object] | None = None
 
 
 def draw_rows(count: int, num_rows: int, distribution: str, device: torch.device) -> Tensor:
@@ -68,9 +70,10 @@ def bag_cases(
     lookups: int,
     dtype: torch.dtype,
     device: torch.device,
+    published: PublishedKernels | None = None,
 ) -> Iterator[Case]:
     size = dtype.itemsize
-    kinds = ("forward", "forward + backward", "sparse backward", "backward into fp32")
+    kinds = ("forward", "forward + backward", "sparse backward", "backward += fp32")
     for width in widths:
         for num_rows in rows:
             for distribution in ("uniform", "zipf 1.0"):
@@ -79,15 +82,20 @@ def bag_cases(
                     tables = {"forward": 1, "sparse backward": 1, "forward + backward": 3}
                     touched = min(num_rows, tokens * lookups)
                     memory = num_rows * width * (tables.get(kind, 1) * size)
-                    memory += num_rows * width * 4 * (kind == "backward into fp32")
+                    memory += num_rows * width * 4 * (kind == "backward += fp32")
                     memory += 2 * touched * width * size + tokens * width * 16
                     shape = {"T": tokens, "L": lookups, "R": num_rows, "V": width}
-                    build = partial(_bag, kind, shape, dtype, distribution, device)
+                    build = partial(_bag, kind, shape, dtype, distribution, device, published)
                     yield Case(f"embedding_bag {kind}", shape, dtype, distribution, build, memory)
 
 
 def _bag(
-    kind: str, shape: dict[str, int], dtype: torch.dtype, distribution: str, device: torch.device
+    kind: str,
+    shape: dict[str, int],
+    dtype: torch.dtype,
+    distribution: str,
+    device: torch.device,
+    published: PublishedKernels | None,
 ) -> Work:
     tokens, lookups, num_rows, width = shape.values()
     values = torch.empty(num_rows, width, dtype=dtype, device=device).normal_()
@@ -110,6 +118,10 @@ def _bag(
             row_ids, table, offsets[:-1], mode="sum", per_sample_weights=per_sample
         )
 
+    def published_forward(table: Tensor, per_sample: Tensor) -> Tensor:
+        assert published is not None
+        return published.bag(row_ids.view(tokens, -1), table, per_sample.view(tokens, -1))
+
     if kind == "forward":
         half_weights = weights.to(dtype)
         return Work(
@@ -120,11 +132,12 @@ def _bag(
             check,
             lambda: torch_forward(values, half_weights),
             "F.embedding_bag",
+            None if published is None else lambda: published_forward(values, half_weights),
         )
     if kind == "forward + backward":
         values.requires_grad_()
         ours_weights = weights.clone().requires_grad_()
-        torch_weights = weights.to(dtype).requires_grad_()
+        torch_weights = weights.to(dtype, copy=True).requires_grad_()
 
         def both(forward: Callable[[], Tensor], per_sample: Tensor) -> None:
             torch.autograd.grad(forward(), (values, per_sample), grad)
@@ -141,6 +154,9 @@ def _bag(
             check,
             lambda: both(lambda: torch_forward(values, torch_weights), torch_weights),
             "F.embedding_bag",
+            None
+            if published is None
+            else lambda: both(lambda: published_forward(values, torch_weights), torch_weights),
         )
     if kind == "sparse backward":
         return Work(
@@ -148,14 +164,23 @@ def _bag(
             backward_bytes,
             check,
         )
+    # as in training: value gradient into the optimizer's buffer, and the weight gradient
     buffer = torch.zeros(num_rows, width, device=device)
-
-    def into_buffer() -> None:
-        ops.add_value_gradient_(buffer, grad, row_ids, weights, offsets)
-
-    # the buffer's touched rows in and out; the table is not read, as no weight gradient is made
-    buffer_bytes = 2 * distinct * width * 4 + tokens * width * size + lookup_bytes
-    return Work(into_buffer, buffer_bytes, check)
+    leaf = weights.clone().requires_grad_()
+    out = ops.embedding_bag(
+        values,
+        row_ids,
+        leaf,
+        offsets,
+        may_skip=False,
+        check_row_ids=False,
+        add_value_grad_to=buffer,
+    )
+    # beside the V row in, the buffer's touched rows in and out
+    buffer_bytes = backward_bytes - distinct * width * size + 2 * distinct * width * 4
+    return Work(
+        lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True), buffer_bytes, check
+    )
 
 
 def _bag_error(
@@ -174,8 +199,15 @@ def _bag_error(
 
     ours = ops.embedding_bag(values.detach(), row_ids, weights, offsets)
     _, grads, weight_grad = ops.sparse_gradients(values.detach(), grad, row_ids, weights, offsets)
+    compact = values.detach()[rows]
+    buffer = torch.zeros(len(rows), values.shape[1], device=values.device)
+    leaf = weights.clone().requires_grad_()
+    ops.embedding_bag(compact, slots, leaf, offsets, add_value_grad_to=buffer).backward(grad)
+    assert leaf.grad is not None
     pairs = (
         (ours, truth.detach()),
+        (buffer, true_gradients[0]),
+        (leaf.grad, true_gradients[1]),
         (grads[: len(rows)], true_gradients[0]),
         (weight_grad, true_gradients[1]),
     )

@@ -1,13 +1,11 @@
 """A picture of benchmark records under the roof that the memory sets."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from megamem.tools.bench import Record
+from megamem.tools.bench_table import Record
 
 
-def plot(records: list["Record"], path: Path) -> None:
+def plot(records: list[Record], path: Path) -> None:
     """GB/s of every case over the bytes it moves, one colour per op, the copy as the roof."""
     # matplotlib is for who asks for a picture
     import matplotlib

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from megamem import ops
-from megamem.tools import bench, bench_cases
+from megamem.tools import bench, bench_cases, bench_published
+from megamem.tools.bench_published import PublishedKernels
 
 FIELDS = {
     "device",
@@ -21,6 +23,9 @@ FIELDS = {
     "fraction",
     "baseline",
     "speedup",
+    "published_ms",
+    "commit",
+    "command",
 }
 
 
@@ -45,6 +50,53 @@ def test_writes_a_record_of_each_case_and_a_picture(tmp_path, capsys):
     assert files[1].read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "only ratios mean anything" in printed and "zipf 1.0" in printed
+
+    assert bench.main(["--table", str(files[0])]) == 0
+    caption, _, heading, rule, *rows = capsys.readouterr().out.splitlines()
+    assert "a large copy 10 GB/s" in caption and f"--json {files[0]}" in caption
+    assert len(rows) == len(records) and heading.count("|") == rule.count("|") == 12
+    for row, r in zip(rows, records, strict=True):
+        assert r["op"] in row and f"| {r['ms']:.3f} |" in row and row.count("|") == 12
+
+
+@pytest.mark.parametrize("content", ["", "{}\n", "[1]\n", "not json\n"])
+def test_a_file_without_records_makes_no_table(content, tmp_path, capsys):
+    path = tmp_path / "records.json"
+    path.write_text(content)
+    for wrong in (path, tmp_path / "absent.json"):
+        assert bench.main(["--table", str(wrong)]) == bench.USER_ERROR
+        streams = capsys.readouterr()
+        assert not streams.out and f"{wrong} holds no records" in streams.err
+
+
+def test_published_kernels_come_from_a_checkout(tmp_path, capsys):
+    assert bench.main(["--device", "cpu", "--published", str(tmp_path)]) == bench.USER_ERROR
+    assert "needs a GPU" in capsys.readouterr().err
+    gpu = torch.device("cuda")
+    with pytest.raises(ValueError, match="name a checkout of"):
+        PublishedKernels.load(tmp_path, gpu)
+    path = tmp_path / bench_published.MODULE
+    path.parent.mkdir(parents=True)
+    path.write_text("")
+    with pytest.raises(ValueError, match="has no xformers_embedding_bag"):
+        PublishedKernels.load(tmp_path, gpu)
+    path.write_text(f"def {bench_published.FUNCTION}(indices, weight, weights): return 'called'")
+    assert PublishedKernels.load(tmp_path, gpu).bag(1, 2, 3) == "called"
+
+
+def test_published_kernels_are_timed_beside_ours():
+    shapes = []
+
+    def bag(row_ids, table, weights):
+        shapes.append((row_ids.shape, table.shape, weights.shape, weights.dtype))
+        return F.embedding_bag(row_ids, table, mode="sum", per_sample_weights=weights)
+
+    cpu = torch.device("cpu")
+    cases = bench_cases.bag_cases([16], [64], 4, 8, torch.float32, cpu, PublishedKernels(bag))
+    timed = {case.op: bench.measure(case, cpu, "cpu", 10.0, 1).published_ms for case in cases}
+    ops_with_rival = {"embedding_bag forward", "embedding_bag forward + backward"}
+    assert {op for op, ms in timed.items() if ms is not None} == ops_with_rival
+    assert set(shapes) == {((4, 8), (64, 16), (4, 8), torch.float32)}
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
