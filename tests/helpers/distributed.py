@@ -47,7 +47,8 @@ def run_distributed(fn: Callable, world_size: int, *args: Any) -> None:
     first_failure = None
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),
+        # ranks are about what travels; kernels, interpreted, would take most of the time
+        mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}),
     ):
         try:
             mp.spawn(_worker, args=(fn, world_size, folder, args), nprocs=world_size)

@@ -1,0 +1,92 @@
+"""Every optimizer steps a table that is spread over ranks as it steps the table of one process."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megamem.layers.init import WeightFactory
+from megamem.layers.value_table import ValueTable
+from megamem.optimizer import TableOptimizer
+from megamem.parallel.memory_group import MemoryGroup, form, partition
+from tests.helpers.distributed import run_distributed
+from tests.optimizer.test_table_optimizer import KINDS, NUM_KEYS, WIDTH, _config, _optimizer, _table
+
+STEPS, TOKENS, LOOKUPS = 3, 2, 4
+
+
+def _batch(step: int, rank: int, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return (
+        torch.randint(NUM_KEYS**2, (TOKENS, LOOKUPS), generator=generator),
+        torch.rand(TOKENS, LOOKUPS, generator=generator, dtype=torch.float64).to(dtype),
+        torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64).to(dtype),
+    )
+
+
+def _run(
+    table: ValueTable, optimizer: TableOptimizer, ranks: list[int], counts: list[int]
+) -> torch.Tensor:
+    """Steps on the tokens of these ranks; returns this rank's share of the last squared norm."""
+    norm = torch.zeros(())
+    for step in range(STEPS):
+        parts = [_batch(step, rank, table.weight.dtype) for rank in ranks]
+        pairs, weights, grads = (torch.cat(part) for part in zip(*parts, strict=True))
+        table(pairs, weights.requires_grad_(), counts).backward(grads)
+        optimizer.reduce()
+        norm = optimizer.squared_norm()["t"]
+        optimizer.step(0.5)
+    return norm
+
+
+def _matches(kind: str, size: int, columns: int, wire: str, dtype: torch.dtype, **more) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    config = _config(kind, memory_wire=wire, **more)
+    alone = _table(config, dtype)
+    alone_optimizer = _optimizer(alone, config)
+    expected = _run(alone, alone_optimizer, list(range(world)), [world * TOKENS])
+
+    group = form(partition([list(range(world))], size, columns))
+    many = ValueTable(config, WeightFactory(seed=1, name="t", dtype=dtype), group)
+    many.weight.requires_grad_(False)
+    optimizer = _optimizer(many, config)
+    norm = _run(many, optimizer, [rank], [TOKENS] * size)
+    dist.all_reduce(norm)
+
+    piece = (many.shard.rows.local, many.shard.columns)
+    # partial sums of bf16 rows travel in bf16, so gradients are summed otherwise
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(norm, expected, **close)
+    torch.testing.assert_close(many.weight, alone.weight[piece], **close)
+    theirs = alone_optimizer.state[alone.weight]
+    for name, state in optimizer.state[many.weight].items():
+        want = theirs[name][piece[: state.dim()]]
+        torch.testing.assert_close(state, want, **close)
+
+
+def _all(shapes: list[tuple[int, int]]) -> None:
+    for (size, columns), kind in product(shapes, KINDS):
+        for wire in ("alltoall", "allgather"):
+            _matches(kind, size, columns, wire, torch.float64)
+        _matches(kind, size, columns, "auto", torch.bfloat16)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("world_size", "shapes"),
+    [
+        (2, [(1, 1), (2, 1), (2, 2)]),
+        (3, [(3, 1), (1, 1)]),
+        (4, [(4, 1), (4, 2), (2, 1), (2, 2)]),
+    ],
+)
+def test_ranks_step_as_one_process(world_size: int, shapes: list[tuple[int, int]]) -> None:
+    run_distributed(_all, world_size, shapes)
+
+
+def test_one_rank_needs_no_group() -> None:
+    config = _config()
+    table = _table(config, torch.float64)
+    assert table.group == MemoryGroup()
+    _run(table, _optimizer(table, config), [0], [TOKENS])
