@@ -17,8 +17,8 @@ def _hash(x, key):
     return x ^ (x >> 16)
 
 
-@triton.jit
-def place_kernel(
+@triton.jit(do_not_specialize=["num_lookups", "key_0", "key_1", "key_2", "key_3"])
+def _place_kernel(
     rows,  # [J]
     placed,  # [J]
     num_lookups,
@@ -47,5 +47,5 @@ def place_rows(row_ids: Tensor, num_keys: int, round_keys: list[int]) -> Tensor:
     placed = torch.empty(row_ids.shape, dtype=torch.int64, device=row_ids.device)
     if row_ids.numel():
         grid = (triton.cdiv(row_ids.numel(), BLOCK),)
-        place_kernel[grid](row_ids, placed, row_ids.numel(), num_keys, *round_keys, BLOCK=BLOCK)
+        _place_kernel[grid](row_ids, placed, row_ids.numel(), num_keys, *round_keys, BLOCK=BLOCK)
     return placed

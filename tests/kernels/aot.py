@@ -22,6 +22,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from megamem.kernels.embedding_bag import sum_bags
+from megamem.kernels.placement import place_rows
 from megamem.kernels.product_topk import product_topk
 from megamem.kernels.row_adam import update_rows_
 from megamem.kernels.row_gradient import row_gradient, sort_lookups
@@ -101,7 +102,12 @@ def _topk(dtype: torch.dtype, num_keys: int, key_dim: int, topk: int) -> Callabl
 
 
 def _adam(
-    dtype: torch.dtype, touched: bool, row_wise: bool = False, width: int = 2048
+    dtype: torch.dtype,
+    touched: bool,
+    row_wise: bool = False,
+    width: int = 2048,
+    moments: bool = True,
+    few: bool = False,
 ) -> Callable[[int], None]:
     def run(tokens: int) -> None:
         num_rows = 2**20
@@ -119,9 +125,9 @@ def _adam(
         update_rows_(
             _meta(*table, dtype=dtype),
             _meta(tokens if touched else num_rows, width),
-            _meta(*table, dtype=dtype),
-            _meta(num_rows) if row_wise else _meta(*table, dtype=dtype),
-            *counters,
+            _meta(*table, dtype=dtype) if moments else None,
+            (_meta(num_rows) if row_wise else _meta(*table, dtype=dtype)) if moments else None,
+            *(counters if moments else counters[:1]),
             step=tokens,
             lr=0.1 / tokens,
             betas=(0.9, 0.99),
@@ -131,12 +137,19 @@ def _adam(
             copy_rV=None if random else _meta(*table, dtype=BF16),
             seed=tokens if random else None,
             row_offset=tokens,
+            touched_r=_meta(num_rows, dtype=torch.bool) if few else None,
+            clear_grads=few,
         )
 
     return run
 
 
+def _placement(tokens: int) -> None:
+    place_rows(_meta(tokens, 16, dtype=torch.int64), 1024, [tokens, 2**31, 3, 4 * tokens])
+
+
 CASES: dict[str, Callable[[int], None]] = {
+    "placement": _placement,
     "bf16 V=2048": _bags(BF16, 2048),
     "gradient bf16 V=2048": _gradient(BF16, 2048),
     "top-k bf16 N=1024 C=256 K=32": _topk(BF16, 1024, 256, 32),
@@ -146,8 +159,13 @@ CASES: dict[str, Callable[[int], None]] = {
 MORE_CASES: dict[str, Callable[[int], None]] = {
     "fp32 V=1024": _bags(FP32, 1024),
     "fp16 V=1536": _bags(FP16, 1536),
+    "bf16 V=8": _bags(BF16, 8),
     "bf16 V=24": _bags(BF16, 24),
+    "fp32 V=1000": _bags(FP32, 1000),
+    "bf16 V=4096": _bags(BF16, 4096),
     "gradient fp32 V=1024": _gradient(FP32, 1024),
+    "gradient bf16 V=8": _gradient(BF16, 8),
+    "gradient fp32 V=1000 += fp32": _gradient(FP32, 1000, out_dtype=FP32),
     "gradient fp16 V=72": _gradient(FP16, 72),
     "gradient bf16 += fp32": _gradient(BF16, 2048, out_dtype=FP32),
     "gradient bf16 += bf16": _gradient(BF16, 4096, out_dtype=BF16),
@@ -157,6 +175,8 @@ MORE_CASES: dict[str, Callable[[int], None]] = {
     "top-k bf16 N=16384 C=128 K=64": _topk(BF16, 16384, 128, 64),
     "top-k bf16 N=1024 C=512 K=32": _topk(BF16, 1024, 512, 32),
     "top-k fp16 N=16 C=20 K=8": _topk(FP16, 16, 20, 8),
+    "adam fp32, gradients of few rows": _adam(FP32, touched=False, few=True),
+    "sgd bf16 random, touched": _adam(BF16, touched=True, moments=False),
     "adam bf16 random, moment per row": _adam(BF16, touched=False, row_wise=True),
     "adam fp32 touched V=72": _adam(FP32, touched=True, width=72),
 }

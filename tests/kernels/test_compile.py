@@ -18,6 +18,7 @@ KERNELS = {
     "_half_topk_kernel",
     "_merge_kernel",
     "_pair_kernel",
+    "_place_kernel",
     "_row_pass_kernel",
     "_unsort_kernel",
     "_update_kernel",
