@@ -161,6 +161,28 @@ def test_planned_parameters_are_the_published_ones(cluster, model, rows):
     assert total / 1e6 == pytest.approx(PUBLISHED.get((model, rows), total / 1e6), abs=0.05)
 
 
+def test_plain_memory_is_two_flags_away(cluster):
+    readme = (ROOT / "examples/README.md").read_text()
+    model, rows, *flags = re.search(r"`(1\.3b 1m --memory-variant .*?)`", readme)[1].split()
+    started = cluster("torchrun.sh", model, rows, *flags, GPUS=8)
+    assert plan_of(started, 8).parameters["total"] / 1e6 == pytest.approx(3377.6, abs=0.05)
+
+
+def test_table_in_the_readme_is_that_of_the_files(cluster):
+    readme = (ROOT / "examples/README.md").read_text()
+    for model, sizes in SIZES.items():
+        row = re.search(rf"^\| `{model}` \|(.*)\|$", readme, re.MULTILINE)[1]
+        *counts, least, lean = [cell.strip() for cell in row.split("|")]
+        assert least == " / ".join(str(fewest(model, rows)) for rows in sizes)
+        assert lean == " / ".join(str(fewest(model, rows, lean=True)) for rows in sizes)
+        for rows, cell in zip(["1m", "4m", "16m", "64m"], counts[1:], strict=True):
+            assert bool(cell) is (rows in sizes)
+            if cell:
+                started = cluster("torchrun.sh", model, rows, **on(fewest(model, rows)))
+                total = plan_of(started, fewest(model, rows)).parameters["total"] / 1e9
+                assert total == pytest.approx(float(cell), abs=0.06 if total > 10 else 0.006)
+
+
 def test_recipe_is_the_papers(cluster):
     started = cluster("torchrun.sh", "1.3b", "1m", GPUS=8)
     recipe = {
