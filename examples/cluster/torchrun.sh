@@ -7,7 +7,8 @@
 #                                                                  on each of 16 nodes
 #
 # GPUS are those of a node (default 1; with several NODES 8); HEAD is the node that the others meet
-# at, PORT (29500) where. Megatron's flags may follow, and overrule. flags.sh has the other settings.
+# at, PORT (29500) where. Megatron's flags may follow, and overrule. flags.sh has what else can be
+# set.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
