@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             sys.stderr.write(f"megamem: error: {error}\n")
             return USER_ERROR
+    for path in (args.json, args.plot):
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if args.json:
+        Path(args.json).write_text("")
     command = " ".join(("python -m megamem bench", *words))
     # a file has no width of its own
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -67,17 +73,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=f"{case.op} {numbers(case.shape)}")
-            if case.memory > _free_bytes(device):
+            record = None
+            if case.memory <= _free_bytes(device):
+                with suppress(torch.OutOfMemoryError):
+                    record = measure(case, device, name, ceiling, args.min_ms, command)
+            if record is None:
                 skipped.append(case)
+            elif record.error <= MAX_RELATIVE_ERROR:
+                records.append(record)
+                if args.json:
+                    # at once, so that a run that is cut off leaves what it measured
+                    with Path(args.json).open("a") as file:
+                        file.write(json.dumps(asdict(record)) + "\n")
             else:
-                record = measure(case, device, name, ceiling, args.min_ms, command)
-                (records if record.error <= MAX_RELATIVE_ERROR else wrong).append(record)
+                wrong.append(record)
             progress.advance(task)
     show(rich_table(records))
     for case in skipped:
         show(f"skipped: {case.op} {numbers(case.shape)} takes {case.memory / 2**30:.0f} GiB")
-    if args.json:
-        Path(args.json).write_text("".join(json.dumps(asdict(r)) + "\n" for r in records))
     if args.plot:
         from megamem.tools.bench_plot import plot
 
@@ -155,10 +168,13 @@ def measure(
     right = error <= MAX_RELATIVE_ERROR
     ms = median_ms(work.run, device, min_ms) if right else math.nan
     baseline_ms = published_ms = None
+    # a rival may need more memory than there is
     if right and work.baseline is not None:
-        baseline_ms = median_ms(work.baseline, device, min_ms)
+        with suppress(torch.OutOfMemoryError):
+            baseline_ms = median_ms(work.baseline, device, min_ms)
     if right and work.published is not None:
-        published_ms = median_ms(work.published, device, min_ms)
+        with suppress(torch.OutOfMemoryError):
+            published_ms = median_ms(work.published, device, min_ms)
     gbps = work.bytes / ms / 1e6
     return Record(
         device=device_name,

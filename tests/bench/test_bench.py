@@ -37,7 +37,7 @@ def small_and_on_the_twins(monkeypatch):
 
 
 def test_writes_a_record_of_each_case_and_a_picture(tmp_path, capsys):
-    files = (tmp_path / "records.json", tmp_path / "roofline.png")
+    files = (tmp_path / "results" / "records.json", tmp_path / "pictures" / "roofline.png")
     options = ["--device", "cpu", "--quick", "--min-ms", "1"]
     assert bench.main([*options, "--json", str(files[0]), "--plot", str(files[1])]) == 0
     records = [json.loads(line) for line in files[0].read_text().splitlines()]
@@ -109,6 +109,39 @@ def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
     streams = capsys.readouterr()
     assert "embedding_bag forward" in streams.err and "was not timed" in streams.err
     assert "GB/s" in streams.out and "uniform" not in streams.out
+
+
+def test_a_case_that_runs_out_of_memory_is_skipped_and_a_cut_off_run_leaves_its_records(
+    monkeypatch, tmp_path, capsys
+):
+    path = tmp_path / "records.json"
+    options = ["--device", "cpu", "--quick", "--min-ms", "1", "--json", str(path)]
+    measure, seen = bench.measure, []
+
+    def limited(case, *rest):
+        seen.append(case)
+        if len(seen) == 2:
+            raise torch.OutOfMemoryError("too much")
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return measure(case, *rest)
+
+    monkeypatch.setattr(bench, "measure", limited)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(options)
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_a_rival_that_runs_out_of_memory_is_left_out():
+    def too_much(*args):
+        raise torch.OutOfMemoryError("too much")
+
+    cpu = torch.device("cpu")
+    case, *_ = bench_cases.bag_cases(
+        [16], [64], 4, 8, torch.float32, cpu, PublishedKernels(too_much)
+    )
+    record = bench.measure(case, cpu, "cpu", 10.0, 1)
+    assert record.published_ms is None and record.baseline_ms is not None
 
 
 def test_cases_too_large_for_the_memory_are_named(monkeypatch, capsys):
