@@ -20,6 +20,9 @@ them in order, so repeated runs agree bit for bit. The columns are the slowest a
 so that the bag gradients of one block of columns stay in the L2 cache while V rows stream by.
 
 Only touched rows are written. Nothing here is proportional to the number of rows.
+
+The order is made here, not kept from the forward: the forward has no use for it, it would take 12
+bytes a lookup until the backward, and under recomputation it would be made twice.
 """
 
 from dataclasses import dataclass
@@ -55,7 +58,11 @@ class SortedLookups:
 def sort_lookups(
     row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor, num_rows: int
 ) -> SortedLookups:
-    """Sort by (row, position). The key is as narrow as the table allows: fewer radix passes."""
+    """Sort by (row, position).
+
+    torch's radix sort makes a pass for every 8 bits of its key: two for a table of less than
+    2**15 rows, four for any other.
+    """
     key = torch.int16 if num_rows <= torch.iinfo(torch.int16).max else torch.int32
     keys_M = torch.where(row_ids_M < 0, num_rows, row_ids_M).to(key)
     rows_M, order_M = keys_M.sort(stable=True)

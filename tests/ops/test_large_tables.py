@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megamem.kernels.row_gradient import sort_lookups
 from megamem.ops import (
     add_value_gradient_,
     embedding_bag,
@@ -114,3 +115,18 @@ def test_row_optimizers(device):
         assert torch.equal(large[at], expected)
     assert (counters[0][at] == 1).all() and (counters[1][at] == 3).all()
     assert not counters[0][[1, 2, 3, 4, 6, 7, 8]].any()
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "key"), [(2**15 - 1, torch.int16), (2**15, torch.int32), (2**31 - 2, torch.int32)]
+)
+def test_sort_keys_are_as_narrow_as_the_table(num_rows, key, device):
+    """The last row and the lookup of none, which is sorted as one row more, still fit."""
+    ids = torch.tensor([num_rows - 1, -1, 0, num_rows - 1, 3], device=device)
+    offsets = torch.tensor([0, 2, 5], device=device)
+    lookups = sort_lookups(ids, torch.arange(5.0, device=device), offsets, num_rows)
+    assert lookups.rows_M.dtype == key
+    assert lookups.rows_M.tolist() == [0, 3, num_rows - 1, num_rows - 1, num_rows]
+    assert lookups.order_M.tolist() == [2, 4, 0, 3, 1]
+    assert lookups.bags_M.tolist() == [1, 1, 0, 1, 0]
+    assert lookups.weights_M.tolist() == [2, 4, 0, 3, 1]
