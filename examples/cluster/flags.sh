@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # Makes the flags of one run of "Memory Layers at Scale" out of a file of models/ and the number of
-# rows. Sourced by the scripts beside it, with $here and $world set; leaves $script, $folder to start
+# rows. Sourced by the scripts beside it with $here and $world set; leaves $script, $folder to start
 # it in, $run for what it writes, and `flags`.
 #
 #   source flags.sh MODEL ROWS      MODEL: 134m 373m 1.3b 8b    ROWS: dense 1m 4m 16m 64m
