@@ -221,10 +221,9 @@ def shape_from_args(args: argparse.Namespace) -> ModelShape:
 
 
 def _padded(args: argparse.Namespace) -> int:
-    """Rows of the embedding, rounded up as Megatron does; a null tokenizer adds one."""
-    words = args.vocab_size + (args.tokenizer_type == "NullTokenizer")
+    """Rows of the embedding, rounded up as Megatron does."""
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    return -(-words // multiple) * multiple
+    return -(-args.vocab_size // multiple) * multiple
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

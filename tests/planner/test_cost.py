@@ -10,7 +10,7 @@ from megamem.planner import (
     Layout,
     table_state,
 )
-from megamem.planner.cost import backward_bytes, lookup_buffers, rank_bytes
+from megamem.planner.cost import backward_bytes, lookup_buffers, rank_bytes, rank_share
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.plan import gpus_for_bytes
 from megamem.planner.traffic import (
@@ -136,6 +136,18 @@ def test_every_row_has_a_place_in_the_gradient_buffer() -> None:
     for name in OPTIMIZERS:
         job = job_of(num_keys=8192, world=8).with_optimizer(name)
         assert rank_bytes(job, Layout("row", 8, 1)).gradients == 8192**2 / 8 * 2048 * 4
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout("row", 8, 1), Layout("column", 8, 8), Layout("2d", 8, 4)]
+)
+def test_rows_touched_on_a_rank(layout: Layout) -> None:
+    """Of its rows a rank sees what its own tokens and those of its column ranks look up."""
+    share = rank_share(job_of(num_keys=8192, world=16), layout)
+    picks, rows = TOKENS * LOOKUPS * layout.column_ranks, 8192**2 / layout.row_ranks
+    assert share.touched == pytest.approx(expected_unique(rows, picks))
+    # three layers read, in two memory groups
+    assert share.touched_by_step == pytest.approx(expected_unique(rows, 3 * 2 * picks))
 
 
 def test_buffers_grow_with_the_group_as_sums_do() -> None:

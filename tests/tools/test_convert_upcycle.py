@@ -155,3 +155,20 @@ def test_a_missing_file_is_named(
     assert "the checkpoint may be damaged" in capsys.readouterr().err
     # what was begun does not count as a checkpoint
     assert not (tmp_path / "to" / torch_dist.TRACKER).exists()
+
+
+def test_a_bf16_run_steps_from_these_weights(tmp_path: Path) -> None:
+    """Also the fp32 copies that an optimizer steps: a tiny rate leaves everything as it was."""
+    source = _dense(tmp_path / "dense", "--bf16")
+    assert _upcycle(source, tmp_path / "to", *MEMORY, "--seed", 77) == 0
+    rate = ("--lr", 1e-5, "--min-lr", 1e-6, "--train-iters", 2)
+    saving = ("--save", tmp_path / "saved", "--save-interval", 2)
+    flags = (*MEMORY, "--bf16", "--no-load-optim", *rate, *saving)
+    run_training("steps", 1, "--load", tmp_path / "to", *flags)
+    before, after = (
+        saved_tensors(tmp_path / name) for name in ("to/release", "saved/iter_0000002")
+    )
+    for key in ("memory_values.shared.weight", "decoder.layers.0.self_attention.linear_qkv.weight"):
+        assert before[key].dtype == after[key].dtype == torch.bfloat16
+        step = (before[key].float() - after[key].float()).abs().max()
+        assert 0 < step < 1e-3 < before[key].float().std(), key

@@ -74,7 +74,7 @@ OTHER = (
 )
 BIASED = (
     *("--position-embedding-type", "learned_absolute", "--qk-layernorm"),
-    *("--add-qkv-bias", "--kv-channels", 24),
+    *("--add-qkv-bias", "--kv-channels", 24, "--vocab-size", 129),
 )
 
 
