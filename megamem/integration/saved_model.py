@@ -49,7 +49,8 @@ def checkpoint_problems(args: argparse.Namespace, memory: MemoryConfig | None) -
     if memory is None:
         return []
     found = placement_problems(read_placements(saved, folder), memory, str(folder))
-    resumes = not (args.finetune or args.no_load_optim)
+    # a release, as converters write, never has an optimizer
+    resumes = not (args.finetune or args.no_load_optim or folder.name == "release")
     return found + (state_problems(saved, args, memory, str(folder)) if resumes else [])
 
 

@@ -81,7 +81,9 @@ class ValueTable(nn.Module):
         rows_TL = place_rows(row_ids_TL, self.num_keys, self.placement_seed)
         by_row_rank = torch.tensor(token_counts).view(group.row_ranks, group.column_ranks)
         column_counts = by_row_rank[group_rank(group.rows)].tolist()
-        rows_XL, weights_XL = gather_lookups(rows_TL, weights_TL, column_counts, group.columns)
+        rows_XL, weights_XL = gather_lookups(
+            rows_TL, weights_TL, self.shard.rows.num_rows, column_counts, group.columns
+        )
         plan = plan_routing(
             rows_XL, self.shard.rows, group.rows, by_row_rank.sum(1).tolist(), self.wire
         )

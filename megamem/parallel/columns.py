@@ -14,19 +14,26 @@ from megamem.parallel.collectives import Flight, gather_padded, gather_weights
 
 
 def gather_lookups(
-    row_ids_TL: Tensor, weights_TL: Tensor, counts: list[int], group: ProcessGroup | None
+    row_ids_TL: Tensor,
+    weights_TL: Tensor,
+    num_rows: int,
+    counts: list[int],
+    group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """The lookups of all the column ranks' tokens -> row_ids_XL, weights_XL.
 
     Args:
         row_ids_TL: rows of the whole table, not negative.
         weights_TL: their weights.
+        num_rows: R.
         counts: T of every column rank; X is their sum.
         group: the column ranks.
     """
     if group is None:
         return row_ids_TL, weights_TL
     size, flight = max(counts), Flight()
+    # rows of all but the largest tables fit in half the bytes
+    row_ids_TL = row_ids_TL.to(torch.int32 if num_rows < 2**31 else torch.int64)
     row_ids = gather_padded(row_ids_TL, size, group, flight=flight)
     weights = gather_weights(weights_TL, size, group, flight)
     flight.wait()

@@ -79,7 +79,7 @@ def test_out_and_back_bit_by_bit(saved: Path, tmp_path: Path) -> None:
 def test_a_run_goes_on_from_an_import(saved: Path, tmp_path: Path) -> None:
     """Its first loss is that of a run from the checkpoint itself, under either placement."""
     assert main(["export", str(saved), "--to", str(tmp_path / "out")]) == 0
-    start = ("--finetune", "--no-load-optim", "--train-iters", 1)
+    start = ("--finetune", "--train-iters", 1)
     whole = run_training("itself", 1, *MEMORY, *start, "--load", saved).losses
     for seed in (SEED, 0):
         folder = tmp_path / str(seed)

@@ -43,7 +43,7 @@ def _loss(folder: Path, capsys: pytest.CaptureFixture, data: Path, ranks: int, *
         "converted",
         ranks,
         *words,
-        *("--memory-topk", SIZES.topk, "--train-iters", 1, "--no-load-optim", *flags),
+        *("--memory-topk", SIZES.topk, "--train-iters", 1, *flags),
         data=("--data-path", data, "--split", "100,0,0", "--eval-iters", 0),
     )
     assert "successfully loaded checkpoint" in log.stdout

@@ -17,7 +17,7 @@ from tests.helpers.megatron_runs import run_training
 
 MEMORY = ("--memory-layers", 1, 3, "--memory-num-keys", 9, "--memory-topk", 4)
 KEEP = "--memory-keep-ffn"
-FIRST_STEP = ("--train-iters", 1, "--no-load-optim")
+FIRST_STEP = ("--train-iters", 1)
 LLAMA = ("--swiglu", "--normalization", "RMSNorm", "--untie-embeddings-and-output-weights")
 
 
@@ -163,7 +163,7 @@ def test_a_bf16_run_steps_from_these_weights(tmp_path: Path) -> None:
     assert _upcycle(source, tmp_path / "to", *MEMORY, "--seed", 77) == 0
     rate = ("--lr", 1e-5, "--min-lr", 1e-6, "--train-iters", 2)
     saving = ("--save", tmp_path / "saved", "--save-interval", 2)
-    flags = (*MEMORY, "--bf16", "--no-load-optim", *rate, *saving)
+    flags = (*MEMORY, "--bf16", *rate, *saving)
     run_training("steps", 1, "--load", tmp_path / "to", *flags)
     before, after = (
         saved_tensors(tmp_path / name) for name in ("to/release", "saved/iter_0000002")
