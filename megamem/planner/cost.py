@@ -12,9 +12,9 @@ from megamem.planner.sizes import (
 from megamem.planner.states import TableState
 from megamem.planner.traffic import (
     Traffic,
+    all_reduce_bytes,
     expected_unique,
     forward_bytes,
-    replication_bytes,
     widest_slice,
 )
 
@@ -60,7 +60,7 @@ class StepSeconds:
     exchange: float
     """Lookups to the rows and sums back, both directions."""
     replicas: float
-    """Gradients summed over replicas of the table, and weights given back."""
+    """Gradients summed over replicas of the table."""
     optimizer: float
     """The table's step."""
 
@@ -121,9 +121,10 @@ def layout_cost(job: Job, layout: Layout) -> LayoutCost:
     share, sent = rank_share(job, layout), layout_traffic(job, layout)
     replicas = cluster.stage_ranks // size
     tokens = job.microbatch_tokens * share.calls
-    replica_bytes = 0.0
-    if replicas > 1:
-        replica_bytes = replication_bytes(share.numbers, 1, e=job.number_bytes)
+    # gradients, and for each row whether it has one; every replica then makes the same step
+    replica_bytes = all_reduce_bytes(
+        share.numbers * job.state.gradient + share.tables * share.rows, replicas
+    )
     return LayoutCost(
         layout=layout,
         replicas=replicas,

@@ -32,6 +32,6 @@ HARDWARE = {
 ASSUMPTIONS = (
     "Times are estimates: bytes and FLOPs over assumed rates (H100 copy 3.0 TB/s, H200 4.3, B200 "
     "7.2; 790, 790, 1800 bf16 TFLOP/s; NVLink 350, 350, 700 GB/s; InfiniBand 45 GB/s), nothing "
-    "overlapped, no other traffic of the model counted. A lookup is sent as 6 bytes: an id of 4 "
-    "and a weight of 2."
+    "overlapped, no other traffic of the model counted. A lookup is sent as 8 bytes: an id of 4 "
+    "and a weight of 4."
 )

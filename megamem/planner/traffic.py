@@ -3,15 +3,16 @@
 Letters: L lookups per token, V row width, e bytes of a number of a row, P ranks of the memory
 group, f = (P - 1) / P, and E = P (1 - (1 - 1/P)^L), the ranks that hold rows of a token when rows
 lie at random. Everything counts bytes that a rank sends, for one token of its own and one memory
-layer.
+layer. A lookup is b bytes (id and weight), the gradient of its weight 4, a count c.
 
-    row, alltoall    6 L f + E f V e              back  E f V e + 4 L f
-    row, allgather   6 L (P - 1) + (P - 1) V e    back  (P - 1) V e + 4 L (P - 1)
-    column           6 L (P - 1) + V f e          back  V f e + 4 L (P - 1)
+    row, alltoall    b L f + c (P - 1) + B V e    back  B V e + 4 L f
+    row, allgather   b L (P - 1) + (P - 1) V e    back  (P - 1) V e + 4 L (P - 1)
+    column           b L (P - 1) + V f e          back  V f e + 4 L (P - 1)
     2d               column among the C neighbours that share rows, and among the P / C ranks that
                      share columns row, with the lookups of C ranks each and slices of V / C
 
-An id is 4 bytes, a weight 2, the gradient of a weight 4.
+Packing says what b, c and B are. megamem.parallel sends b = 8, c = 8 and B = P - 1: every rank
+returns a sum for every token. The least that could be sent is b = 6, c = 0 and B = E f.
 """
 
 import math
@@ -23,7 +24,8 @@ Mode = Literal["row", "column", "2d"]
 MODES: tuple[Mode, ...] = ("row", "column", "2d")
 Wire = Literal["alltoall", "allgather"]
 
-LOOKUP_BYTES = 6
+# an id of 4 bytes, a weight of 2: what a lookup is at least
+LEAST_LOOKUP_BYTES = 6
 WEIGHT_GRADIENT_BYTES = 4
 # a narrower slice of a row wastes a read
 NARROWEST_SLICE_BYTES = 128
@@ -31,6 +33,23 @@ NARROWEST_SLICE_BYTES = 128
 COLUMN_BLOCK = 8
 # up to here fixed sizes cost little more than exact ones, and need no wait for counts
 ALLGATHER_UP_TO = 8
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What things weigh when they travel."""
+
+    lookup: int
+    """Bytes of an id and a weight."""
+    count: int
+    """Bytes that announce, in the form alltoall, how many lookups of a token a rank gets."""
+    empty_bags: bool
+    """In the form alltoall, sums come home from ranks that hold no row of a token, too."""
+
+
+# int32 ids and fp32 weights, int64 counts: megamem.parallel as it is, and what could be left out
+SENT = Packing(lookup=8, count=8, empty_bags=True)
+LEAST = Packing(lookup=LEAST_LOOKUP_BYTES, count=0, empty_bags=False)
 
 
 @dataclass(frozen=True)
@@ -89,29 +108,34 @@ def row_traffic(
     wire: Wire = "alltoall",
     brought: int = 1,
     e: int = 2,
+    packing: Packing = SENT,
 ) -> tuple[float, float]:
     """Forward and backward bytes of row mode.
 
     In 2d a rank brings the lookups of its `brought` neighbours as well, for a slice of the rows:
     as many bytes of sums, and so many times the bytes of lookups.
     """
+    peers = ranks - 1
     if wire == "allgather":
-        lookup_peers, bag_peers = float(ranks - 1), float(ranks - 1)
+        lookup_peers, bag_peers, counts = float(peers), float(peers), 0
     else:
-        lookup_peers = (ranks - 1) / ranks
-        bag_peers = owners_per_token(lookups, ranks) * lookup_peers
-    bags, lookup_peers = bag_peers * width * e, brought * lookup_peers
+        lookup_peers, bag_peers, counts = peers / ranks, float(peers), packing.count * peers
+        if not packing.empty_bags:
+            bag_peers = owners_per_token(lookups, ranks) * lookup_peers
+    bags, lookups = bag_peers * width * e, brought * lookups
     return (
-        LOOKUP_BYTES * lookups * lookup_peers + bags,
+        packing.lookup * lookups * lookup_peers + brought * counts + bags,
         bags + WEIGHT_GRADIENT_BYTES * lookups * lookup_peers,
     )
 
 
-def column_traffic(width: int, lookups: int, ranks: int, *, e: int = 2) -> tuple[float, float]:
+def column_traffic(
+    width: int, lookups: int, ranks: int, *, e: int = 2, packing: Packing = SENT
+) -> tuple[float, float]:
     """Forward and backward bytes of column mode."""
     slices = width * (ranks - 1) / ranks * e
     return (
-        LOOKUP_BYTES * lookups * (ranks - 1) + slices,
+        packing.lookup * lookups * (ranks - 1) + slices,
         slices + WEIGHT_GRADIENT_BYTES * lookups * (ranks - 1),
     )
 
@@ -126,6 +150,7 @@ def traffic(
     ranks_per_node: int | None = None,
     wire: Wire = "alltoall",
     e: int = 2,
+    packing: Packing = SENT,
 ) -> Traffic:
     """What a mode sends, by where it goes.
 
@@ -138,6 +163,7 @@ def traffic(
         ranks_per_node: of the group; without it all are on one node.
         wire: of the ranks among which rows are cut.
         e: bytes of a number of a row.
+        packing: what a lookup weighs.
     """
     near = min(ranks, ranks_per_node or ranks)
     cut = {"row": 1, "column": ranks, "2d": column_ranks}[mode]
@@ -146,8 +172,10 @@ def traffic(
     # columns of one row lie with neighbours, rows of one column far apart
     across_columns = (cut - near_columns) / (cut - 1) if cut > 1 else 0
     across_rows = (row_ranks - near_rows) / (row_ranks - 1) if row_ranks > 1 else 0
-    column, column_back = column_traffic(width, lookups, cut, e=e)
-    row, row_back = row_traffic(width, lookups, row_ranks, wire=wire, brought=cut, e=e)
+    column, column_back = column_traffic(width, lookups, cut, e=e, packing=packing)
+    row, row_back = row_traffic(
+        width, lookups, row_ranks, wire=wire, brought=cut, e=e, packing=packing
+    )
     across = column * across_columns + row * across_rows
     across_back = column_back * across_columns + row_back * across_rows
     return Traffic(column + row - across, across, column_back + row_back - across_back, across_back)
@@ -200,7 +228,7 @@ def choose_mode(
 ) -> ModeChoice:
     """The mode whose exchange takes least time, by the formulas above.
 
-    Inside one node columns beat the alltoall form of rows where V e > 5 L or so: then the ids and
+    Inside one node columns beat the alltoall form of rows where V e > 6 L or so: then the ids and
     weights that go to every rank weigh less than the partial sums that come from every rank. They
     always beat the allgather form, which sends both. Slices narrower than 128 bytes are left out.
 
@@ -255,12 +283,20 @@ def expected_unique(rows: float, picks: float) -> float:
 
 def forward_bytes(width: int, lookups: int, tokens: float, *, e: int = 2) -> float:
     """Read and written by the bags of these tokens, no row read twice from cache."""
-    return tokens * (lookups * width * e + width * e + LOOKUP_BYTES * lookups)
+    return tokens * (lookups * width * e + width * e + LEAST_LOOKUP_BYTES * lookups)
 
 
 def replication_bytes(parameters: float, ranks: int, *, e: int = 2) -> float:
-    """Sent by a rank to keep replicas of the table equal: fp32 gradients out, weights back."""
+    """The least a rank sends to keep replicas of the table equal: fp32 gradients out, weights back.
+
+    For many replicas, whose optimizers share the work.
+    """
     return (4 + e) * parameters / ranks
+
+
+def all_reduce_bytes(bytes_held: float, ranks: int) -> float:
+    """Sent by each of these ranks when they add up what each holds: out once, and back once."""
+    return 2 * bytes_held * (ranks - 1) / ranks
 
 
 def widening_threshold(replication: float, sent_per_token: float, layers: int) -> float:
