@@ -71,6 +71,7 @@ class TableMember(MegatronOptimizer):
         self.data_ranks, self.clip_apart = data_ranks, clip_apart
         self.loss_scale = loss_scale
         self.norm, self.scale = 0.0, 1.0
+        self.squares: dict[str, Tensor] = {}
         self.found_inf = False
         # a group of its own: the chain takes members with one group for members with one gradient
         self.grad_stats_parallel_group: Any = dist.new_group()
@@ -91,7 +92,7 @@ class TableMember(MegatronOptimizer):
         # the model's members change their loss scale before anything steps
         self.scale = 1.0 / (self.data_ranks * float(self.loss_scale()))
         self.optimizer.reduce()
-        by_table = self.optimizer.squared_norm()
+        self.squares = by_table = self.optimizer.squared_norm()
         device = torch.cuda.current_device()
         own = torch.zeros((), dtype=torch.float64, device=device)
         own = sum(by_table.values(), own)

@@ -21,6 +21,7 @@ from megamem.layers.output import GatedOutput, PlainOutput
 from megamem.layers.product_keys import ProductKeys
 from megamem.layers.query import Query
 from megamem.layers.value_table import ValueTable
+from megamem.metrics import LayerMetrics
 from megamem.parallel.collectives import gather_tokens, group_size, share_counts, split_tokens
 from megamem.parallel.row_shard import even_counts
 
@@ -83,6 +84,7 @@ class MemoryLayer(nn.Module):
         object.__setattr__(self, "values", values)
         gated = config.memory_variant == "memory+"
         self.output = GatedOutput(config, hidden_size, make) if gated else PlainOutput()
+        self.metrics: LayerMetrics | None = None
 
     def forward(self, hidden_SBD: Tensor, token_counts: list[int] | None = None) -> Tensor:
         """Replace each token by what the memory holds for it.
@@ -103,6 +105,8 @@ class MemoryLayer(nn.Module):
         )
         # the gate needs only the token: it is computed while the lookups travel
         gate_TV = self.output.gate_of(x_TD)
+        if self.metrics is not None and torch.is_grad_enabled():
+            self.metrics.record(row_ids_TL, weights_TL, gate_TV)
         out_TV = self.values.collect(lookups)
         y_TD = self.output(out_TV, gate_TV)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megamem.config import MemoryConfig
 from megamem.layers.init import WeightFactory
+from megamem.metrics import TableMetrics, sent_bytes, untimed
 from megamem.ops import embedding_bag, place_rows, unplace_rows
 from megamem.parallel.collectives import group_rank, join_columns
 from megamem.parallel.columns import gather_lookups
@@ -53,6 +54,7 @@ class ValueTable(nn.Module):
         self.wire = choose_wire(config.memory_wire, group.row_ranks)
         self.num_keys, self.placement_seed = config.memory_num_keys, config.memory_placement_seed
         self.check_row_ids = config.memory_check_row_ids
+        self.lookups_per_token = config.lookups_per_token
         std = config.memory_value_init_std
         self.weight = make.normal(
             "values",
@@ -68,6 +70,7 @@ class ValueTable(nn.Module):
         self.grad_factor: float | Tensor = 1.0
         self.touched_r: Tensor | None = None
         self.lookups_received: Tensor | None = None
+        self.metrics: TableMetrics | None = None
 
     def launch(self, row_ids_TL: Tensor, weights_TL: Tensor, token_counts: list[int]) -> Lookups:
         """Send lookups to the ranks that hold their rows; returns while they travel.
@@ -91,8 +94,10 @@ class ValueTable(nn.Module):
 
     def collect(self, lookups: Lookups) -> Tensor:
         """Wait for the lookups, sum every token's rows by weight, send them home -> out_TV."""
-        plan = lookups.plan
+        plan, metrics = lookups.plan, self.metrics if torch.is_grad_enabled() else None
+        end_of = metrics.start() if metrics else untimed
         rows_M = arrive(plan)
+        end_of("exchange")
         self._record(rows_M)
         bags_Gv = embedding_bag(
             self.weight,
@@ -102,8 +107,21 @@ class ValueTable(nn.Module):
             check_row_ids=self.check_row_ids or None,
             add_value_grad_to=self.grad_buffer if torch.is_grad_enabled() else None,
         )
+        end_of("lookup")
         sums_Xv = combine(plan, bags_Gv)
-        return join_columns(sums_Xv, lookups.column_counts, self.shard.widths, self.group.columns)
+        out_TV = join_columns(sums_Xv, lookups.column_counts, self.shard.widths, self.group.columns)
+        end_of("exchange")
+        if metrics:
+            metrics.bytes_sent += sent_bytes(
+                plan,
+                lookups.weights_M,
+                bags_Gv,
+                lookups=self.lookups_per_token,
+                column_counts=lookups.column_counts,
+                width=self.shard.global_shape[1],
+                column_rank=group_rank(self.group.columns),
+            )
+        return out_TV
 
     def forward(self, row_ids_TL: Tensor, weights_TL: Tensor, token_counts: list[int]) -> Tensor:
         """launch() and collect() -> out_TV."""
