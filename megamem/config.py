@@ -108,6 +108,10 @@ class MemoryConfig:
     counts were exchanged (one host sync). allgather: all to all ranks, at fixed sizes, without a
     sync. auto: allgather up to 8 ranks, alltoall beyond."""
 
+    memory_metrics: Literal["auto", "on", "off"] = "auto"
+    """Measure how the memory is used, for TensorBoard, wandb and the log. auto: where
+    --tensorboard-dir or --wandb-project is given."""
+
     def __post_init__(self) -> None:
         ConfigurationError.collect(self._problems())
 

@@ -248,7 +248,8 @@ class Metrics:
             return None
         parts = total.split(self.sizes)
         num_layers = len(self.watched.layers)
-        scalars, usage = {}, {}
+        scalars: dict[str, float] = {}
+        usage: dict[int, Tensor] = {}
         for layer, part in zip(self.watched.layers, parts[:num_layers], strict=True):
             counted, sampled, sums = part.split(_layer_sizes(self.watched))
             numbers = _layer_numbers(self.watched, counted, sampled, sums)

@@ -1,4 +1,4 @@
-"""Where megamem enters Megatron: eight functions replaced at run time, none of its files changed.
+"""Where megamem enters Megatron: nine functions replaced at run time, none of its files changed.
 
     add_megatron_arguments             the --memory-* flags
     validate_args                      what cannot work is refused
@@ -9,6 +9,7 @@
       .scale_gradients                 the tables' gradients are scaled with the model's
     num_floating_point_operations      memories counted in place of feed-forwards
     setup_model_and_optimizer          the checkpoint is compared with the flags
+    training_log                       what memories did is logged beside the loss
 
 A spec slot or a documented hook would be better, and there is none: pretrain_gpt.py passes its own
 extra_args_provider, and a `--spec` can add no flags.
@@ -47,6 +48,7 @@ from megamem.integration.memory_mlp import ValueTables
 from megamem.integration.optimizer import scale_tables, with_tables
 from megamem.integration.patching import replace, replace_everywhere
 from megamem.integration.saved_model import checkpoint_problems
+from megamem.integration.tensorboard import TrainingMetrics
 
 logger = logging.getLogger("megamem")
 
@@ -65,6 +67,10 @@ def install() -> None:
     replace(DistributedDataParallel, "scale_gradients", _scale_tables)
     replace(training, "num_floating_point_operations", _count_flops)
     replace(training, "setup_model_and_optimizer", _compare_with_checkpoint)
+    # training_log is not told of the model, so what is set up has to be remembered
+    metrics = TrainingMetrics()
+    replace(training, "setup_model_and_optimizer", metrics.watch)
+    replace(training, "training_log", metrics.log)
 
 
 def _add_flags(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -37,6 +37,7 @@ def test_every_field_is_a_flag_and_comes_back() -> None:
         memory_placement_seed=7,
         memory_check_row_ids=True,
         memory_wire="alltoall",
+        memory_metrics="on",
     )
     words = []
     for field in dataclasses.fields(MemoryConfig):
