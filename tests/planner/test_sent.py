@@ -1,0 +1,115 @@
+"""The planner's bytes on the wire against those that ranks really hand to torch.distributed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megamem.config import MemoryConfig
+from megamem.layers.init import WeightFactory
+from megamem.layers.value_table import ValueTable
+from megamem.optimizer import StepOptions, TableOptimizer
+from megamem.parallel.memory_group import form, partition
+from megamem.planner.traffic import Mode, Wire, all_reduce_bytes, traffic
+from tests.helpers.distributed import run_distributed
+
+NUM_KEYS, TOKENS, LOOKUPS, WIDTH = 32, 64, 16, 64
+
+
+@contextmanager
+def _sent() -> Iterator[list[float]]:
+    """Counts the bytes that this rank sends to others; one number, in a list."""
+    total = [0.0]
+
+    def count(name: str, share: Any) -> Any:
+        real = getattr(dist, name)
+
+        def counted(*args: Any, group: Any, **options: Any) -> Any:
+            total[0] += share(dist.get_rank(group), dist.get_world_size(group), *args)
+            return real(*args, group=group, **options)
+
+        return mock.patch.object(dist, name, counted)
+
+    def all_to_all(rank: int, size: int, out: Any, x: Any, recv: list, send: list) -> float:
+        return x.nbytes * (1 - send[rank] / sum(send))
+
+    with (
+        count("all_to_all_single", all_to_all),
+        count("all_gather_into_tensor", lambda rank, size, out, x: x.nbytes * (size - 1)),
+        count("reduce_scatter_tensor", lambda rank, size, out, x: x.nbytes * (size - 1) / size),
+        count("all_reduce", lambda rank, size, x: all_reduce_bytes(x.nbytes, size)),
+    ):
+        yield total
+
+
+def _table(size: int, columns: int, wire: str, dtype: torch.dtype) -> tuple[MemoryConfig, Any]:
+    config = MemoryConfig(
+        memory_layers=[0],
+        memory_num_keys=NUM_KEYS,
+        memory_value_dim=WIDTH,
+        memory_key_dim=16,
+        memory_wire=wire,
+    )
+    group = form(partition([list(range(dist.get_world_size()))], size, columns))
+    return config, ValueTable(config, WeightFactory(seed=1, name="t", dtype=dtype), group)
+
+
+def _as_planned(mode: Mode, columns: int, wire: Wire, dtype: torch.dtype) -> None:
+    size = dist.get_world_size()
+    _, table = _table(size, columns, wire, dtype)
+    # every row once, so that each rank holds as many of the lookups as of the rows
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    pairs_TL = torch.randperm(NUM_KEYS**2, generator=generator).view(TOKENS, LOOKUPS)
+    weights_TL = torch.rand(TOKENS, LOOKUPS, requires_grad=True)
+    planned = traffic(
+        mode,
+        WIDTH,
+        LOOKUPS,
+        size,
+        column_ranks=columns,
+        wire=wire,
+        e=dtype.itemsize,
+    )
+    with _sent() as sent:
+        out_TV = table(pairs_TL, weights_TL, [TOKENS] * size)
+    assert sent[0] / TOKENS == pytest.approx(planned.forward), (mode, columns, wire, "forward")
+    with _sent() as sent:
+        out_TV.sum().backward()
+    assert sent[0] / TOKENS == pytest.approx(planned.backward), (mode, columns, wire, "backward")
+
+
+def _all_as_planned() -> None:
+    size = dist.get_world_size()
+    for dtype in (torch.bfloat16, torch.float32):
+        for wire in ("alltoall", "allgather"):
+            _as_planned("row", 1, wire, dtype)
+            if size == 4:
+                _as_planned("2d", 2, wire, dtype)
+        _as_planned("column", size, "allgather", dtype)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_lookups_send_what_is_planned(world_size: int) -> None:
+    run_distributed(_all_as_planned, world_size)
+
+
+def _replicas_as_planned() -> None:
+    config, table = _table(2, 1, "auto", torch.bfloat16)
+    table.weight.requires_grad_(False)
+    optimizer = TableOptimizer({"t": table}, config, StepOptions(), lr=0.1, weight_decay=0.0)
+    rows, width = table.weight.shape
+    with _sent() as sent:
+        optimizer.reduce()
+    planned = all_reduce_bytes(rows * width * 4 + rows, dist.get_world_size() // 2)
+    # one mark more than there are rows
+    assert sent[0] == pytest.approx(planned, abs=2)
+
+
+@pytest.mark.gloo
+def test_replicas_send_what_is_planned() -> None:
+    run_distributed(_replicas_as_planned, 4)
