@@ -33,7 +33,7 @@ MAP_SIDE = 256
 SAMPLED_ROWS = MAP_SIDE**2
 """Rows that are watched one by one, in a table of more."""
 
-NORM_ROWS = 2**14
+NORM_ROWS = 2**12
 """Rows whose norm is taken, in a table of more."""
 
 TIMED_PASSES = 64
@@ -180,7 +180,8 @@ class TableMetrics:
         self.places.copy_(torch.tensor(list(numbers.values()), dtype=self.places.dtype))
         self.places[PER_TABLE.index("gradient")] += gradient_squares
         if counts:
-            norm = torch.linalg.vector_norm(rows_Iv.detach(), dtype=torch.float64)
+            wide = torch.promote_types(weight_rv.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(rows_Iv.detach(), dtype=wide).double()
             self.places[PER_TABLE.index("row_squares")] += norm.square()
         self.bytes_sent = 0
         self.laps.clear()

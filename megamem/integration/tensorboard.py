@@ -263,30 +263,31 @@ def usage_histogram(load_PP: NDArray[np.float64]) -> Pixels:
     Returns:
         [height, width, 3]
     """
-    width, height, left, bottom = 400, 220, 40, 34
     read = load_PP[load_PP > 0]
     edges = np.arange(-REACH - 0.25, REACH + 0.5, 0.5)
     counts, _ = np.histogram(np.clip(np.log2(read), -REACH, REACH), edges)
     unread = int(load_PP.size - read.size)
     tallest = max(int(counts.max()), unread)
+
+    # as wide as TensorBoard shows it, so that the words stay legible
+    width, height, margin = 256, 200, 20
+    base, first, last = height - margin, 56, width - 14
     canvas = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(canvas)
-    first, last, base = left + 30, width - 24, height - bottom
-    step = (last - first) / (2 * REACH)
 
-    def bar(centre: float, count: int, colour: tuple[int, int, int]) -> None:
-        tall = (base - 20) * count / tallest
-        half = step / 4 - 1
+    def bar(middle: float, count: int, colour: tuple[int, int, int]) -> None:
         if count:
-            draw.rectangle((centre - half, base - max(tall, 1), centre + half, base), colour)
+            top = base - max(1, (base - margin) * count / tallest)
+            draw.rectangle((middle - 3, top, middle + 3, base), colour)
 
-    bar(left, unread, UNREAD)
+    bar(margin, unread, UNREAD)
     for place, count in enumerate(counts):
-        bar(first + place * step / 2, int(count), BARS)
-    draw.line((left - 20, base, width, base), fill=INK)
-    draw.line((first + REACH * step, 20, first + REACH * step, base), fill=(160, 160, 160))
-    draw.text((left, base + 4), "unread", INK, anchor="ma")
-    draw.text((left - 20, 4), f"cells of a load; tallest bar {tallest:,} of {load_PP.size:,}", INK)
+        bar(first + (last - first) * place / (len(counts) - 1), int(count), BARS)
+    middle = (first + last) / 2
+    draw.line((middle, margin, middle, base), fill=(160, 160, 160))
+    draw.line((0, base, width, base), fill=INK)
+    draw.text((2, 4), f"cells by load; tallest bar {tallest:,} of {load_PP.size:,}", INK)
+    draw.text((2, base + 4), "unread", INK)
     _label(draw, first, last, base + 4)
     return np.asarray(canvas)
 
