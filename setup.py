@@ -16,7 +16,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.12",
-    packages=find_packages(include=["megamem", "megamem.*"]),
+    # `megamem patch` finds its patches also where there is no checkout
+    packages=[*find_packages(include=["megamem", "megamem.*"]), "megamem.patches"],
+    package_dir={"megamem.patches": "patches"},
+    package_data={"megamem.patches": ["*/*"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6",

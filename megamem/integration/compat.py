@@ -14,8 +14,14 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.training import argument_utils, arguments
 
 from megamem.integration.patching import require
+
+# where core_transformer_config_from_args is defined, which moved in 0.18
+CONFIG_ROOM: Any = (
+    argument_utils if hasattr(argument_utils, "core_transformer_config_from_args") else arguments
+)
 
 
 def block_submodules(

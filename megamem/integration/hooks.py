@@ -29,12 +29,12 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import argument_utils, arguments, training
+from megatron.training import arguments, training
 from megatron.training.global_vars import get_args
 
 from megamem.checkpoint import TABLES
 from megamem.config import ConfigurationError, MemoryConfig
-from megamem.integration import checks, reports
+from megamem.integration import checks, compat, reports
 from megamem.integration.arguments import (
     ATTRIBUTE,
     add_memory_flags,
@@ -61,7 +61,7 @@ def install() -> None:
     """
     replace_everywhere(arguments, "add_megatron_arguments", _add_flags)
     replace_everywhere(arguments, "validate_args", _validate)
-    replace_everywhere(argument_utils, "core_transformer_config_from_args", _carry_settings)
+    replace_everywhere(compat.CONFIG_ROOM, "core_transformer_config_from_args", _carry_settings)
     replace(GPTModel, "__init__", _build_memories)
     replace(training, "get_megatron_optimizer", _add_table_optimizer)
     replace(DistributedDataParallel, "scale_gradients", _scale_tables)
@@ -93,7 +93,7 @@ def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
             return args
         # layers differ, so a checkpoint must not stack them on one axis
         args.hetereogenous_dist_checkpoint = True
-        config = argument_utils.core_transformer_config_from_args(args)
+        config = compat.CONFIG_ROOM.core_transformer_config_from_args(args)
         checks.check(args, settings.memory, config)
         return args
 

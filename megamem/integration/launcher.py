@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         command = parse(words)
+        import_beside(command.script)
         set_rendezvous_defaults()
         if command.cpu:
             from megamem.integration import cpu_runtime
@@ -142,9 +143,7 @@ def use_helpers_of_the_wheel() -> None:
 def run_as_main(command: Command) -> None:
     """Run the script as `python SCRIPT ARGUMENTS...` would, then close its process group."""
     sys.argv = [command.script, *command.arguments]
-    if not sys.flags.safe_path:
-        sys.path[0] = str(Path(command.script).resolve().parent)
-        _keep_megamem_importable()
+    import_beside(command.script)
     try:
         runpy.run_path(command.script, run_name="__main__")
     except SystemExit as leaving:
@@ -155,8 +154,14 @@ def run_as_main(command: Command) -> None:
     close_process_group()
 
 
-def _keep_megamem_importable() -> None:
-    """python -m found megamem in the working directory, which the script's folder has replaced."""
+def import_beside(script: str) -> None:
+    """Let modules beside the script be found first: a checkout's Megatron before an installed one.
+
+    python -m found megamem in the working directory, which gives way; megamem stays importable.
+    """
+    if sys.flags.safe_path:
+        return
+    sys.path[0] = str(Path(script).resolve().parent)
     home = str(Path(__file__).resolve().parents[2])
     if home not in sys.path:
         sys.path.append(home)

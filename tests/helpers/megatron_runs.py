@@ -7,20 +7,25 @@ The second loss of a run is the mean of its first two iterations (Megatron does 
 after the first), so comparisons look at whole lists or at later iterations.
 """
 
+import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_gpt.py"
 TIMEOUT = 240.0
+MARK = "MEGAMEM_TEST_RUN"
+"""Variable that every process of a run inherits."""
 
 MODEL = {
     "--num-layers": 4,
@@ -55,6 +60,7 @@ TRAINING = {
 }
 SWITCHES = ("--disable-bias-linear", "--no-ckpt-fully-parallel-save")
 
+SKIPPED = re.compile(r"number of skipped iterations: +(\d+)")
 ITERATION = re.compile(r"iteration +(\d+)/ *\d+ .*? lm loss: (\S+) .*? grad norm: (\S+)")
 PARAMETERS = re.compile(r"number of parameters on \(.*?\) model parallel rank \((.*?)\): (\d+)")
 VALIDATION = re.compile(r"validation loss at .*? on (\w+) set \| lm loss value: (\S+)")
@@ -84,6 +90,11 @@ class TrainingLog:
     def grad_norms(self) -> list[float]:
         """One gradient norm per logged iteration, before clipping."""
         return [float(match[3]) for match in ITERATION.finditer(self.stdout)]
+
+    @property
+    def skipped(self) -> list[int]:
+        """Batches that were skipped, per logged iteration."""
+        return [int(match[1]) for match in SKIPPED.finditer(self.stdout)]
 
     @property
     def parameters(self) -> dict[tuple[int, int], int]:
@@ -120,26 +131,39 @@ def launch(
     command = [sys.executable, "-m", *modules, *map(str, words)]
     # the interpreter of the tests' own kernels is not part of a run
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    started = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env={**inherited, "OMP_NUM_THREADS": "1", **(environment or {})},
-        start_new_session=True,
-    )
-    try:
-        stdout, _ = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        stdout = process.communicate()[0] + f"\nended by the test after {TIMEOUT:.0f} s"
+    started, mark = time.monotonic(), uuid.uuid4().hex
+    ours = {"OMP_NUM_THREADS": "1", MARK: mark}
+    # a file, as a pipe would be held open by whoever outlives the run
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env={**inherited, **ours, **(environment or {})},
+        )
+        late = ""
+        try:
+            process.wait(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            late = f"\nended by the test after {TIMEOUT:.0f} s"
+        _end_all(mark)
+        process.wait()
+        output.seek(0)
+        stdout = output.read() + late
     seconds = time.monotonic() - started
     log = TrainingLog(name, command, process.returncode, stdout, seconds)
     if check and log.returncode != 0:
         pytest.fail(log.tail(), pytrace=False)
     return log
+
+
+def _end_all(mark: str) -> None:
+    """End what a run left behind: a killed rank's checkpoint writers wait for it forever."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark:
+                process.kill()
 
 
 def run_training(
@@ -150,6 +174,7 @@ def run_training(
     check: bool = True,
     data: tuple[object, ...] = ("--mock-data", "--split", "8,1,1"),
     module: str = "megamem.run",
+    environment: dict[str, str] | None = None,
 ) -> TrainingLog:
     """Train a tiny GPT on the CPU through the launcher; later flags overrule the usual ones.
 
@@ -160,8 +185,9 @@ def run_training(
         check: a run that fails, fails the test.
         data: the flags that say what to train on.
         module: what is launched; megamem.run, or a stand-in with its command line.
+        environment: variables for it.
     """
     __tracebackhide__ = True
     usual = [word for pair in (MODEL | TRAINING).items() for word in pair]
     words = ("--cpu", script, *usual, *SWITCHES, *data, *flags)
-    return launch(name, nproc, *words, check=check, module=module)
+    return launch(name, nproc, *words, check=check, module=module, environment=environment)

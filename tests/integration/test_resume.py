@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.megatron_runs import TrainingLog, run_training
-from tests.integration.test_tiny_training import DO, MEMORY, PP2, SP, TP2
+from tests.integration.test_tiny_training import DO, MEMORY, PP2, SP, TP2, WIDE
 
 LONG = ("--train-iters", 8, "--lr-decay-iters", 8)
 
@@ -53,13 +53,49 @@ def test_resume_with_the_distributed_optimizer_under_another_size(tmp_path: Path
     _ends_alike(_resume(tmp_path, 2, *flags), whole)
 
 
+def test_resume_in_another_mode_and_group_after_an_asynchronous_save(tmp_path: Path) -> None:
+    whole = run_training("uninterrupted", 1, *MEMORY, *LONG)
+    _save(tmp_path, *WIDE, "--memory-mode", "column", "--async-save")
+    _ends_alike(_resume(tmp_path, 2, *TP2, *SP), whole)
+
+
+def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    saving = ("--save", tmp_path, "--save-interval", 3)
+    killed = run_training(
+        "killed",
+        2,
+        *(*MEMORY, *LONG, *WIDE, *saving),
+        check=False,
+        module="tests.helpers.faulty",
+        environment={"FAULT": "kill-while-saving 2"},
+    )
+    assert killed.returncode != 0 and killed.iterations[-1] == 6
+    assert (tmp_path / "iter_0000006").is_dir(), "it died before it wrote anything"
+    whole = run_training("uninterrupted", 1, *MEMORY, *LONG)
+    again = _resume(tmp_path, 2, *WIDE)
+    assert again.iterations[0] == 4
+    _ends_alike(again, whole)
+
+
+def test_finetuning_starts_the_optimizer_afresh(saved: Path) -> None:
+    log = _resume(saved, 1, "--finetune", "--no-load-optim")
+    assert log.iterations[0] == 1
+    whole = run_training("uninterrupted", 1, *MEMORY, *LONG)
+    assert log.losses[0] < whole.losses[0] - 0.1
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--memory-num-keys", 10), "--memory-num-keys 10 asks for 100 rows, but .* holds 81"),
         (("--memory-value-dim", 32), "--memory-value-dim 32 differs from the width 64"),
+        (("--memory-placement-seed", 5), "--memory-placement-seed 5 differs from 0, which placed"),
+        (
+            ("--memory-optimizer", "lazy_adamw"),
+            "needs touches of shape .* holds exp_avg",
+        ),
     ],
-    ids=["rows", "width"],
+    ids=["rows", "width", "placement", "optimizer"],
 )
 def test_a_table_of_another_shape_is_refused(saved: Path, flags: tuple, message: str) -> None:
     log = _resume(saved, 2, *TP2, *flags, check=False)

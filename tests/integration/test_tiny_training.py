@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megamem.checkpoint import SHARED, table_key
+from megamem.checkpoint import SHARED, state_key, table_key
 from megamem.config import MemoryConfig
 from megamem.layers.init import WeightFactory
 from megamem.layers.value_table import ValueTable
@@ -25,6 +25,7 @@ PP2 = ("--pipeline-model-parallel-size", 2)
 SP = ("--sequence-parallel",)
 DO = ("--use-distributed-optimizer",)
 OVERLAP = ("--overlap-grad-reduce",)
+WIDE = ("--memory-group-size", 2)  # under data parallelism: no replicas
 FULL = (
     *("--recompute-granularity", "full"),
     *("--recompute-method", "uniform"),
@@ -67,6 +68,10 @@ def test_the_loss_falls_and_the_run_says_what_it_trains(alone: TrainingLog) -> N
         pytest.param((*DO, *OVERLAP, "--overlap-param-gather"), id="dp, distributed optimizer"),
         pytest.param((*OVERLAP, *FULL), id="dp, overlap, full recompute"),
         pytest.param((*TP2, "--calculate-per-token-loss"), id="tp, per-token loss"),
+        pytest.param((*WIDE, *DO, *OVERLAP), id="rows over dp, distributed optimizer"),
+        pytest.param((*WIDE, "--memory-mode", "auto", *FULL), id="columns over dp, recompute"),
+        pytest.param((*WIDE, "--calculate-per-token-loss"), id="rows over dp, per-token loss"),
+        pytest.param((*TP2, "--memory-group-size", 1), id="replicas inside tp"),
     ],
 )
 def test_two_ranks_take_the_steps_of_one(alone: TrainingLog, flags: tuple) -> None:
@@ -116,6 +121,51 @@ def test_bf16_with_the_distributed_optimizer(alone: TrainingLog) -> None:
     log = run_training("bf16", 2, *MEMORY, *TP2, *SP, *DO, "--bf16")
     # seven bits of weight, and picks that flip where two scores are near
     assert log.losses == pytest.approx(alone.losses, rel=1e-2)
+
+
+def test_rows_across_and_columns_within_on_four_ranks(alone: TrainingLog) -> None:
+    both = ("--memory-mode", "2d", "--memory-group-size", 4)
+    _same_steps(run_training("2d", 4, *MEMORY, *TP2, *SP, *both), alone)
+
+
+@pytest.mark.parametrize("kind", ["lazy_adamw", "rowwise_adamw", "sgd"])
+def test_lean_optimizers_take_the_same_steps_on_columns(kind: str) -> None:
+    flags = ("--memory-optimizer", kind, "--memory-clip-grad", 0.01)
+    alone = run_training(kind, 1, *MEMORY, *flags)
+    assert alone.losses[-1] < alone.losses[0] - 0.1
+    _same_steps(run_training(kind, 2, *MEMORY, *flags, *WIDE, "--memory-mode", "column"), alone)
+
+
+def test_a_gradient_clipped_apart_is_not_in_the_models_norm(alone: TrainingLog) -> None:
+    apart = run_training("apart", 1, *MEMORY, "--memory-clip-grad", 1.0)
+    assert apart.losses[0] == alone.losses[0]
+    assert apart.grad_norms[0] < alone.grad_norms[0] - 5e-3
+
+
+def test_bf16_rounded_at_random_needs_no_fp32_copy(alone: TrainingLog, tmp_path: Path) -> None:
+    saving = ("--save", tmp_path, "--save-interval", 5)
+    flags = ("--bf16", "--memory-stochastic-rounding", *saving)
+    log = run_training("random rounding", 2, *MEMORY, *TP2, *flags)
+    assert log.losses == pytest.approx(alone.losses, rel=1e-2)
+    saved = saved_tensors(tmp_path / "iter_0000005")
+    assert saved[table_key(SHARED)].dtype == torch.bfloat16
+    assert state_key(SHARED, "exp_avg") in saved and state_key(SHARED, "master") not in saved
+
+
+def test_a_nan_on_one_rank_makes_all_ranks_skip_the_batch(alone: TrainingLog) -> None:
+    log = run_training(
+        "nan",
+        2,
+        *(*MEMORY, *WIDE),
+        module="tests.helpers.faulty",
+        environment={"FAULT": "nan 1 3"},
+    )
+    assert log.stdout.count("the gradient of value table shared is not finite") == 1
+    assert "rank 1: the gradient of value table shared" in log.stdout
+    assert log.skipped == [0, 0, 1, 0, 0]
+    # Megatron prints no loss of a batch that it skips
+    assert log.losses[:2] == pytest.approx(alone.losses[:2], rel=2e-6)
+    assert log.iterations == [1, 2, 4, 5] and log.losses[-1] < alone.losses[0] - 0.1
 
 
 def test_microbatches_add_up_to_the_batch(alone: TrainingLog) -> None:

@@ -1,0 +1,78 @@
+"""Runs a script as megamem.run does, with a fault that FAULT names.
+
+kill-while-saving 2     the second checkpoint's data is written, then this rank is gone
+nan 1 3                 on rank 1, a table's gradient has a NaN in the third step
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megamem.integration.launcher import main
+
+
+def _kill_while_saving(count: str) -> None:
+    from megatron.core.dist_checkpointing.strategies import state_dict_saver
+    from megatron.core.dist_checkpointing.strategies import torch as strategies
+
+    saves = 0
+
+    def dying(original: Callable[..., Any]) -> Callable[..., Any]:
+        def save_state_dict_async_finalize(*args: Any, **more: Any) -> Any:
+            nonlocal saves
+            saves += 1
+            if saves == int(count):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **more)
+
+        return save_state_dict_async_finalize
+
+    name = "save_state_dict_async_finalize"
+    replaced = dying(getattr(state_dict_saver, name))
+    for module in (state_dict_saver, strategies):
+        if hasattr(module, name):
+            setattr(module, name, replaced)
+
+
+def _nan(rank: str, step: str) -> None:
+    import torch.distributed as dist
+
+    from megamem.optimizer import TableOptimizer
+
+    original = TableOptimizer.reduce
+    calls = 0
+
+    def reduce(self: TableOptimizer) -> None:
+        nonlocal calls
+        calls += 1
+        if dist.get_rank() == int(rank) and calls == int(step):
+            for table in self.tables.values():
+                table.grad_buffer[0, 0] = float("nan")
+                table.touched_r[0] = True
+        original(self)
+
+    TableOptimizer.reduce = reduce  # type: ignore[method-assign]
+
+
+FAULTS = {"kill-while-saving": _kill_while_saving, "nan": _nan}
+
+
+def _install_after_hooks() -> None:
+    """The fault goes in when the hooks do: not before the CPU runtime, nor after the script."""
+    from megamem.integration import launcher
+
+    run = launcher.run_as_main
+
+    def run_as_main(command: Any) -> None:
+        name, *values = os.environ["FAULT"].split()
+        FAULTS[name](*values)
+        run(command)
+
+    launcher.run_as_main = run_as_main
+
+
+if __name__ == "__main__":
+    _install_after_hooks()
+    sys.exit(main())
