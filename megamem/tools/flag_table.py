@@ -1,0 +1,78 @@
+"""The table of all flags in the README, made from MemoryConfig.
+
+python -m megamem.tools.flag_table README.md     rewrites it there
+"""
+
+import ast
+import inspect
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from megamem.config import MemoryConfig, flag
+
+BEGIN, END = "<!-- flags: begin -->", "<!-- flags: end -->"
+
+
+def field_docs() -> dict[str, str]:
+    """Field -> the sentence under it, which is its --help text too."""
+    body = ast.parse(inspect.getsource(MemoryConfig)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for node, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), (
+                node.target
+            )
+            docs[node.target.id] = " ".join(str(after.value.value).split())
+    return docs
+
+
+def flag_table() -> str:
+    """Markdown: one row for every field of MemoryConfig, in their order."""
+    docs, hints = field_docs(), get_type_hints(MemoryConfig)
+    rows = ["| flag | values | default | what it sets |", "|---|---|---|---|"]
+    for field in fields(MemoryConfig):
+        default = field.default if field.default is not MISSING else None
+        cells = (
+            f"`{flag(field.name)}`",
+            _values(hints[field.name]),
+            _default(default),
+            docs[field.name].replace("|", "\\|"),
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _values(hint: Any) -> str:
+    members = [member for member in get_args(hint) if member is not type(None)]
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{member}`" for member in members)
+    if hint is bool:
+        return "switch"
+    if get_origin(hint) is list:
+        return "whole numbers"
+    kind = members[0] if members else hint
+    return {int: "whole number", float: "number"}[kind]
+
+
+def _default(value: Any) -> str:
+    return "" if value is None else "off" if value is False else f"`{value}`"
+
+
+def rewrite(readme: str) -> str:
+    """The same text with the table between its markers as it should be."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{flag_table()}\n{END}{after}"
+
+
+def main() -> None:
+    """Rewrite the table in the file named on the command line."""
+    path = Path(sys.argv[1])
+    path.write_text(rewrite(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
