@@ -98,13 +98,7 @@ class LayerMetrics:
 
     @torch.no_grad()
     def record(self, row_ids_TL: Tensor, weights_TL: Tensor, gate_TV: Tensor | None) -> None:
-        """Add one pass.
-
-        Args:
-            row_ids_TL: pairs of sub-keys, i * N + j.
-            weights_TL: softmax over each head's K.
-            gate_TV: None where nothing is gated.
-        """
+        """Add one pass: pairs of sub-keys, i * N + j, a softmax over each head's K, the gate."""
         watched = self.watched
         rows_J, cells_J = row_ids_TL.flatten(), row_ids_TL.flatten()
         if watched.is_sampled:
@@ -204,13 +198,7 @@ class Metrics:
     def __init__(
         self, watched: Watched, device: torch.device | str | int, group: ProcessGroup | None = None
     ) -> None:
-        """Allocate, about 1 MiB a layer.
-
-        Args:
-            watched: what there is to measure.
-            device: of the model.
-            group: all ranks that train; by default of the whole world.
-        """
+        """Allocate, about 1 MiB a layer; `group` is all ranks that train, by default the world."""
         self.watched, self.group = watched, group
         ranks, rank = 1, 0
         if dist.is_initialized():
@@ -298,9 +286,7 @@ def sent_bytes(
     every other rank.
 
     Args:
-        plan: of the pass.
-        weights_M: as dispatched.
-        bags_Gv: partial bags.
+        plan, weights_M, bags_Gv: of the pass; weights as dispatched, bags before they go home.
         lookups: L.
         column_counts: T of every column rank.
         width: V.
@@ -308,9 +294,8 @@ def sent_bytes(
     """
     rank, own = group_rank(plan.group), plan.bag_counts[group_rank(plan.group)]
     peers, neighbours = len(plan.bag_counts) - 1, len(column_counts) - 1
-    slice_bytes, number = bags_Gv.shape[1] * bags_Gv.element_size(), bags_Gv.element_size()
-    weight = weights_M.element_size()
-    lookup = plan.sent_M.element_size() + weight
+    number, weight = bags_Gv.element_size(), weights_M.element_size()
+    slice_bytes, lookup = bags_Gv.shape[1] * number, plan.sent_M.element_size() + weight
 
     # lookups to the owners of their rows; the gradients of weights come back
     if plan.send is None or plan.recv is None:
