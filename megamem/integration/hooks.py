@@ -8,7 +8,7 @@
     DistributedDataParallel
       .scale_gradients                 the tables' gradients are scaled with the model's
     num_floating_point_operations      memories counted in place of feed-forwards
-    setup_model_and_optimizer          the checkpoint is compared with the flags
+    setup_model_and_optimizer          the flags are compared between ranks, and with the checkpoint
     training_log                       what memories did is logged beside the loss
 
 A spec slot or a documented hook would be better, and there is none: pretrain_gpt.py passes its own
@@ -35,6 +35,7 @@ from megatron.training.global_vars import get_args
 from megamem.checkpoint import TABLES
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.integration import checks, compat, reports
+from megamem.integration.agreement import differing_flags
 from megamem.integration.arguments import (
     ATTRIBUTE,
     add_memory_flags,
@@ -174,6 +175,7 @@ def _compare_with_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]
         args = get_args()
         settings = settings_from_args(args)
         memory = settings.memory if settings else None
+        ConfigurationError.collect(differing_flags(memory))
         # one rank reads, so that a thousand do not; all raise together
         found: list[Any] = [checkpoint_problems(args, memory) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(found, src=0, device=_object_device())

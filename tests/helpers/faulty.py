@@ -2,8 +2,10 @@
 
 kill-while-saving 2     the second checkpoint's data is written, then this rank is gone
 nan 1 3                 on rank 1, a table's gradient has a NaN in the third step
+flag 1 --memory-topk 2  rank 1 was started with this flag
 """
 
+import dataclasses
 import os
 import signal
 import sys
@@ -67,7 +69,12 @@ def _install_after_hooks() -> None:
 
     def run_as_main(command: Any) -> None:
         name, *values = os.environ["FAULT"].split()
-        FAULTS[name](*values)
+        if name == "flag":
+            rank, *words = values
+            added = words if os.environ["RANK"] == rank else []
+            command = dataclasses.replace(command, arguments=[*command.arguments, *added])
+        else:
+            FAULTS[name](*values)
         run(command)
 
     launcher.run_as_main = run_as_main

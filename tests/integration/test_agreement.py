@@ -1,0 +1,40 @@
+"""Ranks that were started with different memory flags."""
+
+import pytest
+
+from megamem.config import MemoryConfig
+from megamem.integration.agreement import describe
+from tests.helpers.megatron_runs import run_training
+from tests.integration.test_tiny_training import MEMORY
+
+
+def test_agreement_says_nothing() -> None:
+    assert describe([MemoryConfig(memory_layers=[1]).to_dict()] * 3) == []
+
+
+def test_every_difference_is_told_with_its_ranks() -> None:
+    base = MemoryConfig(memory_layers=[1, 2])
+    others = [MemoryConfig(memory_layers=[1], memory_lr=0.5).to_dict()] * 6
+    told = describe([base.to_dict(), *others])
+    assert told == [
+        "--memory-layers differs: 1 2 on rank 0, 1 on ranks 1, 2, 3, 4 and 2 more; "
+        "start every rank with the same flags.",
+        "--memory-lr differs: its default on rank 0, 0.5 on ranks 1, 2, 3, 4 and 2 more; "
+        "start every rank with the same flags.",
+    ]
+
+
+@pytest.mark.gloo
+def test_ranks_with_other_flags_end_with_one_line() -> None:
+    log = run_training(
+        "differing",
+        2,
+        *MEMORY,
+        check=False,
+        module="tests.helpers.faulty",
+        environment={"FAULT": "flag 1 --memory-topk 2"},
+    )
+    assert log.returncode != 0
+    said = [line for line in log.stdout.splitlines() if "megamem: error:" in line]
+    assert len(said) == 1
+    assert "--memory-topk differs: 4 on rank 0, 2 on rank 1" in said[0]
