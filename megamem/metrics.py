@@ -175,8 +175,8 @@ class TableMetrics:
         self.places[PER_TABLE.index("gradient")] += gradient_squares
         if counts:
             wide = torch.promote_types(weight_rv.dtype, torch.float32)
-            norm = torch.linalg.vector_norm(rows_Iv.detach(), dtype=wide).double()
-            self.places[PER_TABLE.index("row_squares")] += norm.square()
+            norms_I = torch.linalg.vector_norm(rows_Iv.detach(), dim=1, dtype=wide)
+            self.places[PER_TABLE.index("row_squares")] += norms_I.double().square().sum()
         self.bytes_sent = 0
         self.laps.clear()
 

@@ -280,11 +280,11 @@ def usage_histogram(load_PP: NDArray[np.float64]) -> Pixels:
             top = base - max(1, (base - margin) * count / tallest)
             draw.rectangle((middle - 3, top, middle + 3, base), colour)
 
+    middle = (first + last) / 2
+    draw.line((middle, margin, middle, base), fill=(160, 160, 160))
     bar(margin, unread, UNREAD)
     for place, count in enumerate(counts):
         bar(first + (last - first) * place / (len(counts) - 1), int(count), BARS)
-    middle = (first + last) / 2
-    draw.line((middle, margin, middle, base), fill=(160, 160, 160))
     draw.line((0, base, width, base), fill=INK)
     draw.text((2, 4), f"cells by load; tallest bar {tallest:,} of {load_PP.size:,}", INK)
     draw.text((2, base + 4), "unread", INK)
