@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from megamem.planner.buffers import lookup_buffers
 from megamem.planner.hardware import HARDWARE
-from megamem.planner.job import Job, Layout, layout_traffic, layout_wire
+from megamem.planner.job import Job, Layout, layout_traffic
 from megamem.planner.sizes import (
     dense_flops_per_token,
     memory_flops_per_token,
@@ -21,10 +22,6 @@ from megamem.planner.traffic import (
 GRADIENT_BYTES = 4
 MOMENTS_BYTES = 8
 MASTER_BYTES = 4
-# int64 row ids and fp32 weights
-LOOKUP_KEPT_BYTES = 12
-# sorting lookups by row: keys and positions, twice
-LOOKUP_SORTED_BYTES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +35,7 @@ class RankBytes:
     gradients: float
     optimizer: float
     buffers: float
-    """Of the lookup path: what backward keeps of every memory layer, and the exchange's peak."""
+    """What comes and goes: what backward needs of every memory layer, and the largest peak."""
 
     @property
     def table(self) -> float:
@@ -184,31 +181,6 @@ def dense_bytes(job: Job) -> float:
         owners = cluster.data_parallel * cluster.context_parallel_size
     state = (MASTER_BYTES if half else 0) + MOMENTS_BYTES
     return parameters * (job.number_bytes + GRADIENT_BYTES + state / owners)
-
-
-def lookup_buffers(job: Job, layout: Layout) -> float:
-    """Bytes that memory layers keep for backward, and the largest exchange's own.
-
-    Kept: a token's lookups where they were made and where they arrived, its queries, read-out and
-    gate. At the peak: the partial sums of all tokens that are read here, as sent and as arrived,
-    or their gradients, and the lookups sorted by row.
-    """
-    memory, tokens, e = job.memory, job.microbatch_tokens, job.number_bytes
-    lookups, width, size = memory.lookups_per_token, memory.value_dim, layout.group_size
-    # at a fixed size a place is kept for lookups that went elsewhere
-    senders = size if layout_wire(job, layout) == "allgather" else layout.column_ranks
-    arrived = lookups * tokens * senders
-    gate = 2 * width if memory.memory_variant == "memory+" else 0
-    kept = LOOKUP_KEPT_BYTES * (lookups * tokens + arrived)
-    kept += tokens * e * (memory.memory_heads * memory.key_dim + width + gate)
-    bags = 2 * size * tokens * widest_slice(width, layout.column_ranks) * e
-    stages = job.cluster.pipeline_model_parallel_size
-    # a stage holds as many microbatches as there are stages from it to the last
-    kept_layers = max(
-        count * min(stages - stage, job.cluster.microbatches)
-        for stage, count in enumerate(job.stage_memories)
-    )
-    return kept_layers * kept + bags + LOOKUP_SORTED_BYTES * arrived
 
 
 def backward_bytes(

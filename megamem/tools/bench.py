@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from megamem.tools import memory_bench
 from megamem.tools.bench_cases import (
     MAX_RELATIVE_ERROR,
     Case,
@@ -39,6 +40,8 @@ USER_ERROR = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if "--memory" in words:
+        return memory_bench.main([word for word in words if word != "--memory"])
     args = _parser().parse_args(words)
     if args.table:
         return _show_table(Path(args.table))
@@ -105,6 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megamem bench", description=main.__doc__)
+    parser.add_argument(
+        "--memory", action="store_true", help="measure what ranks hold instead; has its own --help"
+    )
     parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--quick", action="store_true", help="one width, one table size")

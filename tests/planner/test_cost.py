@@ -5,12 +5,15 @@ For bf16 rows, 128 lookups per token and 8192 tokens a rank where nothing else i
 
 import pytest
 
+from megamem.kernels import row_gradient
 from megamem.planner import (
     OPTIMIZERS,
     Layout,
+    buffers,
     table_state,
 )
-from megamem.planner.cost import backward_bytes, lookup_buffers, rank_bytes, rank_share
+from megamem.planner.buffers import kept_bytes, lookup_buffers, passing_bytes
+from megamem.planner.cost import backward_bytes, rank_bytes, rank_share
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.plan import gpus_for_bytes
 from megamem.planner.traffic import (
@@ -150,13 +153,48 @@ def test_rows_touched_on_a_rank(layout: Layout) -> None:
     assert share.touched_by_step == pytest.approx(expected_unique(rows, 3 * 2 * picks))
 
 
-def test_buffers_grow_with_the_group_as_sums_do() -> None:
-    """Rows far apart make a partial sum of every token on every rank; columns a slice of it."""
-    job = job_of()
-    row, column = (
-        [lookup_buffers(job, Layout(mode, p, p if mode == "column" else 1)) for p in (16, 32)]
-        for mode in ("row", "column")
+def test_buffers_of_one_layer() -> None:
+    """Of 8192 tokens, worked by hand; in units of a token's 128 lookups, or of 2048 numbers."""
+    job = job_of(world=8, memory_layers=[3])
+    lookups, width = TOKENS * LOOKUPS, TOKENS * WIDTH * 2
+    # input, 4 heads' queries of 1024, read-out, gate twice, product; ids and weights; bags' starts
+    kept = 7 * width + lookups * (12 + 8) + 8 * TOKENS
+    assert kept_bytes(job, Layout("row", 1, 1)) == kept
+    # at a fixed size the lookups of all ranks lie here, with weights of their own
+    assert kept_bytes(job, Layout("row", 8, 1)) == kept + lookups * (7 * 12 + 4) + 7 * 8 * TOKENS
+    assert kept_bytes(job, Layout("column", 8, 8)) == kept_bytes(job, Layout("row", 8, 1))
+    # only to their owners, with the order that brings them home
+    exact = job_of(world=8, memory_layers=[3], memory_wire="alltoall")
+    ours = kept_bytes(exact, Layout("row", 8, 1))
+    assert ours == kept + lookups * (4 + 8) + 7 * 8 * TOKENS
+
+
+def test_passing_peak_of_one_exchange() -> None:
+    """Gradients going into rows: of read-out and gate, of the sums of 8 ranks, sorted lookups."""
+    job, arrived = job_of(world=8), 8 * TOKENS * LOOKUPS
+    sums = 8 * TOKENS * WIDTH * 2
+    partials = arrived / 512 * 2 * WIDTH * 4
+    peak = 2 * TOKENS * WIDTH * 2 + sums + arrived * (24 + 4 * 8) + partials
+    assert passing_bytes(job, Layout("row", 8, 1)) == peak
+    assert lookup_buffers(job, Layout("row", 8, 1)) == peak + 3 * kept_bytes(
+        job, Layout("row", 8, 1)
     )
-    assert row[1] - row[0] == 2 * 16 * TOKENS * WIDTH * 2
-    # 16 more ranks' lookups, kept by 3 layers and sorted in one
-    assert column[1] - column[0] == 16 * TOKENS * LOOKUPS * (3 * 12 + 16)
+
+
+def test_buffers_shrink_with_the_columns_as_sums_do() -> None:
+    job = job_of(world=8)
+    row, column = (passing_bytes(job, Layout(*of)) for of in (("row", 8, 1), ("column", 8, 8)))
+    # an eighth of each sum, of the blocks that a weight's gradient is summed from, of the pieces
+    arrived = 8 * TOKENS * LOOKUPS
+    pieces = arrived / 512 * 2 * 4 * (WIDTH - WIDTH / 8)
+    assert row - column == 7 * TOKENS * WIDTH * 2 + arrived * 4 * 7 + pieces
+
+
+def test_how_the_backward_cuts_is_the_kernels() -> None:
+    ours = (buffers.BACKWARD_BLOCK, buffers.TARGET_CHUNKS, buffers.MIN_CHUNK, buffers.MAX_CHUNK)
+    assert ours == (
+        row_gradient.MAX_BLOCK_V,
+        row_gradient.TARGET_CHUNKS,
+        row_gradient.MIN_CHUNK,
+        row_gradient.MAX_CHUNK,
+    )

@@ -1,0 +1,104 @@
+"""Bytes of memory layers that come and go: what backward needs, and the passing peak of each step.
+
+`megamem bench --memory` measures them. Letters as in traffic.py; T tokens of a microbatch, M
+lookups that arrive at a rank, H heads, Q query width, D hidden size.
+"""
+
+import math
+
+from megamem.planner.job import Job, Layout, layout_wire
+from megamem.planner.traffic import widest_slice
+
+# int64 row ids, fp32 weights
+ROW_ID_BYTES, WEIGHT_BYTES = 8, 4
+# what the form alltoall keeps of a lookup to bring its weight's gradient back: an int64 place
+ORDER_BYTES = 8
+# a sorted lookup: int32 row, int64 place, int32 bag, fp32 weight; and the gradient of its weight
+SORTED_BYTES = 4 + 8 + 4 + 4 + 4
+# the sort's own copy of its keys
+SORT_KEY_BYTES = 4
+# columns that one program of the backward sums, and how it cuts the lookups into chunks
+BACKWARD_BLOCK, TARGET_CHUNKS, MIN_CHUNK, MAX_CHUNK = 256, 8192, 32, 512
+# pairs of sub-keys while they are ranked: their ids, their gradients, sub-keys of both halves
+RANKED_BYTES = 40
+
+
+def lookup_buffers(job: Job, layout: Layout) -> float:
+    """Bytes that memory layers keep for backward, and the largest passing peak beside them."""
+    stages = job.cluster.pipeline_model_parallel_size
+    # a stage holds as many microbatches as there are stages from it to the last
+    kept_layers = max(
+        count * min(stages - stage, job.cluster.microbatches)
+        for stage, count in enumerate(job.stage_memories)
+    )
+    return kept_layers * kept_bytes(job, layout) + passing_bytes(job, layout)
+
+
+def kept_bytes(job: Job, layout: Layout) -> float:
+    """Of one memory layer and microbatch, from its forward to its backward.
+
+    A token: the layer's input, its queries, its rows and their weights; of memory+ the read-out,
+    the gate before and after silu, and their product. And the lookups that arrived here.
+    """
+    memory, tokens, e = job.memory, job.microbatch_tokens, job.number_bytes
+    queries = memory.memory_heads * memory.key_dim
+    numbers = job.shape.hidden_size + queries
+    if memory.memory_variant == "memory+":
+        numbers += 4 * memory.value_dim
+    kept = tokens * numbers * e
+    if memory.memory_qk_norm:
+        # queries before and after, and as many sub-keys as all tokens share
+        kept += (tokens + memory.memory_num_keys) * queries * e
+    lookups = memory.lookups_per_token * tokens
+    kept += lookups * (ROW_ID_BYTES + WEIGHT_BYTES)
+    alone = layout.group_size == 1
+    kept += arrived_lookups(job, layout) * (ROW_ID_BYTES + (0 if alone else WEIGHT_BYTES))
+    kept += layout.group_size * tokens * ROW_ID_BYTES
+    if layout.row_ranks > 1 and layout_wire(job, layout) == "alltoall":
+        kept += lookups * layout.column_ranks * ORDER_BYTES
+    return kept
+
+
+def passing_bytes(job: Job, layout: Layout) -> float:
+    """The largest of: sums on their way home, their gradients going into rows, keys being ranked.
+
+    Forward, the partial sums of all tokens that are read here, as sent and as arrived, and their
+    total in fp32. Backward, the gradients of read-out and gate, those of the partial sums, and the
+    lookups sorted by row.
+    """
+    memory, tokens, e = job.memory, job.microbatch_tokens, job.number_bytes
+    width = widest_slice(memory.value_dim, layout.column_ranks)
+    sums = layout.group_size * tokens * width * e
+    total = layout.column_ranks * tokens * width * (4 + e)
+    read_out = tokens * memory.value_dim * e
+    gradients = 2 * read_out if memory.memory_variant == "memory+" else read_out
+    lookups = memory.lookups_per_token * tokens
+    half = memory.key_dim // 2
+    return max(
+        2 * sums + total,
+        gradients + sums + sorted_bytes(arrived_lookups(job, layout), width, weights=True),
+        RANKED_BYTES * lookups + sorted_bytes(2 * lookups, half, weights=False),
+    )
+
+
+def arrived_lookups(job: Job, layout: Layout) -> float:
+    """M: at a fixed size a place is kept for lookups that went elsewhere."""
+    fixed = layout_wire(job, layout) == "allgather"
+    senders = layout.group_size if fixed else layout.column_ranks
+    return job.memory.lookups_per_token * job.microbatch_tokens * senders
+
+
+def sorted_bytes(lookups: float, width: int, *, weights: bool) -> float:
+    """Of lookups sorted by row, while gradients of this width are summed.
+
+    Args:
+        lookups: M.
+        width: of a row.
+        weights: the gradients of the lookups' weights are summed, too.
+    """
+    wanted = 2 ** math.ceil(math.log2(max(1.0, lookups / TARGET_CHUNKS)))
+    chunk = min(MAX_CHUNK, max(MIN_CHUNK, wanted))
+    # each chunk may end in the middle of two rows
+    partials = math.ceil(lookups / chunk) * 2 * width * 4
+    blocks = math.ceil(width / BACKWARD_BLOCK) if weights else 0
+    return lookups * (SORTED_BYTES + 4 * blocks) + partials

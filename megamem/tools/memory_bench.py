@@ -1,0 +1,416 @@
+"""`megamem bench --memory`: the bytes that a rank holds at most, beside the plan's.
+
+Every case spreads one table that two memory layers share over some ranks, and makes one step:
+forward, backward, gradient norm, update. The peak counts every byte of every tensor, with those
+that an op allocates for itself, in each of these phases:
+
+    on a GPU      torch.cuda.max_memory_allocated
+    on a CPU      the allocations that torch.profiler sees, made by the code that feeds the kernels
+                  on a GPU. The kernels themselves, which allocate nothing, are left out: their
+                  twins in plain torch would hold more. Rows to read are drawn at random; no number
+                  that a kernel would compute means anything
+
+Not counted either is what lies outside of torch: NCCL's and gloo's own buffers, CUDA's context,
+and what the allocator keeps for reuse. Beside the table the plan counts the layers' own weights
+and gradients in the table's dtype; no optimizer steps them here, as it is Megatron's.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from megamem.config import ConfigurationError, MemoryConfig
+from megamem.layers.init import WeightFactory
+from megamem.layers.memory import MemoryLayer
+from megamem.layers.value_table import ValueTable
+from megamem.optimizer import StepOptions, TableOptimizer
+from megamem.parallel.memory_group import form, partition
+from megamem.planner import OPTIMIZERS, Cluster, Job, Layout, ModelShape
+from megamem.planner.cost import rank_bytes
+from megamem.planner.sizes import memory_layer_parameters
+
+LAYERS = 2
+MODES = ("row", "column")
+TOLERANCE = 0.1
+PHASES = ("forward", "backward", "norm", "update")
+BEYOND_PLAN, USER_ERROR = 1, 2
+PATIENCE = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of the model that is built."""
+
+    num_keys: int
+    width: int
+    """Of a row, and of the model."""
+    key_dim: int
+    """Of a query."""
+    tokens: int
+    """Of each rank."""
+    heads: int
+    topk: int
+    optimizer: str = "adamw"
+    wire: str = "auto"
+
+
+GPU_SIZES = Sizes(num_keys=1024, width=1024, key_dim=512, tokens=8192, heads=4, topk=32)
+CPU_SIZES = Sizes(num_keys=256, width=256, key_dim=64, tokens=128, heads=4, topk=16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One case, on the rank that held most."""
+
+    device: str
+    mode: str
+    ranks: int
+    sizes: Sizes
+    planned: dict[str, float]
+    """weights, gradients, optimizer, buffers of the table, layers -> bytes."""
+    measured: dict[str, int]
+    """Phase -> peak."""
+
+    @property
+    def plan(self) -> float:
+        return sum(self.planned.values())
+
+    @property
+    def peak(self) -> int:
+        return max(self.measured.values())
+
+    @property
+    def ratio(self) -> float:
+        """Measured to planned."""
+        return self.peak / self.plan
+
+    @property
+    def buffers_ratio(self) -> float:
+        """The same of what forward and backward need beside what is held throughout."""
+        held = self.plan - self.planned["buffers"]
+        peak = max(self.measured["forward"], self.measured["backward"])
+        return (peak - held) / self.planned["buffers"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return its exit status, not 0 where a peak is off the plan."""
+    args = _parser().parse_args(list(sys.argv[1:] if argv is None else argv))
+    gpus = torch.cuda.device_count() if args.device != "cpu" else 0
+    sizes = _sizes(args, GPU_SIZES if gpus else CPU_SIZES)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    cases = [
+        (mode, ranks) for ranks in args.ranks for mode in args.modes if ranks > 1 or mode == "row"
+    ]
+    records = []
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("", total=len(cases))
+            for mode, ranks in cases:
+                progress.update(task, description=f"{mode} over {ranks}")
+                if not gpus or ranks <= gpus:
+                    records.append(measure(mode, ranks, sizes, on_gpu=bool(gpus)))
+                progress.advance(task)
+    except ConfigurationError as error:
+        sys.stderr.write(f"megamem: error: {error}\n")
+        return USER_ERROR
+    console.print(rich_table(records))
+    if left_out := [str(ranks) for ranks in args.ranks if gpus and ranks > gpus]:
+        console.print(
+            f"left out: {', '.join(left_out)} ranks, as there are {gpus} GPUs; --device cpu"
+        )
+    if args.json:
+        Path(args.json).write_text(json.dumps([as_json(r) for r in records], indent=2) + "\n")
+    return BEYOND_PLAN if any(abs(r.ratio - 1) > TOLERANCE for r in records) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megamem bench --memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--ranks", nargs="+", type=int, default=[1, 2, 4], help="sizes of the memory group")
+    add("--modes", nargs="+", choices=MODES, default=MODES)
+    add("--device", choices=("cuda", "cpu"), help="default: GPUs if there are any")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw")
+    add("--wire", choices=("auto", "alltoall", "allgather"), default="auto")
+    for name, meaning in (
+        ("num-keys", "N, sub-keys of a half"),
+        ("width", "of a row"),
+        ("key-dim", "of a query"),
+        ("tokens", "of each rank"),
+        ("heads", "of a layer"),
+        ("topk", "rows that a head reads"),
+    ):
+        add(f"--{name}", type=int, help=meaning)
+    add("--json", metavar="FILE", help="write the records")
+    return parser
+
+
+def _sizes(args: argparse.Namespace, default: Sizes) -> Sizes:
+    fields = asdict(default)
+    return Sizes(**{name: getattr(args, name) or fields[name] for name in fields})
+
+
+def measure(mode: str, ranks: int, sizes: Sizes, *, on_gpu: bool = False) -> Record:
+    """Build, make a step on spawned ranks, and compare the fullest with the plan.
+
+    Raises:
+        ConfigurationError: sizes that no layer can have.
+    """
+    job, layout = job_of(mode, ranks, sizes)
+    planned = planned_bytes(job, layout)
+    with tempfile.TemporaryDirectory() as folder, _environment(on_gpu):
+        mp.spawn(_rank, args=(folder, mode, ranks, sizes, on_gpu), nprocs=ranks)
+        peaks = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+    fullest = max(peaks, key=lambda peak: max(peak.values()))
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    return Record(
+        device=device, mode=mode, ranks=ranks, sizes=sizes, planned=planned, measured=fullest
+    )
+
+
+def job_of(mode: str, ranks: int, sizes: Sizes) -> tuple[Job, Layout]:
+    """What the planner is asked."""
+    shape = ModelShape(
+        num_layers=LAYERS,
+        hidden_size=sizes.width,
+        num_attention_heads=1,
+        padded_vocab_size=1,
+        seq_length=sizes.tokens,
+    )
+    cluster = Cluster(world_size=ranks, half_precision=True)
+    column_ranks = ranks if mode == "column" else 1
+    return Job(shape=shape, memory=_config(mode, ranks, sizes), cluster=cluster), Layout(
+        "column" if mode == "column" else "row", ranks, column_ranks
+    )
+
+
+def _config(mode: str, ranks: int, sizes: Sizes) -> MemoryConfig:
+    settings: dict[str, Any] = {"memory_mode": mode, "memory_group_size": ranks}
+    settings |= {"memory_optimizer": sizes.optimizer, "memory_wire": sizes.wire}
+    return MemoryConfig(
+        memory_layers=list(range(LAYERS)),
+        memory_num_keys=sizes.num_keys,
+        memory_key_dim=sizes.key_dim,
+        memory_heads=sizes.heads,
+        memory_topk=sizes.topk,
+        **settings,
+    ).resolve(sizes.width)
+
+
+def planned_bytes(job: Job, layout: Layout) -> dict[str, float]:
+    """Part -> bytes on the fullest rank."""
+    parts = rank_bytes(job, layout)
+    own = LAYERS * memory_layer_parameters(job.memory, job.shape.hidden_size)
+    return {
+        "weights": parts.weights,
+        "gradients": parts.gradients,
+        "optimizer": parts.optimizer,
+        "buffers": parts.buffers,
+        "layers": 2 * own * job.number_bytes,
+    }
+
+
+@contextmanager
+def _environment(on_gpu: bool) -> Iterator[None]:
+    """What ranks must find before they import Triton."""
+    wanted = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0" if on_gpu else "1"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _rank(rank: int, folder: str, mode: str, ranks: int, sizes: Sizes, on_gpu: bool) -> None:
+    """One rank of a case: writes its peaks."""
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if not on_gpu:
+        _leave_kernels_out()
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=ranks,
+        timeout=PATIENCE,
+    )
+    try:
+        recorder = _GpuPeaks() if on_gpu else _CpuPeaks()
+        with recorder:
+            _step(mode, ranks, sizes, device, recorder)
+        Path(folder, f"{rank}.json").write_text(json.dumps(recorder.peaks()))
+    finally:
+        dist.destroy_process_group()
+
+
+def _leave_kernels_out() -> None:
+    """From here on launching a kernel does nothing, but for those that say which rows are read."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    run = InterpretedFunction.run
+
+    def launch(kernel: Any, *args: Any, **options: Any) -> None:
+        name, outputs = kernel.fn.__name__, dict(zip(kernel.arg_names, args, strict=False))
+        if name == "_place_kernel":
+            run(kernel, *args, **options)
+        elif name == "_pair_kernel":
+            outputs["row_ids"].random_(options["N"] ** 2)
+            outputs["scores"].normal_()
+
+    InterpretedFunction.run = launch
+
+
+def _step(
+    mode: str, ranks: int, sizes: Sizes, device: torch.device, phase: Callable[[str], None]
+) -> None:
+    """Build a table and its layers, and make one step, naming the phases as they begin."""
+    config = _config(mode, ranks, sizes)
+    group = form(partition([list(range(ranks))], ranks, ranks if mode == "column" else 1))
+    place: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+    table = ValueTable(config, WeightFactory(seed=0, name="table", **place), group)
+    # as in a run: no gradient of it is autograd's
+    table.weight.requires_grad_(False)
+    layers = [
+        MemoryLayer(
+            config,
+            sizes.width,
+            table,
+            layer=n,
+            group=group.members,
+            tokens_sharded=True,
+            seed=0,
+            **place,
+        )
+        for n in range(LAYERS)
+    ]
+    optimizer = TableOptimizer({"table": table}, config, StepOptions(), lr=1e-3, weight_decay=0.1)
+    for layer in layers:
+        for weight in layer.parameters():
+            # where Megatron sums gradients there is room for them all the time
+            weight.grad = torch.zeros_like(weight)
+    hidden_SBD = torch.randn(sizes.tokens, 1, sizes.width, **place).requires_grad_()
+    phase("forward")
+    y = hidden_SBD
+    for layer in layers:
+        y = layer(y)
+    phase("backward")
+    loss = y.float().square().mean()
+    del y
+    loss.backward()
+    phase("norm")
+    optimizer.reduce()
+    optimizer.squared_norm()
+    phase("update")
+    optimizer.step()
+    phase("end")
+
+
+class _GpuPeaks:
+    """Peak of each phase, as CUDA's allocator counts."""
+
+    def __init__(self) -> None:
+        self._phase, self._peaks = "", dict[str, int]()
+
+    def __enter__(self) -> "_GpuPeaks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, phase: str) -> None:
+        torch.cuda.synchronize()
+        if self._phase:
+            self._peaks[self._phase] = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self._phase = phase
+
+    def peaks(self) -> dict[str, int]:
+        return self._peaks
+
+
+class _CpuPeaks:
+    """Peak of each phase, as the sum of all allocations and releases since this was entered."""
+
+    def __init__(self) -> None:
+        cpu = torch.profiler.ProfilerActivity.CPU
+        self._profiler = torch.profiler.profile(activities=[cpu], profile_memory=True)
+        self._marks: list[Any] = []
+
+    def __enter__(self) -> "_CpuPeaks":
+        self._profiler.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._profiler.__exit__(*error)
+
+    def __call__(self, phase: str) -> None:
+        with torch.profiler.record_function(f"phase {phase}"):
+            pass
+
+    def peaks(self) -> dict[str, int]:
+        profiler = self._profiler.profiler
+        assert profiler is not None and profiler.kineto_results is not None
+        found, phase, held = dict.fromkeys(PHASES, 0), "", 0
+        for event in sorted(profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+            if event.name().startswith("phase "):
+                phase = event.name().removeprefix("phase ")
+            elif event.name() == "[memory]":
+                held += event.nbytes()  # type: ignore[attr-defined]
+            if phase in found:
+                found[phase] = max(found[phase], held)
+        return found
+
+
+def rich_table(records: list[Record]) -> Table:
+    """Planned and measured, a row a case."""
+    table = Table(box=None, title="MB on the fullest rank", title_justify="left")
+    table.add_column("layout")
+    parts, phases = list(records[0].planned) if records else [], PHASES
+    for title in (*parts, "plan", *phases, "peak", "peak / plan", "buffers"):
+        table.add_column(title, justify="right")
+    for r in records:
+        planned = [f"{r.planned[part] / 1e6:.2f}" for part in parts]
+        measured = [f"{r.measured[phase] / 1e6:.2f}" for phase in phases]
+        ends = [f"{r.peak / 1e6:.2f}", f"{r.ratio:.3f}", f"{r.buffers_ratio:.2f}"]
+        name = f"{r.mode} over {r.ranks}"
+        table.add_row(name, *planned, f"{r.plan / 1e6:.2f}", *measured, *ends)
+    return table
+
+
+def as_json(record: Record) -> dict[str, Any]:
+    """A record and its ratio."""
+    return asdict(record) | {
+        "plan": record.plan,
+        "peak": record.peak,
+        "ratio": record.ratio,
+        "buffers_ratio": record.buffers_ratio,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
