@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": ("megamem.tools.plan", "say what a table takes on a cluster, and how to lay it out"),
     "convert": ("megamem.tools.convert", "bring checkpoints in, and take a table out"),
     "bench": ("megamem.tools.bench", "measure the kernels against the memory of this machine"),
+    "doctor": ("megamem.tools.doctor", "say whether this machine is ready, and what it will use"),
     "patch": ("megamem.tools.patch", "give a Megatron-LM checkout memory layers for good"),
 }
 USER_ERROR = 2
