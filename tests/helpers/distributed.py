@@ -1,5 +1,6 @@
 """Runs a function on W local ranks: gloo on CPU, file rendezvous (no port to clash)."""
 
+import multiprocessing
 import os
 import tempfile
 import time
@@ -14,6 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+# not Megatron, which some ranks must adapt before they import it
+PRELOADED = ("megamem.layers.memory", "megamem.optimizer")
 
 # a rank that waits this long waits for a peer that will never come
 PATIENCE = timedelta(seconds=60)
@@ -51,7 +55,10 @@ def run_distributed(fn: Callable, world_size: int, *args: Any) -> None:
         mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}),
     ):
         try:
-            mp.spawn(_worker, args=(fn, world_size, folder, args), nprocs=world_size)
+            # a server that has torch imported forks the ranks: importing it is most of a test
+            multiprocessing.set_forkserver_preload(["tests.helpers.distributed", *PRELOADED])
+            arguments = (fn, world_size, folder, args)
+            mp.start_processes(_worker, arguments, world_size, start_method="forkserver")
         except (mp.ProcessRaisedException, mp.ProcessExitedException):
             failures = sorted(Path(folder).glob("*.failed"))
             if not failures:
