@@ -43,11 +43,11 @@ from megamem.parallel.memory_group import form, partition
 from megamem.planner import OPTIMIZERS, Cluster, Job, Layout, ModelShape
 from megamem.planner.cost import rank_bytes
 from megamem.planner.sizes import memory_layer_parameters
+from megamem.tools.memory_peaks import PHASES, CpuPeaks, GpuPeaks, leave_kernels_out
 
 LAYERS = 2
 MODES = ("row", "column")
 TOLERANCE = 0.1
-PHASES = ("forward", "backward", "norm", "update")
 BEYOND_PLAN, USER_ERROR = 1, 2
 PATIENCE = timedelta(minutes=10)
 
@@ -250,7 +250,7 @@ def _rank(rank: int, folder: str, mode: str, ranks: int, sizes: Sizes, on_gpu: b
     if on_gpu:
         torch.cuda.set_device(device)
     if not on_gpu:
-        _leave_kernels_out()
+        leave_kernels_out()
     torch.set_num_threads(1)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
@@ -260,29 +260,12 @@ def _rank(rank: int, folder: str, mode: str, ranks: int, sizes: Sizes, on_gpu: b
         timeout=PATIENCE,
     )
     try:
-        recorder = _GpuPeaks() if on_gpu else _CpuPeaks()
+        recorder = GpuPeaks() if on_gpu else CpuPeaks()
         with recorder:
             _step(mode, ranks, sizes, device, recorder)
         Path(folder, f"{rank}.json").write_text(json.dumps(recorder.peaks()))
     finally:
         dist.destroy_process_group()
-
-
-def _leave_kernels_out() -> None:
-    """From here on launching a kernel does nothing, but for those that say which rows are read."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    run = InterpretedFunction.run
-
-    def launch(kernel: Any, *args: Any, **options: Any) -> None:
-        name, outputs = kernel.fn.__name__, dict(zip(kernel.arg_names, args, strict=False))
-        if name == "_place_kernel":
-            run(kernel, *args, **options)
-        elif name == "_pair_kernel":
-            outputs["row_ids"].random_(options["N"] ** 2)
-            outputs["scores"].normal_()
-
-    InterpretedFunction.run = launch
 
 
 def _step(
@@ -328,62 +311,6 @@ def _step(
     phase("update")
     optimizer.step()
     phase("end")
-
-
-class _GpuPeaks:
-    """Peak of each phase, as CUDA's allocator counts."""
-
-    def __init__(self) -> None:
-        self._phase, self._peaks = "", dict[str, int]()
-
-    def __enter__(self) -> "_GpuPeaks":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def __call__(self, phase: str) -> None:
-        torch.cuda.synchronize()
-        if self._phase:
-            self._peaks[self._phase] = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        self._phase = phase
-
-    def peaks(self) -> dict[str, int]:
-        return self._peaks
-
-
-class _CpuPeaks:
-    """Peak of each phase, as the sum of all allocations and releases since this was entered."""
-
-    def __init__(self) -> None:
-        cpu = torch.profiler.ProfilerActivity.CPU
-        self._profiler = torch.profiler.profile(activities=[cpu], profile_memory=True)
-        self._marks: list[Any] = []
-
-    def __enter__(self) -> "_CpuPeaks":
-        self._profiler.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._profiler.__exit__(*error)
-
-    def __call__(self, phase: str) -> None:
-        with torch.profiler.record_function(f"phase {phase}"):
-            pass
-
-    def peaks(self) -> dict[str, int]:
-        profiler = self._profiler.profiler
-        assert profiler is not None and profiler.kineto_results is not None
-        found, phase, held = dict.fromkeys(PHASES, 0), "", 0
-        for event in sorted(profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-            if event.name().startswith("phase "):
-                phase = event.name().removeprefix("phase ")
-            elif event.name() == "[memory]":
-                held += event.nbytes()  # type: ignore[attr-defined]
-            if phase in found:
-                found[phase] = max(found[phase], held)
-        return found
 
 
 def rich_table(records: list[Record]) -> Table:
