@@ -39,6 +39,7 @@ setup(
             "torch==2.15.0",
             "megatron-core==0.19.2",
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "mypy",

@@ -18,5 +18,6 @@ step() {
 step ruff check .
 step ruff format --check .
 step mypy
-step pytest -m "not gpu and not slow" "$@"
+# two files at a time: some keep one core busy, some wait for ranks
+step pytest -n 2 --dist loadfile -m "not gpu and not slow" "$@"
 echo "==> all checks passed"
