@@ -7,6 +7,7 @@ exit status is 0 when nothing is wrong and 1 otherwise, so that a health check c
 
 import argparse
 import importlib
+import math
 import os
 import platform
 import re
@@ -69,10 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--timeout", type=int, default=60, help="seconds that a rank waits for the others"
     )
     options = parser.parse_args(argv)
-    if options.mib is not None and options.mib < 1:
-        parser.error(f"--mib {options.mib} must be at least 1")
-    if options.timeout < 1:
-        parser.error(f"--timeout {options.timeout} must be at least 1")
+    for name, value in (("--mib", options.mib), ("--timeout", options.timeout)):
+        if value is not None and value < 1:
+            parser.error(f"{name} {value} must be at least 1")
 
     device = own_device()
     findings = [*versions(), *megatron(), *used(device), *devices(), layer_check(device)]
@@ -81,9 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         findings, is_first = with_all_ranks(findings, device, mib * MIB, options.timeout)
     else:
         is_first = True
-        findings.append(
-            Finding("collectives", "not tried: start with torchrun to try them", "note")
-        )
+        advice = "not tried: start with torchrun to try them"
+        findings.append(Finding("collectives", advice, "note"))
     problems = sum(finding.status == "problem" for finding in findings)
     if is_first:
         show(findings, problems)
@@ -128,9 +127,8 @@ def versions() -> list[Finding]:
             continue
         need = wanted.get(name)
         if need is not None and not need.specifier.contains(version, prereleases=True):
-            found.append(
-                Finding(name, f"{version}, but megamem needs {name}{need.specifier}", "problem")
-            )
+            gap = f"{version}, but megamem needs {name}{need.specifier}"
+            found.append(Finding(name, gap, "problem"))
         else:
             found.append(Finding(name, version))
     if torch.version.cuda:
@@ -332,7 +330,7 @@ def with_all_ranks(
         dist.all_gather_object(hosts, host)
         findings = [
             *findings,
-            Finding("ranks", f"{world} on {len(set(hosts))} hosts, over {backend}"),
+            Finding("ranks", f"{world}, hosts {len(set(hosts))}, over {backend}"),
             *(
                 Finding(f"rank {other} on {host}: {problem.what}", problem.found, "problem")
                 for other, problems in enumerate(everybody)
@@ -358,9 +356,11 @@ def _prepare(
 ) -> tuple[Callable[[], Any], Tensor, Tensor]:
     """What runs a collective, where its result goes, and what that must be."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    count = size // 4 // world
+    count = size // torch.float32.itemsize // world
     ranks = torch.arange(world, dtype=torch.float32, device=device)
-    whole, part = torch.empty(count * world, device=device), torch.empty(count, device=device)
+    # memory that was freed may hold the right answer already
+    whole = torch.full((count * world,), math.nan, device=device)
+    part = whole[:count].clone()
     if name == "all-to-all":
         sent = (rank * world + ranks).repeat_interleave(count)
         expected = (ranks * world + rank).repeat_interleave(count)

@@ -1,0 +1,230 @@
+"""megamem doctor: what it calls a problem, that it finds one, and its exit status."""
+
+import os
+import socket
+import sys
+from importlib import metadata
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from triton import knobs
+
+from megamem.integration import hooks
+from megamem.integration.patching import MissingSymbolError
+from megamem.tools import doctor
+from megamem.tools.doctor import Finding
+from tests.helpers.distributed import run_distributed
+from tests.helpers.megatron_runs import launch
+
+CPU = torch.device("cpu")
+TOPOLOGY = """\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\x1b[0m
+GPU0\t X \tNV18\tSYS\tPIX\t0-47
+GPU1\tNV18\t X \tNV18\tSYS\t0-47
+GPU2\tSYS\tNV18\t X \tSYS\t48-95
+NIC0\tPIX\tSYS\tSYS\t X
+
+Legend:
+  X    = Self
+  SYS  = Connection traversing PCIe
+"""
+
+
+def test_a_machine_that_passes_the_tests_is_ready() -> None:
+    log = launch("doctor", 1, "doctor", module="megamem", check=False)
+    assert log.returncode == 0, log.stdout
+    assert "Ready: this machine trains memory layers" in log.stdout
+    for what in ("python", "torch", "megatron-core", "norms by", "tiny memory layer"):
+        assert f"\u2502 {what} " in log.stdout
+    assert torch.__version__.partition("+")[0] in log.stdout
+    assert "PROBLEM" not in log.stdout
+
+
+@pytest.mark.gloo
+def test_ranks_measure_their_collectives() -> None:
+    log = launch("doctor", 2, "doctor", "--mib", 1, module="megamem", check=False)
+    assert log.returncode == 0, log.stdout
+    assert log.stdout.count("Ready: ") == 1
+    for name in doctor.COLLECTIVES:
+        assert f"\u2502 {name} " in log.stdout
+    assert log.stdout.count("GB/s sent by each rank, 1 MiB a rank") == 3
+
+
+def test_a_peer_that_never_comes_is_a_problem() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    words = ("doctor", "--timeout", 2)
+    log = launch("alone", 1, *words, module="megamem", check=False, environment=torchrun)
+    assert log.returncode == 1
+    assert "Not ready: 1 problem" in log.stdout and "rank 0 on" in log.stdout
+
+
+@pytest.fixture
+def healthy(monkeypatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("versions", "megatron"):
+        monkeypatch.setattr(doctor, name, lambda: [])
+    for name in ("used", "layer_check"):
+        good = Finding(name, "good")
+        monkeypatch.setattr(doctor, name, lambda device, good=good: good)
+    monkeypatch.setattr(doctor, "used", lambda device: [])
+
+
+def test_one_problem_is_exit_status_1(healthy, monkeypatch, capsys) -> None:
+    assert doctor.main([]) == 0
+    assert "Ready:" in capsys.readouterr().out
+    monkeypatch.setattr(doctor, "versions", lambda: [Finding("torch", "too old", "problem")])
+    assert doctor.main([]) == 1
+    said = capsys.readouterr().out
+    assert "Not ready: 1 problem" in said and "too old" in said and "PROBLEM" in said
+
+
+@pytest.mark.parametrize("flag", ["--mib", "--timeout"])
+def test_flags_that_cannot_be(flag, capsys) -> None:
+    with pytest.raises(SystemExit):
+        doctor.main([flag, "0"])
+    assert f"{flag} 0 must be at least 1" in capsys.readouterr().err
+
+
+def _version(name: str, answer: str | None):
+    truly = metadata.version
+
+    def version(asked: str) -> str:
+        if asked != name:
+            return truly(asked)
+        if answer is None:
+            raise metadata.PackageNotFoundError(asked)
+        return answer
+
+    return mock.patch.object(metadata, "version", version)
+
+
+def test_versions_are_held_against_what_megamem_asks_for() -> None:
+    assert {finding.status for finding in doctor.versions()} == {"ok"}
+    with _version("megatron-core", "0.16.1"):
+        (bad,) = (f for f in doctor.versions() if f.status == "problem")
+    assert bad.what == "megatron-core"
+    assert "0.16.1, but megamem needs megatron-core" in bad.found and ">=0.17" in bad.found
+    with _version("triton", None):
+        (bad,) = (f for f in doctor.versions() if f.status == "problem")
+    assert bad.what == "triton" and "not installed; pip install 'triton>=" in bad.found
+
+
+def test_a_megatron_without_a_function_is_a_problem() -> None:
+    gone = MissingSymbolError("megatron.training.training.training_log does not exist")
+    with mock.patch.object(hooks, "install", side_effect=gone):
+        (finding,) = doctor.megatron()
+    assert finding.status == "problem"
+    assert "training_log does not exist; install the release" in finding.found
+
+
+def _installed(*names: str):
+    return mock.patch.object(
+        doctor.util, "find_spec", lambda name: object() if name in names else None
+    )
+
+
+def test_apex_of_pypi_is_told_from_nvidias() -> None:
+    with _installed():
+        assert doctor.nvidia_apex().status == "note"
+    with _installed("apex"):
+        finding = doctor.nvidia_apex()
+    assert finding.status == "problem" and "PyPI's apex is another project" in finding.found
+    fakes = {name: mock.MagicMock(__version__="0.1") for name in ("apex", "apex.optimizers")}
+    with _installed("apex", "amp_C"), mock.patch.dict(sys.modules, fakes):
+        finding = doctor.nvidia_apex()
+    assert finding == Finding("Apex", "0.1, built from source")
+
+
+def test_a_transformer_engine_that_does_not_import_matters_on_a_gpu() -> None:
+    # None in sys.modules: an import of it fails
+    broken = mock.patch.dict(sys.modules, {"transformer_engine": None})
+    for gpu, status in ((True, "problem"), (False, "note")):
+        with (
+            _installed("transformer_engine"),
+            broken,
+            mock.patch.object(torch.cuda, "is_available", return_value=gpu),
+        ):
+            finding = doctor.transformer_engine()
+        assert finding.status == status and "reinstall it" in finding.found
+
+
+def test_what_is_used_follows_what_is_there() -> None:
+    good, absent = Finding("x", "1.0"), Finding("x", "not installed", "note")
+    for engine, apex, name in (
+        (good, good, "Transformer Engine"),
+        (absent, good, "Apex"),
+        (absent, absent, "torch"),
+    ):
+        with (
+            mock.patch.object(doctor, "transformer_engine", return_value=engine),
+            mock.patch.object(doctor, "nvidia_apex", return_value=apex),
+        ):
+            found = {finding.what: finding.found for finding in doctor.used(CPU)}
+        assert found["norms by"] == name
+        assert found["optimizer by"].startswith(name)
+
+
+def test_links_counts_pairs_of_gpus() -> None:
+    assert doctor.links(TOPOLOGY) == "NV18 between 2 pairs, SYS between 1 pairs"
+    assert doctor.links("No devices were found") == ""
+
+
+def test_a_layer_that_is_wrong_in_one_gradient_is_found(monkeypatch) -> None:
+    # the finding is the subject, not the kernels: interpreted, they would take minutes
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    assert doctor.layer_check(CPU).status == "ok"
+    truth = {dtype: doctor.tiny_layer(CPU, dtype) for dtype in (torch.float32, torch.float64)}
+    for name, ours in truth[torch.float32].items():
+        for spoil in (1.01, float("nan")):
+            spoiled = truth | {torch.float32: truth[torch.float32] | {name: ours * spoil}}
+            monkeypatch.setattr(doctor, "tiny_layer", lambda _, dtype, found=spoiled: found[dtype])
+            finding = doctor.layer_check(CPU)
+            assert finding.status == "problem" and name in finding.found
+    monkeypatch.setattr(doctor, "tiny_layer", mock.Mock(side_effect=RuntimeError("no image")))
+    finding = doctor.layer_check(CPU)
+    assert finding.status == "problem" and "no image" in finding.found
+
+
+def _collectives_and_problems_of_others() -> None:
+    rank = dist.get_rank()
+    for name, function in (
+        ("all-to-all", "all_to_all_single"),
+        ("all-gather", "all_gather_into_tensor"),
+        ("reduce-scatter", "reduce_scatter_tensor"),
+    ):
+        assert doctor.collective_check(name, CPU, 2**16).status == "ok"
+        # on one rank alone nothing arrives; all must say so
+        truly = getattr(dist, function)
+
+        def lost(out, sent, truly=truly):
+            truly(torch.empty_like(out) if rank == 1 else out, sent)
+
+        with mock.patch.object(dist, function, lost):
+            finding = doctor.collective_check(name, CPU, 2**16)
+        assert finding.status == "problem", name
+
+    own = [Finding("GPUs", "one is missing", "problem")] if rank == 1 else []
+    with (
+        mock.patch.dict(os.environ, {"RANK": str(rank)}),
+        mock.patch.object(dist, "init_process_group"),
+        mock.patch.object(dist, "destroy_process_group"),
+    ):
+        findings, is_first = doctor.with_all_ranks(own, CPU, 2**16, 30)
+    assert is_first == (rank == 0)
+    (problem,) = (finding for finding in findings if finding.status == "problem")
+    assert "one is missing" in problem.found
+    assert problem.what.startswith("rank 1 on") == (rank == 0)
+
+
+@pytest.mark.gloo
+def test_what_one_rank_finds_all_know() -> None:
+    run_distributed(_collectives_and_problems_of_others, 2)
