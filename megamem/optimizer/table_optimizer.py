@@ -14,6 +14,9 @@ from megamem.optimizer.state import MASTER, Slot, allocate, slots, wide
 from megamem.parallel.memory_group import MemoryGroup
 from megamem.parallel.row_shard import TableShard
 
+# numbers: 256 MB in fp64
+BLOCK = 2**25
+
 
 class Table(Protocol):
     """What the optimizer needs of a layers.ValueTable."""
@@ -115,7 +118,7 @@ class TableOptimizer(torch.optim.Optimizer):
         Not finite where a gradient is not.
         """
         return {
-            name: torch.linalg.vector_norm(_gradient(table)[0], dtype=torch.float64).square()
+            name: _squares(_gradient(table)[0])
             * torch.as_tensor(table.grad_factor, device=table.weight.device).double().square()
             * (table.group.replica == 0)
             for name, table in self.tables.items()
@@ -164,18 +167,19 @@ class TableOptimizer(torch.optim.Optimizer):
         if self.kind != "sgd":
             options |= {"betas": self.options.betas, "eps": self.options.eps}
         if self.kind == "lazy_adamw":
-            rows_E = touched.nonzero().squeeze(1)
-            touched_adamw_(
-                weights_rv,
-                rows_E,
-                buffer_rv[rows_E],
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                state["touches"],
-                state["last_steps"],
-                **options,
-            )
-            buffer_rv[rows_E] = 0
+            # in blocks, so that the gradients of all touched rows are never copied at once
+            for rows_E in touched.nonzero().squeeze(1).split(_block_rows(buffer_rv)):
+                touched_adamw_(
+                    weights_rv,
+                    rows_E,
+                    buffer_rv[rows_E],
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    state["touches"],
+                    state["last_steps"],
+                    **options,
+                )
+                buffer_rv[rows_E] = 0
             touched_r.zero_()
             return
         options |= {"touched_r": touched, "clear_grads": True}
@@ -199,6 +203,20 @@ class TableOptimizer(torch.optim.Optimizer):
         for table in self.tables.values():
             if (master_rv := self.state[table.weight].get(MASTER)) is not None:
                 master_rv.copy_(table.weight)
+
+
+def _squares(buffer_rv: Tensor) -> Tensor:
+    """Sum of squares in fp64: in blocks, as torch makes an fp64 copy of what it is given."""
+    total = torch.zeros((), dtype=torch.float64, device=buffer_rv.device)
+    for part in buffer_rv.split(_block_rows(buffer_rv)):
+        total += torch.linalg.vector_norm(part, dtype=torch.float64).square()
+    return total
+
+
+def _block_rows(buffer_rv: Tensor) -> int:
+    """Rows of which a copy is small beside the table, and large enough to fill a GPU."""
+    rows, width = buffer_rv.shape
+    return max(1, min(-(-rows // 64), BLOCK // width))
 
 
 def _row_squares(table: Table) -> Tensor | None:
