@@ -139,6 +139,9 @@ def test_apex_of_pypi_is_told_from_nvidias() -> None:
         finding = doctor.nvidia_apex()
     assert finding.status == "problem" and "PyPI's apex is another project" in finding.found
     fakes = {name: mock.MagicMock(__version__="0.1") for name in ("apex", "apex.optimizers")}
+    # NVIDIA's own, built without its kernels, imports as well
+    with _installed("apex"), mock.patch.dict(sys.modules, fakes):
+        assert doctor.nvidia_apex().status == "problem"
     with _installed("apex", "amp_C"), mock.patch.dict(sys.modules, fakes):
         finding = doctor.nvidia_apex()
     assert finding == Finding("Apex", "0.1, built from source")
