@@ -21,7 +21,11 @@ CASES = [("row", 1), ("row", 2), ("column", 2), ("row", 4), ("column", 4)]
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize(("mode", "ranks"), CASES)
+@pytest.mark.parametrize(
+    ("mode", "ranks"),
+    # the whole range is for the slow tier: each case starts as many processes as it has ranks
+    [pytest.param(*case, marks=[] if case[1] == 2 else pytest.mark.slow) for case in CASES],
+)
 def test_peaks_are_as_planned(mode: str, ranks: int) -> None:
     record = _measured(mode, ranks)
     held = record.plan - record.planned["buffers"]
@@ -41,6 +45,7 @@ def test_no_phase_copies_a_table(optimizer: str) -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_exact_sizes_hold_less() -> None:
     """Lookups that go only to their owners: fewer of them lie at each rank, and the plan agrees."""
     exact, fixed = _measured("row", 4, wire="alltoall"), _measured("row", 4)
