@@ -144,8 +144,6 @@ class TableMetrics:
         self,
         weight_rv: Tensor,
         shard: TableShard,
-        *,
-        counts: bool,
         gradient_squares: Tensor | float = 0.0,
     ) -> None:
         """Put what the host knows, and the table's norms, in place for a report.
@@ -153,7 +151,6 @@ class TableMetrics:
         Args:
             weight_rv: this rank's piece.
             shard: where it lies.
-            counts: False on all but one of the ranks that hold this piece.
             gradient_squares: sum over this piece, 0 where another rank answers for it.
         """
         num_rows, width = shard.global_shape
@@ -167,16 +164,15 @@ class TableMetrics:
             "lookup": sum(t.get("lookup", 0.0) for t in times),
             "exchange": sum(t.get("exchange", 0.0) for t in times),
             "gradient": 0.0,
-            # a piece with some of the columns answers for as much of a row
-            "rows": len(rows_Iv) * rows_Iv.shape[1] / width * counts,
+            # some of a row's columns are as much of a row; each replica counts in both sums
+            "rows": len(rows_Iv) * rows_Iv.shape[1] / width,
             "row_squares": 0.0,
         }
         self.places.copy_(torch.tensor(list(numbers.values()), dtype=self.places.dtype))
         self.places[PER_TABLE.index("gradient")] += gradient_squares
-        if counts:
-            wide = torch.promote_types(weight_rv.dtype, torch.float32)
-            norms_I = torch.linalg.vector_norm(rows_Iv.detach(), dim=1, dtype=wide)
-            self.places[PER_TABLE.index("row_squares")] += norms_I.double().square().sum()
+        wide = torch.promote_types(weight_rv.dtype, torch.float32)
+        norms_I = torch.linalg.vector_norm(rows_Iv.detach(), dim=1, dtype=wide)
+        self.places[PER_TABLE.index("row_squares")] += norms_I.double().square().sum()
         self.bytes_sent = 0
         self.laps.clear()
 

@@ -153,9 +153,7 @@ def test_only_passes_that_are_learnt_from_are_counted_and_each_once() -> None:
 
 def _fill(layer: nn.Module, metrics: Metrics, squares: float = 0.0) -> None:
     table = layer.values
-    metrics.tables[TABLE].fill(
-        table.weight, table.shard, counts=table.group.replica == 0, gradient_squares=squares
-    )
+    metrics.tables[TABLE].fill(table.weight, table.shard, squares)
 
 
 def test_a_report_ends_a_window() -> None:
@@ -269,7 +267,7 @@ def _ranks_report_what_one_process_does() -> None:
     if rank == 0:
         metrics.layers[LAYER].record(*_lookups(9))
         metrics.tables[TABLE].received += 320
-        metrics.tables[TABLE].fill(alone.values.weight, alone.values.shard, counts=True)
+        metrics.tables[TABLE].fill(alone.values.weight, alone.values.shard)
     report = metrics.report(1)
     assert report.usage[LAYER].sum() == 320 and not report.usage[1].any()
     assert report.scalars[f"memory/shard_load/{TABLE}"] == 1.0
@@ -309,7 +307,7 @@ def test_recording_and_reporting_every_step_costs_little(num_keys: int, monkeypa
 
     def cost() -> None:
         metrics.layers[0].record(*lookups)
-        metrics.tables[TABLE].fill(table.weight, table.shard, counts=True)
+        metrics.tables[TABLE].fill(table.weight, table.shard)
         metrics.report(1)
 
     def step() -> None:

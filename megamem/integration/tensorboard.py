@@ -124,8 +124,7 @@ class TrainingMetrics:
             self.metrics.tables[name].fill(
                 table.weight,
                 table.shard,
-                counts=table.group.replica == 0,
-                gradient_squares=member.squares.get(name, 0.0),
+                member.squares.get(name, 0.0),
             )
         report = self.metrics.report(
             self.iterations, member.scale, wanted=dist.get_rank() == dist.get_world_size() - 1
