@@ -29,6 +29,8 @@ setup(
         "psutil",
         # megatron.training of 0.17 and 0.18 imports it without asking for it
         "pyyaml",
+        # pictures for TensorBoard
+        "pillow",
         "rich",
         "tensorboard",
     ],
