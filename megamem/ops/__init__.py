@@ -11,6 +11,7 @@ from megamem.ops.row_adam import (
     touched_rowwise_adamw_,
     touched_sgd_,
 )
+from megamem.ops.row_dot import row_dot
 from megamem.ops.value_gradient import add_value_gradient_, sparse_gradients
 from megamem.reference.philox import random_rows
 
@@ -21,6 +22,7 @@ __all__ = [
     "place_rows",
     "product_topk",
     "random_rows",
+    "row_dot",
     "rowwise_adamw_",
     "sgd_",
     "sparse_gradients",
