@@ -29,8 +29,9 @@ class MemoryConfig:
     memory_layers: list[int] = field(default_factory=list)
     """Layers, counted from 0, whose feed-forward becomes a memory; without it memory is off."""
 
-    memory_variant: Literal["memory", "memory+"] = "memory+"
-    """memory: the read-out is the output. memory+: it is gated by silu(W x), then projected."""
+    memory_variant: Literal["memory", "memory+", "peer"] = "memory+"
+    """memory: the read-out is the output. memory+: it is gated by silu(W x), then projected. peer:
+    an expert is a row u of one table and a row v of another, and adds gelu(u x) v."""
 
     memory_num_keys: int = 1024
     """N, sub-keys per query half; the value table has N*N rows."""
@@ -43,7 +44,7 @@ class MemoryConfig:
 
     memory_key_dim: int | None = None
     """Q, width of one head's query, both halves together. Default: half of the value width for
-    memory+, 256 for memory."""
+    memory+, 256 for memory and peer."""
 
     memory_value_dim: int | None = None
     """V, width of one row of the value table, a multiple of 8. Default: the hidden size."""
@@ -58,7 +59,7 @@ class MemoryConfig:
     """Keep the feed-forward of a memory layer and add the memory's output to it."""
 
     memory_value_init_std: float | None = None
-    """Standard deviation of the initial values. Default: V**-0.5."""
+    """Standard deviation of the initial values; of peer, of v alone. Default: V**-0.5."""
 
     memory_lr: float | None = None
     """Peak learning rate of the value table. Default: the model's --lr."""
@@ -161,6 +162,11 @@ class MemoryConfig:
                 f"--memory-column-ranks {self.memory_column_ranks} says how --memory-mode 2d cuts "
                 f"rows, but the mode is {self.memory_mode}; use 2d or drop it."
             )
+        if self.memory_variant == "peer" and self.memory_mode in ("column", "2d"):
+            found.append(
+                f"--memory-mode {self.memory_mode} cuts rows, but --memory-variant peer needs a "
+                "whole row to decide what it adds; use --memory-mode row."
+            )
         if not 0 <= self.memory_placement_seed < 2**31:
             found.append(
                 f"--memory-placement-seed {self.memory_placement_seed} must be from 0 to 2**31 - 1."
@@ -185,6 +191,11 @@ class MemoryConfig:
     def num_rows(self) -> int:
         """R, the rows of one value table."""
         return self.memory_num_keys**2
+
+    @property
+    def num_tables(self) -> int:
+        """Tables of one pool: the values, and of peer what decides how much of each is added."""
+        return 2 if self.memory_variant == "peer" else 1
 
     @property
     def lookups_per_token(self) -> int:
@@ -215,16 +226,23 @@ class MemoryConfig:
                 "table must be: choose another, or (memory+ only) set --memory-value-dim."
             )
         value_dim = self.memory_value_dim or hidden_size
-        if self.memory_variant == "memory" and value_dim != hidden_size:
+        if self.memory_variant != "memory+" and value_dim != hidden_size:
             raise ConfigurationError(
                 f"--memory-value-dim {value_dim} differs from --hidden-size {hidden_size}, but "
-                "--memory-variant memory has no projection between them; use memory+ or drop "
-                "--memory-value-dim."
+                f"--memory-variant {self.memory_variant} has no projection between them; use "
+                "memory+ or drop --memory-value-dim."
             )
         key_dim = self.memory_key_dim or (
             value_dim // 2 if self.memory_variant == "memory+" else 256
         )
-        return replace(self, memory_value_dim=value_dim, memory_key_dim=key_dim)
+        # of the modes that auto may choose from, peer has one
+        peer = self.memory_variant == "peer" and self.memory_mode == "auto"
+        return replace(
+            self,
+            memory_value_dim=value_dim,
+            memory_key_dim=key_dim,
+            memory_mode="row" if peer else self.memory_mode,
+        )
 
     @classmethod
     def from_args(cls, args: Namespace) -> "MemoryConfig":

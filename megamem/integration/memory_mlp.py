@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from megamem.checkpoint import same_everywhere, sharded_piece
 from megamem.config import MemoryConfig
+from megamem.layers.expert_table import make_table
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.value_table import ValueTable
@@ -86,7 +87,7 @@ class MemoryMLP(MegatronModule):
 
 
 class ValueTables(MegatronModule):
-    """The value tables of one model chunk, by name: registered, sharded and saved once."""
+    """The tables of one model chunk, by name: registered, sharded and saved once."""
 
     def __init__(self, config: TransformerConfig, tables: dict[str, ValueTable]) -> None:
         super().__init__(config)
@@ -98,8 +99,9 @@ class ValueTables(MegatronModule):
     ) -> dict[str, Any]:
         """Each table as pieces of R x V, and the seed that placed its rows."""
         entries = {}
-        for name, table in self.named_children():
-            assert isinstance(table, ValueTable)
+        for name, table in self.named_modules():
+            if not isinstance(table, ValueTable):
+                continue
             of_table = (table.shard, table.group.replica)
             weight, placement = f"{prefix}{name}.weight", f"{prefix}{name}.placement"
             entries[weight] = sharded_piece(weight, table.weight, *of_table)
@@ -120,10 +122,11 @@ def build_table(
         device=torch.cuda.current_device(),
         dtype=config.params_dtype,
     )
-    table = ValueTable(memory, make, group)
-    table.weight.requires_grad_(False)
-    # so that reports of sizes count every rank's piece
-    set_tensor_model_parallel_attributes(table.weight, True, 0, 1)
+    table = make_table(memory, make, group)
+    for weight in table.parameters():
+        weight.requires_grad_(False)
+        # so that reports of sizes count every rank's piece
+        set_tensor_model_parallel_attributes(weight, True, 0, 1)
     return table
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megamem.config import MemoryConfig
+from megamem.layers.expert_table import ExpertTable
 from megamem.layers.init import WeightFactory
 from megamem.layers.output import GatedOutput, PlainOutput
 from megamem.layers.product_keys import ProductKeys
@@ -59,7 +60,7 @@ class MemoryLayer(nn.Module):
 
         Args:
             config: resolved.
-            values: the table.
+            values: the table, of the config's variant.
             layer: its number in the model, from 0; the initial weights depend on it.
             group: ranks that hold the same hidden states, or shards of one sequence.
             tokens_sharded: hidden states differ from rank to rank of the group.
@@ -81,6 +82,7 @@ class MemoryLayer(nn.Module):
         )
         self.query = Query(config, hidden_size, make)
         self.keys = ProductKeys(config, make)
+        assert isinstance(values, ExpertTable) == (config.memory_variant == "peer")
         object.__setattr__(self, "values", values)
         gated = config.memory_variant == "memory+"
         self.output = GatedOutput(config, hidden_size, make) if gated else PlainOutput()
@@ -100,9 +102,8 @@ class MemoryLayer(nn.Module):
 
         query_THQ = self.query(x_TD)
         row_ids_TL, weights_TL = self.keys(query_THQ)
-        lookups = self.values.launch(
-            row_ids_TL, weights_TL, token_counts or self._token_counts(len(x_TD), split)
-        )
+        counts = token_counts or self._token_counts(len(x_TD), split)
+        lookups = self.values.launch(row_ids_TL, weights_TL, counts, x_TD)
         # the gate needs only the token: it is computed while the lookups travel
         gate_TV = self.output.gate_of(x_TD)
         if self.metrics is not None and torch.is_grad_enabled():

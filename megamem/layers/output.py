@@ -26,7 +26,7 @@ class GatedOutput(nn.Module):
 
 
 class PlainOutput(nn.Module):
-    """Memory: the read-out is the output."""
+    """Memory and PEER: the read-out is the output."""
 
     def gate_of(self, x_TD: Tensor) -> None:
         """None: nothing is gated."""

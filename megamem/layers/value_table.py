@@ -31,6 +31,8 @@ class Lookups:
     weights_M: Tensor
     column_counts: list[int]
     """T of every column rank."""
+    brought: Tensor | None = None
+    """The tokens, on their way to all owners, where these look at them."""
 
 
 class ValueTable(nn.Module):
@@ -72,13 +74,20 @@ class ValueTable(nn.Module):
         self.lookups_received: Tensor | None = None
         self.metrics: TableMetrics | None = None
 
-    def launch(self, row_ids_TL: Tensor, weights_TL: Tensor, token_counts: list[int]) -> Lookups:
+    def launch(
+        self,
+        row_ids_TL: Tensor,
+        weights_TL: Tensor,
+        token_counts: list[int],
+        x_TD: Tensor | None = None,
+    ) -> Lookups:
         """Send lookups to the ranks that hold their rows; returns while they travel.
 
         Args:
             row_ids_TL: pairs of sub-keys, i * N + j.
             weights_TL: how much of each.
             token_counts: T of every member of the group.
+            x_TD: the tokens, at which this table does not look.
         """
         group = self.group
         rows_TL = place_rows(row_ids_TL, self.num_keys, self.placement_seed)
@@ -102,10 +111,10 @@ class ValueTable(nn.Module):
         bags_Gv = embedding_bag(
             self.weight,
             rows_M,
-            lookups.weights_M,
+            self._weights(rows_M, lookups),
             plan.offsets,
             check_row_ids=self.check_row_ids or None,
-            add_value_grad_to=self.grad_buffer if torch.is_grad_enabled() else None,
+            add_value_grad_to=self._buffer(),
         )
         end_of("lookup")
         sums_Xv = combine(plan, bags_Gv)
@@ -123,9 +132,23 @@ class ValueTable(nn.Module):
             )
         return out_TV
 
-    def forward(self, row_ids_TL: Tensor, weights_TL: Tensor, token_counts: list[int]) -> Tensor:
+    def forward(
+        self,
+        row_ids_TL: Tensor,
+        weights_TL: Tensor,
+        token_counts: list[int],
+        x_TD: Tensor | None = None,
+    ) -> Tensor:
         """launch() and collect() -> out_TV."""
-        return self.collect(self.launch(row_ids_TL, weights_TL, token_counts))
+        return self.collect(self.launch(row_ids_TL, weights_TL, token_counts, x_TD))
+
+    def _weights(self, rows_M: Tensor, lookups: Lookups) -> Tensor:
+        """How much of each row its bag gets, once the lookups have arrived -> weights_M."""
+        return lookups.weights_M
+
+    def _buffer(self) -> Tensor | None:
+        """What the backward of this pass adds to, where there is a backward."""
+        return self.grad_buffer if torch.is_grad_enabled() else None
 
     def _record(self, rows_M: Tensor) -> None:
         """Note what was read, where somebody asked for it, in passes that will be learnt from."""

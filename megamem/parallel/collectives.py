@@ -82,11 +82,15 @@ def gather_padded(
     return out
 
 
-def _gather(x: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
-    gathered = gather_padded(x, max(counts), group)
+def join_padded(padded: Tensor, counts: list[int]) -> Tensor:
+    """The first counts[p] rows of every part p, one after another; undoes gather_padded's fill."""
     if len(set(counts)) == 1:
-        return gathered.flatten(0, 1)
-    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+        return padded[:, : counts[0]].flatten(0, 1)
+    return torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)])
+
+
+def _gather(x: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+    return join_padded(gather_padded(x, max(counts), group), counts)
 
 
 def _own(x: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
@@ -123,24 +127,43 @@ class _GatherWeights(torch.autograd.Function):
         return out[: ctx.rows], None, None, None
 
 
-class _SumBagsHome(torch.autograd.Function):
-    """Forward: reduce-scatter, as an all-to-all and a sum. Backward: all-gather.
+def _sum_home(bags_GV: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+    """Reduce-scatter, as an all-to-all and a sum.
 
     The sum is ours so that it runs in fp32 and in rank order: the same bits in every run.
     """
+    own = counts[group_rank(group)]
+    home = exchange(bags_GV, counts, [own] * len(counts), group)
+    accumulate = torch.promote_types(bags_GV.dtype, torch.float32)
+    total = home.unflatten(0, (len(counts), own)).sum(0, dtype=accumulate)
+    return total.to(bags_GV.dtype)
+
+
+class _SumBagsHome(torch.autograd.Function):
+    """Forward: reduce-scatter. Backward: all-gather."""
 
     @staticmethod
     def forward(ctx, bags_GV, counts, group):  # type: ignore[no-untyped-def]
         ctx.counts, ctx.group = counts, group
-        own = counts[group_rank(group)]
-        home = exchange(bags_GV, counts, [own] * len(counts), group)
-        accumulate = torch.promote_types(bags_GV.dtype, torch.float32)
-        total = home.unflatten(0, (len(counts), own)).sum(0, dtype=accumulate)
-        return total.to(bags_GV.dtype)
+        return _sum_home(bags_GV, counts, group)
 
     @staticmethod
     def backward(ctx, grad_TV):  # type: ignore[no-untyped-def]
         return _gather(grad_TV, ctx.counts, ctx.group), None, None
+
+
+class _SpreadTokens(torch.autograd.Function):
+    """Forward: all-gather at a fixed size. Backward: reduce-scatter."""
+
+    @staticmethod
+    def forward(ctx, x, counts, group, flight):  # type: ignore[no-untyped-def]
+        ctx.rows, ctx.counts, ctx.group = len(x), counts, group
+        return gather_padded(x, max(counts), group, flight=flight)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        home = _sum_home(join_padded(grad, ctx.counts), ctx.counts, ctx.group)
+        return home[: ctx.rows], None, None, None
 
 
 class _JoinColumns(torch.autograd.Function):
@@ -229,6 +252,18 @@ def gather_weights(
 def sum_bags_home(bags_GV: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
     """Send rank p its `counts[p]` partial bags; return the sum of those that came home."""
     return _SumBagsHome.apply(bags_GV, counts, group)
+
+
+def spread_tokens(
+    x: Tensor, counts: list[int], group: ProcessGroup | None, flight: Flight | None = None
+) -> Tensor:
+    """Every rank's tokens to all ranks, [W, max(counts), ...]; what they make of them is summed.
+
+    Args:
+        x: at most `counts[rank]` rows.
+        counts: rows of every rank that are used; the rest is zero.
+    """
+    return _SpreadTokens.apply(x, counts, group, flight)
 
 
 def join_columns(

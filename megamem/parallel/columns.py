@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megamem.parallel.collectives import Flight, gather_padded, gather_weights
+from megamem.parallel.collectives import Flight, gather_padded, gather_weights, join_padded
 
 
 def gather_lookups(
@@ -37,10 +37,4 @@ def gather_lookups(
     row_ids = gather_padded(row_ids_TL, size, group, flight=flight)
     weights = gather_weights(weights_TL, size, group, flight)
     flight.wait()
-    if len(set(counts)) == 1:
-        return row_ids.flatten(0, 1), weights.flatten(0, 1)
-
-    def joined(padded: Tensor) -> Tensor:
-        return torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)])
-
-    return joined(row_ids), joined(weights)
+    return join_padded(row_ids, counts), join_padded(weights, counts)

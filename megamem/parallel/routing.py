@@ -6,7 +6,8 @@
     bags_GV   = embedding_bag(values_rV, ...)            local work only
     out_TV    = combine(plan, bags_GV)                   partial bags travel home and are summed
 
-Lookups travel from plan_routing to arrive; whoever has other work does it in between.
+Lookups travel from plan_routing to arrive; whoever has other work does it in between. Where an
+owner must see what asks, too, the tokens travel with them: bring, and after arrive tokens_of_bags.
 
 Two wire forms differ in how a lookup finds its owner:
 
@@ -31,6 +32,8 @@ from megamem.parallel.collectives import (
     exchange,
     gather_padded,
     gather_weights,
+    join_padded,
+    spread_tokens,
     sum_bags_home,
 )
 from megamem.parallel.row_shard import RowShard
@@ -161,6 +164,16 @@ def dispatch(plan: RoutingPlan, weights_TL: Tensor) -> Tensor:
     assert plan.order_J is not None and plan.send is not None and plan.recv is not None
     weights_J = weights_TL.flatten()[plan.order_J]
     return all_to_all(weights_J, plan.send, plan.recv, plan.group, plan.flight)
+
+
+def bring(plan: RoutingPlan, x_TD: Tensor) -> Tensor:
+    """Send every token to all owners; they arrive with the lookups. For tokens_of_bags."""
+    return spread_tokens(x_TD, plan.bag_counts, plan.group, plan.flight)
+
+
+def tokens_of_bags(plan: RoutingPlan, brought: Tensor) -> Tensor:
+    """What bring() sent, once it has arrived: the token of every bag -> x_GD."""
+    return join_padded(brought, plan.bag_counts)
 
 
 def arrive(plan: RoutingPlan) -> Tensor:

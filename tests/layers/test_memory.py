@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megamem.config import MemoryConfig
+from megamem.layers.expert_table import make_table
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.value_table import ValueTable
@@ -58,7 +59,7 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         make = WeightFactory(seed=SEED, name="table", dtype=torch.float64)
-        self.table = ValueTable(config, make, memory_group or MemoryGroup())
+        self.table = make_table(config, make, memory_group or MemoryGroup())
         self.layers = nn.ModuleList(
             MemoryLayer(
                 config,
@@ -107,7 +108,7 @@ def _matches_one_process(case: Case) -> None:
     grad = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
 
     alone = Model(case.config)
-    start = alone.table.weight.detach().clone()
+    start = {name: weight.detach().clone() for name, weight in alone.table.named_parameters()}
     whole = hidden.clone().requires_grad_()
     expected = alone(whole)
     expected.backward(grad)
@@ -123,10 +124,12 @@ def _matches_one_process(case: Case) -> None:
     )
     shard = many.table.shard
     piece = (shard.rows.local, shard.columns)
-    assert torch.equal(many.table.weight, start[piece]), "a shard starts with other numbers"
-    if case.buffer:
-        many.table.weight.requires_grad_(False)
-        many.table.grad_buffer = torch.zeros_like(many.table.weight)
+    for name, weight in many.table.named_parameters():
+        assert torch.equal(weight, start[name][piece]), f"a shard of {name} starts otherwise"
+    tables = [module for module in many.table.modules() if isinstance(module, ValueTable)]
+    for table in tables if case.buffer else []:
+        table.weight.requires_grad_(False)
+        table.grad_buffer = torch.zeros_like(table.weight)
     counts = list(case.counts or even_counts(tokens, world))
 
     def mine(x: Tensor) -> Tensor:
@@ -142,13 +145,14 @@ def _matches_one_process(case: Case) -> None:
 
     torch.testing.assert_close(out, mine(expected))
     torch.testing.assert_close(part.grad, mine(whole.grad))
-    if case.buffer:
-        many.table.weight.grad = many.table.grad_buffer
-    if memory_group.replicas is not None:
-        dist.all_reduce(many.table.weight.grad, group=memory_group.replicas)
+    for table in tables:
+        if case.buffer:
+            table.weight.grad = table.grad_buffer
+        if memory_group.replicas is not None:
+            dist.all_reduce(table.weight.grad, group=memory_group.replicas)
     theirs = dict(alone.named_parameters())
     for name, param in many.named_parameters():
-        if name == "table.weight":
+        if name.startswith("table."):
             torch.testing.assert_close(param.grad, theirs[name].grad[piece])
             continue
         if case.tokens_sharded and world > 1:
@@ -158,7 +162,7 @@ def _matches_one_process(case: Case) -> None:
 
     _step(alone), _step(many)
     for name, param in many.named_parameters():
-        want = theirs[name][piece] if name == "table.weight" else theirs[name]
+        want = theirs[name][piece] if name.startswith("table.") else theirs[name]
         torch.testing.assert_close(param, want)
 
 
