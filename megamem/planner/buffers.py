@@ -38,7 +38,9 @@ def kept_bytes(job: Job, layout: Layout) -> float:
     """Of one memory layer and microbatch, from its forward to its backward.
 
     A token: the layer's input, its queries, its rows and their weights; of memory+ the read-out,
-    the gate before and after silu, and their product. And the lookups that arrived here.
+    the gate before and after silu, and their product. And the lookups that arrived here; of PEER
+    with three numbers more, the product with u, its gelu, and that times the weight, and the tokens
+    that they are for.
     """
     memory, tokens, e = job.memory, job.microbatch_tokens, job.number_bytes
     queries = memory.memory_heads * memory.key_dim
@@ -54,6 +56,10 @@ def kept_bytes(job: Job, layout: Layout) -> float:
     alone = layout.group_size == 1
     kept += arrived_lookups(job, layout) * (ROW_ID_BYTES + (0 if alone else WEIGHT_BYTES))
     kept += layout.group_size * tokens * ROW_ID_BYTES
+    if memory.memory_variant == "peer":
+        kept += 3 * arrived_lookups(job, layout) * WEIGHT_BYTES
+        # alone, the layer's input itself
+        kept += 0 if alone else layout.group_size * tokens * memory.value_dim * e
     if layout.row_ranks > 1 and layout_wire(job, layout) == "alltoall":
         kept += lookups * layout.column_ranks * ORDER_BYTES
     return kept
@@ -64,7 +70,7 @@ def passing_bytes(job: Job, layout: Layout) -> float:
 
     Forward, the partial sums of all tokens that are read here, as sent and as arrived, and their
     total in fp32. Backward, the gradients of read-out and gate, those of the partial sums, and the
-    lookups sorted by row.
+    lookups sorted by row; PEER's tables take their turns, u after v.
     """
     memory, tokens, e = job.memory, job.microbatch_tokens, job.number_bytes
     width = widest_slice(memory.value_dim, layout.column_ranks)

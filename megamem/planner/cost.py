@@ -143,7 +143,7 @@ def rank_share(job: Job, layout: Layout) -> Share:
     picks = memory.lookups_per_token * job.microbatch_tokens * layout.column_ranks
     readers = (1 if own_tables else layers) * (job.cluster.stage_ranks // layout.group_size)
     return Share(
-        tables=layers if own_tables else 1,
+        tables=memory.num_tables * (layers if own_tables else 1),
         rows=rows,
         width=widest_slice(memory.value_dim, layout.column_ranks),
         picks=picks,
@@ -208,8 +208,13 @@ def _step_seconds(
     memory, cluster, tokens = job.memory, job.cluster, job.microbatch_tokens
     moved = forward_bytes(memory.value_dim, memory.lookups_per_token, tokens, e=e)
     # what every rank of the group sums for these tokens is written and read again
-    moved += (layout.group_size - 1) * tokens * share.width * e
-    moved += backward_bytes(share.touched, share.width, state, e=e)
+    sums = (layout.group_size - 1) * tokens * share.width * e
+    moved += sums + backward_bytes(share.touched, share.width, state, e=e)
+    if memory.memory_variant == "peer":
+        # u is read for the products and for the tokens' gradients; its own gradient needs tokens
+        # alone; and of every token there is one more sum
+        moved += 2 * forward_bytes(memory.value_dim, memory.lookups_per_token, tokens, e=e)
+        moved += sums + backward_bytes(share.touched, share.width, state, e=0)
     stepped = share.touched_by_step if state.touched_only else share.rows
     within_node = cluster.stage_ranks <= cluster.gpus_per_node
     return StepSeconds(

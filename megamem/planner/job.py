@@ -209,6 +209,8 @@ def layouts(job: Job) -> list[Layout]:
     width = job.memory.value_dim
     for size in group_sizes(job.cluster):
         found.append(Layout("row", size, 1))
+        if job.memory.memory_variant == "peer":
+            continue
         if size > 1 and mode_problem("column", width, size, size) is None:
             found.append(Layout("column", size, size))
         cuts = [
@@ -239,6 +241,7 @@ def layout_traffic(job: Job, layout: Layout) -> Traffic:
         column_ranks=layout.column_ranks,
         ranks_per_node=min(size, job.cluster.gpus_per_node),
         wire=layout_wire(job, layout),
+        tokens=memory.memory_variant == "peer",
         e=job.number_bytes,
     )
 

@@ -152,9 +152,9 @@ def memory_layer_parameters(memory: MemoryConfig, hidden_size: int) -> int:
 
 
 def table_parameters(memory: MemoryConfig) -> int:
-    """Numbers in all value tables of the model."""
-    tables = 1 if memory.memory_pool == "shared" else len(memory.memory_layers)
-    return tables * memory.num_rows * memory.value_dim
+    """Numbers in all tables of the model; PEER has two in a pool."""
+    pools = 1 if memory.memory_pool == "shared" else len(memory.memory_layers)
+    return pools * memory.num_tables * memory.num_rows * memory.value_dim
 
 
 def total_parameters(shape: ModelShape, memory: MemoryConfig | None) -> dict[str, int]:
@@ -206,7 +206,11 @@ def stage_layers(num_layers: int, pp: int, stage: int) -> range:
 
 
 def memory_flops_per_token(memory: MemoryConfig, hidden_size: int) -> int:
-    """Matrix FLOPs of one memory layer, forward and backward; reading the table is none."""
+    """Matrix FLOPs of one memory layer, forward and backward; reading the table is none.
+
+    Nor are PEER's products of u with the token: they take L * D multiply-adds, as the sum of a bag
+    does, at the pace at which rows are read, and are counted with neither variant.
+    """
     query = hidden_size * memory.memory_heads * memory.key_dim
     scores = memory.memory_heads * memory.memory_num_keys * memory.key_dim
     output = 2 * hidden_size * memory.value_dim if memory.memory_variant == "memory+" else 0

@@ -7,6 +7,7 @@ layer. A lookup is b bytes (id and weight), the gradient of its weight 4, a coun
 
     row, alltoall    b L f + c (P - 1) + B V e    back  B V e + 4 L f
     row, allgather   b L (P - 1) + (P - 1) V e    back  (P - 1) V e + 4 L (P - 1)
+    row of PEER      either form with twice the V e: tokens travel as sums do, the other way round
     column           b L (P - 1) + V f e          back  V f e + 4 L (P - 1)
     2d               column among the C neighbours that share rows, and among the P / C ranks that
                      share columns row, with the lookups of C ranks each and slices of V / C
@@ -107,13 +108,15 @@ def row_traffic(
     *,
     wire: Wire = "alltoall",
     brought: int = 1,
+    tokens: bool = False,
     e: int = 2,
     packing: Packing = SENT,
 ) -> tuple[float, float]:
     """Forward and backward bytes of row mode.
 
     In 2d a rank brings the lookups of its `brought` neighbours as well, for a slice of the rows:
-    as many bytes of sums, and so many times the bytes of lookups.
+    as many bytes of sums, and so many times the bytes of lookups. Where `tokens` travel to the
+    owners, they and their gradients weigh what sums and theirs do.
     """
     peers = ranks - 1
     if wire == "allgather":
@@ -122,7 +125,7 @@ def row_traffic(
         lookup_peers, bag_peers, counts = peers / ranks, float(peers), packing.count * peers
         if not packing.empty_bags:
             bag_peers = owners_per_token(lookups, ranks) * lookup_peers
-    bags, lookups = bag_peers * width * e, brought * lookups
+    bags, lookups = (2 if tokens else 1) * bag_peers * width * e, brought * lookups
     return (
         packing.lookup * lookups * lookup_peers + brought * counts + bags,
         bags + WEIGHT_GRADIENT_BYTES * lookups * lookup_peers,
@@ -149,6 +152,7 @@ def traffic(
     column_ranks: int = 1,
     ranks_per_node: int | None = None,
     wire: Wire = "alltoall",
+    tokens: bool = False,
     e: int = 2,
     packing: Packing = SENT,
 ) -> Traffic:
@@ -162,6 +166,7 @@ def traffic(
         column_ranks: 2d: neighbouring ranks over which the columns of one row are cut.
         ranks_per_node: of the group; without it all are on one node.
         wire: of the ranks among which rows are cut.
+        tokens: they travel to the owners of their rows, as PEER's do.
         e: bytes of a number of a row.
         packing: what a lookup weighs.
     """
@@ -174,7 +179,7 @@ def traffic(
     across_rows = (row_ranks - near_rows) / (row_ranks - 1) if row_ranks > 1 else 0
     column, column_back = column_traffic(width, lookups, cut, e=e, packing=packing)
     row, row_back = row_traffic(
-        width, lookups, row_ranks, wire=wire, brought=cut, e=e, packing=packing
+        width, lookups, row_ranks, wire=wire, brought=cut, tokens=tokens, e=e, packing=packing
     )
     across = column * across_columns + row * across_rows
     across_back = column_back * across_columns + row_back * across_rows

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megamem.config import MemoryConfig
+from megamem.layers.expert_table import make_table
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.value_table import ValueTable
@@ -22,6 +23,8 @@ BASES = {
 MEMORIES = [
     ("134M", "memory+", [2, 6, 10], 1024, 937.1),
     ("1.3B", "memory", [11], 1024, 3377.6),
+    ("134M", "peer", [6], 768, 1036.9),
+    ("1.3B", "peer", [11], 768, 3645.7),
     ("1.3B", "memory+", [3, 11, 19], 2048, 9823.2),
     ("1.3B", "memory+", [3, 11, 19], 4096, 35618.1),
     ("1.3B", "memory+", [3, 11, 19], 8192, 138747.7),
@@ -54,7 +57,7 @@ def test_memory_totals(base, variant, places, num_keys, total) -> None:
     config = MemoryConfig(
         memory_layers=places, memory_variant=variant, memory_num_keys=num_keys
     ).resolve(hidden)
-    table = ValueTable(config, WeightFactory(seed=0, name="table", device="meta"), MemoryGroup())
+    table = make_table(config, WeightFactory(seed=0, name="table", device="meta"), MemoryGroup())
     memories = [
         MemoryLayer(
             config,

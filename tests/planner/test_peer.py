@@ -1,0 +1,150 @@
+"""What is planned for PEER: two tables, rows only, and tokens on the wire, as ranks send them."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megamem.config import MemoryConfig
+from megamem.layers.expert_table import make_table, table_names
+from megamem.layers.init import WeightFactory
+from megamem.layers.memory import MemoryLayer
+from megamem.metrics import Metrics, Watched
+from megamem.parallel.memory_group import MemoryGroup, form, partition
+from megamem.planner import Layout, make_plan, preset
+from megamem.planner.buffers import kept_bytes, passing_bytes
+from megamem.planner.cost import layout_cost, rank_bytes
+from megamem.planner.job import asked_layout, layouts
+from megamem.planner.sizes import (
+    memory_flops_per_token,
+    memory_layer_parameters,
+    table_parameters,
+    total_parameters,
+)
+from megamem.planner.traffic import Packing, Wire, row_traffic, traffic
+from tests.helpers.distributed import run_distributed
+from tests.planner.jobs import LOOKUPS, TOKENS, WIDTH, job_of, memory_of
+from tests.planner.test_sent import _sent
+
+PEER = {"memory_variant": "peer", "memory_layers": [11]}
+
+
+@pytest.mark.parametrize(("base", "millions"), [("134m", 1036.9), ("1.3b", 3645.7)])
+def test_published_totals(base: str, millions: float) -> None:
+    """One layer, and 768 sub-keys a half."""
+    memory = memory_of(base, 768, **PEER)
+    total = total_parameters(preset(base)[0], memory)["total"]
+    assert total / 1e6 == pytest.approx(millions, abs=0.051)
+
+
+@pytest.mark.parametrize("pool", ["shared", "layer"])
+def test_counts_are_those_of_the_modules(pool: str) -> None:
+    memory = MemoryConfig(
+        memory_layers=[1, 2], memory_variant="peer", memory_pool=pool, memory_qk_norm=True
+    ).resolve(64)
+    make = WeightFactory(seed=0, name="table", device="meta")
+    table = make_table(memory, make, MemoryGroup())
+    layer = MemoryLayer(
+        memory, 64, table, layer=1, group=None, tokens_sharded=True, seed=0, device="meta"
+    )
+    own = sum(param.numel() for param in layer.parameters())
+    assert memory_layer_parameters(memory, 64) == own
+    pools = 2 if pool == "layer" else 1
+    assert table_parameters(memory) == pools * sum(p.numel() for p in table.parameters())
+    plain = MemoryConfig(memory_layers=[1, 2], memory_variant="memory").resolve(64)
+    assert memory_flops_per_token(memory, 64) == memory_flops_per_token(plain, 64)
+
+
+def test_a_rank_holds_two_tables_of_rows() -> None:
+    plain, peer = (job_of(**PEER | {"memory_variant": variant}) for variant in ("memory", "peer"))
+    layout = Layout("row", 8, 1)
+    one, two = (rank_bytes(job, layout) for job in (plain, peer))
+    assert two.table == 2 * one.table and two.dense == one.dense
+    assert all(layout.mode == "row" for layout in layouts(peer)) and len(layouts(peer)) == 7
+    assert asked_layout(job_of(**PEER, memory_mode="auto")) == Layout("row", 1, 1)
+    assert make_plan(job_of(**PEER, world=512)).recommended.layout.mode == "row"
+    replicas = [layout_cost(job, layout).replicas_per_step for job in (plain, peer)]
+    assert replicas[1] == 2 * replicas[0]
+
+
+def test_buffers_by_hand() -> None:
+    """Of 8192 tokens over 8 ranks at a fixed size, so that the lookups of all of them lie here."""
+    plain, peer = (job_of(**PEER | {"memory_variant": variant}) for variant in ("memory", "peer"))
+    arrived, layout = 8 * TOKENS * LOOKUPS, Layout("row", 8, 1)
+    # product, gelu, new weight; and the tokens of all ranks
+    more = 3 * 4 * arrived + 8 * TOKENS * WIDTH * 2
+    assert kept_bytes(peer, layout) == kept_bytes(plain, layout) + more
+    alone = Layout("row", 1, 1)
+    assert kept_bytes(peer, alone) == kept_bytes(plain, alone) + 3 * 4 * TOKENS * LOOKUPS
+    assert passing_bytes(peer, layout) == passing_bytes(plain, layout)
+
+
+def test_rows_are_read_three_times() -> None:
+    """v forward, u forward and backward; each gradient is added up once."""
+    plain, peer = (job_of(**PEER | {"memory_variant": variant}) for variant in ("memory", "peer"))
+    times = [layout_cost(job, Layout("row", 1, 1)).seconds["h100"].lookup for job in (plain, peer)]
+    assert 2 * times[0] < times[1] < 3 * times[0]
+
+
+def test_the_least_that_could_be_sent_goes_to_owners_alone() -> None:
+    least = Packing(lookup=6, count=0, empty_bags=False)
+    options = {"wire": "alltoall", "packing": least}
+    plain, peer = (row_traffic(64, 4, 16, tokens=t, **options) for t in (False, True))
+    owners = 16 * (1 - (15 / 16) ** 4)
+    assert peer[0] - plain[0] == pytest.approx(owners * 15 / 16 * 64 * 2)
+    assert peer[1] - plain[1] == peer[0] - plain[0]
+
+
+NUM_KEYS, HIDDEN, LOCAL, READS = 32, 64, 64, 16
+
+
+def _as_planned(wire: Wire, dtype: torch.dtype) -> None:
+    size = dist.get_world_size()
+    config = MemoryConfig(
+        memory_layers=[0],
+        memory_variant="peer",
+        memory_num_keys=NUM_KEYS,
+        memory_heads=1,
+        memory_topk=READS,
+        memory_wire=wire,
+    ).resolve(HIDDEN)
+    group = form(partition([list(range(size))], size, 1))
+    table = make_table(config, WeightFactory(seed=1, name="t", dtype=dtype), group)
+    watched = Watched(
+        layers=[0], tables=table_names(config), num_keys=NUM_KEYS, heads=1, topk=READS
+    )
+    metrics = Metrics(watched, "cpu")
+    table.metrics, table.u.metrics = metrics.tables["shared"], metrics.tables["shared.u"]
+    # every row once, so that each rank holds as many of the lookups as of the rows
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    pairs_TL = torch.randperm(NUM_KEYS**2, generator=generator).view(LOCAL, READS)
+    weights_TL = torch.rand(LOCAL, READS, requires_grad=True)
+    x_TD = torch.rand(LOCAL, HIDDEN, requires_grad=True, dtype=dtype)
+    planned = traffic("row", HIDDEN, READS, size, wire=wire, tokens=True, e=dtype.itemsize)
+    with _sent() as sent:
+        out_TV = table(pairs_TL, weights_TL, [LOCAL] * size, x_TD)
+    assert sent[0] / LOCAL == pytest.approx(planned.forward), (wire, "forward")
+    with _sent() as back:
+        out_TV.sum().backward()
+    assert back[0] / LOCAL == pytest.approx(planned.backward), (wire, "backward")
+    shown = table.metrics.bytes_sent + table.u.metrics.bytes_sent
+    total = torch.tensor([shown - sent[0] - back[0]])
+    dist.all_reduce(total)
+    # ranks differ by where their lookups went
+    assert abs(total.item()) < 1e-6 * shown
+    metrics.tables["shared.u"].fill(table.u.weight, table.u.shard)
+    report = metrics.report(1)
+    assert report is not None
+    tokens = 2 * (size - 1) * LOCAL * HIDDEN * dtype.itemsize / 1e6
+    assert report.scalars["memory/sent_megabytes/shared.u"] == pytest.approx(tokens)
+
+
+def _all_as_planned() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for wire in ("alltoall", "allgather"):
+            _as_planned(wire, dtype)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_send_what_is_planned(world_size: int) -> None:
+    run_distributed(_all_as_planned, world_size)
