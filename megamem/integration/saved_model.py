@@ -12,14 +12,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megamem.checkpoint import (
     OPTIMIZER,
-    SHARED,
     TABLES,
-    layer_table,
+    placement_key,
     state_key,
     sub_keys_key,
     table_key,
 )
 from megamem.config import MemoryConfig
+from megamem.layers.expert_table import U, table_names
 from megamem.optimizer.state import slots
 
 
@@ -56,11 +56,21 @@ def checkpoint_problems(args: argparse.Namespace, memory: MemoryConfig | None) -
 
 def read_placements(saved: dict[str, tuple[int, ...]], folder: Path) -> dict[str, int]:
     """Table -> the seed that placed its rows."""
-    keys = [key for key in saved if key.startswith(f"{TABLES}.") and key.endswith(".placement")]
-    seeds = {key: torch.empty(saved[key], dtype=torch.int64) for key in keys}
+    keys = {placement_key(table): table for table in saved_tables(saved)}
+    seeds = {key: torch.empty(saved[key], dtype=torch.int64) for key in keys if key in saved}
     if seeds:
         dcp.load(seeds, storage_reader=FileSystemReader(str(folder)), no_dist=True)
-    return {key.split(".")[1]: int(seed) for key, seed in seeds.items()}
+    return {keys[key]: int(seed) for key, seed in seeds.items()}
+
+
+def saved_tables(saved: dict[str, tuple[int, ...]]) -> list[str]:
+    """Name of every table in a checkpoint."""
+    start, end = table_key(" ").split(" ")
+    return sorted(
+        key.removeprefix(start).removesuffix(end)
+        for key in saved
+        if key.startswith(start) and key.endswith(end)
+    )
 
 
 def placement_problems(seeds: dict[str, int], memory: MemoryConfig, folder: str) -> list[str]:
@@ -82,18 +92,18 @@ def state_problems(
 ) -> list[str]:
     """A sentence where the checkpoint lacks state that the tables' optimizer goes on with."""
     wanted = slots(memory.memory_optimizer, args.params_dtype, memory.memory_stochastic_rounding)
-    prefix = f"{OPTIMIZER}.{TABLES}."
-    tables = sorted({key.split(".")[1] for key in saved if key.startswith(f"{TABLES}.")})
-    for table in tables:
+    for table in saved_tables(saved):
         for name, slot in wanted.items():
             shape = (memory.num_rows, memory.value_dim)[: 1 if slot.per_row else 2]
             found = saved.get(state_key(table, name))
             if found == shape:
                 continue
+            prefix = f"{OPTIMIZER}.{TABLES}.{table}."
             kept = sorted(
-                key.removeprefix(f"{prefix}{table}.")
+                key.removeprefix(prefix)
                 for key in saved
-                if key.startswith(f"{prefix}{table}.")
+                # not the state of a table within this one
+                if key.startswith(prefix) and "." not in key.removeprefix(prefix)
             )
             return [
                 f"--memory-optimizer {memory.memory_optimizer} needs {name} of shape "
@@ -110,7 +120,7 @@ def compare(
     saved: dict[str, tuple[int, ...]], memory: MemoryConfig | None, folder: str
 ) -> list[str]:
     """A sentence for each difference between a checkpoint's shapes and the flags."""
-    tables = [key for key in saved if key.startswith(f"{TABLES}.")]
+    tables = saved_tables(saved)
     if memory is None:
         if not tables:
             return []
@@ -125,11 +135,17 @@ def compare(
             "the --memory flags."
         ]
     problems = []
-    shared = memory.memory_pool == "shared"
-    names = [SHARED] if shared else [layer_table(layer) for layer in memory.memory_layers]
-    if missing := [name for name in names if table_key(name) not in saved]:
+    names = table_names(memory)
+    experts = any(table.endswith(f".{U}") for table in tables)
+    if experts != (memory.memory_variant == "peer"):
+        held = "tables u and v of --memory-variant peer" if experts else "values, but no table u"
         problems.append(
-            f"--load {folder} has no table {', '.join(missing)} but {', '.join(sorted(tables))}; "
+            f"--load {folder} holds {held}: --memory-variant {memory.memory_variant} cannot read "
+            "it; use the variant that it was saved with."
+        )
+    elif missing := [name for name in names if name not in tables]:
+        problems.append(
+            f"--load {folder} has no table {', '.join(missing)} but {', '.join(tables)}; "
             "--memory-pool and, with --memory-pool layer, --memory-layers must be as when it was "
             "saved."
         )

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from megamem.checkpoint import SHARED, layer_table
 from megamem.config import MemoryConfig
 from megamem.integration.arguments import settings_from_args
 from megamem.integration.chain import ChainWithTables, find_tables
+from megamem.layers.expert_table import table_names
 from megamem.layers.memory import MemoryLayer
 from megamem.metrics import Metrics, Report, Watched
 
@@ -95,10 +95,9 @@ class TrainingMetrics:
         if not isinstance(optimizer, ChainWithTables):
             return
         layers = sorted(memory.memory_layers)
-        shared = memory.memory_pool == "shared"
         watched = Watched(
             layers=layers,
-            tables=[SHARED] if shared else [layer_table(layer) for layer in layers],
+            tables=table_names(memory),
             num_keys=memory.memory_num_keys,
             heads=memory.memory_heads,
             topk=memory.memory_topk,

@@ -27,6 +27,7 @@ class Sizes:
     value_dim: int = 40
     topk: int = 4
     gated: bool = True
+    experts: bool = False
 
 
 def random_checkpoint(sizes: Sizes, seed: int = 0) -> dict[str, Tensor]:
@@ -43,6 +44,10 @@ def random_checkpoint(sizes: Sizes, seed: int = 0) -> dict[str, Tensor]:
         "output.weight": normal(sizes.vocabulary, hidden, std=0.2),
     }
     table = normal(sizes.num_keys**2, sizes.value_dim if sizes.gated else hidden, std=1)
+    tables = {"values": table}
+    if sizes.experts:
+        # u small enough that gelu is neither a line nor zero
+        tables = {"values_v": table, "values_u": normal(*table.shape, std=hidden**-0.5)}
     for layer in range(sizes.layers):
         own = {
             "attention.wq.weight": normal(hidden, hidden, std=0.3),
@@ -66,10 +71,10 @@ def random_checkpoint(sizes: Sizes, seed: int = 0) -> dict[str, Tensor]:
             keys = (2 * sizes.memory_heads * sizes.num_keys, sizes.key_dim // 2)
             own |= {
                 "feed_forward.keys": normal(*keys, std=0.5),
-                "feed_forward.values.weight": table,
                 "feed_forward.query_proj.query_mlps.0.weight": normal(width, hidden, std=0.3),
                 "feed_forward.query_proj.query_mlps.0.bias": normal(width, std=0.3),
             }
+            own |= {f"feed_forward.{name}.weight": values for name, values in tables.items()}
             if sizes.gated:
                 gate = (sizes.value_dim, hidden)
                 own |= {
@@ -152,8 +157,12 @@ def _memory(x: Tensor, own: dict[str, Tensor], sizes: Sizes) -> Tensor:
     second = torch.einsum("thc,hnc->thn", q[:, :, 1], sub_keys[:, 1])
     scores = (first[..., :, None] + second[..., None, :]).flatten(-2)
     best, rows = scores.topk(sizes.topk, dim=-1)
+    weights = best.softmax(-1)
+    if sizes.experts:
+        u, v = (own[f"feed_forward.values_{name}.weight"][rows] for name in "uv")
+        return ((weights * F.gelu((u * x[:, None, None]).sum(-1)))[..., None] * v).sum((1, 2))
     values = own["feed_forward.values.weight"][rows]
-    out = (best.softmax(-1)[..., None] * values).sum((1, 2))
+    out = (weights[..., None] * values).sum((1, 2))
     if not sizes.gated:
         return out
     gate, proj = "feed_forward.swilu_projection", "feed_forward.value_proj"

@@ -118,7 +118,7 @@ class _Code:
         ({"layers.1.feed_forward.w2.weight": None}, r"lacks layers.1.feed_forward.w2.weight"),
         ({"tok_embeddings.weight": None}, r"lacks tok_embeddings.weight"),
         ({"lm_head.weight": torch.ones(2)}, r"none of a consolidated checkpoint .*lm_head.weight"),
-        ({"layers.0.feed_forward.values_u.weight": torch.ones(2)}, r"a PEER layer"),
+        ({"layers.0.feed_forward.values_u.weight": torch.ones(2)}, r"beside the tables of a PEER"),
         ({"layers.0.feed_forward.gating.weight": torch.ones(1, 64)}, r"a scalar gate"),
         ({"layers.1.attention.wo.weight": torch.ones(64, 63)}, r"shape \[64, 63\], not \[64, 64\]"),
         ({"layers.0.feed_forward.values.weight": torch.ones(80, 40)}, r"contradict"),

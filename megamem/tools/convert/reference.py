@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megamem.checkpoint import SHARED, layer_table, table_key
 from megamem.config import ConfigurationError
+from megamem.layers.expert_table import U
 from megamem.tools.convert import layout
 from megamem.tools.convert.lazy import LazyTensor, computed, of_tensor
 from megamem.tools.convert.reference_file import (
@@ -16,6 +17,8 @@ from megamem.tools.convert.reference_file import (
     ATTENTION_OUT,
     DOWN,
     EMBEDDING,
+    EXPERTS_U,
+    EXPERTS_V,
     FFN_NORM,
     GATE,
     KEYS,
@@ -92,13 +95,16 @@ def convert_reference(
         tensors |= _attention(layer, weights, shape, rope)
         is_memory = layer in memories
         tensors |= _memory(layer, weights, shape) if is_memory else _ffn(layer, weights)
-    tables = [source[f"layers.{layer}.{TABLE}"] for layer in memories]
-    if not separate_tables:
-        _check_equal(tables, memories, advance)
-    names = [layer_table(layer) for layer in memories] if separate_tables else [SHARED]
-    for name, table in zip(names, tables, strict=False):
-        tensors[table_key(name)] = layout.placed(table, memory.memory_num_keys, seed)
-        tensors |= layout.placement_of(name, seed)
+    kinds = {EXPERTS_V: "", EXPERTS_U: f".{U}"} if shape.variant == "peer" else {TABLE: ""}
+    for kind, within in kinds.items():
+        tables = [source[f"layers.{layer}.{kind}"] for layer in memories]
+        if not separate_tables:
+            _check_equal(tables, memories, advance)
+        pools = [layer_table(layer) for layer in memories] if separate_tables else [SHARED]
+        for pool, table in zip(pools, tables, strict=False):
+            name = pool + within
+            tensors[table_key(name)] = layout.placed(table, memory.memory_num_keys, seed)
+            tensors |= layout.placement_of(name, seed)
     return Converted(
         tensors,
         layout.extra_states(len(layers), memories, keep_ffn=False),

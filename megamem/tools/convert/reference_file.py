@@ -6,6 +6,7 @@ layers.I.feed_forward.{w1,w2,w3}      gate, down, up
 layers.I.feed_forward.keys            [2 * heads * N, Q / 2]: head, half, sub-key
 layers.I.feed_forward.values.weight   [N * N, V], again in every memory layer
 layers.I.feed_forward.query_proj...   swilu_projection (the gate), value_proj
+of PEER, in place of values           values_u.weight and values_v.weight [N * N, hidden]
 """
 
 import math
@@ -14,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,15 +29,13 @@ ATTENTION_OUT, ATTENTION_NORM = "attention.wo.weight", "attention_norm.weight"
 FFN_NORM = "ffn_norm.weight"
 GATE, DOWN, UP = (f"feed_forward.{name}.weight" for name in ("w1", "w2", "w3"))
 SUB_KEYS, TABLE = "feed_forward.keys", "feed_forward.values.weight"
+EXPERTS_U, EXPERTS_V = (f"feed_forward.values_{name}.weight" for name in "uv")
 QUERY = "feed_forward.query_proj.query_mlps.0."
 OUT_GATE, OUT_PROJ = "feed_forward.swilu_projection.", "feed_forward.value_proj."
-LINEARS = (QUERY, OUT_GATE, OUT_PROJ)
+GATED = (OUT_GATE, OUT_PROJ)
+LINEARS = (QUERY, *GATED)
 LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-UNSUPPORTED = {
-    "feed_forward.gating.": "a scalar gate on its output",
-    "feed_forward.values_u.": "a PEER layer",
-    "feed_forward.values_v.": "a PEER layer",
-}
+UNSUPPORTED = {"feed_forward.gating.": "a scalar gate on its output"}
 # made anew by every model
 IGNORED = re.compile(r"(rope\.)?freqs_cis|rope\..*")
 
@@ -91,7 +91,7 @@ def layers_of(source: dict[str, Tensor]) -> dict[int, list[str]]:
     layers: dict[int, list[str]] = {}
     unknown = []
     known = {QUERIES, KEYS, VALUES, ATTENTION_OUT, ATTENTION_NORM, FFN_NORM, GATE, DOWN, UP}
-    known |= {SUB_KEYS, TABLE}
+    known |= {SUB_KEYS, TABLE, EXPERTS_U, EXPERTS_V}
     known |= {prefix + part for prefix in LINEARS for part in ("weight", "bias")}
     for key in source:
         match = LAYER.fullmatch(key)
@@ -109,14 +109,22 @@ def layers_of(source: dict[str, Tensor]) -> dict[int, list[str]]:
             f"{', '.join(sorted(unknown)[:3])}{', ...' if len(unknown) > 3 else ''}."
         )
     ordered = dict(sorted(layers.items()))
+    # all memory layers are of one kind
+    experts = any(name in (EXPERTS_U, EXPERTS_V) for names in ordered.values() for name in names)
     missing = [key for key in (EMBEDDING, NORM) if key not in source]
     missing += [f"layers.{n}" for n in range(len(ordered)) if n not in ordered]
     for layer, names in ordered.items():
+        if experts and (strange := [n for n in names if n.startswith((TABLE, *GATED))]):
+            raise ConfigurationError(
+                f"layers.{layer}.{strange[0]} stands beside the tables of a PEER layer (values_u, "
+                "values_v), which has no other, no gate and no projection; megamem neither."
+            )
         needed = {QUERIES, KEYS, VALUES, ATTENTION_OUT, ATTENTION_NORM, FFN_NORM}
         if SUB_KEYS in names:
-            needed |= {TABLE, QUERY + "weight", QUERY + "bias"}
-            if any(name.startswith((OUT_GATE, OUT_PROJ)) for name in names):
-                needed |= {p + part for p in (OUT_GATE, OUT_PROJ) for part in ("weight", "bias")}
+            needed |= {EXPERTS_U, EXPERTS_V} if experts else {TABLE}
+            needed |= {QUERY + "weight", QUERY + "bias"}
+            if any(name.startswith(GATED) for name in names):
+                needed |= {prefix + part for prefix in GATED for part in ("weight", "bias")}
         else:
             needed |= {GATE, DOWN, UP}
         missing += [f"layers.{layer}.{name}" for name in sorted(needed - set(names))]
@@ -143,7 +151,7 @@ class ReferenceShape:
     memory_heads: int
     key_dim: int
     value_dim: int
-    gated: bool
+    variant: Literal["memory", "memory+", "peer"]
 
     @classmethod
     def of(
@@ -161,16 +169,19 @@ class ReferenceShape:
                 f"--num-attention-heads {heads} does not cut queries of width {queries} and keys "
                 f"of width {keys} into heads; use the number that the model was trained with."
             )
-        rows, value_dim = source[first + TABLE].shape
+        experts = first + EXPERTS_V in source
+        table = first + (EXPERTS_V if experts else TABLE)
+        rows, value_dim = source[table].shape
         num_keys = math.isqrt(rows)
         sub_keys, half = source[first + SUB_KEYS].shape
         if num_keys**2 != rows or sub_keys % (2 * num_keys):
             raise ConfigurationError(
-                f"{first}{TABLE} of {rows} rows and {first}{SUB_KEYS} of {sub_keys} contradict "
+                f"{table} of {rows} rows and {first}{SUB_KEYS} of {sub_keys} contradict "
                 "each other: they must be N * N and 2 * heads * N."
             )
         dense = [layer for layer in layers if layer not in memories]
         ffn = source[f"layers.{dense[0]}.{GATE}"].shape[0] if dense else None
+        gated = f"{first}{OUT_GATE}weight" in source
         shape = cls(
             vocabulary=vocabulary,
             hidden=hidden,
@@ -183,7 +194,7 @@ class ReferenceShape:
             memory_heads=sub_keys // (2 * num_keys),
             key_dim=2 * half,
             value_dim=value_dim,
-            gated=f"{first}{OUT_GATE}weight" in source,
+            variant="peer" if experts else "memory+" if gated else "memory",
         )
         shape._check(source, layers)
         return shape
@@ -203,6 +214,8 @@ class ReferenceShape:
             DOWN: (hidden, self.ffn),
             SUB_KEYS: (2 * self.memory_heads * self.num_keys, self.key_dim // 2),
             TABLE: (self.num_keys**2, self.value_dim),
+            EXPERTS_U: (self.num_keys**2, self.value_dim),
+            EXPERTS_V: (self.num_keys**2, self.value_dim),
             QUERY + "weight": (query, hidden),
             QUERY + "bias": (query,),
             OUT_GATE + "weight": (self.value_dim, hidden),
@@ -234,7 +247,7 @@ class ReferenceShape:
         """
         return MemoryConfig(
             memory_layers=layers,
-            memory_variant="memory+" if self.gated else "memory",
+            memory_variant=self.variant,
             memory_num_keys=self.num_keys,
             memory_heads=self.memory_heads,
             memory_topk=min(MemoryConfig().memory_topk, self.num_keys),

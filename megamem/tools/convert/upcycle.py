@@ -5,11 +5,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megamem.checkpoint import SHARED, layer_table, table_key
+from megamem.checkpoint import SHARED, table_key
 from megamem.config import ConfigurationError, MemoryConfig
+from megamem.layers.expert_table import U, make_table, table_names
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
-from megamem.layers.value_table import ValueTable
 from megamem.ops import unplace_rows
 from megamem.parallel.memory_group import MemoryGroup
 from megamem.parallel.row_shard import TableShard
@@ -25,8 +25,8 @@ def upcycle(
     """Give a dense model memory layers, with the initial weights that a run of this seed has.
 
     Where feed-forwards stay (`memory_keep_ffn`) the new layers start by adding zero, so that the
-    model computes what it did: memory+ with a zero projection, memory with a table of zeros. Where
-    they are replaced it cannot, and the loss jumps.
+    model computes what it did: memory+ with a zero projection, memory with a table of zeros, peer
+    with zeros for v. Where they are replaced it cannot, and the loss jumps.
 
     Args:
         source: key -> tensor of the dense checkpoint.
@@ -49,7 +49,7 @@ def upcycle(
     memory = memory.resolve(embedding.shape[1])
     _check_layers(dense, memory)
     keep = memory.memory_keep_ffn
-    zero_table = keep and memory.memory_variant == "memory"
+    zero_table = keep and memory.memory_variant != "memory+"
     if zero_table:
         memory = replace(memory, memory_value_init_std=0.0)
 
@@ -58,11 +58,9 @@ def upcycle(
         if layer in memory.memory_layers:
             rest = layout.memory_in_place_of_ffn(rest, keep)
         tensors |= {layout.layer_key(layer, name): tensor for name, tensor in rest.items()}
-    own_table = memory.memory_pool == "layer"
     for layer in memory.memory_layers:
         tensors |= _new_layer(layer, memory, embedding, seed, zero_output=keep)
-    names = [layer_table(n) for n in memory.memory_layers] if own_table else [SHARED]
-    for name in names:
+    for name in table_names(memory):
         tensors[table_key(name)] = initial_table(name, memory, embedding.dtype, seed)
         tensors |= layout.placement_of(name, memory.memory_placement_seed)
     return tensors, layout.extra_states(dense.num_layers, memory.memory_layers, keep)
@@ -100,7 +98,7 @@ def _new_layer(
     module = MemoryLayer(
         memory,
         hidden,
-        ValueTable(memory, make, MemoryGroup()),
+        make_table(memory, make, MemoryGroup()),
         layer=layer,
         group=None,
         tokens_sharded=True,
@@ -124,7 +122,8 @@ def initial_table(name: str, memory: MemoryConfig, dtype: torch.dtype, seed: int
     pieces = max(1, -(-shape[0] * shape[1] * dtype.itemsize // REGION_BYTES))
     shards = [TableShard.cut(shape, row=(piece, pieces)) for piece in range(pieces)]
     by_offset = {shard.offset: shard for shard in shards}
-    std = memory.memory_value_init_std
+    # an own standard deviation is that of v alone
+    std = None if name.endswith(f".{U}") else memory.memory_value_init_std
     make = WeightFactory(seed=seed, name=name, device="cpu", dtype=dtype)
 
     def rows(region: Region) -> Tensor:
