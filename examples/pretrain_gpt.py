@@ -10,7 +10,8 @@ losses bit for bit.
 Nothing here knows of memory layers: the launcher brings them in.
 """
 
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -134,15 +135,15 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> li
     return BlendedMegatronDatasetBuilder(kind, num_samples, lambda: reads, config).build()
 
 
-def main() -> None:
-    """Read the command line and train."""
+def main(model_config: Callable[[Namespace], Any] = gpt_config_from_args) -> None:
+    """Read the command line and train the model that model_config makes of it."""
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     refused = [f"--{name.replace('_', '-')}" for name in UNSUPPORTED if getattr(args, name, None)]
     if refused:
         raise ConfigurationError(f"only Megatron-LM's pretrain_gpt.py knows {', '.join(refused)}")
     # every rank calls the provider, and the builder tells the ranks apart
     vars(datasets_provider)["is_distributed"] = True
-    settings = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    settings = pretrain_cfg_container_from_args(args, model_config(args))
     pretrain(settings, datasets_provider, ModelType.encoder_or_decoder, forward_step)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.integration import compat
 from megamem.integration.group_checks import group_problems
+from megamem.integration.hybrid_pattern import stage_layers
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,9 @@ REFUSALS = (
     ),
     Refusal(
         "--hybrid-layer-pattern",
-        lambda args: _given("hybrid_layer_pattern")(args) or _given("is_hybrid_model")(args),
-        "hybrid models give attention and MLP layers of their own",
-        "describe the model by --num-layers",
+        lambda args: _given("hybrid_layer_pattern")(args) and compat.HybridModel is None,
+        "this release of Megatron-Core builds such models in another way",
+        "use Megatron-Core 0.18 or later, or describe the model by --num-layers",
     ),
     Refusal(
         "hyper-connections",
@@ -168,11 +169,12 @@ def check(args: argparse.Namespace, memory: MemoryConfig, config: Any) -> None:
     too_deep = [layer for layer in memory.memory_layers if layer >= args.num_layers]
     if too_deep:
         problems.append(
-            f"--memory-layers {' '.join(map(str, too_deep))} is out of range: layers are counted "
+            f"--memory-layers {_words(too_deep)} is out of range: layers are counted "
             f"from 0, and --num-layers {args.num_layers} ends at layer {args.num_layers - 1}."
         )
     problems += _pool_problems(args, memory, config) if not problems else []
     problems += group_problems(args, memory)
+    problems += _pattern_problems(args, memory)
     problems += _ffn_problems(args, memory)
     problems += _optimizer_problems(args, memory)
     ConfigurationError.collect(problems)
@@ -186,7 +188,7 @@ def _pool_problems(args: argparse.Namespace, memory: MemoryConfig, config: Any) 
     for pp_rank in range(args.pipeline_model_parallel_size):
         for vp_stage in range(args.virtual_pipeline_model_parallel_size or 1):
             virtual = vp_stage if args.virtual_pipeline_model_parallel_size else None
-            for layer in compat.stage_layers(config, virtual, pp_rank):
+            for layer in _layers_of(args, config, virtual, pp_rank):
                 stages[layer] = (pp_rank, virtual)
     homes = {layer: stages[layer] for layer in sorted(memory.memory_layers)}
     if len(set(homes.values())) == 1:
@@ -204,18 +206,53 @@ def _pool_problems(args: argparse.Namespace, memory: MemoryConfig, config: Any) 
     ]
 
 
-def _ffn_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:
-    if not memory.memory_keep_ffn or getattr(args, "num_experts", None) is None:
+def _layers_of(
+    args: argparse.Namespace, config: Any, vp_stage: int | None, pp_rank: int
+) -> list[int]:
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if pattern is None:
+        return compat.stage_layers(config, vp_stage, pp_rank)
+    return stage_layers(
+        pattern,
+        args.pipeline_model_parallel_size,
+        pp_rank,
+        vp_stage,
+        first=args.decoder_first_pipeline_num_layers,
+        last=args.decoder_last_pipeline_num_layers,
+    )
+
+
+def _pattern_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:
+    """A memory takes the place of a feed-forward, which not every layer of a hybrid model has."""
+    kinds = compat.feed_forwards(args)
+    wrong = [n for n in memory.memory_layers if n < len(kinds) and not kinds[n]]
+    if not wrong:
         return []
-    experts = compat.expert_layers(args)
-    mixed = [layer for layer in memory.memory_layers if layer < len(experts) and experts[layer]]
+    there = [layer for layer, kind in enumerate(kinds) if kind]
+    return [
+        f"--memory-layers {_words(wrong)} is no feed-forward: --hybrid-layer-pattern "
+        f"{args.hybrid_layer_pattern}, counted from 0, has "
+        + (f"them at {_words(there)}; choose among these." if there else "none; add some (-).")
+    ]
+
+
+def _ffn_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:
+    if not memory.memory_keep_ffn:
+        return []
+    kinds = compat.feed_forwards(args)
+    mixed = [n for n in memory.memory_layers if n < len(kinds) and kinds[n] == "experts"]
     if not mixed:
         return []
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    chosen_by = "--hybrid-layer-pattern" if pattern else "--moe-layer-freq"
     return [
-        f"--memory-keep-ffn keeps a feed-forward, but --moe-layer-freq makes layer "
-        f"{' '.join(map(str, mixed))} a mixture of experts; drop --memory-keep-ffn or choose dense "
-        "layers."
+        f"--memory-keep-ffn keeps a feed-forward, but {chosen_by} makes layer {_words(mixed)} a "
+        "mixture of experts; drop --memory-keep-ffn or choose dense layers."
     ]
+
+
+def _words(numbers: list[int]) -> str:
+    return " ".join(map(str, numbers))
 
 
 def _optimizer_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:

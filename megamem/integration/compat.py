@@ -1,6 +1,7 @@
 """What differs between the supported releases of megatron-core lives here alone."""
 
 import copy
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,11 +17,26 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.training import argument_utils, arguments
 
+from megamem.integration.hybrid_pattern import FEED_FORWARDS, symbols
 from megamem.integration.patching import require
+
+
+def _import_if_there(module: str) -> Any:
+    """The module, or None in a release without it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        return None
+
 
 # where core_transformer_config_from_args is defined, which moved in 0.18
 CONFIG_ROOM: Any = (
     argument_utils if hasattr(argument_utils, "core_transformer_config_from_args") else arguments
+)
+
+# hybrid models, which came in 0.18
+HybridModel: Any = getattr(
+    _import_if_there("megatron.core.models.hybrid.hybrid_model"), "HybridModel", None
 )
 
 
@@ -89,20 +105,22 @@ def mlp_builder(mlp: Any) -> Callable[..., Any]:
     return build
 
 
-def expert_layers(args: Any) -> list[bool]:
-    """Which of the model's layers, before memories, have experts."""
+def feed_forwards(args: Any) -> list[str]:
+    """What each of the model's layers, before memories, has: "dense", "experts", or "" for none."""
+    if pattern := getattr(args, "hybrid_layer_pattern", None):
+        return [FEED_FORWARDS.get(symbol, "") for symbol in symbols(pattern)]
     if getattr(args, "num_experts", None) is None:
-        return [False] * args.num_layers
+        return ["dense"] * args.num_layers
     frequency = args.moe_layer_freq
     if isinstance(frequency, int):
-        return [layer % frequency == 0 for layer in range(args.num_layers)]
-    return [bool(expert) for expert in frequency]
+        frequency = [layer % frequency == 0 for layer in range(args.num_layers)]
+    return ["experts" if has_experts else "dense" for has_experts in frequency]
 
 
-def without_ffn(args: Any, experts: bool) -> Any:
-    """The command line of a model whose dense, or whose expert, feed-forwards have no width."""
+def without_ffn(args: Any, kind: str) -> Any:
+    """The command line of a model whose "dense", or whose "experts", have no width."""
     bare = copy.copy(args)
-    if experts:
+    if kind == "experts":
         bare.moe_ffn_hidden_size = bare.moe_shared_expert_intermediate_size = 0
         bare.moe_latent_size = None
     else:

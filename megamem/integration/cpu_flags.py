@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megamem.integration.cpu_hybrid import ON_CPU
+from megamem.integration.hybrid_pattern import symbols
 from megamem.integration.patching import require
 
 # the argument's name in args, the value that a CPU needs, and how a person writes it
@@ -87,7 +89,14 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         for dest, value, flag in NEEDED
         if getattr(args, dest) != value
     ]
-    return [*contrary, *filter(None, (refusal.problem(args) for refusal in REFUSED))]
+    refused = [*filter(None, (refusal.problem(args) for refusal in REFUSED))]
+    pattern = getattr(args, "hybrid_layer_pattern", None) or ""
+    if strange := "".join(sorted(set(symbols(pattern)) - set(ON_CPU))):
+        refused.append(
+            f"--hybrid-layer-pattern {pattern} has layers ({strange}) that need kernels of a GPU; "
+            f"with --cpu, only these work: {' '.join(ON_CPU)}"
+        )
+    return [*contrary, *refused]
 
 
 @functools.cache  # Megatron reads the command line several times

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megamem.config import ConfigurationError
-from megamem.integration import cpu_flags, cpu_torch
+from megamem.integration import cpu_flags, cpu_hybrid, cpu_torch
 from megamem.integration.cpu_optimizer import FusedAdam
 from megamem.integration.patching import MARKER, replace, require
 
@@ -74,6 +74,7 @@ def _adapt_core() -> None:
     """What megatron.core takes from Transformer Engine or Apex is supplied in plain torch."""
     norm = importlib.import_module("megatron.core.transformer.torch_norm")
     replace(norm.WrappedTorchNorm, "__new__", _norm_under_sequence_parallelism)
+    cpu_hybrid.supply_local_stack()
 
     optimizer = importlib.import_module("megatron.core.optimizer")
     distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")

@@ -1,9 +1,10 @@
-"""Where megamem enters Megatron: nine functions replaced at run time, none of its files changed.
+"""Where megamem enters Megatron: ten functions replaced at run time, none of its files changed.
 
     add_megatron_arguments             the --memory-* flags
     validate_args                      what cannot work is refused
     core_transformer_config_from_args  the settings travel to the model
     GPTModel.__init__                  layer specs get memories, the model gets their tables
+    HybridModel.__init__               the same where a pattern gives each feed-forward a layer
     get_megatron_optimizer             the tables' own optimizer joins Megatron's
     DistributedDataParallel
       .scale_gradients                 the tables' gradients are scaled with the model's
@@ -29,6 +30,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
 from megatron.training import arguments, training
 from megatron.training.global_vars import get_args
 
@@ -43,6 +45,7 @@ from megamem.integration.arguments import (
     settings_from_args,
 )
 from megamem.integration.data_checks import check_data_prefixes
+from megamem.integration.hybrid import memory_stack_spec
 from megamem.integration.launcher import friendly_parser
 from megamem.integration.layer_specs import memory_layer_spec
 from megamem.integration.memory_mlp import ValueTables
@@ -64,6 +67,8 @@ def install() -> None:
     replace_everywhere(arguments, "validate_args", _validate)
     replace_everywhere(compat.CONFIG_ROOM, "core_transformer_config_from_args", _carry_settings)
     replace(GPTModel, "__init__", _build_memories)
+    if compat.HybridModel is not None:
+        replace(compat.HybridModel, "__init__", _build_memories)
     replace(training, "get_megatron_optimizer", _add_table_optimizer)
     replace(DistributedDataParallel, "scale_gradients", _scale_tables)
     replace(training, "num_floating_point_operations", _count_flops)
@@ -114,26 +119,32 @@ def _carry_settings(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _build_memories(original: Callable[..., Any]) -> Callable[..., Any]:
+    """GPTModel's layers, and those of a hybrid model, by the name of what describes them."""
     signature = inspect.signature(original)
+    hybrid = "hybrid_stack_spec" in signature.parameters
 
-    def __init__(self: GPTModel, *rest: Any, **more: Any) -> None:
+    def __init__(self: MegatronModule, *rest: Any, **more: Any) -> None:
         bound = signature.bind(self, *rest, **more)
         bound.apply_defaults()
         given = bound.arguments
-        settings = getattr(given["config"], ATTRIBUTE, None)
+        config = given["config"]
+        settings = getattr(config, ATTRIBUTE, None)
         if settings is None:
             return original(self, *rest, **more)
-        spec = memory_layer_spec(
-            given["config"],
-            given["transformer_layer_spec"],
-            settings,
-            pg_collection=given["pg_collection"] or ProcessGroupCollection.use_mpu_process_groups(),
-            vp_stage=given["vp_stage"],
-        )
-        given["transformer_layer_spec"] = spec.block
+        groups = given["pg_collection"] or ProcessGroupCollection.use_mpu_process_groups()
+        here = {"pg_collection": groups, "vp_stage": given["vp_stage"]}
+        if hybrid:
+            pattern = given["hybrid_layer_pattern"]
+            given["hybrid_stack_spec"], tables = memory_stack_spec(
+                config, given["hybrid_stack_spec"], settings, pattern, **here
+            )
+        else:
+            given["transformer_layer_spec"], tables = memory_layer_spec(
+                config, given["transformer_layer_spec"], settings, **here
+            )
         original(*bound.args, **bound.kwargs)
-        if spec.tables:
-            self.add_module(TABLES, ValueTables(given["config"], spec.tables))
+        if tables:
+            self.add_module(TABLES, ValueTables(config, tables))
 
     return __init__
 

@@ -1,7 +1,7 @@
 """Puts memory layers into the layer specs of a GPT, whichever spec builder made them."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -32,14 +32,6 @@ class MemorySettings:
     """Sequences of different lengths may reach the ranks that share a table."""
 
 
-@dataclass
-class MemoryLayerSpec:
-    """A block's layer specs with memories in them, and the tables that these read."""
-
-    block: TransformerBlockSubmodules
-    tables: dict[str, ValueTable] = field(default_factory=dict)
-
-
 def memory_layer_spec(
     config: TransformerConfig,
     spec: ModuleSpec | TransformerBlockSubmodules,
@@ -47,8 +39,8 @@ def memory_layer_spec(
     *,
     pg_collection: ProcessGroupCollection,
     vp_stage: int | None = None,
-) -> MemoryLayerSpec:
-    """Replace the MLPs of this stage's memory layers; the caller registers the tables.
+) -> tuple[TransformerBlockSubmodules, dict[str, ValueTable]]:
+    """A block's layer specs with memories in them, and the tables that these read, to register.
 
     Args:
         config: Megatron's.
@@ -61,34 +53,39 @@ def memory_layer_spec(
     block = compat.block_submodules(config, spec, vp_stage, pp_rank)
     layers = compat.stage_layers(config, vp_stage, pp_rank)
     assert len(layers) == len(block.layer_specs), (layers, len(block.layer_specs))
+    tables = stage_tables(config, settings, layers, pg_collection)
+    specs = [
+        with_memory(config, spec, layer, settings, tables)
+        if layer in settings.memory.memory_layers
+        else spec
+        for layer, spec in zip(layers, block.layer_specs, strict=True)
+    ]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=block.layer_norm), tables
+
+
+def stage_tables(
+    config: TransformerConfig,
+    settings: MemorySettings,
+    layers: list[int],
+    pg_collection: ProcessGroupCollection,
+) -> dict[str, ValueTable]:
+    """The tables, by name, that the memories among these layers of one stage read; maybe none.
+
+    All ranks must call it: it makes process groups.
+    """
     memory = settings.memory
-    # before any stage turns back: making process groups takes all ranks
     group = memory_group(memory, pg_collection)
-    here = [layer for layer in layers if layer in memory.memory_layers]
-    if not here:
-        return MemoryLayerSpec(block)
-
-    shared = memory.memory_pool == "shared"
-    names = [SHARED] if shared else [layer_table(layer) for layer in here]
-    tables = {name: build_table(config, memory, name, settings.seed, group) for name in names}
-    specs = list(block.layer_specs)
-    for layer in here:
-        place = layers.index(layer)
-        specs[place] = _with_memory(
-            config,
-            specs[place],
-            memory=memory,
-            values=tables[SHARED if shared else layer_table(layer)],
-            layer=layer,
-            seed=settings.seed,
-            tokens_vary=settings.tokens_vary,
-        )
-    return MemoryLayerSpec(
-        TransformerBlockSubmodules(layer_specs=specs, layer_norm=block.layer_norm), tables
-    )
+    names = {_table_of(layer, memory) for layer in layers if layer in memory.memory_layers}
+    return {name: build_table(config, memory, name, settings.seed, group) for name in sorted(names)}
 
 
-def _with_memory(config: TransformerConfig, spec: ModuleSpec, **params: Any) -> ModuleSpec:
+def with_memory(
+    config: TransformerConfig,
+    spec: ModuleSpec,
+    layer: int,
+    settings: MemorySettings,
+    tables: dict[str, ValueTable],
+) -> ModuleSpec:
     """The spec of one layer, its MLP slot filled with a memory. The given spec stays as it is."""
     submodules = copy.copy(spec.submodules)
     ffn = submodules.mlp
@@ -97,7 +94,14 @@ def _with_memory(config: TransformerConfig, spec: ModuleSpec, **params: Any) -> 
         # linear, so the norm gets a place of its own, and a feed-forward that stays goes without
         submodules.pre_mlp_layernorm = compat.transformer_engine_norm()
         ffn = compat.without_fused_norm(ffn)
-    if params["memory"].memory_keep_ffn:
+    params: dict[str, Any] = {
+        "memory": settings.memory,
+        "values": tables[_table_of(layer, settings.memory)],
+        "layer": layer,
+        "seed": settings.seed,
+        "tokens_vary": settings.tokens_vary,
+    }
+    if settings.memory.memory_keep_ffn:
         params["ffn"] = compat.mlp_builder(ffn)
     submodules.mlp = ModuleSpec(module=MemoryMLP, params=params)
     # the local spec saves the norm before the MLP under the name of the fused one
@@ -109,3 +113,8 @@ def _with_memory(config: TransformerConfig, spec: ModuleSpec, **params: Any) -> 
     changed = copy.copy(spec)
     changed.submodules = submodules
     return changed
+
+
+def _table_of(layer: int, memory: MemoryConfig) -> str:
+    """The name of the table that a layer reads."""
+    return SHARED if memory.memory_pool == "shared" else layer_table(layer)

@@ -52,13 +52,13 @@ def with_memory_flops(
     if memory.memory_keep_ffn:
         return whole + added
 
-    experts = compat.expert_layers(args)
+    feed_forwards = compat.feed_forwards(args)
     replaced = 0.0
-    for is_expert in (False, True):
-        layers = [n for n, expert in enumerate(experts) if expert == is_expert]
+    for kind in ("dense", "experts"):
+        layers = [n for n, its_kind in enumerate(feed_forwards) if its_kind == kind]
         gone = sum(layer in layers for layer in memory.memory_layers)
         if gone:
-            bare = count(compat.without_ffn(args, is_expert), batch_size, *rest, **more)
+            bare = count(compat.without_ffn(args, kind), batch_size, *rest, **more)
             replaced += (whole - bare) * gone / len(layers)
     return whole - replaced + added
 

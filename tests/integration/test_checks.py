@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamem.config import ConfigurationError, MemoryConfig
-from megamem.integration import checks
+from megamem.integration import checks, compat
 from megamem.integration.arguments import with_layout
 from tests.helpers.megatron_runs import run_training
 
@@ -65,7 +65,7 @@ def test_what_works_is_not_refused() -> None:
         ({"inference_fuse_tp_communication": True}, "--inference-fuse-tp-communication"),
         ({"transformer_impl": "inference_optimized"}, "--transformer-impl inference_optimized"),
         ({"heterogeneous_layers_config_path": "x"}, "--heterogeneous-layers-config-path"),
-        ({"hybrid_layer_pattern": "M*-"}, "--hybrid-layer-pattern"),
+        ({"hybrid_layer_pattern": "M*-*-*-*-", "no_hybrid": True}, "--hybrid-layer-pattern"),
         ({"enable_hyper_connections": True}, "hyper-connections"),
         ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards"),
         ({"optimizer": "muon"}, "--optimizer other than adam and sgd"),
@@ -73,7 +73,9 @@ def test_what_works_is_not_refused() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_options_of_megatron_that_do_not_work(given: dict, option: str) -> None:
+def test_options_of_megatron_that_do_not_work(monkeypatch, given: dict, option: str) -> None:
+    if given.pop("no_hybrid", False):  # as in 0.17
+        monkeypatch.setattr(compat, "HybridModel", None)
     with pytest.raises(ConfigurationError, match=f"does not work with {option}.*: .+; .+"):
         _check(**given)
 
@@ -105,6 +107,29 @@ def test_a_shared_pool_stays_on_one_stage(virtual, where) -> None:
 def test_a_kept_feed_forward_is_dense() -> None:
     with pytest.raises(ConfigurationError, match="--memory-keep-ffn .* makes layer 2 a mixture"):
         _check(num_experts=4, moe_layer_freq=2, memory={"memory_keep_ffn": True})
+
+
+HYBRID = {
+    **{"hybrid_layer_pattern": "*-*-*-E*", "num_layers": 8},
+    **{"decoder_first_pipeline_num_layers": None, "decoder_last_pipeline_num_layers": None},
+}
+STAGES = {**HYBRID, "hybrid_layer_pattern": "*-*|-*-E*", "pipeline_model_parallel_size": 2}
+
+
+def test_memories_in_a_hybrid_model_take_the_place_of_feed_forwards() -> None:
+    _check(**HYBRID, memory={"memory_layers": [1, 6]})
+    _check(**HYBRID, memory={"memory_layers": [1], "memory_keep_ffn": True})
+    _check(**STAGES, memory={"memory_layers": [3, 5]})
+    uneven = {**HYBRID, "pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 6}
+    _check(**uneven, memory={"memory_layers": [1, 5]})
+    with pytest.raises(ConfigurationError, match="--memory-layers 0 7 is no feed-forward: .* at 1"):
+        _check(**HYBRID, memory={"memory_layers": [0, 1, 7]})
+    with pytest.raises(ConfigurationError, match=r"\*\*\*, counted from 0, has none; add some"):
+        _check(**{**HYBRID, "hybrid_layer_pattern": "***"}, memory={"memory_layers": [2]})
+    with pytest.raises(ConfigurationError, match="layer 1 on stage 0; layer 3 on stage 1"):
+        _check(**STAGES, memory={"memory_layers": [1, 3]})
+    with pytest.raises(ConfigurationError, match="--hybrid-layer-pattern makes layer 6 a mixture"):
+        _check(**HYBRID, memory={"memory_layers": [6], "memory_keep_ffn": True})
 
 
 def test_a_constant_rate_is_named() -> None:

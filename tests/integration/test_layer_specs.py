@@ -16,17 +16,24 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megamem.checkpoint import SHARED
 from megamem.config import MemoryConfig
 from megamem.integration import compat
-from megamem.integration.layer_specs import _with_memory
+from megamem.integration.layer_specs import MemorySettings, with_memory
 from megamem.integration.memory_mlp import MemoryMLP
 
 CONFIG = TransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=2)
 
 
-def _memory(**settings) -> dict:
+TABLE = object()
+
+
+def _with_memory(spec: ModuleSpec, **settings) -> TransformerLayerSubmodules:
     memory = MemoryConfig(memory_layers=[0], memory_num_keys=4, memory_topk=2, **settings)
-    return {"memory": memory.resolve(16), "layer": 0}
+    resolved = MemorySettings(memory=memory.resolve(16), seed=0)
+    changed = with_memory(CONFIG, spec, 0, resolved, {SHARED: TABLE}).submodules
+    assert changed.mlp.params["values"] is TABLE
+    return changed
 
 
 def _transformer_engine_spec(mlp) -> ModuleSpec:
@@ -51,7 +58,7 @@ SLOTS = [
 @pytest.mark.parametrize("slot", SLOTS)
 def test_transformer_engine_gets_the_norm_that_was_in_its_mlp(slot) -> None:
     given = _transformer_engine_spec(slot)
-    changed = _with_memory(CONFIG, given, **_memory()).submodules
+    changed = _with_memory(given)
     assert changed.pre_mlp_layernorm is TENorm
     assert changed.mlp.module is MemoryMLP and "ffn" not in changed.mlp.params
     assert changed.sharded_state_dict_keys_map == {}
@@ -67,15 +74,15 @@ def test_a_transformer_engine_ffn_that_stays_does_not_normalise_again(slot) -> N
     assert submodules.linear_fc1 is TEColumnParallelLinear
     assert submodules.linear_fc2 is TERowParallelLinear
     assert FUSED.linear_fc1 is TELayerNormColumnParallelLinear
-    changed = _with_memory(CONFIG, _transformer_engine_spec(slot), **_memory(memory_keep_ffn=True))
-    assert callable(changed.submodules.mlp.params["ffn"])
+    changed = _with_memory(_transformer_engine_spec(slot), memory_keep_ffn=True)
+    assert callable(changed.mlp.params["ffn"])
 
 
 def test_the_local_spec_keeps_its_norm_and_saves_it_under_its_own_name() -> None:
     spec = ModuleSpec(module=TransformerLayer, submodules=get_gpt_layer_local_submodules())
     norm = spec.submodules.pre_mlp_layernorm
     assert any("mlp" in name for name in spec.submodules.sharded_state_dict_keys_map.values())
-    changed = _with_memory(CONFIG, spec, **_memory()).submodules
+    changed = _with_memory(spec)
     assert changed.pre_mlp_layernorm is norm and changed.mlp.module is MemoryMLP
     saved = changed.sharded_state_dict_keys_map
     assert saved and not any("mlp" in name for name in saved.values())

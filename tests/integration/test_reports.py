@@ -96,6 +96,22 @@ def test_a_memory_in_place_of_experts() -> None:
     assert _counted(memory, args) == pytest.approx(expected)
 
 
+def test_a_memory_in_a_hybrid_model() -> None:
+    hybrid = {
+        **{"hybrid_layer_pattern": "*-*-*E", "num_layers": 6, "moe_ffn_hidden_size": 96},
+        **{"mamba_state_dim": 128, "mamba_head_dim": 64, "mamba_num_groups": 8},
+        **{"mamba_num_heads": 8, "linear_key_head_dim": None, "linear_value_head_dim": None},
+        **{"linear_num_key_heads": None, "linear_num_value_heads": None},
+        **{"linear_conv_kernel_dim": None},
+    }
+    whole = num_floating_point_operations(_args(**hybrid), 2)
+    dense_ffn, expert_ffn = 6 * HIDDEN * FFN * 2, 6 * HIDDEN * 96 * 2 * 2
+    memory = _memory(memory_layers=[1, 5])
+    added = 2 * reports.layer_flops_per_token(memory, HIDDEN)
+    expected = whole + TOKENS * (added - dense_ffn - expert_ffn)
+    assert _counted(memory, _args(**hybrid)) == pytest.approx(expected)
+
+
 def test_rows_are_parameters_and_no_flops() -> None:
     few, many = _memory(memory_value_dim=64), _memory(memory_value_dim=64, memory_topk=16)
     assert _counted(few, _args()) == _counted(many, _args())

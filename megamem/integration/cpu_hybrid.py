@@ -1,0 +1,68 @@
+"""Hybrid models on a CPU: the layers of their stack in Megatron's plain torch.
+
+Megatron has the specs of a hybrid stack for Transformer Engine alone. Here the same names hold the
+local forms, so that the `--spec` of a real run works as it is.
+"""
+
+import importlib
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+ON_CPU = "*-E"
+"""Symbols of layers that need no kernels of a GPU."""
+
+HYBRID = "megatron.core.models.hybrid"
+
+
+def supply_local_stack() -> None:
+    """Replace the stack's spec, and the last norm, in releases that have hybrid models."""
+    if find_spec(HYBRID) is None:
+        return
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    specs: Any = importlib.import_module(f"{HYBRID}.hybrid_layer_specs")
+    block: Any = importlib.import_module(f"{HYBRID}.hybrid_block")
+    block.TENorm = WrappedTorchNorm
+    stack = specs.hybrid_stack_spec.submodules
+    attention, dense, experts = _local_layers()
+    stack.attention_layer.submodules = attention
+    stack.mlp_layer.submodules = dense
+    stack.moe_layer.submodules = experts
+
+
+def _local_layers() -> tuple[Any, Any, Any]:
+    """Attention, dense feed-forward and experts, each behind a norm of its own."""
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=DotProductAttention,
+        linear_proj=RowParallelLinear,
+    )
+    causal = {"attn_mask_type": AttnMaskType.causal}
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    behind_norm = partial(
+        TransformerLayerSubmodules,
+        pre_mlp_layernorm=WrappedTorchNorm,
+        mlp_bda=get_bias_dropout_add,
+    )
+    return (
+        TransformerLayerSubmodules(
+            input_layernorm=WrappedTorchNorm,
+            self_attention=ModuleSpec(SelfAttention, params=causal, submodules=attention),
+            self_attn_bda=get_bias_dropout_add,
+        ),
+        behind_norm(mlp=partial(MLP.as_mlp_submodule, submodules=linears)),
+        # the number is replaced by that of the command line; it says only that there are experts
+        behind_norm(mlp=get_moe_module_spec(use_te=False, num_experts=2, moe_grouped_gemm=False)),
+    )
