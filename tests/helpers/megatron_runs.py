@@ -21,6 +21,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.helpers.warm_ranks import Request, server
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_gpt.py"
 TIMEOUT = 240.0
@@ -129,10 +131,7 @@ def launch(
     ranks = ["torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "-m"]
     modules = [*(ranks if nproc > 1 else []), module]
     command = [sys.executable, "-m", *modules, *map(str, words)]
-    # the interpreter of the tests' own kernels is not part of a run
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     started, mark = time.monotonic(), uuid.uuid4().hex
-    ours = {"OMP_NUM_THREADS": "1", MARK: mark}
     # a file, as a pipe would be held open by whoever outlives the run
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
@@ -140,7 +139,7 @@ def launch(
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env={**inherited, **ours, **(environment or {})},
+            env=_environment(environment) | {MARK: mark},
         )
         late = ""
         try:
@@ -152,7 +151,44 @@ def launch(
         output.seek(0)
         stdout = output.read() + late
     seconds = time.monotonic() - started
-    log = TrainingLog(name, command, process.returncode, stdout, seconds)
+    return _checked(TrainingLog(name, command, process.returncode, stdout, seconds), check)
+
+
+def launch_warm(
+    name: str,
+    nproc: int,
+    *words: object,
+    check: bool = True,
+    environment: dict[str, str] | None = None,
+    module: str = "megamem.run",
+) -> TrainingLog:
+    """launch(), on ranks that have Megatron imported already."""
+    __tracebackhide__ = True
+    started = time.monotonic()
+    with tempfile.NamedTemporaryFile("r") as output:
+        request = Request(
+            module=module,
+            words=[*map(str, words)],
+            ranks=nproc,
+            environment=_environment(environment),
+            folder=str(ROOT),
+            output=output.name,
+        )
+        status, late = server(ROOT).run(request, TIMEOUT)
+        stdout = output.read() + late
+    command = [f"{nproc} x python -m", module, *request.words]
+    log = TrainingLog(name, command, status, stdout, time.monotonic() - started)
+    return _checked(log, check)
+
+
+def _environment(added: dict[str, str] | None) -> dict[str, str]:
+    # the interpreter of the tests' own kernels is not part of a run
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return {**inherited, "OMP_NUM_THREADS": "1", **(added or {})}
+
+
+def _checked(log: TrainingLog, check: bool) -> TrainingLog:
+    __tracebackhide__ = True
     if check and log.returncode != 0:
         pytest.fail(log.tail(), pytrace=False)
     return log
@@ -175,6 +211,7 @@ def run_training(
     data: tuple[object, ...] = ("--mock-data", "--split", "8,1,1"),
     module: str = "megamem.run",
     environment: dict[str, str] | None = None,
+    cold: bool = False,
 ) -> TrainingLog:
     """Train a tiny GPT on the CPU through the launcher; later flags overrule the usual ones.
 
@@ -186,8 +223,10 @@ def run_training(
         data: the flags that say what to train on.
         module: what is launched; megamem.run, or a stand-in with its command line.
         environment: variables for it.
+        cold: in processes that are started as a user starts them, by torchrun.
     """
     __tracebackhide__ = True
     usual = [word for pair in (MODEL | TRAINING).items() for word in pair]
     words = ("--cpu", script, *usual, *SWITCHES, *data, *flags)
-    return launch(name, nproc, *words, check=check, module=module, environment=environment)
+    start = launch if cold else launch_warm
+    return start(name, nproc, *words, check=check, module=module, environment=environment)
