@@ -109,7 +109,7 @@ def test_too_many_facts_are_refused_by_flag() -> None:
 
 
 def test_counts_and_bits_are_those_of_a_direct_computation() -> None:
-    split = corpus.choose_facts(SETS, REAL + 1000, 20, 9, generate=True)
+    split = corpus.choose_facts(SETS, REAL + 1001, 20, 9, generate=True)
     counts = {count.relation: count for count in corpus.count_relations(split)}
     held_in = list(split.held_in())
     assert {name: count.facts for name, count in counts.items()} == Counter(
