@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megamem.checkpoint import state_key, table_key
+from megamem.checkpoint import placement_key, state_key, table_key
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.integration.saved_model import compare, saved_tables, state_problems
 from tests.helpers.checkpoints import saved_tensors
@@ -51,10 +51,14 @@ def test_tensor_parallel_ranks_take_the_steps_of_one_process(
     _same_steps(log, alone)
     assert log.stdout.count("memory: rows used") == 8
     found = saved_tensors(folder / "iter_0000004")
-    for table in ("shared", "shared.u"):
-        for key in (table_key(table), *(state_key(table, of) for of in ("exp_avg", "exp_avg_sq"))):
-            assert found[key].shape == (ROWS, HIDDEN)
-            assert found[key].any(1).sum() > ROWS / 2
+    tables, moments = ("shared", "shared.u"), ("exp_avg", "exp_avg_sq")
+    wide = {table_key(t) for t in tables} | {state_key(t, of) for t in tables for of in moments}
+    # nothing of Megatron's own optimizer among them
+    of_tables = {key for key in found if "memory_values" in key}
+    assert of_tables == wide | {placement_key(table) for table in tables}
+    for key in wide:
+        assert found[key].shape == (ROWS, HIDDEN)
+        assert found[key].any(1).sum() > ROWS / 2
     # by the flag, and by the width
     assert found[table_key("shared")].std() > 1.3 * found[table_key("shared.u")].std()
 
@@ -115,7 +119,8 @@ def test_state_of_u_that_is_missing_is_named() -> None:
     (problem,) = state_problems(saved | state, args, _memory(), "ckpt")
     assert "needs exp_avg_sq of shape [64, 16] for table shared.u, but" in problem
     assert "holds exp_avg;" in problem
-    (problem,) = state_problems(saved, args, _memory(), "ckpt")
+    of_u = {state_key("shared.u", "exp_avg"): (64, 16)}
+    (problem,) = state_problems(saved | of_u, args, _memory(), "ckpt")
     assert "for table shared, but --load ckpt holds no state" in problem
     state |= {state_key("shared.u", "exp_avg_sq"): (64, 16)}
     assert state_problems(saved | state, args, _memory(), "ckpt") == []
