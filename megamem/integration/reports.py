@@ -16,7 +16,8 @@ def layer_flops_per_token(memory: MemoryConfig, hidden_size: int) -> int:
     """Matrix FLOPs of a memory layer for one token, forward and backward.
 
     Query, scores of both halves, gate and projection. The table is read, not multiplied: its rows
-    count as parameters, never as FLOPs.
+    count as parameters, never as FLOPs. So do PEER's, whose products with the token take as many
+    multiply-adds as the sum of a bag, heads * topk * hidden, which no variant counts.
     """
     query = hidden_size * memory.memory_heads * memory.key_dim
     scores = memory.memory_heads * memory.memory_num_keys * memory.key_dim
@@ -25,9 +26,9 @@ def layer_flops_per_token(memory: MemoryConfig, hidden_size: int) -> int:
 
 
 def table_parameters(memory: MemoryConfig) -> int:
-    """Numbers in all value tables of the model."""
-    tables = 1 if memory.memory_pool == "shared" else len(memory.memory_layers)
-    return tables * memory.num_rows * memory.value_dim
+    """Numbers in all tables of the model; PEER has two in a pool."""
+    pools = 1 if memory.memory_pool == "shared" else len(memory.memory_layers)
+    return pools * memory.num_tables * memory.num_rows * memory.value_dim
 
 
 def with_memory_flops(
@@ -66,7 +67,10 @@ def with_memory_flops(
 def summary(memory: MemoryConfig, hidden_size: int, ranks: int) -> str:
     """One line about the memory layers of a run, for its log."""
     layers = ", ".join(map(str, sorted(memory.memory_layers)))
-    tables = "one shared table" if memory.memory_pool == "shared" else "a table each"
+    shared, experts = memory.memory_pool == "shared", memory.memory_variant == "peer"
+    tables = "one shared table" if shared else "a table each"
+    if experts:
+        tables = "two shared tables (u, v)" if shared else "two tables (u, v) each"
     numbers = table_parameters(memory)
     keys = memory.memory_heads * memory.memory_num_keys * memory.key_dim
     share = f", {_si(numbers / ranks)} on each of {ranks} ranks" if ranks > 1 else ""

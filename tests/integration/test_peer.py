@@ -26,6 +26,8 @@ def alone() -> TrainingLog:
 @pytest.mark.gloo
 def test_the_loss_falls_and_both_tables_are_counted(alone: TrainingLog) -> None:
     assert alone.losses[-1] < alone.losses[0] - 0.1
+    said = "2 heads x 4 rows, two shared tables (u, v) of 81 x 64 = 10.37 k parameters;"
+    assert f"layers 0, 1 are peer: {said}" in alone.stdout
     feed_forward, attention, norms = 2 * 64 * 128, 4 * 64 * 64, 4 * 64
     # 2 heads of width 256
     query, sub_keys = 512 * (64 + 1), 2 * 2 * 9 * 128
