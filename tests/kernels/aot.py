@@ -93,6 +93,17 @@ def _gradient(
     return run
 
 
+def _products(dtype: torch.dtype, width: int) -> Callable[[int], None]:
+    """Rows times the vectors of their bags, which is a weight gradient alone."""
+
+    def run(tokens: int) -> None:
+        lookups = sort_lookups(*_lookups(tokens), 2**20)
+        vectors, values = _meta(tokens, width, dtype=dtype), _meta(2**20, width, dtype=dtype)
+        row_gradient(lookups, vectors, values, None)
+
+    return run
+
+
 def _topk(dtype: torch.dtype, num_keys: int, key_dim: int, topk: int) -> Callable[[int], None]:
     return lambda tokens: product_topk(
         _meta(tokens, 4, 2 * key_dim, dtype=dtype),
@@ -170,6 +181,7 @@ MORE_CASES: dict[str, Callable[[int], None]] = {
     "gradient bf16 += fp32": _gradient(BF16, 2048, out_dtype=FP32),
     "gradient bf16 += bf16": _gradient(BF16, 4096, out_dtype=BF16),
     "gradient bf16 sparse": _gradient(BF16, 2048, sparse=True, want_weights=False),
+    "products bf16 V=2048": _products(BF16, 2048),
     "gradient of sub-keys": _gradient(BF16, 256, want_weights=False, num_rows=8192),
     "top-k fp32 N=4096 C=512 K=32": _topk(FP32, 4096, 512, 32),
     "top-k bf16 N=16384 C=128 K=64": _topk(BF16, 16384, 128, 64),
