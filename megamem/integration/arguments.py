@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+from datetime import timedelta
 
 import torch
 from megatron.training.argument_utils import ArgumentGroupFactory
@@ -34,7 +35,9 @@ def settings_from_args(args: argparse.Namespace) -> MemorySettings | None:
     if not memory.enabled:
         return None
     memory = with_layout(memory.resolve(args.hidden_size), args)
-    return MemorySettings(memory=memory, seed=args.seed, tokens_vary=tokens_vary(args))
+    return MemorySettings(
+        memory=memory, seed=args.seed, tokens_vary=tokens_vary(args), timeout=timeout(args)
+    )
 
 
 def with_layout(memory: MemoryConfig, args: argparse.Namespace) -> MemoryConfig:
@@ -64,6 +67,11 @@ def tokens_vary(args: argparse.Namespace) -> bool:
     wide = (args.memory_group_size or 1) > args.tensor_model_parallel_size
     packs = ("variable_seq_lengths", "sft", "use_packed_sequence", "sequence_packing_scheduler")
     return wide and any(bool(getattr(args, name, None)) for name in packs)
+
+
+def timeout(args: argparse.Namespace) -> timedelta:
+    """How long a collective may wait for a rank: as long as Megatron's own."""
+    return timedelta(minutes=args.distributed_timeout_minutes)
 
 
 def idle_flags(memory: MemoryConfig) -> list[str]:

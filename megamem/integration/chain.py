@@ -7,6 +7,7 @@ what to save; it never sees the gradients themselves, which would cost passes ov
 import logging
 import math
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class TableMember(MegatronOptimizer):
         data_ranks: int,
         clip_apart: float | None,
         loss_scale: Callable[[], Tensor],
+        timeout: timedelta | None = None,
     ) -> None:
         """Join the tables' optimizer to a run.
 
@@ -65,6 +67,7 @@ class TableMember(MegatronOptimizer):
             clip_apart: norm at which the tables' gradient is clipped by itself; None: with the
                 model's.
             loss_scale: that of the model.
+            timeout: of the collectives of all ranks; None is that of the backend.
         """
         super().__init__(optimizer, config)
         self.is_stub_optimizer = False
@@ -74,7 +77,7 @@ class TableMember(MegatronOptimizer):
         self.squares: dict[str, Tensor] = {}
         self.found_inf = False
         # a group of its own: the chain takes members with one group for members with one gradient
-        self.grad_stats_parallel_group: Any = dist.new_group()
+        self.grad_stats_parallel_group: Any = dist.new_group(timeout=timeout)
 
     def get_parameters(self) -> list[nn.Parameter]:
         """None that Megatron should clip: the tables' gradients are scaled as they are read."""
@@ -94,9 +97,7 @@ class TableMember(MegatronOptimizer):
         self.optimizer.reduce()
         self.squares = by_table = self.optimizer.squared_norm()
         device = torch.cuda.current_device()
-        own = torch.zeros((), dtype=torch.float64, device=device)
-        own = sum(by_table.values(), own)
-        total = own.clone()
+        total = sum(by_table.values(), torch.zeros((), dtype=torch.float64, device=device))
         dist.all_reduce(total, group=self.grad_stats_parallel_group)
         self.norm = math.sqrt(total.item()) * self.scale if total.isfinite() else math.inf
         self.found_inf = not math.isfinite(self.norm)

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -27,17 +28,28 @@ def group_shape(memory: MemoryConfig) -> GroupShape:
     return GroupShape(size, columns[memory.memory_mode])
 
 
-def memory_group(memory: MemoryConfig, groups: ProcessGroupCollection) -> MemoryGroup:
-    """The memory group of this rank; every rank of the world must call this the first time."""
+def memory_group(
+    memory: MemoryConfig, groups: ProcessGroupCollection, timeout: timedelta | None = None
+) -> MemoryGroup:
+    """The memory group of this rank; every rank of the world must call this the first time.
+
+    Args:
+        memory: with its layout.
+        groups: of the model.
+        timeout: of every collective; None is that of the backend.
+    """
     shape = group_shape(memory)
     return _formed(
-        dist.group.WORLD, shape, (groups.pp.rank(), groups.dp_cp.rank(), groups.tp.rank())
+        dist.group.WORLD, shape, (groups.pp.rank(), groups.dp_cp.rank(), groups.tp.rank()), timeout
     )
 
 
 @functools.cache
 def _formed(
-    world: ProcessGroup, shape: GroupShape, coordinates: tuple[int, int, int]
+    world: ProcessGroup,
+    shape: GroupShape,
+    coordinates: tuple[int, int, int],
+    timeout: timedelta | None,
 ) -> MemoryGroup:
     """Process groups are made once in a process, as communicators are dear."""
     everybody: list[tuple[int, int, int]] = [coordinates] * dist.get_world_size(world)
@@ -49,4 +61,5 @@ def _formed(
     return form(
         partition(list(stages.values()), shape.size, shape.column_ranks),
         token_ranks=[tensor_rank for _, _, tensor_rank in everybody],
+        timeout=timeout,
     )

@@ -15,6 +15,7 @@ import runpy
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_as_main(command)
     except ConfigurationError as error:
         stop(str(error))
+    except Exception as error:
+        say_if_lost(error)
+        raise
     return 0
+
+
+def say_if_lost(error: BaseException) -> None:
+    """A rank that ends because another one did says so below the traceback of where it was."""
+    from megamem.integration import lost_ranks
+
+    if message := lost_ranks.explain(error):
+        traceback.print_exception(error)
+        stop(message)
 
 
 def parse(words: Sequence[str]) -> Command:
@@ -110,6 +123,7 @@ def _say_in_one_line(original: Callable[..., None]) -> Callable[..., None]:
     def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if isinstance(error, ConfigurationError):
             stop(str(error))
+        say_if_lost(error)
         original(kind, error, trace)
 
     return excepthook

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -30,6 +31,9 @@ class MemorySettings:
 
     tokens_vary: bool = False
     """Sequences of different lengths may reach the ranks that share a table."""
+
+    timeout: timedelta | None = None
+    """Of the collectives between the ranks that share a table; None is that of the backend."""
 
 
 def memory_layer_spec(
@@ -74,7 +78,7 @@ def stage_tables(
     All ranks must call it: it makes process groups.
     """
     memory = settings.memory
-    group = memory_group(memory, pg_collection)
+    group = memory_group(memory, pg_collection, settings.timeout)
     names = {_table_of(layer, memory) for layer in layers if layer in memory.memory_layers}
     return {name: build_table(config, memory, name, settings.seed, group) for name in sorted(names)}
 

@@ -10,6 +10,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 
 from megamem.config import MemoryConfig
+from megamem.integration.arguments import timeout
 from megamem.integration.chain import ChainWithTables, TableMember, find_tables
 from megamem.optimizer import StepOptions, TableOptimizer
 
@@ -43,6 +44,7 @@ def with_tables(
         data_ranks=1 if args.calculate_per_token_loss else data_ranks,
         clip_apart=memory.memory_clip_grad,
         loss_scale=model_optimizer.get_loss_scale,
+        timeout=timeout(args),
     )
     return ChainWithTables(member, model_optimizer)
 

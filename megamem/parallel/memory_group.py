@@ -10,6 +10,7 @@ neighbours. Each holds the whole table, as `row_ranks` x `column_ranks` pieces:
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -97,12 +98,17 @@ def partition(stages: list[list[int]], world_size: int, column_ranks: int) -> Pa
     return found
 
 
-def form(groups: Partition, token_ranks: list[int] | None = None) -> MemoryGroup:
+def form(
+    groups: Partition,
+    token_ranks: list[int] | None = None,
+    timeout: timedelta | None = None,
+) -> MemoryGroup:
     """Make the process groups of a partition; every rank of the world must call this.
 
     Args:
         groups: of the whole world.
         token_ranks: of every rank of the world, its rank in the group that splits its tokens.
+        timeout: of every collective; None is that of the backend.
 
     Returns:
         those that this rank is in.
@@ -113,7 +119,7 @@ def form(groups: Partition, token_ranks: list[int] | None = None) -> MemoryGroup
         mine = None
         for ranks in lists:
             # a group of one exchanges nothing, so it needs no communicator
-            group: Any = dist.new_group(ranks) if len(ranks) > 1 else None
+            group: Any = dist.new_group(ranks, timeout) if len(ranks) > 1 else None
             mine = group if rank in ranks else mine
         return mine
 

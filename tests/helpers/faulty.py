@@ -1,6 +1,7 @@
 """Runs a script as megamem.run does, with a fault that FAULT names.
 
 kill-while-saving 2     the second checkpoint's data is written, then this rank is gone
+kill 1 3                rank 1 is gone in its third step
 nan 1 3                 on rank 1, a table's gradient has a NaN in the third step
 flag 1 --memory-topk 2  rank 1 was started with this flag
 """
@@ -38,7 +39,8 @@ def _kill_while_saving(count: str) -> None:
             setattr(module, name, replaced)
 
 
-def _nan(rank: str, step: str) -> None:
+def _in_step(rank: str, step: str, fault: Callable[[Any], None]) -> None:
+    """fault(table optimizer) on this rank, when it reduces gradients for the step-th time."""
     import torch.distributed as dist
 
     from megamem.optimizer import TableOptimizer
@@ -50,15 +52,26 @@ def _nan(rank: str, step: str) -> None:
         nonlocal calls
         calls += 1
         if dist.get_rank() == int(rank) and calls == int(step):
-            for table in self.tables.values():
-                table.grad_buffer[0, 0] = float("nan")
-                table.touched_r[0] = True
+            fault(self)
         original(self)
 
     TableOptimizer.reduce = reduce  # type: ignore[method-assign]
 
 
-FAULTS = {"kill-while-saving": _kill_while_saving, "nan": _nan}
+def _nan(rank: str, step: str) -> None:
+    def spoil(optimizer: Any) -> None:
+        for table in optimizer.tables.values():
+            table.grad_buffer[0, 0] = float("nan")
+            table.touched_r[0] = True
+
+    _in_step(rank, step, spoil)
+
+
+def _kill(rank: str, step: str) -> None:
+    _in_step(rank, step, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+
+
+FAULTS = {"kill-while-saving": _kill_while_saving, "kill": _kill, "nan": _nan}
 
 
 def _install_after_hooks() -> None:

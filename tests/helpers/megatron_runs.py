@@ -60,6 +60,7 @@ TRAINING = {
     "--num-workers": 0,
     "--distributed-timeout-minutes": 2,
 }
+MOCK_DATA = ("--mock-data", "--split", "8,1,1")
 SWITCHES = ("--disable-bias-linear", "--no-ckpt-fully-parallel-save")
 
 SKIPPED = re.compile(r"number of skipped iterations: +(\d+)")
@@ -139,7 +140,7 @@ def launch(
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env=_environment(environment) | {MARK: mark},
+            env=environment_of_runs(environment) | {MARK: mark},
         )
         late = ""
         try:
@@ -170,7 +171,7 @@ def launch_warm(
             module=module,
             words=[*map(str, words)],
             ranks=nproc,
-            environment=_environment(environment),
+            environment=environment_of_runs(environment),
             folder=str(ROOT),
             output=output.name,
         )
@@ -181,7 +182,8 @@ def launch_warm(
     return _checked(log, check)
 
 
-def _environment(added: dict[str, str] | None) -> dict[str, str]:
+def environment_of_runs(added: dict[str, str] | None) -> dict[str, str]:
+    """This process's, and what is added, for a rank."""
     # the interpreter of the tests' own kernels is not part of a run
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return {**inherited, "OMP_NUM_THREADS": "1", **(added or {})}
@@ -208,7 +210,7 @@ def run_training(
     *flags: object,
     script: Path = SCRIPT,
     check: bool = True,
-    data: tuple[object, ...] = ("--mock-data", "--split", "8,1,1"),
+    data: tuple[object, ...] = MOCK_DATA,
     module: str = "megamem.run",
     environment: dict[str, str] | None = None,
     cold: bool = False,
@@ -226,7 +228,16 @@ def run_training(
         cold: in processes that are started as a user starts them, by torchrun.
     """
     __tracebackhide__ = True
-    usual = [word for pair in (MODEL | TRAINING).items() for word in pair]
-    words = ("--cpu", script, *usual, *SWITCHES, *data, *flags)
+    words = command_line(*flags, script=script, data=data)
     start = launch if cold else launch_warm
     return start(name, nproc, *words, check=check, module=module, environment=environment)
+
+
+def command_line(
+    *flags: object,
+    script: Path = SCRIPT,
+    data: tuple[object, ...] = MOCK_DATA,
+) -> tuple[object, ...]:
+    """The words of such a run, behind `megamem.run`."""
+    usual = [word for pair in (MODEL | TRAINING).items() for word in pair]
+    return ("--cpu", script, *usual, *SWITCHES, *data, *flags)
