@@ -35,12 +35,11 @@ U = "u"
 class ExpertTable(ValueTable):
     """R experts: a table of v, as any value table, and in it the table of u.
 
-    Both start N(0, V**-0.5), the published initial values of a table (facebookresearch/memory; the
-    paper of PEER gives none): u . x of a normalised token then has a variance of one. An own
-    standard deviation (`--memory-value-init-std`) is that of v, so that 0 silences the experts
-    without keeping them from learning.
+    Both start N(0, V**-0.5), as the values of the published memory layer do; u . x of a normalised
+    token then has a variance of one. An own standard deviation (`--memory-value-init-std`) is that
+    of v, so that 0 silences the experts without keeping them from learning.
 
-    gelu is the exact one, by erf: the paper says GELU and no more, and exact is torch's default.
+    gelu is the exact one, by erf: the paper says GELU and names no approximation.
 
     Each of the two has gradients, optimizer state and a place in the checkpoint of its own.
     """
