@@ -8,8 +8,9 @@ A pattern gives every attention (*), feed-forward (-) and mixture of experts (E)
 Layers are counted from 0, here 3 is the second feed-forward; a memory takes the place of one.
 """
 
-from megatron.training.argument_utils import hybrid_config_from_args
 from pretrain_gpt import main
 
+from megamem.integration.compat import build_hybrid
+
 if __name__ == "__main__":
-    main(hybrid_config_from_args)
+    main(build_hybrid)

@@ -5,10 +5,14 @@ or flattened, so that any other number of ranks, cutting by rows, columns or bot
 The optimizer's state lies beside it in the same way.
 """
 
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from megamem.parallel.row_shard import TableShard
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 TABLES = "memory_values"
 """Name, in the model, of what holds its value tables; checkpoint keys start with it."""
@@ -47,7 +51,7 @@ def placement_key(table: str) -> str:
 
 def sharded_piece(
     key: str, piece: Tensor, shard: TableShard, replica: int, per_row: bool = False
-) -> ShardedTensor:
+) -> "ShardedTensor":
     """This rank's piece of an [R, V] table, or of something with one number per row.
 
     Args:
@@ -57,6 +61,9 @@ def sharded_piece(
         replica: 0 on one of the ranks that hold this piece, another number on each other.
         per_row: the column ranks hold the same numbers.
     """
+    # only who saves has imported Megatron: layers, which take names from here, have no need of it
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
     rows, columns = shard.rows, shard.column_blocks
     dims = 1 if per_row else 2
     assert tuple(piece.shape) == shard.shape[:dims], (piece.shape, shard.shape)
@@ -75,8 +82,10 @@ def sharded_piece(
     )
 
 
-def same_everywhere(key: str, tensor: Tensor, shard: TableShard, replica: int) -> ShardedTensor:
+def same_everywhere(key: str, tensor: Tensor, shard: TableShard, replica: int) -> "ShardedTensor":
     """A tensor that all ranks of a table hold alike."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
     return ShardedTensor(
         key,
         tensor,

@@ -23,9 +23,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import get_args, get_tokenizer
-from megatron.training.arguments import parse_and_validate_args
 from megatron.training.checkpointing import checkpoint_exists, load_checkpoint
-from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_model
 from rich.console import Console
 from rich.progress import Progress
@@ -38,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from pretrain_gpt import model_provider  # noqa: E402
 
 from megamem.config import ConfigurationError  # noqa: E402
+from megamem.integration import compat  # noqa: E402
 
 HELD_OUT = "held out (control)"
 
@@ -253,10 +252,9 @@ def check_args() -> None:
 
 def main() -> None:
     """Load, ask, print, write JSON."""
-    args = parse_and_validate_args(extra_args_provider=add_probe_args)
+    args = compat.initialize(add_probe_args)
     check_args()
     args.no_load_optim = args.no_load_rng = True
-    initialize_megatron()
     model = get_model(model_provider, wrap_with_ddp=False)
     iteration, _ = load_checkpoint(model, None, None)
     for chunk in model:

@@ -57,19 +57,19 @@ def build(world: int, flags: list[str]) -> dict[str, Any]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.arguments import parse_and_validate_args
+
+    from megamem.integration import compat
 
     sys.argv = ["pretrain_gpt.py", *flags]
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    args = compat.read_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size, create_gloo_process_groups=False
     )
-    config = gpt_config_from_args(args)
-    config.transformer.perform_initialization = False
+    config = compat.CONFIG_ROOM.core_transformer_config_from_args(args)
+    config.perform_initialization = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with torch.device("meta"):
-        model = config.get_builder_cls()(config).build_model(groups, True, True, None)
+        model = compat.build_gpt(args, config)(groups, True, True, None)
     assert all(param.is_meta for param in model.parameters())
     tables = getattr(model, TABLES, torch.nn.Module()).named_children()
     return {

@@ -175,7 +175,6 @@ def _import() -> None:
     from megamem.integration import cpu_runtime
 
     cpu_runtime.install(force=True)
-    import megatron.training.models.gpt  # noqa: F401
     from megatron.core.datasets import blended_megatron_dataset_builder, gpt_dataset  # noqa: F401
     from torch.utils import tensorboard  # noqa: F401
 
