@@ -7,9 +7,17 @@ Megatron parses the flags, builds the model and loads the checkpoint, under any 
 parallel size the checkpoint can be loaded with. Data-parallel ranks all ask everything: layers that
 exchange data between them need every rank in every forward.
 
+--phrasing question asks in the words of the relation's question, unseen in the one phrasing that
+training never used of the fact, both in either. --probe-iterations 100 200 asks several checkpoints
+of one run, one after the other.
+
 Prints one row per relation: facts asked, answered exactly, accuracy, and the accuracy of always
 giving the relation's commonest answer. Held-out facts, which no training document states, are a row
-of their own: what the model gets right there it guessed.
+of their own: what the model gets right there it guessed. An answer is right when greedy decoding
+would write exactly it and stop, which one forward with the answer fed in decides (scoring.py).
+
+The JSON has the last checkpoint's first phrasing at its top, and under `probes` every checkpoint and
+phrasing, relation by relation, held in and held out.
 """
 
 import argparse
@@ -39,6 +47,7 @@ from megamem.config import ConfigurationError  # noqa: E402
 from megamem.integration import compat  # noqa: E402
 
 HELD_OUT = "held out (control)"
+PHRASINGS = {"question": ("question",), "unseen": ("unseen",), "both": ("question", "unseen")}
 
 
 @dataclass(frozen=True)
@@ -69,18 +78,24 @@ def add_probe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--facts", type=Path, required=True, help="facts.json of build_corpus.py")
     group.add_argument("--probe-batch-size", type=int, default=64, help="questions per forward")
     group.add_argument("--probe-output", type=Path, help="default: probe.json beside the facts")
+    group.add_argument(
+        "--phrasing", choices=PHRASINGS, default="question", help="in which words to ask"
+    )
+    group.add_argument(
+        "--probe-iterations", type=int, nargs="+", help="checkpoints to ask (default: the last)"
+    )
     return parser
 
 
-def read_questions(path: Path, held_in: bool) -> list[Question]:
+def read_questions(path: Path, held_in: bool, phrasing: str = "question") -> list[Question]:
     """The held-in (or held-out) questions of facts.json, tokenized by the run's tokenizer."""
     tokenizer = get_tokenizer()
     return [
         Question(
             relation=fact["relation"],
-            text=fact["question"],
+            text=fact[phrasing],
             answer=fact["answer"],
-            prompt_ids=tuple(tokenizer.tokenize(fact["question"])),
+            prompt_ids=tuple(tokenizer.tokenize(fact[phrasing])),
             answer_ids=tuple(tokenizer.tokenize(fact["answer"])),
         )
         for fact in json.loads(path.read_text())["facts"]
@@ -248,6 +263,44 @@ def check_args() -> None:
         )
     if args.probe_batch_size < 1:
         raise ConfigurationError(f"--probe-batch-size {args.probe_batch_size}: choose at least 1")
+    for iteration in args.probe_iterations or ():
+        if not (Path(args.load) / f"iter_{iteration:07d}").is_dir():
+            raise ConfigurationError(
+                f"--probe-iterations {iteration}: --load {args.load} has no checkpoint of it; "
+                "name those that --save-interval wrote"
+            )
+
+
+def load_iteration(model: list[torch.nn.Module], iteration: int | None) -> int:
+    """Fill the model from the checkpoint of an iteration, by default the last; return which."""
+    args = get_args()
+    args.ckpt_step = iteration
+    # of the checkpoint before, if any
+    args.consumed_train_samples = args.consumed_valid_samples = 0
+    loaded, _ = load_checkpoint(model, None, None)
+    for chunk in model:
+        chunk.eval()
+    return loaded
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one checkpoint answered in one phrasing, relation by relation."""
+
+    iteration: int
+    phrasing: str
+    scores: list[Score]
+    control: list[Score]
+
+    @property
+    def totals(self) -> list[Score]:
+        """Held in, and held out where facts were."""
+        rows = (("all held in", self.scores), (HELD_OUT, self.control))
+        return [total(name, scores) for name, scores in rows if scores]
+
+    def to_json(self) -> dict[str, object]:
+        """Plain numbers, totals included."""
+        return {**asdict(self), "totals": [asdict(score) for score in self.totals]}
 
 
 def main() -> None:
@@ -256,29 +309,36 @@ def main() -> None:
     check_args()
     args.no_load_optim = args.no_load_rng = True
     model = get_model(model_provider, wrap_with_ddp=False)
-    iteration, _ = load_checkpoint(model, None, None)
-    for chunk in model:
-        chunk.eval()
-
-    held_in = read_questions(args.facts, held_in=True)
-    held_out = read_questions(args.facts, held_in=False)
-    asker = Asker(model, [*held_in, *held_out])
+    phrasings = PHRASINGS[args.phrasing]
+    held_in = {name: read_questions(args.facts, True, name) for name in phrasings}
+    held_out = {name: read_questions(args.facts, False, name) for name in phrasings}
+    asked = [question for name in phrasings for question in held_in[name] + held_out[name]]
+    asker = Asker(model, asked)
     # the last rank of the last stage reports, as it does for Megatron's own losses
     reports = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
     console = Console(quiet=not reports)
-    with Progress(console=console, transient=True) as progress:
-        right = asker.right_answers([*held_in, *held_out], progress)
-    samples = held_in[:: max(len(held_in) // 5, 1)][:5]
+
+    probes: list[Probe] = []
+    for wanted in args.probe_iterations or [None]:
+        iteration = load_iteration(model, wanted)
+        for name in phrasings:
+            known, unknown = held_in[name], held_out[name]
+            with Progress(console=console, transient=True) as progress:
+                right = asker.right_answers([*known, *unknown], progress)
+            if not reports:
+                continue
+            scores = score_by_relation(known, right[: len(known)])
+            control = score_by_relation(unknown, right[len(known) :])
+            probes.append(Probe(iteration, name, scores, control))
+            title = f"{args.load}, iteration {iteration}: closed-book exact match"
+            title += "" if name == "question" else ", unseen phrasing"
+            console.print(render(scores, probes[-1].totals, title))
+    first = held_in[phrasings[0]]
+    samples = first[:: max(len(first) // 5, 1)][:5]
     written = asker.greedy_answers(samples)
     if not reports:
         return
 
-    scores = score_by_relation(held_in, right)
-    totals = [total("all held in", scores)]
-    if held_out:
-        totals.append(total(HELD_OUT, score_by_relation(held_out, right[len(held_in) :])))
-    title = f"{args.load}, iteration {iteration}: closed-book exact match"
-    console.print(render(scores, totals, title))
     for question, wrote in zip(samples, written, strict=True):
         mark = "right" if wrote == question.answer else "wrong"
         console.print(
@@ -289,13 +349,12 @@ def main() -> None:
     output = args.probe_output or args.facts.with_name("probe.json")
     result = {
         "load": str(args.load),
-        "iteration": iteration,
-        "scores": [asdict(score) for score in scores],
-        "totals": [asdict(score) for score in totals],
+        **probes[-len(phrasings)].to_json(),
         "samples": [
             {"question": q.text, "answer": q.answer, "model": wrote}
             for q, wrote in zip(samples, written, strict=True)
         ],
+        "probes": [probe.to_json() for probe in probes],
     }
     output.write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"written to {output}")
