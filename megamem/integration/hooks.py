@@ -1,4 +1,4 @@
-"""Where megamem enters Megatron: ten functions replaced at run time, none of its files changed.
+"""Where megamem enters Megatron: eleven functions replaced at run time, none of its files changed.
 
     add_megatron_arguments             the --memory-* flags
     validate_args                      what cannot work is refused
@@ -10,6 +10,7 @@
       .scale_gradients                 the tables' gradients are scaled with the model's
     num_floating_point_operations      memories counted in place of feed-forwards
     setup_model_and_optimizer          the flags are compared between ranks, and with the checkpoint
+    train_step                         a table that is not finite is named when a batch is skipped
     training_log                       what memories did is logged beside the loss
 
 A spec slot or a documented hook would be better, and there is none: pretrain_gpt.py passes its own
@@ -44,6 +45,7 @@ from megamem.integration.arguments import (
     idle_flags,
     settings_from_args,
 )
+from megamem.integration.broken_tables import report_broken
 from megamem.integration.data_checks import check_data_prefixes
 from megamem.integration.hybrid import memory_stack_spec
 from megamem.integration.launcher import friendly_parser
@@ -73,6 +75,7 @@ def install() -> None:
     replace(DistributedDataParallel, "scale_gradients", _scale_tables)
     replace(training, "num_floating_point_operations", _count_flops)
     replace(training, "setup_model_and_optimizer", _compare_with_checkpoint)
+    replace(training, "train_step", _name_broken_tables)
     # training_log is not told of the model, so what is set up has to be remembered
     metrics = TrainingMetrics()
     replace(training, "setup_model_and_optimizer", metrics.watch)
@@ -197,6 +200,20 @@ def _compare_with_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]
         return original(*rest, **more)
 
     return setup_model_and_optimizer
+
+
+def _name_broken_tables(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def train_step(*rest: Any, **more: Any) -> Any:
+        result = original(*rest, **more)
+        # also where Megatron stops because the loss is not finite
+        skipped = result[1]
+        if skipped:
+            report_broken(signature.bind(*rest, **more).arguments["model"])
+        return result
+
+    return train_step
 
 
 def _object_device() -> torch.device:

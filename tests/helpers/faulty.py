@@ -3,6 +3,7 @@
 kill-while-saving 2     the second checkpoint's data is written, then this rank is gone
 kill 1 3                rank 1 is gone in its third step
 nan 1 3                 on rank 1, a table's gradient has a NaN in the third step
+nan-table 1 3           on rank 1, a row of a table has a NaN after the third step
 flag 1 --memory-topk 2  rank 1 was started with this flag
 """
 
@@ -67,11 +68,26 @@ def _nan(rank: str, step: str) -> None:
     _in_step(rank, step, spoil)
 
 
+def _nan_table(rank: str, step: str) -> None:
+    def spoil(optimizer: Any) -> None:
+        for table in optimizer.tables.values():
+            # a row that is read, so that it will be again
+            row = table.touched_r.nonzero()[0]
+            table.weight.data[row, 0] = float("nan")
+
+    _in_step(rank, step, spoil)
+
+
 def _kill(rank: str, step: str) -> None:
     _in_step(rank, step, lambda _: os.kill(os.getpid(), signal.SIGKILL))
 
 
-FAULTS = {"kill-while-saving": _kill_while_saving, "kill": _kill, "nan": _nan}
+FAULTS = {
+    "kill-while-saving": _kill_while_saving,
+    "kill": _kill,
+    "nan": _nan,
+    "nan-table": _nan_table,
+}
 
 
 def _install_after_hooks() -> None:

@@ -1,5 +1,6 @@
 """Megatron's own loop with memory layers: every parallel layout takes the steps of one process."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,28 @@ def test_a_nan_on_one_rank_makes_all_ranks_skip_the_batch(alone: TrainingLog) ->
     # Megatron prints no loss of a batch that it skips
     assert log.losses[:2] == pytest.approx(alone.losses[:2], rel=2e-6)
     assert log.iterations == [1, 2, 4, 5] and log.losses[-1] < alone.losses[0] - 0.1
+
+
+@pytest.mark.parametrize("check", [True, False], ids=["Megatron stops", "Megatron skips"])
+def test_a_nan_in_one_ranks_table_is_named(tmp_path: Path, check: bool) -> None:
+    flags = () if check else ("--no-check-for-nan-in-loss-and-grad",)
+    log = run_training(
+        "nan in the table",
+        2,
+        *(*MEMORY, *WIDE, "--save", tmp_path, "--save-interval", 2, *flags),
+        module="tests.helpers.faulty",
+        environment={"FAULT": "nan-table 1 3"},
+        check=False,
+    )
+    said = re.findall(r"rank \d: value table shared is not finite.*", log.stdout)
+    # rank 1 holds 41 of the 81 rows, from row 40
+    assert said and all(line.startswith("rank 1:") for line in said)
+    assert re.search(r"in 1 of the 41 rows here, the first is row ([4-7]\d|80);", said[0])
+    if check:
+        # the batch after the one that broke it
+        assert log.returncode != 0 and log.iterations == [1, 2, 3]
+    else:
+        assert log.returncode == 0 and log.skipped == [0, 0, 0, 1, 1]
 
 
 def test_microbatches_add_up_to_the_batch(alone: TrainingLog) -> None:
