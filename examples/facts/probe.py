@@ -16,8 +16,8 @@ giving the relation's commonest answer. Held-out facts, which no training docume
 of their own: what the model gets right there it guessed. An answer is right when greedy decoding
 would write exactly it and stop, which one forward with the answer fed in decides (scoring.py).
 
-The JSON has the last checkpoint's first phrasing at its top, and under `probes` every checkpoint and
-phrasing, relation by relation, held in and held out.
+The JSON has the last checkpoint's first phrasing at its top, and under `probes` every checkpoint
+and phrasing, relation by relation, held in and held out.
 """
 
 import argparse

@@ -1,0 +1,160 @@
+"""Do memory layers learn more facts than dense ones for the same FLOPs? Trains, asks, compares.
+
+    python examples/facts/compare.py --scale smoke --output runs/compare-smoke
+    python examples/facts/compare.py --scale cpu --output runs/compare-cpu
+    python examples/facts/compare.py --scale gpu --output runs/compare-gpu --minutes 10
+
+builds a corpus, sweeps learning rates, trains every model through Megatron's own loop at equal
+FLOPs, tokens and data order, asks each of them at several points of training, and leaves in the
+output folder
+
+    results.json    every run: flags, seed, commit, releases, numbers
+    results.md      the same as tables
+    *.png           facts known against rows, tokens and training time; bits per parameter
+
+The same command goes on where it stopped: finished runs are never run again, a run that was cut off
+resumes from its last checkpoint. --list shows the plan and runs nothing.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+# the modules beside this file, wherever it is run from
+sys.path.insert(0, str(Path(__file__).parent))
+
+from experiment import corpora, plots, report  # noqa: E402
+from experiment.plan import MIDDLE, Plan, Rates, Run, stamp_of, unique  # noqa: E402
+from experiment.records import best_rates  # noqa: E402
+from experiment.runs import RunFailed, Runner  # noqa: E402
+from experiment.scales import SCALES, Scale  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+PARTS = ("main", "ablations", "continual")
+OUT_OF_TIME = 3
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line of the module docstring."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="durations: " + "; ".join(f"{s.name} {s.duration}" for s in SCALES.values()),
+    )
+    parser.add_argument("--scale", choices=SCALES, required=True, help="how large it all is")
+    parser.add_argument("--output", type=Path, help="folder (default: runs/compare-SCALE)")
+    parser.add_argument("--only", choices=PARTS, help="one part, and what it needs")
+    parser.add_argument("--minutes", type=float, help="then save and stop")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: 2 on CPU, 1 on GPU)")
+    parser.add_argument("--list", action="store_true", help="print the plan and run nothing")
+    options = parser.parse_args(argv)
+    options.output = options.output or Path("runs") / f"compare-{options.scale}"
+    for name, value in (("--minutes", options.minutes), ("--jobs", options.jobs)):
+        if value is not None and value <= 0:
+            parser.error(f"{name} {value:g}: choose more than 0")
+    return options
+
+
+class Experiment:
+    """The stages in order; each returns False where time ran out in it."""
+
+    def __init__(self, scale: Scale, plan: Plan, runner: Runner, parts: Sequence[str]) -> None:
+        self.scale, self.plan, self.runner, self.parts = scale, plan, runner, parts
+        self.planned: list[Run] = []
+
+    def families(self) -> list[str]:
+        """Whose learning rates are swept: all, or Memory+'s alone where no other is needed."""
+        return [f for f in self.scale.families if "main" in self.parts or f == "memory+"]
+
+    def carry_out(self) -> bool:
+        """Train and ask everything."""
+        sweep = self.plan.sweep(self.families())
+        if not self._execute("sweep of learning rates", sweep):
+            return False
+        best = best_rates(sweep, self.records())
+        for part in self.parts:
+            if part == "continual":
+                corpora.build_new_facts(self.runner.output, self.scale, self.runner.console)
+            if not self._execute(part, self.runs_of(part, best)):
+                return False
+        return True
+
+    def runs_of(self, part: str, best: dict[str, Rates]) -> list[Run]:
+        """The runs of a part, at the best learning rates."""
+        runs: list[Run] = getattr(self.plan, part)(best)
+        return runs
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Key -> record, of all that was planned and is finished."""
+        found = ((run.key, self.runner.record(run)) for run in self.planned)
+        return {key: record for key, record in found if record is not None}
+
+    def _execute(self, title: str, runs: Sequence[Run]) -> bool:
+        self.planned += runs
+        return self.runner.execute(title, unique(runs))
+
+
+def list_plan(scale: Scale, plan: Plan, parts: Iterable[str], console: Console) -> None:
+    """Every run with its flags, expected FLOPs and parameters, as before the sweep is done."""
+    best = dict.fromkeys(scale.families, MIDDLE)
+    runs = plan.sweep(scale.families if "main" in parts else ["memory+"])
+    for part in parts:
+        runs += getattr(plan, part)(best)
+    console.print(report.plan_table(unique(runs), scale))
+    for run in unique(runs):
+        console.print(report.flags_line(run), soft_wrap=True, markup=False, highlight=False)
+    console.print(
+        f"{len(unique(runs))} runs, {scale.duration}. What follows the sweep is shown at its "
+        "middle rates and will take the best ones.",
+        soft_wrap=True,
+    )
+
+
+def interrupt(*_: object) -> NoReturn:
+    """SIGTERM stops as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Go through the stages, then report whatever is finished; return the exit status."""
+    options = parse_args(argv)
+    started, console = time.monotonic(), Console()
+    scale, output = SCALES[options.scale], options.output.absolute()
+    parts = [options.only] if options.only else list(PARTS)
+    stamp = stamp_of(scale.corpus)
+    if options.list:
+        list_plan(scale, Plan(scale, scale.corpus.vocab_size, stamp), parts, console)
+        return 0
+    signal.signal(signal.SIGTERM, interrupt)
+    counts = corpora.build_facts(output, scale, console)
+    deadline = started + 60 * options.minutes if options.minutes else float("inf")
+    jobs = options.jobs or (1 if scale.device == "gpu" else min(2, os.cpu_count() or 1))
+    runner = Runner(output, scale.device, jobs, deadline, console)
+    experiment = Experiment(scale, Plan(scale, counts.vocab_size, stamp), runner, parts)
+    status = 0
+    try:
+        if not experiment.carry_out():
+            status = OUT_OF_TIME
+            console.print(f"{options.minutes:g} minutes are over; the same command goes on")
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+        console.print("stopped; the same command goes on", style="yellow")
+    except RunFailed as error:
+        status = 1
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+    results = report.collect(scale, counts, experiment.planned, experiment.records())
+    report.write(results, output)
+    written = plots.draw(results, output)
+    for table in report.console_tables(results):
+        console.print(table)
+    for name in ("results.json", "results.md", *written):
+        console.print(f"written to {output / name}", soft_wrap=True, highlight=False)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What compare.py is made of: models -> plan -> runs -> records -> report, plots."""

@@ -1,0 +1,228 @@
+"""The models that are compared, and how wide their feed-forwards are at equal FLOPs.
+
+A model is the dense one with other flags. Its feed-forwards then get the width (a multiple of 8) at
+which a token costs what it costs in the dense model, or twice that for `dense 2x`: a memory that
+replaces three feed-forwards and costs less than they did leaves the other ones wider, and a table
+of more rows, whose sub-keys cost more, leaves them narrower.
+
+FLOPs are those that a run reports: matrix products of forward and backward, causal attention,
+memories in place of what they replaced, rows as parameters alone. The planner has them in closed
+form, so a plan needs no Megatron; the tests compare it with what Megatron counts for the same flags
+and with what torch counts in a real forward and backward. Not counted by either is the router of
+the mixture of experts.
+"""
+
+from dataclasses import dataclass, replace
+from math import isqrt
+
+from experiment.scales import Scale
+from megamem.config import ConfigurationError, MemoryConfig
+from megamem.planner.sizes import (
+    ModelShape,
+    dense_flops_per_token,
+    dense_parts,
+    memory_flops_per_token,
+    table_parameters,
+    total_parameters,
+)
+
+Flag = bool | int | float | str | tuple[int, ...]
+Flags = dict[str, Flag]
+
+MULTIPLE = 8
+TOLERANCE = 0.01
+# Megatron pads the vocabulary to this
+VOCABULARY_MULTIPLE = 128
+EXPERTS: Flags = {
+    "moe_router_topk": 1,
+    # with one expert a token, a softmax over the chosen ones would always be 1
+    "moe_router_pre_softmax": True,
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_aux_loss_coeff": 1e-2,
+    "moe_token_dispatcher_type": "alltoall",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the comparison.
+
+    Attributes:
+        family: models that share learning rates, found once by the sweep.
+        flags: what it adds to the dense model's.
+        flops: FLOPs of a token, in units of the dense model's.
+        rates: factors of the swept learning rate of the model and of the table.
+    """
+
+    name: str
+    family: str
+    flags: tuple[tuple[str, Flag], ...] = ()
+    flops: float = 1.0
+    rates: tuple[float, float] = (1.0, 1.0)
+
+    @property
+    def memory(self) -> MemoryConfig:
+        """Its memories, off where it has none; not resolved."""
+        # a flag is a tuple here, so that a model can be compared and hashed
+        return MemoryConfig(
+            **{
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in self.flags
+                if name.startswith("memory_")
+            }
+        )
+
+    @property
+    def rows(self) -> int:
+        """Of one table; 0 without memories."""
+        return self.memory.num_rows if self.memory.enabled else 0
+
+
+def main_models(scale: Scale) -> list[Model]:
+    """The rows of the main table, of the families that this scale trains."""
+    # half a million rows of two tables hold what a million of one do
+    peer = isqrt(scale.reference**2 // 2)
+    experts: Flags = {
+        "num_experts": scale.experts,
+        "moe_layer_freq": scale.every,
+        **EXPERTS,
+    }
+    models = [
+        Model("dense", "dense"),
+        Model("dense 2x", "dense 2x", flops=2.0),
+        Model(f"moe {scale.experts}", "moe", _frozen(experts)),
+        _memory(scale, f"peer {_si(peer**2)}", "peer", scale.one, peer),
+        _memory(scale, f"memory {_si(scale.reference**2)}", "memory", scale.one, scale.reference),
+        *(_memory(scale, f"memory+ {_si(n * n)}", "memory+", scale.three, n) for n in scale.keys),
+    ]
+    return [model for model in models if model.family in scale.families]
+
+
+def reference(scale: Scale) -> Model:
+    """The Memory+ that the sweep, the ablations and continual learning start from."""
+    return next(
+        model
+        for model in main_models(scale)
+        if model.family == "memory+" and model.memory.memory_num_keys == scale.reference
+    )
+
+
+def ablations(scale: Scale) -> list[Model]:
+    """The reference with one thing changed each, at the reference's learning rates and FLOPs."""
+    base = reference(scale)
+    n, heads, topk, key_dim = scale.reference, scale.heads, scale.topk, scale.key_dim
+    pools = isqrt(n * n // len(scale.three))
+    changed: dict[str, Flags] = {
+        "1 layer": {"memory_layers": scale.one},
+        "6 layers": {"memory_layers": scale.six},
+        "own pools, as many parameters": {"memory_pool": "layer", "memory_num_keys": pools},
+        "no gate": {"memory_variant": "memory"},
+        "keys half as wide": {"memory_key_dim": key_dim // 2},
+        "keys twice as wide": {"memory_key_dim": key_dim * 2},
+        "half the heads, twice k": {"memory_heads": heads // 2, "memory_topk": topk * 2},
+        "twice the heads, half k": {"memory_heads": heads * 2, "memory_topk": topk // 2},
+        "half k": {"memory_topk": topk // 2},
+        "twice k": {"memory_topk": topk * 2},
+        "q/k norm": {"memory_qk_norm": True},
+        "values do not decay": {"memory_weight_decay": 0.0},
+        "lazy_adamw": {"memory_optimizer": "lazy_adamw"},
+        "rowwise_adamw": {"memory_optimizer": "rowwise_adamw"},
+        "bf16, fp32 master": {"bf16": True},
+        "bf16, stochastic rounding": {"bf16": True, "memory_stochastic_rounding": True},
+    }
+    models = [
+        replace(base, name=name, flags=_frozen({**dict(base.flags), **flags}))
+        for name, flags in changed.items()
+    ]
+    models += [
+        replace(base, name=f"values learn {factor:g}x", rates=(1.0, factor))
+        for factor in (0.25, 4.0)
+    ]
+    return [m for m in models if scale.ablations is None or m.name in scale.ablations]
+
+
+def shape_of(scale: Scale, ffn: int, vocab_size: int) -> ModelShape:
+    """The dense model of a scale with feed-forwards of this width."""
+    return ModelShape(
+        num_layers=scale.layers,
+        hidden_size=scale.hidden,
+        num_attention_heads=scale.attention_heads,
+        padded_vocab_size=-(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
+        seq_length=scale.seq,
+        ffn_hidden_size=ffn,
+        swiglu=True,
+        add_bias_linear=False,
+        layer_norm_bias=False,
+        untied=True,
+    )
+
+
+def flops_per_token(model: Model, scale: Scale, ffn: int, vocab_size: int) -> int:
+    """As a run of the model reports them, for one token; of experts, the one that it visits."""
+    memory, shape = model.memory, shape_of(scale, ffn, vocab_size)
+    total = dense_flops_per_token(shape, memory)
+    if memory.enabled:
+        layer = memory_flops_per_token(memory.resolve(scale.hidden), scale.hidden)
+        total += len(memory.memory_layers) * layer
+    return total
+
+
+def ffn_width(model: Model, scale: Scale, vocab_size: int) -> int:
+    """The feed-forward width at which a token of the model costs what it should.
+
+    Raises:
+        ConfigurationError: no width does, to within TOLERANCE.
+    """
+    wanted = model.flops * flops_per_token(Model("dense", "dense"), scale, scale.ffn, vocab_size)
+    narrow = flops_per_token(model, scale, MULTIPLE, vocab_size)
+    step = flops_per_token(model, scale, 2 * MULTIPLE, vocab_size) - narrow
+    steps = round((wanted - narrow) / step) if step else 0
+    width = (1 + steps) * MULTIPLE
+    if width >= MULTIPLE:
+        reached = flops_per_token(model, scale, width, vocab_size)
+        if abs(reached / wanted - 1) <= TOLERANCE:
+            return width
+    raise ConfigurationError(
+        f"{model.name} cannot cost {wanted:,.0f} FLOPs a token at scale {scale.name}: with "
+        f"feed-forwards of {MULTIPLE} it takes {narrow:,}, and {step:,} more for each {MULTIPLE} "
+        "of width; choose a larger Scale.ffn, fewer keys or fewer memory layers"
+    )
+
+
+def parameters(model: Model, scale: Scale, ffn: int, vocab_size: int) -> tuple[int, int]:
+    """All parameters, and how many of them are rows of tables."""
+    memory, shape = model.memory, shape_of(scale, ffn, vocab_size)
+    if memory.enabled:
+        memory = memory.resolve(scale.hidden)
+        return total_parameters(shape, memory)["total"], table_parameters(memory)
+    total = total_parameters(shape, None)["total"]
+    flags = dict(model.flags)
+    if experts := flags.get("num_experts"):
+        assert isinstance(experts, int)
+        layers = len(range(0, scale.layers, scale.every))
+        router = experts * scale.hidden
+        total += layers * ((experts - 1) * dense_parts(shape).ffn + router)
+    return total, 0
+
+
+def _memory(scale: Scale, name: str, variant: str, layers: tuple[int, ...], keys: int) -> Model:
+    flags: Flags = {
+        "memory_variant": variant,
+        "memory_layers": layers,
+        "memory_num_keys": keys,
+        "memory_heads": scale.heads,
+        "memory_topk": scale.topk,
+        "memory_key_dim": scale.key_dim,
+    }
+    return Model(name, variant, _frozen(flags))
+
+
+def _frozen(flags: Flags) -> tuple[tuple[str, Flag], ...]:
+    return tuple(flags.items())
+
+
+def _si(number: int) -> str:
+    """1,048,576 rows are 1m, 65,536 are 64k, as papers write them."""
+    if number >= 2**20:
+        return f"{number / 2**20:.3g}m"
+    return f"{number / 2**10:.3g}k"
