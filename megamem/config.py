@@ -84,6 +84,15 @@ class MemoryConfig:
     """In a bf16 model, round the table's updates to bf16 at random, without bias, and keep no fp32
     copy of it."""
 
+    memory_finetune_rows: int | None = None
+    """T: finetune sparsely. Of each table, only the T rows are trained that a batch reads often and
+    the background's batches seldom; all else stays as it was loaded, bit for bit. Needs
+    --memory-optimizer sgd or lazy_adamw. Default: train everything."""
+
+    memory_background: str | None = None
+    """Checkpoint folder, as of --load, whose counts of rows read are the background of
+    --memory-finetune-rows. Default: the counts in the checkpoint of --load."""
+
     memory_mode: Literal["row", "column", "2d", "auto"] = "row"
     """How a table is cut. row: each rank holds some rows. column: each rank holds some columns of
     every row. 2d: rows across, columns within sets of --memory-column-ranks neighbours. auto:
@@ -137,6 +146,7 @@ class MemoryConfig:
             "memory_value_dim": self.memory_value_dim,
             "memory_group_size": self.memory_group_size,
             "memory_column_ranks": self.memory_column_ranks,
+            "memory_finetune_rows": self.memory_finetune_rows,
         }
         for name, value in positive.items():
             if value is not None and value < 1:
@@ -166,6 +176,18 @@ class MemoryConfig:
             found.append(
                 f"--memory-mode {self.memory_mode} cuts rows, but --memory-variant peer needs a "
                 "whole row to decide what it adds; use --memory-mode row."
+            )
+        sparse, rows = ("sgd", "lazy_adamw"), self.memory_finetune_rows
+        if rows is not None and self.memory_optimizer not in sparse:
+            found.append(
+                f"--memory-finetune-rows {rows} leaves all other rows alone, but "
+                f"--memory-optimizer {self.memory_optimizer} moves every row at every step; use "
+                "--memory-optimizer sgd or lazy_adamw."
+            )
+        if self.memory_background is not None and rows is None:
+            found.append(
+                f"--memory-background {self.memory_background} is what --memory-finetune-rows "
+                "compares a batch with, but that is not given; add it or drop this one."
             )
         if not 0 <= self.memory_placement_seed < 2**31:
             found.append(

@@ -40,7 +40,9 @@ TIMED_PASSES = 64
 """Passes of a table that are timed in one window."""
 
 NUM_SUMS = 5
+TRAINED = ("trained_rows", "their_lookups", "all_lookups")
 PER_TABLE = ("holders", "bytes", "passes", "lookup", "exchange", "gradient", "rows", "row_squares")
+PLACES = (*PER_TABLE, *TRAINED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,7 @@ class TableMetrics:
     """Counts of one table on one rank."""
 
     places: Tensor
-    """[len(PER_TABLE)] in the tensor that is summed."""
+    """[len(PLACES)] in the tensor that is summed."""
     received: Tensor
     """[]; lookups that arrived here, which the table counts."""
     bytes_sent: int = 0
@@ -145,6 +147,7 @@ class TableMetrics:
         weight_rv: Tensor,
         shard: TableShard,
         gradient_squares: Tensor | float = 0.0,
+        trained_3: Tensor | None = None,
     ) -> None:
         """Put what the host knows, and the table's norms, in place for a report.
 
@@ -152,6 +155,7 @@ class TableMetrics:
             weight_rv: this rank's piece.
             shard: where it lies.
             gradient_squares: sum over this piece, 0 where another rank answers for it.
+            trained_3: TRAINED, where only some rows are; 0 where another rank answers for them.
         """
         num_rows, width = shard.global_shape
         stride = -(-num_rows // NORM_ROWS)
@@ -167,12 +171,15 @@ class TableMetrics:
             # some of a row's columns are as much of a row; each replica counts in both sums
             "rows": len(rows_Iv) * rows_Iv.shape[1] / width,
             "row_squares": 0.0,
+            **dict.fromkeys(TRAINED, 0.0),
         }
         self.places.copy_(torch.tensor(list(numbers.values()), dtype=self.places.dtype))
-        self.places[PER_TABLE.index("gradient")] += gradient_squares
+        self.places[PLACES.index("gradient")] += gradient_squares
         wide = torch.promote_types(weight_rv.dtype, torch.float32)
         norms_I = torch.linalg.vector_norm(rows_Iv.detach(), dim=1, dtype=wide)
-        self.places[PER_TABLE.index("row_squares")] += norms_I.double().square().sum()
+        self.places[PLACES.index("row_squares")] += norms_I.double().square().sum()
+        if trained_3 is not None:
+            self.places[-len(TRAINED) :] += trained_3
         self.bytes_sent = 0
         self.laps.clear()
 
@@ -199,7 +206,7 @@ class Metrics:
         ranks, rank = 1, 0
         if dist.is_initialized():
             ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        of_layer, of_table = sum(_layer_sizes(watched)), len(PER_TABLE) + ranks
+        of_layer, of_table = sum(_layer_sizes(watched)), len(PLACES) + ranks
         num_layers, num_tables = len(watched.layers), len(watched.tables)
         sizes = [of_layer] * num_layers + [of_table] * num_tables
         self.places = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
@@ -209,7 +216,7 @@ class Metrics:
             for layer, part in zip(watched.layers, parts[:num_layers], strict=True)
         }
         self.tables = {
-            name: TableMetrics(part[: len(PER_TABLE)], part[len(PER_TABLE) + rank])
+            name: TableMetrics(part[: len(PLACES)], part[len(PLACES) + rank])
             for name, part in zip(watched.tables, parts[num_layers:], strict=True)
         }
         self.sizes = sizes
@@ -351,8 +358,8 @@ def _table_numbers(
     numbers: list[float], iterations: int, gradient_scale: float
 ) -> dict[str, float]:
     """What a table shows; nothing where nobody holds it."""
-    of: Mapping[str, float] = dict(zip(PER_TABLE, numbers, strict=False))
-    received = numbers[len(PER_TABLE) :]
+    of: Mapping[str, float] = dict(zip(PLACES, numbers, strict=False))
+    received = numbers[len(PLACES) :]
     if not of["holders"]:
         return {}
     shown = {
@@ -362,6 +369,9 @@ def _table_numbers(
     }
     if sum(received):
         shown["shard_load"] = max(received) * of["holders"] / sum(received)
+    if of["all_lookups"]:
+        shown["trained_rows"] = of["trained_rows"] / iterations
+        shown["trained_lookups"] = 100 * of["their_lookups"] / of["all_lookups"]
     if of["passes"]:
         shown["lookup_ms"] = of["lookup"] / of["passes"]
         shown["exchange_ms"] = of["exchange"] / of["passes"]

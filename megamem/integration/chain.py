@@ -43,6 +43,9 @@ class TableMember(MegatronOptimizer):
     """Steps the tables when Megatron steps the model, and skips when Megatron must.
 
     A batch whose table gradients are not finite on any one rank is skipped on all.
+
+    Where the tables are finetuned sparsely, the gradient of a row that is not chosen must be
+    finite, too, but is in no norm.
     """
 
     optimizer: TableOptimizer
@@ -96,10 +99,14 @@ class TableMember(MegatronOptimizer):
         self.scale = 1.0 / (self.data_ranks * float(self.loss_scale()))
         self.optimizer.reduce()
         self.squares = by_table = self.optimizer.squared_norm()
-        device = torch.cuda.current_device()
-        total = sum(by_table.values(), torch.zeros((), dtype=torch.float64, device=device))
-        dist.all_reduce(total, group=self.grad_stats_parallel_group)
-        self.norm = math.sqrt(total.item()) * self.scale if total.isfinite() else math.inf
+        if self.optimizer.finetunes:
+            self.optimizer.choose()
+            self.squares = self.optimizer.squared_norm()
+        zero = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+        totals = torch.stack([sum(part.values(), zero) for part in (by_table, self.squares)])
+        dist.all_reduce(totals, group=self.grad_stats_parallel_group)
+        norms = [math.sqrt(total) * self.scale for total in totals.tolist()]
+        self.norm = norms[1] if math.isfinite(norms[0]) else math.inf
         self.found_inf = not math.isfinite(self.norm)
         if self.found_inf:
             for name, squares in by_table.items():
@@ -135,6 +142,9 @@ class TableMember(MegatronOptimizer):
             model_norm: of all gradients that are clipped together.
         """
         norm, limit = model_norm, self.config.clip_grad
+        if self.optimizer.finetunes:
+            # nothing else is trained, so there is nothing else to be clipped with
+            norm = self.norm
         if self.clip_apart is not None:
             norm, limit = self.norm, self.clip_apart
         clip = min(1.0, limit / (norm + CLIP_EPS)) if limit > 0 and norm is not None else 1.0
@@ -182,6 +192,10 @@ class ChainWithTables(ChainedOptimizer):
     """Megatron's optimizer of the model, and the tables'.
 
     In a checkpoint the model's part is as it would be without tables.
+
+    Where the tables are finetuned sparsely, the model's part never steps: its weights, their fp32
+    copies and their moments are saved as they were loaded. Its gradients still decide which batch
+    is skipped, and are in the norm that is logged.
     """
 
     def __init__(self, tables: TableMember, model: MegatronOptimizer) -> None:
@@ -204,7 +218,9 @@ class ChainWithTables(ChainedOptimizer):
         return self._norm
 
     def step_with_ready_grads(self) -> bool:
-        """Update the model, then the tables."""
+        """Update the model, then the tables; only the tables where these are finetuned sparsely."""
+        if self.tables.optimizer.finetunes:
+            return self.tables.step_with_ready_grads()
         updated = self.model.step_with_ready_grads()
         return self.tables.step_with_ready_grads(self._norm) and updated
 
@@ -214,9 +230,18 @@ class ChainWithTables(ChainedOptimizer):
     def sharded_state_dict(
         self, model_sharded_state_dict: Any, is_loading: bool = False, **how: Any
     ) -> dict[Any, Any]:
+        if self.tables.optimizer.finetunes and not is_loading:
+            self._begin_moments()
         found = self.model.sharded_state_dict(model_sharded_state_dict, is_loading, **how)
         found[STATE] = self.tables.sharded_state_dict(model_sharded_state_dict, is_loading)
         return found
+
+    def _begin_moments(self) -> None:
+        """Megatron's Adam has moments from its first step on, and looks for them when it loads."""
+        for member in self.chained_optimizers:
+            begin = getattr(member, "init_state_fn", None)
+            if member is not self.tables and begin is not None and member.optimizer is not None:
+                begin(member.optimizer, member.config)
 
     def load_state_dict(self, state_dict: dict[Any, Any]) -> None:
         state_dict = dict(state_dict)

@@ -177,6 +177,7 @@ def check(args: argparse.Namespace, memory: MemoryConfig, config: Any) -> None:
     problems += _pattern_problems(args, memory)
     problems += _ffn_problems(args, memory)
     problems += _optimizer_problems(args, memory)
+    problems += _finetune_problems(args, memory)
     ConfigurationError.collect(problems)
 
 
@@ -268,3 +269,14 @@ def _optimizer_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[
             "or drop it."
         )
     return problems
+
+
+def _finetune_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:
+    """What would change without a step of any optimizer."""
+    rows = memory.memory_finetune_rows
+    if rows is None or not getattr(args, "moe_router_enable_expert_bias", False):
+        return []
+    return [
+        f"--memory-finetune-rows {rows} freezes the model, but --moe-router-enable-expert-bias "
+        "moves the experts' biases at every step; drop it."
+    ]

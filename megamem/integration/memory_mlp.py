@@ -11,12 +11,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megamem.checkpoint import same_everywhere, sharded_piece
+from megamem.checkpoint import same_everywhere, sharded_piece, state_key
 from megamem.config import MemoryConfig
 from megamem.layers.expert_table import make_table
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.value_table import ValueTable
+from megamem.optimizer.state import BATCHES, HITS
 from megamem.parallel.memory_group import MemoryGroup
 
 FFNBuilder = Callable[..., nn.Module]
@@ -97,7 +98,7 @@ class ValueTables(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Each table as pieces of R x V, and the seed that placed its rows."""
+        """Each table as pieces of R x V, the seed that placed its rows, and what read them."""
         entries = {}
         for name, table in self.named_modules():
             if not isinstance(table, ValueTable):
@@ -106,7 +107,24 @@ class ValueTables(MegatronModule):
             weight, placement = f"{prefix}{name}.weight", f"{prefix}{name}.placement"
             entries[weight] = sharded_piece(weight, table.weight, *of_table)
             entries[placement] = same_everywhere(placement, table.placement, *of_table)
+            if table.hits_in_checkpoint:
+                entries |= {f"{prefix}{key}": part for key, part in counters(name, table).items()}
         return entries
+
+
+def counters(name: str, table: ValueTable) -> dict[str, Any]:
+    """The counters of a table, where it has them, as pieces of a checkpoint.
+
+    Their keys are those of optimizer state, which whoever wants the model alone leaves out.
+    """
+    if table.hits is None or table.batches is None:
+        return {}
+    shard, replica = table.shard, table.group.replica
+    hits, batches = state_key(name, HITS), state_key(name, BATCHES)
+    return {
+        f"{name}.{HITS}": sharded_piece(hits, table.hits, shard, replica, per_row=True),
+        f"{name}.{BATCHES}": same_everywhere(batches, table.batches, shard, replica),
+    }
 
 
 def build_table(

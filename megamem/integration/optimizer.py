@@ -11,6 +11,7 @@ from torch import nn
 
 from megamem.config import MemoryConfig
 from megamem.integration.arguments import timeout
+from megamem.integration.background import load_background
 from megamem.integration.chain import ChainWithTables, TableMember, find_tables
 from megamem.optimizer import StepOptions, TableOptimizer
 
@@ -27,7 +28,7 @@ def with_tables(
     Every rank must call this, with tables or without.
     """
     tables = TableOptimizer(
-        find_tables(chunks),
+        found := find_tables(chunks),
         memory,
         StepOptions(
             betas=(config.adam_beta1, config.adam_beta2),
@@ -37,6 +38,7 @@ def with_tables(
         ),
         **table_group(args, memory),
     )
+    load_background(found, args, memory)
     data_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     member = TableMember(
         tables,

@@ -1,4 +1,4 @@
-"""Whether the checkpoint a run starts from fits its flags; asked before anything is allocated."""
+"""Whether the checkpoints a run starts from fit its flags; asked before anything is allocated."""
 
 import argparse
 from pathlib import Path
@@ -20,38 +20,90 @@ from megamem.checkpoint import (
 )
 from megamem.config import MemoryConfig
 from megamem.layers.expert_table import U, table_names
-from megamem.optimizer.state import slots
+from megamem.optimizer.state import BATCHES, HITS, slots
 
 
 def checkpoint_problems(args: argparse.Namespace, memory: MemoryConfig | None) -> list[str]:
-    """A sentence for everything in the checkpoint of --load that contradicts the flags.
+    """A sentence for everything in checkpoints of --load and --memory-background that does not fit.
 
-    Reads shapes only. A --load without a checkpoint is no problem: Megatron starts afresh there.
+    Reads shapes and seeds only. A --load without a checkpoint is no problem: Megatron starts afresh
+    there.
     """
+    found = background_problems(memory) if memory is not None else []
+    return found + _load_problems(args, memory)
+
+
+def _load_problems(args: argparse.Namespace, memory: MemoryConfig | None) -> list[str]:
     try:
-        folder = _checkpoint_folder(args)
+        folder = loaded_folder(args)
         if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
             return []
-        # torch's reader: Megatron's, in 0.19, cannot describe tensors to torch 2.15
-        entries = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+        saved = saved_shapes(folder)
     except Exception as error:  # whatever a damaged file makes of itself
         return [
             f"--load {args.load} cannot be read ({type(error).__name__}: {error}); it may be "
             "damaged: use an earlier iteration with --ckpt-step."
         ]
-    saved = {
-        key: tuple(entry.size)
-        for key, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
     if found := compare(saved, memory, str(folder)):
         return found
     if memory is None:
         return []
     found = placement_problems(read_placements(saved, folder), memory, str(folder))
-    # a release, as converters write, never has an optimizer
-    resumes = not (args.finetune or args.no_load_optim or folder.name == "release")
+    # a release, as converters write, never has an optimizer; a pretrained checkpoint's is not read
+    afresh = folder.name == "release" or not folder.is_relative_to(args.load or folder / "none")
+    resumes = not (args.finetune or args.no_load_optim or afresh)
     return found + (state_problems(saved, args, memory, str(folder)) if resumes else [])
+
+
+def background_problems(memory: MemoryConfig) -> list[str]:
+    """A sentence where --memory-background has no counters of this run's tables."""
+    path = memory.memory_background
+    if path is None:
+        return []
+    named = f"--memory-background {path}"
+    folder = latest_folder(path)
+    if folder is None:
+        return [f"{named} holds no checkpoint; name the folder of one, as for --load."]
+    try:
+        saved = saved_shapes(folder)
+    except Exception as error:
+        return [f"{named} cannot be read ({type(error).__name__}: {error}); name another."]
+    for name in table_names(memory):
+        shape = saved.get(state_key(name, HITS))
+        if shape is None:
+            return [
+                f"{named} has no counts of the rows that table {name} was read at: it was saved "
+                "before megamem kept them, converted, or trained with other memories; name a "
+                "checkpoint of a run that counted, or drop it to use the counts of --load."
+            ]
+        if shape != (memory.num_rows,):
+            return [
+                f"{named} counts {shape[0]:,} rows of table {name}, but --memory-num-keys "
+                f"{memory.memory_num_keys} asks for {memory.num_rows:,}; name a checkpoint of the "
+                "same model."
+            ]
+    seeds = read_placements(saved, folder)
+    return placement_problems(seeds, memory, str(folder), "--memory-background")
+
+
+def has_counters(args: argparse.Namespace, memory: MemoryConfig) -> bool | None:
+    """Whether the checkpoint that Megatron will load counts what read its rows; None: no such."""
+    folder = loaded_folder(args)
+    if folder is None:
+        return None
+    saved = saved_shapes(folder)
+    return all(state_key(name, HITS) in saved for name in table_names(memory))
+
+
+def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of every tensor in a checkpoint."""
+    # torch's reader: Megatron's, in 0.19, cannot describe tensors to torch 2.15
+    entries = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    return {
+        key: tuple(entry.size)
+        for key, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def read_placements(saved: dict[str, tuple[int, ...]], folder: Path) -> dict[str, int]:
@@ -73,12 +125,14 @@ def saved_tables(saved: dict[str, tuple[int, ...]]) -> list[str]:
     )
 
 
-def placement_problems(seeds: dict[str, int], memory: MemoryConfig, folder: str) -> list[str]:
+def placement_problems(
+    seeds: dict[str, int], memory: MemoryConfig, folder: str, option: str = "--load"
+) -> list[str]:
     """A sentence where a table's rows lie elsewhere than this run would look for them."""
     wanted = memory.memory_placement_seed
     return [
         f"--memory-placement-seed {wanted} differs from {seed}, which placed the rows of table "
-        f"{table} in --load {folder}; use --memory-placement-seed {seed}."
+        f"{table} in {option} {folder}; use --memory-placement-seed {seed}."
         for table, seed in sorted(seeds.items())
         if seed != wanted
     ][:1]
@@ -103,7 +157,9 @@ def state_problems(
                 key.removeprefix(prefix)
                 for key in saved
                 # not the state of a table within this one
-                if key.startswith(prefix) and "." not in key.removeprefix(prefix)
+                if key.startswith(prefix)
+                and "." not in key.removeprefix(prefix)
+                and key.removeprefix(prefix) not in (HITS, BATCHES)
             )
             return [
                 f"--memory-optimizer {memory.memory_optimizer} needs {name} of shape "
@@ -182,16 +238,24 @@ def compare(
     return problems
 
 
-def _checkpoint_folder(args: argparse.Namespace) -> Path | None:
-    """The folder of the iteration that Megatron would load."""
-    if not getattr(args, "load", None):
-        return None
-    tracker = Path(checkpointing.get_checkpoint_tracker_filename(args.load))
+def loaded_folder(args: argparse.Namespace) -> Path | None:
+    """The folder of the iteration that Megatron would load: of --pretrained-checkpoint at last."""
+    step = getattr(args, "ckpt_step", None)
+    for option in ("load", "pretrained_checkpoint"):
+        path = getattr(args, option, None)
+        if path and (folder := latest_folder(path, step)) is not None:
+            return folder
+    return None
+
+
+def latest_folder(path: str, step: int | None = None) -> Path | None:
+    """The folder of an iteration, by default the last, in a folder of checkpoints."""
+    tracker = Path(checkpointing.get_checkpoint_tracker_filename(path))
     if not tracker.is_file():
         return None
     # Megatron's own read of this file is a collective, and this runs on one rank
     latest = tracker.read_text().strip()
     release = latest == "release"
-    iteration = getattr(args, "ckpt_step", None) or (0 if release else int(latest))
-    name = checkpointing.get_checkpoint_name(args.load, iteration, release, return_base_dir=True)
+    iteration = step or (0 if release else int(latest))
+    name = checkpointing.get_checkpoint_name(path, iteration, release, return_base_dir=True)
     return Path(name)

@@ -37,6 +37,8 @@ TITLES = {
     "grad_norm": "gradient norm of the table",
     "row_norm": "norm of a row",
     "learning_rate": "learning rate of the table",
+    "trained_rows": "rows trained per step",
+    "trained_lookups": "lookups that read a trained row (%)",
     "shard_load": "lookups of the busiest rank / mean",
     "sent_megabytes": "MB sent per rank and iteration",
     "lookup_ms": "lookup, forward (ms)",
@@ -51,6 +53,8 @@ IN_CONSOLE = {
     "gate_mean": "gate {:.4f}",
     "grad_norm": "table grad norm {:.3g}",
     "row_norm": "row norm {:.4g}",
+    "trained_rows": "rows trained {:.4g}",
+    "trained_lookups": "by {:.1f}% of lookups",
     "shard_load": "shard load {:.2f}",
 }
 
@@ -124,6 +128,7 @@ class TrainingMetrics:
                 table.weight,
                 table.shard,
                 member.squares.get(name, 0.0),
+                member.optimizer.chosen.pop(name, None),
             )
         report = self.metrics.report(
             self.iterations, member.scale, wanted=dist.get_rank() == dist.get_world_size() - 1

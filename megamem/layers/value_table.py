@@ -1,6 +1,7 @@
 """The table of values that memory layers read, spread over the ranks of a memory group."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,9 @@ class ValueTable(nn.Module):
     By default autograd makes a dense gradient. An optimizer that sets `grad_buffer` gets the
     gradients of touched rows added to it, and nothing per backward is as large as the table; the
     gradient is then `grad_factor` times the buffer, and `touched_r` says which rows have one.
+
+    It may also keep, as a part of the model's state, `hits`: in how many of the training's
+    `batches` each row was read.
     """
 
     def __init__(self, config: MemoryConfig, make: WeightFactory, group: MemoryGroup) -> None:
@@ -71,6 +75,13 @@ class ValueTable(nn.Module):
         self.grad_buffer: Tensor | None = None
         self.grad_factor: float | Tensor = 1.0
         self.touched_r: Tensor | None = None
+        self.lookups_r: Tensor | None = None
+        self.register_buffer("hits", None)
+        self.register_buffer("batches", None)
+        self.hits: Tensor | None
+        self.batches: Tensor | None
+        # False until a checkpoint is loaded that has none, or not those that are wanted
+        self.hits_in_checkpoint = True
         self.lookups_received: Tensor | None = None
         self.metrics: TableMetrics | None = None
 
@@ -157,8 +168,28 @@ class ValueTable(nn.Module):
         if self.touched_r is not None:
             # row -1 stands for none; it marks the spare place at the end
             self.touched_r[rows_M] = True
+        if self.lookups_r is not None:
+            places_M = rows_M.long().remainder(len(self.lookups_r))
+            self.lookups_r.scatter_add_(
+                0, places_M, self.lookups_r.new_ones(()).expand_as(places_M)
+            )
         if self.lookups_received is not None:
             self.lookups_received += (rows_M >= 0).sum()
+
+    def count_reads(self) -> None:
+        """Begin to count the batches of training, and those that read each row, from zero."""
+        self.hits = torch.zeros(self.shard.shape[0], dtype=torch.int32, device=self.weight.device)
+        self.batches = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
+    ) -> None:
+        """As of any module; a state without counters leaves them as they are."""
+        for name in ("hits", "batches"):
+            if (counter := getattr(self, name)) is not None:
+                state_dict.setdefault(prefix + name, counter)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **more)
+        self.hits_in_checkpoint = True
 
     def extra_repr(self) -> str:
         (num_rows, width), (local_rows, local_width) = self.shard.global_shape, self.shard.shape

@@ -7,6 +7,9 @@
     sgd              nothing                        0
 
 A table in bf16 or fp16 has an fp32 master copy (4 more), unless it is rounded stochastically.
+
+Beside every table, whatever its optimizer, 4 bytes a row count the batches that read the row. They
+are part of the model in a checkpoint, so that they are there where its optimizer is not loaded.
 """
 
 from dataclasses import dataclass
@@ -15,6 +18,9 @@ import torch
 from torch import Tensor
 
 MASTER = "master"
+
+HITS, BATCHES = "hits", "batches"
+"""[r], batches of training that read each row, and [1], all of them: the table's own buffers."""
 
 
 @dataclass(frozen=True)

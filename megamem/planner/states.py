@@ -9,6 +9,9 @@ from typing import Literal
 Optimizer = Literal["adamw", "lazy_adamw", "rowwise_adamw", "sgd"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "lazy_adamw", "rowwise_adamw", "sgd")
 
+HITS = 4
+"""Bytes per row, whatever the optimizer: the batches of training that read it."""
+
 
 @dataclass(frozen=True)
 class TableState:
@@ -23,7 +26,7 @@ class TableState:
     moments: int
     """Per parameter: fp32 exp_avg and exp_avg_sq."""
     per_row: int
-    """Per row: what a whole row shares."""
+    """Per row: what a whole row shares, and the count of batches that read it."""
     touched_only: bool
     """Only touched rows are stepped."""
 
@@ -64,6 +67,6 @@ def table_state(
         gradient=4,
         moments={"adamw": 8, "lazy_adamw": 8, "rowwise_adamw": 4, "sgd": 0}[optimizer],
         # the second moment of rowwise_adamw; how often and when last a row was touched
-        per_row={"adamw": 0, "lazy_adamw": 8, "rowwise_adamw": 4, "sgd": 0}[optimizer],
+        per_row=HITS + {"adamw": 0, "lazy_adamw": 8, "rowwise_adamw": 4, "sgd": 0}[optimizer],
         touched_only=optimizer == "lazy_adamw",
     )

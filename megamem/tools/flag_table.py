@@ -54,7 +54,7 @@ def _values(hint: Any) -> str:
     if get_origin(hint) is list:
         return "whole numbers"
     kind = members[0] if members else hint
-    return {int: "whole number", float: "number"}[kind]
+    return {int: "whole number", float: "number", str: "path"}[kind]
 
 
 def _default(value: Any) -> str:

@@ -31,6 +31,8 @@ def test_every_field_is_a_flag_and_comes_back() -> None:
         memory_clip_grad=0.5,
         memory_optimizer="sgd",
         memory_stochastic_rounding=True,
+        memory_finetune_rows=500,
+        memory_background="elsewhere",
         memory_mode="2d",
         memory_group_size=4,
         memory_column_ranks=2,

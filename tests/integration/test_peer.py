@@ -57,7 +57,8 @@ def test_tensor_parallel_ranks_take_the_steps_of_one_process(
     wide = {table_key(t) for t in tables} | {state_key(t, of) for t in tables for of in moments}
     # nothing of Megatron's own optimizer among them
     of_tables = {key for key in found if "memory_values" in key}
-    assert of_tables == wide | {placement_key(table) for table in tables}
+    counted = {state_key(t, name) for t in tables for name in ("hits", "batches")}
+    assert of_tables == wide | counted | {placement_key(table) for table in tables}
     for key in wide:
         assert found[key].shape == (ROWS, HIDDEN)
         assert found[key].any(1).sum() > ROWS / 2
