@@ -77,6 +77,8 @@ class Experiment:
             return False
         best = best_rates(sweep, self.records())
         for part in self.parts:
+            if part == "ablations" and self.scale.ablations == ():
+                continue
             if part == "continual":
                 corpora.build_new_facts(self.runner.output, self.scale, self.runner.console)
             if not self._execute(part, self.runs_of(part, best)):

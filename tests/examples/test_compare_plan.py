@@ -54,7 +54,6 @@ def _megatron_args(run: Run) -> argparse.Namespace:
     # what Megatron fills in when it validates
     args.kv_channels = args.hidden_size // args.num_attention_heads
     args.num_query_groups = args.num_attention_heads
-    args.padded_vocab_size = models.shape_of(SMALL, 8, SMALL.corpus.vocab_size).padded_vocab_size
     return args
 
 
@@ -71,22 +70,24 @@ def test_flops_are_equal_within_one_percent(scale: scales.Scale) -> None:
         assert reached == pytest.approx(dense * (2 if model.name == "dense 2x" else 1), rel=0.01)
 
 
-def test_the_plan_counts_flops_as_the_run_reports_them() -> None:
+@pytest.mark.parametrize("scale", [SMALL, scales.GPU], ids=["small", "gpu"])
+def test_the_plan_counts_flops_as_the_run_reports_them(scale: scales.Scale) -> None:
     from megatron.training.training import num_floating_point_operations
 
     from megamem.integration.reports import with_memory_flops
 
-    runs = [_plan(SMALL).run("main", model, 1, MIDDLE) for model in _models(SMALL)]
+    runs = [_plan(scale).run("main", model, 1, MIDDLE) for model in _models(scale)]
     assert len(runs) > 20
     for run in runs:
         args = _megatron_args(run)
-        memory = MemoryConfig.from_args(args)
+        args.padded_vocab_size = -(-scale.corpus.vocab_size // 128) * 128
+        memory = MemoryConfig.from_args(args).resolve(scale.hidden)
         counted = (
-            with_memory_flops(num_floating_point_operations, args, memory.resolve(32), SMALL.batch)
+            with_memory_flops(num_floating_point_operations, args, memory, scale.batch)
             if memory.enabled
-            else num_floating_point_operations(args, SMALL.batch)
+            else num_floating_point_operations(args, scale.batch)
         )
-        assert counted == pytest.approx(run.flops * SMALL.tokens_per_iteration, rel=1e-9), run.name
+        assert counted == pytest.approx(run.flops * scale.tokens_per_iteration, rel=1e-9), run.name
 
 
 def test_the_plan_counts_what_torch_counts_in_a_forward_and_backward(tmp_path: Path) -> None:

@@ -98,20 +98,21 @@ def by_rows(axes: Axes, groups: Mapping[str, Runs]) -> None:
 
 def by_tokens(axes: Axes, groups: Mapping[str, Runs]) -> None:
     """Facts known at every probed point of training."""
+    shades = _shades(groups)
     for name, runs in groups.items():
         tokens = [probe["tokens"] for probe in curve(runs[0], "question")]
-        _line(axes, name, runs, [0, *tokens])
+        _line(axes, name, runs, [0, *tokens], shades[name])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: _short(n)))
     _finish(axes, "tokens trained on", "facts known")
 
 
 def by_time(axes: Axes, groups: Mapping[str, Runs], dense: float | None) -> None:
     """The same against seconds of training; on a CPU in units of what dense took for all of it."""
-    unit = dense or 1.0
+    unit, shades = dense or 1.0, _shades(groups)
     for name, runs in groups.items():
         seconds = [mean(at) for at in _columns(runs, "seconds") if all(s is not None for s in at)]
         if len(seconds) == len(curve(runs[0], "question")):
-            _line(axes, name, runs, [0, *(s / unit for s in seconds)])
+            _line(axes, name, runs, [0, *(s / unit for s in seconds)], shades[name])
     label = "training time, dense = 1 (CPU, a ratio within this experiment)"
     _finish(axes, label if dense else "seconds of training", "facts known")
 
@@ -120,26 +121,31 @@ def by_bits(axes: Axes, groups: Mapping[str, Runs]) -> None:
     """Bits known for each parameter, tables included."""
     names = list(groups)
     heights = [bits_per_parameter(runs) for runs in groups.values()]
-    colors = [COLORS[runs[0]["family"]] for runs in groups.values()]
-    bars = axes.bar(names, heights, color=colors)
+    shades = _shades(groups)
+    bars = axes.bar(names, heights, color=[shades[name] for name in names])
     axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
     axes.tick_params(axis="x", rotation=30)
     _finish(axes, "", "bits known per parameter", legend=False)
 
 
-def _line(axes: Axes, name: str, runs: Runs, places: Sequence[float]) -> None:
-    family = runs[0]["family"]
+def _shades(groups: Mapping[str, Runs]) -> dict[str, Any]:
+    """A color for every model: its family's; of Memory+, the more rows, the darker."""
+    shades: dict[str, Any] = {name: COLORS[runs[0]["family"]] for name, runs in groups.items()}
+    grown = [name for name, runs in groups.items() if runs[0]["family"] == "memory+"]
+    for place, name in enumerate(sorted(grown, key=lambda name: groups[name][0]["rows"]), 1):
+        shades[name] = plt.get_cmap("Blues")(0.35 + 0.65 * place / len(grown))
+    return shades
+
+
+def _line(axes: Axes, name: str, runs: Runs, places: Sequence[float], color: Any) -> None:
+    family, size = runs[0]["family"], runs[0]["rows"]
     points = [[0.0], *_columns(runs, "facts")]
-    size = sorted({r["rows"] for r in runs})[0]
-    # sizes of one family share its color; the more rows, the darker
-    alpha = 1.0 if family != "memory+" else min(1.0, 0.35 + size.bit_length() / 32)
     axes.errorbar(
         places,
         [mean(column) for column in points],
         [_deviation(column) for column in points],
         label=name,
-        color=COLORS[family],
-        alpha=alpha,
+        color=color,
         marker=MARKERS[size.bit_length() // 2 % len(MARKERS)] if size else "x",
         linestyle="-" if size else _across(family),
         capsize=2,
@@ -182,6 +188,7 @@ def _finish(axes: Axes, x: str, y: str, legend: bool = True) -> None:
     axes.set_ylabel(y)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
