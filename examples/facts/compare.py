@@ -17,6 +17,7 @@ resumes from its last checkpoint. --list shows the plan and runs nothing.
 """
 
 import argparse
+import fcntl
 import os
 import signal
 import sys
@@ -131,6 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         list_plan(scale, Plan(scale, scale.corpus.vocab_size, stamp), parts, console)
         return 0
+    output.mkdir(parents=True, exist_ok=True)
+    # held until this process ends, however it does
+    lock = (output / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        console.print(f"--output {output}: another compare.py is at work there", style="red")
+        return 2
     signal.signal(signal.SIGTERM, interrupt)
     counts = corpora.build_facts(output, scale, console)
     deadline = started + 60 * options.minutes if options.minutes else float("inf")

@@ -1,5 +1,6 @@
 """The comparison at its smallest scale, end to end, and what happens to runs that were cut off."""
 
+import fcntl
 import json
 import os
 import re
@@ -19,12 +20,13 @@ FOLDER = Path(__file__).parents[2] / "examples" / "facts"
 # scripts of one folder import each other by bare name, as they do when run
 sys.path.insert(0, str(FOLDER))
 
-from experiment import corpora, scales  # noqa: E402
+import compare  # noqa: E402
+from experiment import corpora, runs, scales  # noqa: E402
 from experiment.models import Model  # noqa: E402
 from experiment.plan import MIDDLE, Plan, Run  # noqa: E402
 from experiment.runs import Job, RunFailed, Runner  # noqa: E402
 
-SMOKE = scales.SMOKE
+SMOKE, FAMILIES = scales.SMOKE, scales.FAMILIES
 LOADED = re.compile(r"successfully loaded checkpoint from .*? at iteration (\d+)")
 
 
@@ -70,9 +72,13 @@ def test_every_run_is_recorded(results: dict[str, Any], output: Path) -> None:
         assert run["commit"] and run["torch"] and run["flags"]["seed"] == run["seed"] == 1
         assert run["peak_bytes"] > 50 * 2**20 and run["tokens_per_second"] > 0
         assert run["loss"] < 6 and run["validation_loss"] > 0
-        # what the plan said is what was built
-        flops = {r["flops_per_token"] for r in results["runs"]}
-        assert max(flops) / min(flops) < 1.01
+    flops = {run["flops_per_token"] for run in results["runs"]}
+    assert max(flops) / min(flops) < 1.01
+    # what the plan said is what was built
+    plan = Plan(SMOKE, results["corpus"]["vocab_size"], "corpus")
+    planned = {run.model.name: run.parameters for run in plan.main(dict.fromkeys(FAMILIES, MIDDLE))}
+    built = {run["model"]: run["parameters"] for run in results["runs"] if run["group"] == "main"}
+    assert built == planned
     logs = [*(output / "runs").glob("*/train.log")]
     # a run that serves several parts is trained once
     assert len(logs) == len({run["key"] for run in results["runs"]}) == 4
@@ -185,3 +191,29 @@ def test_a_run_that_fails_shows_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         RunFailed, match=r"(?s)ended with 2; the end of .*train.log.*--memory-layers"
     ):
         runner.execute("main", [run])
+
+
+def test_what_a_killed_experiment_left_at_work_is_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    leftover, stranger = (subprocess.Popen([*command, name]) for name in (tmp_path.name, "other"))
+    try:
+        for process in (stranger, leftover):
+            (tmp_path / "pid").write_text(str(process.pid))
+            runs._end_leftover(tmp_path)
+        assert leftover.wait(10) == -signal.SIGKILL
+        # its number was another process's by now
+        assert stranger.poll() is None
+    finally:
+        for process in (leftover, stranger):
+            process.kill()
+            process.wait()
+
+
+def test_two_experiments_do_not_share_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert compare.main(["--scale", "smoke", "--output", str(tmp_path)]) == 2
+    assert "another compare.py is at work" in capsys.readouterr().out.replace("\n", " ")
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]

@@ -7,7 +7,7 @@ is the first seed of the main table, and nothing is trained twice.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 
 from experiment.models import (
     Flags,
@@ -40,11 +40,14 @@ class Run:
     """One training run and the probe behind it.
 
     Attributes:
+        rates: factors of the scale's learning rates, of the model and of the table.
         flags: of Megatron, but for those that name files.
+        stamp: what its corpus was made from.
         corpus: folder of what it trains on: "corpus", or "new" for the facts that are taught later.
         start: key of the run whose checkpoint it starts from.
         keep: its last checkpoint stays, as others start from it.
-        flops, parameters, rows: what the plan expects, of a token, of the model, of its tables.
+        flops, parameters, table: what the plan expects, of a token, of the model, of its tables.
+        points: iterations whose checkpoints are asked.
     """
 
     group: str
@@ -59,7 +62,7 @@ class Run:
     flops: int = 0
     parameters: int = 0
     table: int = 0
-    points: tuple[int, ...] = field(default=())
+    points: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,7 +49,14 @@ class RunFailed(Exception):
 
 @dataclass
 class Job:
-    """A run at work: its training, then one probe after the other."""
+    """A run at work: its training, then one probe after the other.
+
+    Attributes:
+        bar: its line among the progress shown.
+        steps: what is still to be launched, the step at work first: name of its log, command.
+        peak: most bytes that its training was seen to hold.
+        shown: iteration and loss logged last.
+    """
 
     run: Run
     folder: Path
@@ -58,7 +65,7 @@ class Job:
     process: subprocess.Popen[bytes] | None = None
     log: IO[bytes] | None = None
     peak: int = 0
-    shown: tuple[int, float] | None = field(default=None)
+    shown: tuple[int, float] | None = None
 
 
 class Runner:
@@ -131,6 +138,7 @@ class Runner:
     def _start(self, run: Run, progress: Progress) -> Job:
         folder = self.folder(run.key)
         folder.mkdir(parents=True, exist_ok=True)
+        _end_leftover(folder)
         (folder / "flags.json").write_text(json.dumps(run.flags, indent=1) + "\n")
         steps = [] if self._is_trained(run) else [("train", self._train_command(run))]
         steps += [
@@ -179,6 +187,7 @@ class Runner:
             env=environment,
             start_new_session=True,
         )
+        (job.folder / "pid").write_text(str(job.process.pid))
         progress.update(job.bar, said="starting" if name == "train" else "asking")
 
     def _watch(self, job: Job, progress: Progress) -> None:
@@ -211,12 +220,16 @@ class Runner:
         if processes:
             self.console.print(f"stopping {len(processes)} runs; they save first")
         deadline = time.monotonic() + SECONDS_TO_STOP
-        for process in processes:
-            try:
-                process.wait(max(deadline - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        try:
+            for process in processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(deadline - time.monotonic(), 0.1))
+        finally:
+            # also at a second Ctrl-C
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
         for job in live:
             if job.log is not None:
                 job.log.close()
@@ -261,6 +274,16 @@ class Runner:
         asked += ["--probe-output", str(self.folder(run.key) / f"probe-{corpus}.json")]
         asked += ["--probe-iterations", *map(str, run.points)]
         return [*self._command(PROBE, run), *asked]
+
+
+def _end_leftover(folder: Path) -> None:
+    """End what an experiment that was killed left at work on a run: two would share a folder."""
+    with contextlib.suppress(OSError, ValueError, psutil.Error):
+        process = psutil.Process(int((folder / "pid").read_text()))
+        # the number may long be another process's
+        if any(folder.name in word for word in process.cmdline()):
+            process.kill()
+            process.wait(SECONDS_TO_STOP)
 
 
 def probed_corpora(run: Run) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSettings:
-    """What build_corpus.py is asked for."""
+    """What build_corpus.py is asked for; the fields are its flags."""
 
     facts: int
     kind: str
@@ -154,7 +154,7 @@ CPU = Scale(
     seq=64,
     batch=32,
     micro=32,
-    iterations=1200,
+    iterations=1000,
     warmup=50,
     log_interval=20,
     lr=4e-3,
@@ -168,7 +168,7 @@ CPU = Scale(
     topk=16,
     key_dim=16,
     experts=8,
-    every=1,
+    every=2,
     families=FAMILIES,
     seeds=(1, 2, 3),
     sweep=SWEEP,
