@@ -148,8 +148,8 @@ class Impatient(Runner):
 
 def _long_run(plan: Plan) -> Run:
     run = plan.run("main", Model("dense", "dense"), 7, MIDDLE)
-    run.flags.update(train_iters=1200, save_interval=400, eval_interval=1200)
-    return Run(**{**vars(run), "points": (400, 1200)})
+    run.flags.update(train_iters=900, save_interval=300, eval_interval=900)
+    return Run(**{**vars(run), "points": (300, 900)})
 
 
 def test_a_run_that_is_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,31 +164,30 @@ def test_a_run_that_is_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     impatient.at = 30
     assert not impatient.execute("main", [run])
     saved = int((log.parent / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
-    assert 30 <= saved < 400 and not (log.parent / "record.json").exists()
+    assert 30 <= saved < 300 and not (log.parent / "record.json").exists()
 
-    impatient.deadline, impatient.at, impatient.kill = time.monotonic() + 600, 450, True
+    impatient.deadline, impatient.at, impatient.kill = time.monotonic() + 600, 330, True
     with pytest.raises(RunFailed, match=r"seed 7 ended with -9"):
         impatient.execute("main", [run])
 
-    started = time.time()
     assert Runner(tmp_path, "cpu", 1, time.monotonic() + 600, console).execute("main", [run])
-    assert [int(found) for found in LOADED.findall(log.read_text())] == [saved, 400]
+    assert [int(found) for found in LOADED.findall(log.read_text())] == [saved, 300]
     record = json.loads((log.parent / "record.json").read_text())
-    assert [p["iteration"] for p in record["probes"]["corpus"]] == [400, 400, 1200, 1200]
+    assert [p["iteration"] for p in record["probes"]["corpus"]] == [300, 300, 900, 900]
     assert not [*log.parent.glob("checkpoints/iter_*"), *log.parent.glob("cache")]
     left = [
         p for p in psutil.process_iter(["cmdline"]) if run.key in " ".join(p.info["cmdline"] or ())
     ]
-    assert not left and time.time() > started
+    assert not left
 
 
 def test_a_run_that_fails_shows_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     run = _long_run(Plan(SMOKE, 500, "corpus"))
-    run.flags["memory_layers"] = (99,)
+    # there is no corpus
     runner = Runner(tmp_path, "cpu", 1, time.monotonic() + 600, Console(quiet=True))
     with pytest.raises(
-        RunFailed, match=r"(?s)ended with 2; the end of .*train.log.*--memory-layers"
+        RunFailed, match=r"(?s)ended with 2; the end of .*train.log:.*no /.*facts_train.idx"
     ):
         runner.execute("main", [run])
 

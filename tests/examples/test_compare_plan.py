@@ -114,6 +114,11 @@ def test_the_plan_counts_what_torch_counts_in_a_forward_and_backward(tmp_path: P
 def test_a_model_that_cannot_be_as_cheap_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="memory.* cannot cost .* fewer keys"):
         models.ffn_width(models.reference(SMALL), replace(SMALL, ffn=24), 500)
+    # widths are multiples of 8, and here the nearest is 1.3 % off
+    coarse = replace(scales.CPU, ffn=160)
+    (model,) = [model for model in models.ablations(coarse) if model.name == "1 layer"]
+    with pytest.raises(ConfigurationError, match="1 layer cannot cost 1,228,800 FLOPs a token"):
+        models.ffn_width(model, coarse, 1024)
 
 
 def test_equal_flags_are_one_run_and_others_are_not() -> None:

@@ -40,7 +40,7 @@ TRAIN, PROBE = ROOT / "examples" / "pretrain_gpt.py", ROOT / "examples" / "facts
 POLL_SECONDS = 0.25
 # a run that is asked to stop saves a checkpoint first
 SECONDS_TO_STOP = 180.0
-TAIL_BYTES = 4000
+TAIL_BYTES, TAIL_LINES = 8000, 25
 
 
 class RunFailed(Exception):
@@ -210,7 +210,8 @@ class Runner:
             (job.folder / "peak.json").write_text(json.dumps({"rss": job.peak}) + "\n")
         if code != 0 or (name == "train" and not self._is_trained(job.run)):
             why = f"ended with {code}" if code else "ended before its last iteration"
-            raise RunFailed(f"{job.run.name} {why}; the end of {log}:\n{_tail(log)}")
+            end = "\n".join(_tail(log).splitlines()[-TAIL_LINES:])
+            raise RunFailed(f"{job.run.name} {why}; the end of {log}:\n{end}")
 
     def _stop(self, live: Sequence[Job]) -> None:
         """Ask what is at work to save and leave; what does not in time is killed."""
