@@ -1,6 +1,6 @@
 """A long run that dies again and again, and still walks the curve of one that never did.
 
-    bash tests/run.sh tests/integration/test_soak.py -m slow
+bash tests/run.sh tests/integration/test_soak.py -m slow
 """
 
 import random
