@@ -94,7 +94,10 @@ def choose_rows(
 
 
 def _places_won(scores_E: Tensor, limit: int, rows: RowShard, group: ProcessGroup) -> int:
-    """How many of this rank's best scores, the highest first, are among the best of all ranks."""
+    """How many of this rank's best scores, the highest first, are among the best of all ranks.
+
+    More than it has, where there are fewer scores than places to win.
+    """
     most = -(-rows.num_rows // rows.world_size)
     width, rank = min(limit, most), group_rank(group)
     padded = scores_E.new_full((width,), -math.inf)
@@ -102,6 +105,4 @@ def _places_won(scores_E: Tensor, limit: int, rows: RowShard, group: ProcessGrou
     scores_X = padded.new_empty(width * rows.world_size)
     dist.all_gather_into_tensor(scores_X, padded, group=group)
     winners = scores_X.sort(descending=True, stable=True).indices[:limit]
-    # padding comes last, but there may be less to win than there are places
-    won = (winners // width == rank) & (winners % width < len(scores_E))
-    return int(won.sum())
+    return int((winners // width == rank).sum())
