@@ -38,7 +38,8 @@ MEMORY = (
     *("--memory-lr", 3e-3),
 )
 OF_LAYERS = ("rows_used", "kl_from_uniform", "top1_weight", "score_entropy", "gate_mean")
-OF_TABLES = tuple(name for name in TITLES if name not in OF_LAYERS)
+OF_FINETUNING = ("trained_rows", "trained_lookups")
+OF_TABLES = tuple(name for name in TITLES if name not in (*OF_LAYERS, *OF_FINETUNING))
 # depend on where the table lies, or on the clock
 OF_LAYOUT = ("shard_load", "sent_megabytes", "lookup_ms", "exchange_ms")
 
