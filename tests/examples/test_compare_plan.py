@@ -121,6 +121,14 @@ def test_a_model_that_cannot_be_as_cheap_is_refused() -> None:
         models.ffn_width(model, coarse, 1024)
 
 
+@pytest.mark.parametrize("scale", SCALES, ids=lambda scale: scale.name)
+def test_every_probed_point_is_saved_and_logged(scale: scales.Scale) -> None:
+    run = _plan(scale).main(BEST)[0]
+    assert len(run.points) == scale.probes and run.points[-1] == scale.iterations
+    assert all(point % scale.log_interval == 0 for point in run.points)
+    assert all(point % run.flags["save_interval"] == 0 for point in run.points)  # type: ignore[operator]
+
+
 def test_equal_flags_are_one_run_and_others_are_not() -> None:
     plan = _plan(scales.CPU)
     sweep, main = plan.sweep(scales.FAMILIES), plan.main(BEST)

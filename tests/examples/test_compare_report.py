@@ -82,6 +82,11 @@ def test_a_log_of_two_starts() -> None:
     assert log.seconds_at(40) == pytest.approx(0.2 + 0.9 + 0.4 + 0.4)
     # the first of the second start is warm-up too
     assert log.ms_per_iteration == 30
+    # while the second start has not come as far as the first one, that is void
+    text = "".join(LINE.format(n=n, ms=20, loss=1) for n in (10, 20, 30, 25))
+    log = logs.read(text)
+    assert [p.iteration for p in log.points] == [10, 20, 25]
+    assert log.seconds_at(25) == pytest.approx(0.5)
 
 
 def test_nothing_logged_is_nothing_known() -> None:

@@ -145,7 +145,7 @@ CPU = Scale(
     duration="under 90 minutes on two cores",
     device="cpu",
     corpus=CorpusSettings(
-        facts=10_000, kind="biographies", held_out=600, vocab_size=1024, probe_facts=3000
+        facts=3000, kind="biographies", held_out=600, vocab_size=1024, probe_facts=3000
     ),
     layers=8,
     hidden=32,
@@ -154,9 +154,9 @@ CPU = Scale(
     seq=64,
     batch=32,
     micro=32,
-    iterations=1000,
+    iterations=700,
     warmup=50,
-    log_interval=20,
+    log_interval=25,
     lr=4e-3,
     memory_lr=2e-2,
     one=(4,),
