@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ sys.path.insert(0, str(FOLDER))
 import compare  # noqa: E402
 from experiment import corpora, runs, scales  # noqa: E402
 from experiment.models import Model  # noqa: E402
-from experiment.plan import MIDDLE, Plan, Run  # noqa: E402
+from experiment.plan import MIDDLE, Plan, Run, stamp_of  # noqa: E402
 from experiment.runs import Job, RunFailed, Runner  # noqa: E402
 
 SMOKE, FAMILIES = scales.SMOKE, scales.FAMILIES
@@ -131,6 +132,17 @@ def test_finished_runs_are_not_run_again(output: Path, results: dict[str, Any]) 
     assert _written(output) == before
 
 
+def test_a_checkpoint_that_is_not_there_is_named(output: Path, results: dict[str, Any]) -> None:
+    plan = Plan(SMOKE, results["corpus"]["vocab_size"], stamp_of(SMOKE.corpus))
+    trained, _ = plan.continual(dict.fromkeys(FAMILIES, MIDDLE))
+    assert trained.key in {run["key"] for run in results["runs"]}
+    runner = Runner(output, "cpu", 1, 0.0, Console(quiet=True))
+    command = runner._probe_command(replace(trained, points=(SMOKE.iterations, 7)), "corpus")
+    ran = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    assert ran.returncode == 2
+    assert re.search(r"error: --probe-iterations 7: --load .* has no checkpoint of it", ran.stderr)
+
+
 class Impatient(Runner):
     """Does something to the run at work once its training has come to an iteration."""
 
@@ -149,7 +161,7 @@ class Impatient(Runner):
 def _long_run(plan: Plan) -> Run:
     run = plan.run("main", Model("dense", "dense"), 7, MIDDLE)
     run.flags.update(train_iters=900, save_interval=300, eval_interval=900)
-    return Run(**{**vars(run), "points": (300, 900)})
+    return replace(run, points=(300, 900))
 
 
 def test_a_run_that_is_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
