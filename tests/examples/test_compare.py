@@ -28,6 +28,8 @@ from experiment.plan import MIDDLE, Plan, Run, stamp_of  # noqa: E402
 from experiment.runs import Job, RunFailed, Runner  # noqa: E402
 
 SMOKE, FAMILIES = scales.SMOKE, scales.FAMILIES
+# seconds; of a run that hangs, not of one that a busy machine holds up
+PATIENCE = 3600.0
 LOADED = re.compile(r"successfully loaded checkpoint from .*? at iteration (\d+)")
 
 
@@ -172,17 +174,17 @@ def test_a_run_that_is_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     run = _long_run(Plan(SMOKE, counts.vocab_size, "corpus"))
     log = tmp_path / "runs" / run.key / "train.log"
 
-    impatient = Impatient(tmp_path, "cpu", 1, time.monotonic() + 600, console)
+    impatient = Impatient(tmp_path, "cpu", 1, time.monotonic() + PATIENCE, console)
     impatient.at = 30
     assert not impatient.execute("main", [run])
     saved = int((log.parent / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     assert 30 <= saved < 300 and not (log.parent / "record.json").exists()
 
-    impatient.deadline, impatient.at, impatient.kill = time.monotonic() + 600, 330, True
+    impatient.deadline, impatient.at, impatient.kill = time.monotonic() + PATIENCE, 330, True
     with pytest.raises(RunFailed, match=r"seed 7 ended with -9"):
         impatient.execute("main", [run])
 
-    assert Runner(tmp_path, "cpu", 1, time.monotonic() + 600, console).execute("main", [run])
+    assert Runner(tmp_path, "cpu", 1, time.monotonic() + PATIENCE, console).execute("main", [run])
     assert [int(found) for found in LOADED.findall(log.read_text())] == [saved, 300]
     record = json.loads((log.parent / "record.json").read_text())
     assert [p["iteration"] for p in record["probes"]["corpus"]] == [300, 300, 900, 900]
@@ -197,7 +199,7 @@ def test_a_run_that_fails_shows_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     run = _long_run(Plan(SMOKE, 500, "corpus"))
     # there is no corpus
-    runner = Runner(tmp_path, "cpu", 1, time.monotonic() + 600, Console(quiet=True))
+    runner = Runner(tmp_path, "cpu", 1, time.monotonic() + PATIENCE, Console(quiet=True))
     with pytest.raises(
         RunFailed, match=r"(?s)ended with 2; the end of .*train.log:.*no /.*facts_train.idx"
     ):
