@@ -166,6 +166,7 @@ def _long_run(plan: Plan) -> Run:
     return replace(run, points=(300, 900))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once stopped by the clock, which saves; once killed, which does not; then finished."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -103,7 +103,7 @@ SWEEP = {
 
 SMOKE = Scale(
     name="smoke",
-    duration="under 90 seconds on two quiet cores",
+    duration="about two minutes on two cores",
     device="cpu",
     corpus=CorpusSettings(facts=40, kind="real", held_out=30, vocab_size=500),
     layers=4,
