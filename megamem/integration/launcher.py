@@ -12,7 +12,6 @@ import difflib
 import os
 import re
 import runpy
-import socket
 import sys
 import time
 import traceback
@@ -133,11 +132,9 @@ def set_rendezvous_defaults() -> None:
     """One process without torchrun is a world of one rank."""
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # a port of the system's choice, taken when it is needed: one chosen here might be gone by then
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in (world | address).items():
         os.environ.setdefault(name, value)
 

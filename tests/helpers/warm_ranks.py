@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import json
 import os
+import random
 import runpy
 import select
 import signal
@@ -145,9 +146,12 @@ def _signal(running: dict[int, int], number: signal.Signals) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    # below those that connections are given, one of which might take it before the ranks do
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _become(request: Request, rank: int, port: int) -> None:
