@@ -64,7 +64,8 @@ def test_a_rank_that_dies_ends_the_others_at_once(tmp_path: Path) -> None:
         environment={"FAULT": "kill 1 4"},
         cold=True,
     )
-    assert log.returncode != 0 and log.seconds < 60
+    # at once, not after the two minutes that a collective may take
+    assert log.returncode != 0 and log.seconds < 110
     said = [line for line in log.stdout.splitlines() if GONE.match(line)]
     assert len(said) == 1
     assert said[0].endswith("The same command goes on after iteration 2.")
