@@ -7,28 +7,8 @@ from typing import Any
 
 from megamem.config import MemoryConfig
 from megamem.integration import compat
-
-FORWARD_AND_BACKWARD = 3
-MULTIPLY_AND_ADD = 2
-
-
-def layer_flops_per_token(memory: MemoryConfig, hidden_size: int) -> int:
-    """Matrix FLOPs of a memory layer for one token, forward and backward.
-
-    Query, scores of both halves, gate and projection. The table is read, not multiplied: its rows
-    count as parameters, never as FLOPs. So do PEER's, whose products with the token take as many
-    multiply-adds as the sum of a bag, heads * topk * hidden, which no variant counts.
-    """
-    query = hidden_size * memory.memory_heads * memory.key_dim
-    scores = memory.memory_heads * memory.memory_num_keys * memory.key_dim
-    output = 2 * hidden_size * memory.value_dim if memory.memory_variant == "memory+" else 0
-    return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * (query + scores + output)
-
-
-def table_parameters(memory: MemoryConfig) -> int:
-    """Numbers in all tables of the model; PEER has two in a pool."""
-    pools = 1 if memory.memory_pool == "shared" else len(memory.memory_layers)
-    return pools * memory.num_tables * memory.num_rows * memory.value_dim
+from megamem.planner.sizes import memory_flops_per_token as layer_flops_per_token
+from megamem.planner.sizes import table_parameters
 
 
 def with_memory_flops(
