@@ -1,7 +1,9 @@
-"""Whether all ranks were started with the same memory flags, asked before anything is allocated."""
+"""What all ranks must know alike before anything is allocated: flags, and what one of them read."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megamem.config import MemoryConfig, flag
@@ -18,6 +20,17 @@ def differing_flags(memory: MemoryConfig | None) -> list[str]:
     everybody: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everybody, (memory or MemoryConfig()).to_dict())
     return describe(everybody)
+
+
+def told_by_first(look: Callable[[], Any]) -> Any:
+    """look() of rank 0, on every rank: one reads a file system, so that a thousand do not.
+
+    Each rank must call this.
+    """
+    found = [look() if dist.get_rank() == 0 else None]
+    device = torch.device("cpu" if dist.get_backend() == "gloo" else "cuda")
+    dist.broadcast_object_list(found, src=0, device=device)
+    return found[0]
 
 
 def describe(everybody: list[dict[str, Any]]) -> list[str]:

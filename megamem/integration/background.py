@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from megamem.config import MemoryConfig
+from megamem.integration.agreement import told_by_first
 from megamem.integration.memory_mlp import counters
 from megamem.integration.saved_model import has_counters, latest_folder
 from megamem.layers.value_table import ValueTable
@@ -33,13 +33,10 @@ def load_background(
     Every rank must call it, before the checkpoint of --load is read; tables that find no counters
     there keep those that they have.
     """
-    # one rank looks, so that a thousand do not
-    told: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        given = memory.memory_background
-        told = [has_counters(args, memory), given and str(latest_folder(given))]
-    dist.broadcast_object_list(told, src=0, device=_object_device())
-    counted, folder = told
+    given = memory.memory_background
+    counted, folder = told_by_first(
+        lambda: (has_counters(args, memory), given and str(latest_folder(given)))
+    )
     for table in tables.values():
         table.hits_in_checkpoint = counted is None or (counted and folder is None)
     if folder is not None:
@@ -63,7 +60,3 @@ def read_counters(tables: Mapping[str, ValueTable], folder: Path) -> None:
         for counter in (HITS, BATCHES):
             kept: Tensor = getattr(table, counter)
             kept.copy_(found[f"{name}.{counter}"])
-
-
-def _object_device() -> torch.device:
-    return torch.device("cpu" if dist.get_backend() == "gloo" else "cuda")

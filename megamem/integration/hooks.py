@@ -26,7 +26,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -38,7 +37,7 @@ from megatron.training.global_vars import get_args
 from megamem.checkpoint import TABLES
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.integration import checks, compat, reports
-from megamem.integration.agreement import differing_flags
+from megamem.integration.agreement import differing_flags, told_by_first
 from megamem.integration.arguments import (
     ATTRIBUTE,
     add_memory_flags,
@@ -190,10 +189,8 @@ def _compare_with_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]
         settings = settings_from_args(args)
         memory = settings.memory if settings else None
         ConfigurationError.collect(differing_flags(memory))
-        # one rank reads, so that a thousand do not; all raise together
-        found: list[Any] = [checkpoint_problems(args, memory) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(found, src=0, device=_object_device())
-        ConfigurationError.collect(found[0])
+        # all raise together
+        ConfigurationError.collect(told_by_first(lambda: checkpoint_problems(args, memory)))
         if memory is not None and dist.get_rank() == 0:
             ranks = memory.memory_group_size or 1
             sys.stdout.write(f" > {reports.summary(memory, args.hidden_size, ranks)}\n")
@@ -214,8 +211,3 @@ def _name_broken_tables(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return train_step
-
-
-def _object_device() -> torch.device:
-    name = "cpu" if dist.get_backend() == "gloo" else "cuda"
-    return torch.device(name)
