@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.helpers.megatron_runs import ROOT, environment_of_runs
+from tests.helpers.megatron_runs import ROOT
+from tests.helpers.warm_ranks import environment_of_runs
 
 PORT = 29577
 

@@ -8,7 +8,6 @@ after the first), so comparisons look at whole lists or at later iterations.
 """
 
 import contextlib
-import os
 import re
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers.warm_ranks import Request, server
+from tests.helpers.warm_ranks import Request, environment_of_runs, server
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_gpt.py"
@@ -180,13 +179,6 @@ def launch_warm(
     command = [f"{nproc} x python -m", module, *request.words]
     log = TrainingLog(name, command, status, stdout, time.monotonic() - started)
     return _checked(log, check)
-
-
-def environment_of_runs(added: dict[str, str] | None) -> dict[str, str]:
-    """This process's, and what is added, for a rank."""
-    # the interpreter of the tests' own kernels is not part of a run
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return {**inherited, "OMP_NUM_THREADS": "1", **(added or {})}
 
 
 def _checked(log: TrainingLog, check: bool) -> TrainingLog:

@@ -32,6 +32,13 @@ SECONDS_TO_LEAVE = 8.0
 """What the other ranks get when one has failed, before they are killed."""
 
 
+def environment_of_runs(added: dict[str, str] | None = None) -> dict[str, str]:
+    """This process's, and what is added, for a rank."""
+    # the interpreter of the tests' own kernels is not part of a run
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return {**inherited, "OMP_NUM_THREADS": "1", **(added or {})}
+
+
 @dataclass(frozen=True)
 class Request:
     """One run."""
@@ -49,12 +56,10 @@ class Server:
     """The other side: asks for runs, one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        # the interpreter of the tests' own kernels is not part of a run
-        inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             cwd=folder,
-            env={**inherited, "OMP_NUM_THREADS": "1"},
+            env=environment_of_runs(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
