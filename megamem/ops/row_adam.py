@@ -15,6 +15,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
 
 from megamem.kernels.row_adam import update_rows_
 from megamem.ops.backend import use_triton
@@ -45,6 +46,9 @@ class DenseSgdOptions(SgdOptions, total=False):
 class DenseAdamOptions(AdamOptions, DenseSgdOptions, total=False):
     row_squares_r: Tensor | None
 
+
+# numbers: 1 MB in fp32
+CACHED = 2**18
 
 DEFAULTS: dict[str, Any] = {
     "betas": (0.9, 0.999),
@@ -96,6 +100,9 @@ def adamw_(
     with torch.no_grad():
         if use_triton(weights_rV):
             update_rows_(*state, **full)
+        elif _torch_has_it(*state, full):
+            assert exp_avg_rV is not None and exp_avg_sq is not None
+            _by_torch_(weights_rV, grads_rV, exp_avg_rV, exp_avg_sq, full)
         else:
             reference.adamw_(*state, **full)
 
@@ -213,6 +220,58 @@ def touched_sgd_(
         else:
             del full["betas"], full["eps"]
             reference.touched_sgd_(weights_rV, rows_E, grads_EV, **full)
+
+
+def _torch_has_it(
+    weights_rV: Tensor,
+    grads_rV: Tensor,
+    exp_avg_rV: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    options: dict[str, Any],
+) -> bool:
+    """Whether torch's fused AdamW for CPUs, tens of times as fast as the reference, does this."""
+    if exp_avg_rV is None or exp_avg_sq is None or exp_avg_sq.shape != weights_rV.shape:
+        return False
+    one_dtype = len({x.dtype for x in (weights_rV, grads_rV, exp_avg_rV, exp_avg_sq)}) == 1
+    wide = weights_rV.dtype in (torch.float32, torch.float64)
+    return weights_rV.is_cpu and wide and one_dtype and options["copy_rV"] is None
+
+
+def _by_torch_(
+    weights_rV: Tensor,
+    grads_rV: Tensor,
+    exp_avg_rV: Tensor,
+    exp_avg_sq: Tensor,
+    options: dict[str, Any],
+) -> None:
+    touched_r, scale = options["touched_r"], options["grad_scale"]
+    # in blocks that stay in a core's cache, as the gradient is copied
+    for start in range(0, len(weights_rV), max(1, CACHED // weights_rV.shape[1])):
+        rows = slice(start, start + max(1, CACHED // weights_rV.shape[1]))
+        used_EV = grads_rV[rows]
+        if touched_r is not None:
+            used_EV = used_EV.where(touched_r[rows].bool().unsqueeze(-1), 0)
+        if scale is not None:
+            used_EV = used_EV * scale.to(used_EV.dtype)
+        torch_adamw(
+            [weights_rV[rows]],
+            [used_EV],
+            [exp_avg_rV[rows]],
+            [exp_avg_sq[rows]],
+            max_exp_avg_sqs=[],
+            # it counts the step itself
+            state_steps=[torch.tensor(options["step"] - 1.0)],
+            fused=True,
+            amsgrad=False,
+            beta1=options["betas"][0],
+            beta2=options["betas"][1],
+            lr=options["lr"],
+            weight_decay=options["weight_decay"],
+            eps=options["eps"],
+            maximize=False,
+        )
+    if options["clear_grads"]:
+        grads_rV[slice(None) if touched_r is None else touched_r.bool()] = 0
 
 
 def _check_touched(

@@ -21,16 +21,17 @@ def embedding_bag(
     Returns:
         bags_GV in the table's dtype.
     """
-    num_bags = len(offsets) - 1
     accumulate = torch.promote_types(values_rV.dtype, torch.float32)
-    bag_ids_M = torch.repeat_interleave(
-        torch.arange(num_bags, device=offsets.device), offsets.diff(), output_size=len(row_ids_M)
-    )
     present_M = row_ids_M >= 0
-    # cast before the gather: autograd then sums a row's gradients unrounded, too
-    rows_MV = values_rV.to(accumulate)[row_ids_M[present_M]]
-    terms_MV = rows_MV * weights_M[present_M].to(accumulate).unsqueeze(-1)
-    bags_GV = terms_MV.new_zeros(num_bags, values_rV.shape[1]).index_add(
-        0, bag_ids_M[present_M], terms_MV
+    # how many present lookups come before each of M, and before the end
+    before_M1 = torch.nn.functional.pad(present_M.cumsum(0), (1, 0))
+    bags_GV = torch.nn.functional.embedding_bag(
+        row_ids_M[present_M].long(),
+        # cast before the gather: autograd then sums a row's gradients unrounded, too
+        values_rV.to(accumulate),
+        before_M1[offsets.long()],
+        mode="sum",
+        per_sample_weights=weights_M[present_M].to(accumulate),
+        include_last_offset=True,
     )
     return bags_GV.to(values_rV.dtype)

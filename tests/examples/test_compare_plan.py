@@ -29,7 +29,8 @@ from tests.helpers.megatron_runs import launch_warm  # noqa: E402
 BEST = dict.fromkeys(scales.FAMILIES, MIDDLE)
 SCALES = list(scales.SCALES.values())
 # every kind of model, at a size where all of them are built and run in seconds
-SMALL = scales.choose("smoke", families=scales.FAMILIES, ablations=None, six=(0, 1, 2), ffn=256)
+DEEPER = {"deep": 6, "deep_layers": ((2,), (1, 2, 3, 4))}
+SMALL = scales.choose("smoke", families=scales.FAMILIES, ablations=None, ffn=256, **DEEPER)
 
 
 def _plan(scale: scales.Scale) -> Plan:
@@ -60,12 +61,13 @@ def _megatron_args(run: Run) -> argparse.Namespace:
 @pytest.mark.parametrize("scale", SCALES, ids=lambda scale: scale.name)
 def test_flops_are_equal_within_one_percent(scale: scales.Scale) -> None:
     vocab = scale.corpus.vocab_size
-    dense = models.flops_per_token(Model("dense", "dense"), scale, scale.ffn, vocab)
     names = [model.name for model in _models(scale)]
     assert len(set(names)) == len(names)
     for model in _models(scale):
         width = models.ffn_width(model, scale, vocab)
         reached = models.flops_per_token(model, scale, width, vocab)
+        as_deep = replace(scale, layers=model.depth or scale.layers)
+        dense = models.flops_per_token(Model("dense", "dense"), as_deep, scale.ffn, vocab)
         assert width % 8 == 0 and width >= 8
         assert reached == pytest.approx(dense * (2 if model.name == "dense 2x" else 1), rel=0.01)
 
@@ -114,11 +116,12 @@ def test_the_plan_counts_what_torch_counts_in_a_forward_and_backward(tmp_path: P
 def test_a_model_that_cannot_be_as_cheap_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="memory.* cannot cost .* fewer keys"):
         models.ffn_width(models.reference(SMALL), replace(SMALL, ffn=24), 500)
-    # widths are multiples of 8, and here the nearest is 1.3 % off
-    coarse = replace(scales.CPU, ffn=160)
-    (model,) = [model for model in models.ablations(coarse) if model.name == "1 layer"]
-    with pytest.raises(ConfigurationError, match="1 layer cannot cost 1,228,800 FLOPs a token"):
-        models.ffn_width(model, coarse, 1024)
+    # widths are multiples of 8, and here the nearest is 1.2 % off
+    coarse = replace(scales.CPU, deep=16)
+    name = "16 layers, memories 1"
+    (model,) = [model for model in models.ablations(coarse) if model.name == name]
+    with pytest.raises(ConfigurationError, match=f"{name} cannot cost 4,227,072 FLOPs a token"):
+        models.ffn_width(model, coarse, 512)
 
 
 @pytest.mark.parametrize("scale", SCALES, ids=lambda scale: scale.name)
@@ -198,7 +201,7 @@ def test_the_list_names_every_run() -> None:
     plan = _plan(scales.CPU)
     runs = [*plan.sweep(scales.FAMILIES), *plan.main(BEST), *plan.ablations(BEST)]
     for run in unique([*runs, *plan.continual(BEST)]):
-        assert f"{run.key}: --num-layers 8 " in printed
+        assert f"{run.key}: --num-layers {run.flags['num_layers']} " in printed
         assert f"{run.parameters:,}" in printed and f"{run.flops:,}" in printed
 
 

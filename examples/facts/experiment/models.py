@@ -33,6 +33,9 @@ MULTIPLE = 8
 TOLERANCE = 0.01
 # Megatron pads the vocabulary to this
 VOCABULARY_MULTIPLE = 128
+# of Megatron's --init-method-std. Values that start as large as the paper's, V**-0.5, would drown
+# embeddings that start at this; in wide models the two are the same
+INIT_STD = 0.02
 EXPERTS: Flags = {
     "moe_router_topk": 1,
     # with one expert a token, a softmax over the chosen ones would always be 1
@@ -52,6 +55,7 @@ class Model:
         flags: what it adds to the dense model's.
         flops: FLOPs of a token, in units of the dense model's.
         rates: factors of the swept learning rate of the model and of the table.
+        depth: layers, where they are not the scale's.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Model:
     flags: tuple[tuple[str, Flag], ...] = ()
     flops: float = 1.0
     rates: tuple[float, float] = (1.0, 1.0)
+    depth: int = 0
 
     @property
     def memory(self) -> MemoryConfig:
@@ -108,37 +113,45 @@ def reference(scale: Scale) -> Model:
 
 
 def ablations(scale: Scale) -> list[Model]:
-    """The reference with one thing changed each, at the reference's learning rates and FLOPs."""
+    """The reference with one thing changed each, at the reference's learning rates and FLOPs.
+
+    Then deeper models with other numbers of memory layers, at the FLOPs of the dense model that is
+    as deep: the reference has no room for more.
+    """
     base = reference(scale)
     n, heads, topk, key_dim = scale.reference, scale.heads, scale.topk, scale.key_dim
     pools = isqrt(n * n // len(scale.three))
     changed: dict[str, Flags] = {
-        "1 layer": {"memory_layers": scale.one},
-        "6 layers": {"memory_layers": scale.six},
         "own pools, as many parameters": {"memory_pool": "layer", "memory_num_keys": pools},
         "no gate": {"memory_variant": "memory"},
         "keys half as wide": {"memory_key_dim": key_dim // 2},
         "keys twice as wide": {"memory_key_dim": key_dim * 2},
-        "half the heads, twice k": {"memory_heads": heads // 2, "memory_topk": topk * 2},
         "twice the heads, half k": {"memory_heads": heads * 2, "memory_topk": topk // 2},
         "half k": {"memory_topk": topk // 2},
         "twice k": {"memory_topk": topk * 2},
-        "q/k norm": {"memory_qk_norm": True},
+        "no q/k norm": {"memory_qk_norm": False},
+        "values start at V**-0.5": {"memory_value_init_std": scale.hidden**-0.5},
         "values do not decay": {"memory_weight_decay": 0.0},
         "lazy_adamw": {"memory_optimizer": "lazy_adamw"},
         "rowwise_adamw": {"memory_optimizer": "rowwise_adamw"},
         "bf16, fp32 master": {"bf16": True},
         "bf16, stochastic rounding": {"bf16": True, "memory_stochastic_rounding": True},
     }
-    models = [
-        replace(base, name=name, flags=_frozen({**dict(base.flags), **flags}))
-        for name, flags in changed.items()
-    ]
+    models = [_changed(base, name, flags) for name, flags in changed.items()]
     models += [
         replace(base, name=f"values learn {factor:g}x", rates=(1.0, factor))
         for factor in (0.25, 4.0)
     ]
+    for layers in scale.deep_layers:
+        name = f"{scale.deep} layers, memories {len(layers)}"
+        deeper = _changed(base, name, {"memory_layers": layers})
+        models.append(replace(deeper, depth=scale.deep))
     return [m for m in models if scale.ablations is None or m.name in scale.ablations]
+
+
+def at_depth_of(model: Model, scale: Scale) -> Scale:
+    """The scale with as many layers as the model has."""
+    return replace(scale, layers=model.depth) if model.depth else scale
 
 
 def shape_of(scale: Scale, ffn: int, vocab_size: int) -> ModelShape:
@@ -159,7 +172,7 @@ def shape_of(scale: Scale, ffn: int, vocab_size: int) -> ModelShape:
 
 def flops_per_token(model: Model, scale: Scale, ffn: int, vocab_size: int) -> int:
     """As a run of the model reports them, for one token; of experts, the one that it visits."""
-    memory, shape = model.memory, shape_of(scale, ffn, vocab_size)
+    memory, shape = model.memory, shape_of(at_depth_of(model, scale), ffn, vocab_size)
     total = dense_flops_per_token(shape, memory)
     if memory.enabled:
         layer = memory_flops_per_token(memory.resolve(scale.hidden), scale.hidden)
@@ -173,7 +186,8 @@ def ffn_width(model: Model, scale: Scale, vocab_size: int) -> int:
     Raises:
         ConfigurationError: no width does, to within TOLERANCE.
     """
-    wanted = model.flops * flops_per_token(Model("dense", "dense"), scale, scale.ffn, vocab_size)
+    dense = Model("dense", "dense", depth=model.depth)
+    wanted = model.flops * flops_per_token(dense, scale, scale.ffn, vocab_size)
     narrow = flops_per_token(model, scale, MULTIPLE, vocab_size)
     step = flops_per_token(model, scale, 2 * MULTIPLE, vocab_size) - narrow
     steps = round((wanted - narrow) / step) if step else 0
@@ -191,6 +205,7 @@ def ffn_width(model: Model, scale: Scale, vocab_size: int) -> int:
 
 def parameters(model: Model, scale: Scale, ffn: int, vocab_size: int) -> tuple[int, int]:
     """All parameters, and how many of them are rows of tables."""
+    scale = at_depth_of(model, scale)
     memory, shape = model.memory, shape_of(scale, ffn, vocab_size)
     if memory.enabled:
         memory = memory.resolve(scale.hidden)
@@ -213,8 +228,14 @@ def _memory(scale: Scale, name: str, variant: str, layers: tuple[int, ...], keys
         "memory_heads": scale.heads,
         "memory_topk": scale.topk,
         "memory_key_dim": scale.key_dim,
+        "memory_qk_norm": True,
+        "memory_value_init_std": INIT_STD,
     }
     return Model(name, variant, _frozen(flags))
+
+
+def _changed(model: Model, name: str, flags: Flags) -> Model:
+    return replace(model, name=name, flags=_frozen({**dict(model.flags), **flags}))
 
 
 def _frozen(flags: Flags) -> tuple[tuple[str, Flag], ...]:

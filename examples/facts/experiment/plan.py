@@ -13,6 +13,7 @@ from experiment.models import (
     Flags,
     Model,
     ablations,
+    at_depth_of,
     ffn_width,
     flops_per_token,
     main_models,
@@ -136,7 +137,7 @@ class Plan:
         ffn = ffn_width(model, scale, self.vocab_size)
         total, table = parameters(model, scale, ffn, self.vocab_size)
         shape: Flags = {
-            "num_layers": scale.layers,
+            "num_layers": at_depth_of(model, scale).layers,
             "hidden_size": scale.hidden,
             "num_attention_heads": scale.attention_heads,
             "ffn_hidden_size": ffn,

@@ -32,7 +32,8 @@ class Scale:
         probes: at how many evenly spaced points of training the facts are asked.
         lr, memory_lr: middle of the sweep, of the model and of the table.
         one, three: layers that become memories in Memory and PEER, and in Memory+.
-        six: the same for the ablation of many layers.
+        deep, deep_layers: a deeper model, and which of its layers are memories, for the ablation of
+            their number.
         keys: N of each size of Memory+; rows are N * N.
         reference: the N of every other memory, of the sweep and of the ablations.
         experts, every: experts of the mixture, and which layers have them.
@@ -64,7 +65,8 @@ class Scale:
     memory_lr: float
     one: tuple[int, ...]
     three: tuple[int, ...]
-    six: tuple[int, ...]
+    deep: int
+    deep_layers: tuple[tuple[int, ...], ...]
     keys: tuple[int, ...]
     reference: int
     heads: int
@@ -93,9 +95,9 @@ class Scale:
 
 
 FAMILIES = ("dense", "dense 2x", "moe", "peer", "memory", "memory+")
-# the model's rate alone; and, where there is a table, its rate too: a cross through the middle
+# the model's rate; and, where there is a table, a faster one
 RATES = ((1.0, 1.0), (0.5, 1.0), (2.0, 1.0))
-CROSS = (*RATES, (1.0, 0.5), (1.0, 2.0))
+CROSS = (*RATES, (1.0, 4.0))
 SWEEP = {
     **dict.fromkeys(("dense", "dense 2x", "moe"), RATES),
     **dict.fromkeys(("peer", "memory", "memory+"), CROSS),
@@ -121,7 +123,8 @@ SMOKE = Scale(
     memory_lr=3e-2,
     one=(1,),
     three=(0, 1, 2),
-    six=(0, 1, 2),
+    deep=4,
+    deep_layers=(),
     keys=(16, 32),
     reference=32,
     heads=2,
@@ -142,29 +145,30 @@ SMOKE = Scale(
 
 CPU = Scale(
     name="cpu",
-    duration="under 90 minutes on two cores",
+    duration="about 90 minutes on two cores",
     device="cpu",
     corpus=CorpusSettings(
-        facts=3000, kind="biographies", held_out=600, vocab_size=1024, probe_facts=3000
+        facts=3000, kind="biographies", held_out=300, vocab_size=2048, probe_facts=1500
     ),
-    layers=8,
-    hidden=32,
-    attention_heads=2,
-    ffn=168,
+    layers=4,
+    hidden=64,
+    attention_heads=4,
+    ffn=112,
     seq=64,
     batch=32,
     micro=32,
-    iterations=700,
+    iterations=500,
     warmup=50,
     log_interval=25,
-    lr=4e-3,
+    lr=1.6e-2,
     memory_lr=2e-2,
-    one=(4,),
-    three=(2, 4, 6),
-    six=(1, 2, 3, 4, 5, 6),
-    keys=(64, 128, 256, 512),
+    one=(2,),
+    three=(1, 2, 3),
+    deep=8,
+    deep_layers=((4,), (2, 4, 6), (1, 2, 3, 4, 5, 6)),
+    keys=(128, 256, 512, 1024),
     reference=128,
-    heads=2,
+    heads=1,
     topk=16,
     key_dim=16,
     experts=8,
@@ -202,7 +206,8 @@ GPU = Scale(
     memory_lr=5e-3,
     one=(4,),
     three=(2, 4, 6),
-    six=(1, 2, 3, 4, 5, 6),
+    deep=12,
+    deep_layers=((6,), (2, 6, 10), (1, 3, 5, 7, 9, 11)),
     keys=(128, 256, 512, 1024),
     reference=512,
     heads=4,
