@@ -139,10 +139,14 @@ def _record(run: Any, facts: float, old: float | None = None) -> dict[str, Any]:
     }
 
 
+DEEPER = ("6 layers, memories 2", "6 layers, memories 4")
+
+
 @pytest.fixture
 def results() -> dict[str, Any]:
+    changed = {"ablations": ("no gate", *DEEPER), "deep": 6, "deep_layers": ((1, 4), (1, 2, 3, 4))}
     scale = scales.choose(
-        "smoke", families=scales.FAMILIES, seeds=(1, 2), ablations=("no gate",), keys=(16, 32, 64)
+        "smoke", families=scales.FAMILIES, seeds=(1, 2), keys=(16, 32, 64), **changed
     )
     plan = Plan(scale, 500, "corpus")
     best = dict.fromkeys(scales.FAMILIES, (1.0, 1.0))
@@ -172,6 +176,11 @@ def test_tables_say_what_the_records_do(results: dict[str, Any]) -> None:
     assert "same sequences in the same order" in text and "DIFFERS" not in text
     ablation = report.ablation_sheet(results)
     assert ablation.rows[0][3] == ablation.rows[1][3] == "51" and ablation.rows[1][4] == "+0.0%"
+    # a deeper model is compared with those as deep
+    assert [row[0] for row in ablation.rows] == ["memory+ 1k", "no gate"]
+    deeper = report.depth_sheet(results)
+    assert [row[0] for row in deeper.rows] == list(DEEPER)
+    assert len({row[1] for row in deeper.rows}) == 2 and deeper.rows[1][4] == "+0.0%"
     # 51.24 facts were known, 17.08 still are
     (taught,) = report.continual_sheet(results).rows
     assert taught[1:] == ("12", "6", "17", "34 (66.7%)")

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from megamem.ops import adamw_, touched_adamw_
+from megamem.ops import adamw_, row_adam, touched_adamw_
 from megamem.reference import row_adam as reference
 from megamem.reference.row_adam import round_randomly
 from tests.helpers.closeness import assert_as_good_as_torch
@@ -244,3 +244,41 @@ def test_given_squares_are_those_that_would_be_taken(device):
         states.append(state)
     for a, b in zip(*states, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("is_cut", [False, True], ids=["one block", "blocks of two rows"])
+@pytest.mark.parametrize("marked", [False, True], ids=["all rows", "touched rows marked"])
+@pytest.mark.parametrize("clear", [False, True], ids=["kept", "cleared"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_on_a_cpu_torch_takes_the_step_of_the_twin(is_cut, marked, clear, dtype, monkeypatch):
+    """What a run without a GPU computes: the interpreter is for tests."""
+    monkeypatch.setattr(row_adam, "use_triton", lambda x: False)
+    monkeypatch.setattr(row_adam, "CACHED", 2 * 24 if is_cut else 2**18)
+    taken = []
+    real = row_adam.torch_adamw
+    monkeypatch.setattr(row_adam, "torch_adamw", lambda *a, **k: (taken.append(a), real(*a, **k)))
+    torch.manual_seed(6)
+    ours = [torch.rand(7, 24, dtype=dtype) for _ in range(4)]
+    touched = torch.tensor([1, 0, 0, 1, 0, 0, 1], dtype=torch.bool) if marked else None
+    if touched is not None:
+        ours[1][~touched] = torch.nan
+    twin = [x.clone() for x in ours]
+    options = {"step": 3, "touched_r": touched, "clear_grads": clear, **HYPER}
+    options["grad_scale"] = torch.tensor([0.3], dtype=dtype)
+    adamw_(*ours, **options)
+    reference.adamw_(*twin, **options)
+    assert len(taken) == (4 if is_cut else 1)
+    for a, b in zip(ours, twin, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    assert not ours[0].isnan().any() and (not clear or (ours[1] == 0).any())
+
+
+def test_what_torch_lacks_stays_with_the_twin(monkeypatch):
+    monkeypatch.setattr(row_adam, "use_triton", lambda x: False)
+    monkeypatch.setattr(row_adam, "torch_adamw", None)
+    weights, grads = torch.randn(3, 8), torch.randn(3, 8)
+    for second, copy in ((torch.zeros(3), None), (None, None), (torch.zeros(3, 8), weights.half())):
+        adamw_(weights, grads, torch.zeros(3, 8), second, copy_rV=copy, step=1, **HYPER)
+    rounded = weights.bfloat16()
+    adamw_(rounded, grads, torch.zeros(3, 8), torch.zeros(3, 8), seed=1, step=1, **HYPER)
+    assert rounded.isfinite().all()

@@ -15,6 +15,7 @@ from experiment.records import curve, final
 from experiment.scales import Scale
 
 PHRASINGS = ("question", "unseen")
+ABLATION_COLUMNS = ("parameters", "MFLOP/token", "facts known", "", "in unseen words")
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def write(results: Mapping[str, Any], output: Path) -> None:
 
 def sheets(results: Mapping[str, Any]) -> list[Sheet]:
     """All tables that have rows."""
-    made = (make(results) for make in (main_sheet, curve_sheet, sweep_sheet, ablation_sheet))
-    return [sheet for sheet in (*made, continual_sheet(results)) if sheet.rows]
+    kinds = (main_sheet, curve_sheet, sweep_sheet, ablation_sheet, depth_sheet, continual_sheet)
+    return [sheet for make in kinds if (sheet := make(results)).rows]
 
 
 def of_group(results: Mapping[str, Any], group: str) -> dict[str, list[dict[str, Any]]]:
@@ -197,10 +198,31 @@ def sweep_sheet(results: Mapping[str, Any]) -> Sheet:
 
 def ablation_sheet(results: Mapping[str, Any]) -> Sheet:
     """What each change does to the reference, which is the first row."""
-    groups = of_group(results, "ablations")
+    rows = _ablation_rows(results, deeper=False)
+    return Sheet(
+        "Ablations: the first row with one thing changed, at equal FLOPs, one seed",
+        ("change", *ABLATION_COLUMNS),
+        # the reference alone says nothing
+        rows if len(rows) > 1 else (),
+    )
+
+
+def depth_sheet(results: Mapping[str, Any]) -> Sheet:
+    """How many layers should be memories, asked of a deeper model."""
+    return Sheet(
+        "Number of memory layers, in a deeper model, at the FLOPs of a dense one as deep, one seed",
+        ("model", *ABLATION_COLUMNS),
+        _ablation_rows(results, deeper=True),
+    )
+
+
+def _ablation_rows(results: Mapping[str, Any], deeper: bool) -> tuple[tuple[str, ...], ...]:
+    """Those as deep as the scale's models, or the others; each beside the first."""
     rows = []
     base: float | None = None
-    for name, (run, *_) in groups.items():
+    for name, (run, *_) in of_group(results, "ablations").items():
+        if (run["flags"]["num_layers"] != results["scale"]["layers"]) != deeper:
+            continue
         facts = final(run, "question")["facts"]
         base = facts if base is None else base
         rows.append(
@@ -213,12 +235,7 @@ def ablation_sheet(results: Mapping[str, Any]) -> Sheet:
                 f"{final(run, 'unseen')['facts']:,.0f}",
             )
         )
-    return Sheet(
-        "Ablations: the first row with one thing changed, at equal FLOPs, one seed",
-        ("change", "parameters", "MFLOP/token", "facts known", "", "in unseen words"),
-        # the reference alone says nothing
-        tuple(rows) if len(rows) > 1 else (),
-    )
+    return tuple(rows)
 
 
 def continual_sheet(results: Mapping[str, Any]) -> Sheet:
