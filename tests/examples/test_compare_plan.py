@@ -145,6 +145,16 @@ def test_equal_flags_are_one_run_and_others_are_not() -> None:
     assert not {run.key for run in other.sweep(scales.FAMILIES)} & keys
 
 
+def test_what_a_few_per_cent_decide_gets_every_seed() -> None:
+    seeds: dict[str, list[int]] = {}
+    for run in _plan(scales.CPU).ablations(BEST):
+        seeds.setdefault(run.model.name, []).append(run.seed)
+    base = models.reference(scales.CPU).name
+    all_seeds = {name for name, found in seeds.items() if found == [1, 2, 3]}
+    assert all_seeds == {base, "lazy_adamw", "rowwise_adamw"}
+    assert all(found == [1] for name, found in seeds.items() if name not in all_seeds)
+
+
 def test_all_models_are_given_the_same_data() -> None:
     """Whatever decides on the batches is equal in all runs of a seed."""
     names = ("seq_length", "global_batch_size", "micro_batch_size", "train_iters", "eval_iters")

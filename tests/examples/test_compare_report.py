@@ -144,7 +144,11 @@ DEEPER = ("6 layers, memories 2", "6 layers, memories 4")
 
 @pytest.fixture
 def results() -> dict[str, Any]:
-    changed = {"ablations": ("no gate", *DEEPER), "deep": 6, "deep_layers": ((1, 4), (1, 2, 3, 4))}
+    changed = {
+        "ablations": ("no gate", "lazy_adamw", *DEEPER),
+        "deep": 6,
+        "deep_layers": ((1, 4), (1, 2, 3, 4)),
+    }
     scale = scales.choose(
         "smoke", families=scales.FAMILIES, seeds=(1, 2), keys=(16, 32, 64), **changed
     )
@@ -175,9 +179,13 @@ def test_tables_say_what_the_records_do(results: dict[str, Any]) -> None:
     assert grown[0] == "memory+ 4k" and grown[1] == "4,096" and "82 +- 1" in grown
     assert "same sequences in the same order" in text and "DIFFERS" not in text
     ablation = report.ablation_sheet(results)
-    assert ablation.rows[0][3] == ablation.rows[1][3] == "51" and ablation.rows[1][4] == "+0.0%"
+    base, one_seed, lean = ablation.rows
+    assert base[3] == lean[3] == "52 +- 1" and one_seed[3] == "51"
+    # beside the first row at the seeds that both have
+    assert one_seed[4] == lean[4] == "+0.0%"
+    assert (base[-1], one_seed[-1], lean[-1]) == ("2", "1", "2")
     # a deeper model is compared with those as deep
-    assert [row[0] for row in ablation.rows] == ["memory+ 1k", "no gate"]
+    assert [row[0] for row in ablation.rows] == ["memory+ 1k", "no gate", "lazy_adamw"]
     deeper = report.depth_sheet(results)
     assert [row[0] for row in deeper.rows] == list(DEEPER)
     assert len({row[1] for row in deeper.rows}) == 2 and deeper.rows[1][4] == "+0.0%"

@@ -29,6 +29,9 @@ from megamem.planner.sizes import (
 Flag = bool | int | float | str | tuple[int, ...]
 Flags = dict[str, Flag]
 
+# ablations that are told apart by a few per cent, and so get every seed
+LEAN = ("lazy_adamw", "rowwise_adamw")
+
 MULTIPLE = 8
 TOLERANCE = 0.01
 # Megatron pads the vocabulary to this

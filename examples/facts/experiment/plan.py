@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 
 from experiment.models import (
+    LEAN,
     Flags,
     Model,
     ablations,
@@ -120,10 +121,14 @@ class Plan:
         ]
 
     def ablations(self, best: Mapping[str, Rates]) -> list[Run]:
-        """The reference, then each change of it, at one seed."""
-        models = [reference(self.scale), *ablations(self.scale)]
-        seed = self.scale.seeds[0]
-        return [self.run("ablations", model, seed, best[model.family]) for model in models]
+        """The reference, then each change of it, at one seed; lean optimizers at every seed."""
+        base, first = reference(self.scale), self.scale.seeds[0]
+        return [
+            self.run("ablations", model, seed, best[model.family])
+            for model in (base, *ablations(self.scale))
+            for seed in self.scale.seeds
+            if seed == first or model == base or model.name in LEAN
+        ]
 
     def continual(self, best: Mapping[str, Rates]) -> list[Run]:
         """The reference, then everything that teaches it new facts."""

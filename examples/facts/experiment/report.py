@@ -15,7 +15,9 @@ from experiment.records import curve, final
 from experiment.scales import Scale
 
 PHRASINGS = ("question", "unseen")
-ABLATION_COLUMNS = ("parameters", "MFLOP/token", "facts known", "", "in unseen words")
+ABLATION_COLUMNS = (
+    *("parameters", "MFLOP/token", "facts known", "", "in unseen words", "valid. loss", "seeds"),
+)
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def ablation_sheet(results: Mapping[str, Any]) -> Sheet:
     """What each change does to the reference, which is the first row."""
     rows = _ablation_rows(results, deeper=False)
     return Sheet(
-        "Ablations: the first row with one thing changed, at equal FLOPs, one seed",
+        "Ablations: the first row with one thing changed, at equal FLOPs and the same seeds",
         ("change", *ABLATION_COLUMNS),
         # the reference alone says nothing
         rows if len(rows) > 1 else (),
@@ -217,22 +219,26 @@ def depth_sheet(results: Mapping[str, Any]) -> Sheet:
 
 
 def _ablation_rows(results: Mapping[str, Any], deeper: bool) -> tuple[tuple[str, ...], ...]:
-    """Those as deep as the scale's models, or the others; each beside the first."""
+    """Those as deep as the scale's models, or the others; each beside the first at its seeds."""
     rows = []
-    base: float | None = None
-    for name, (run, *_) in of_group(results, "ablations").items():
-        if (run["flags"]["num_layers"] != results["scale"]["layers"]) != deeper:
+    base: dict[int, float] = {}
+    for name, runs in of_group(results, "ablations").items():
+        if (runs[0]["flags"]["num_layers"] != results["scale"]["layers"]) != deeper:
             continue
-        facts = final(run, "question")["facts"]
-        base = facts if base is None else base
+        facts = {run["seed"]: final(run, "question")["facts"] for run in runs}
+        base = base or facts
+        beside = sum(base.get(seed, 0.0) for seed in facts)
+        losses = [run["validation_loss"] for run in runs]
         rows.append(
             (
                 name,
-                f"{run['parameters']:,}",
-                f"{run['flops_per_token'] / 1e6:.3f}",
-                f"{facts:,.0f}",
-                f"{facts / base - 1:+.1%}" if base else "",
-                f"{final(run, 'unseen')['facts']:,.0f}",
+                f"{runs[0]['parameters']:,}",
+                f"{runs[0]['flops_per_token'] / 1e6:.3f}",
+                spread(list(facts.values())),
+                f"{sum(facts.values()) / beside - 1:+.1%}" if beside else "",
+                spread([final(run, "unseen")["facts"] for run in runs]),
+                spread(losses, 3) if all(losses) else "",
+                str(len(runs)),
             )
         )
     return tuple(rows)
