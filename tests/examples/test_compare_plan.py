@@ -190,7 +190,7 @@ def test_the_best_rates_are_those_that_know_most() -> None:
         }
         for run in runs
     }
-    # dense: 0, 1, 2; memory: 3, 4, 0, 1, 2
+    # dense: 0, 1, 2; memory: 3, 4, 0, 1
     assert best_rates(runs, probes) == {"dense": runs[2].rates, "memory": runs[4].rates}
 
 
