@@ -246,8 +246,9 @@ def _by_torch_(
 ) -> None:
     touched_r, scale = options["touched_r"], options["grad_scale"]
     # in blocks that stay in a core's cache, as the gradient is copied
-    for start in range(0, len(weights_rV), max(1, CACHED // weights_rV.shape[1])):
-        rows = slice(start, start + max(1, CACHED // weights_rV.shape[1]))
+    block = max(1, CACHED // weights_rV.shape[1])
+    for start in range(0, len(weights_rV), block):
+        rows = slice(start, start + block)
         used_EV = grads_rV[rows]
         if touched_r is not None:
             used_EV = used_EV.where(touched_r[rows].bool().unsqueeze(-1), 0)
