@@ -95,9 +95,10 @@ class Scale:
 
 
 FAMILIES = ("dense", "dense 2x", "moe", "peer", "memory", "memory+")
-# the model's rate; where there is a table, the lower two with its rate and a faster one
+# the model's rate; where there is a table, the lower two with its rate and a faster one, and lower
+# still with the faster one
 RATES = ((1.0, 1.0), (0.5, 1.0), (2.0, 1.0))
-CROSS = tuple((model, table) for model in (1.0, 0.5) for table in (1.0, 4.0))
+CROSS = (*((model, table) for model in (1.0, 0.5) for table in (1.0, 4.0)), (0.25, 4.0))
 SWEEP = {
     **dict.fromkeys(("dense", "dense 2x", "moe"), RATES),
     **dict.fromkeys(("peer", "memory", "memory+"), CROSS),
