@@ -2,6 +2,7 @@
 
     python examples/facts/compare.py --scale smoke --output runs/compare-smoke
     python examples/facts/compare.py --scale cpu --output runs/compare-cpu
+    python examples/facts/compare.py --scale cpu --output runs/compare-cpu --ablation-seeds 3
     python examples/facts/compare.py --scale gpu --output runs/compare-gpu --minutes 10
 
 builds a corpus, sweeps learning rates, trains every model through Megatron's own loop at equal
@@ -23,6 +24,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +32,7 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).parent))
 
 from experiment import corpora, plots, report  # noqa: E402
-from experiment.plan import MIDDLE, Plan, Rates, Run, stamp_of, unique  # noqa: E402
+from experiment.plan import Plan, Rates, Run, stamp_of, unique  # noqa: E402
 from experiment.records import best_rates  # noqa: E402
 from experiment.runs import RunFailed, Runner  # noqa: E402
 from experiment.scales import SCALES, Scale  # noqa: E402
@@ -51,12 +53,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", choices=PARTS, help="one part, and what it needs")
     parser.add_argument("--minutes", type=float, help="then save and stop")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: 2 on CPU, 1 on GPU)")
+    parser.add_argument("--ablation-seeds", type=int, help="seeds of each ablation (default: 1)")
     parser.add_argument("--list", action="store_true", help="print the plan and run nothing")
     options = parser.parse_args(argv)
     options.output = options.output or Path("runs") / f"compare-{options.scale}"
     for name, value in (("--minutes", options.minutes), ("--jobs", options.jobs)):
         if value is not None and value <= 0:
             parser.error(f"{name} {value:g}: choose more than 0")
+    scale = SCALES[options.scale]
+    few, seeds = options.ablation_seeds, len(scale.seeds)
+    if few is not None and not 0 < few <= seeds:
+        parser.error(f"--ablation-seeds {few}: scale {scale.name} has {seeds}; choose 1 to {seeds}")
+    options.scale = replace(scale, ablation_seeds=few or scale.ablation_seeds)
     return options
 
 
@@ -103,7 +111,7 @@ class Experiment:
 
 def list_plan(scale: Scale, plan: Plan, parts: Iterable[str], console: Console) -> None:
     """Every run with its flags, expected FLOPs and parameters, as before the sweep is done."""
-    best = dict.fromkeys(scale.families, MIDDLE)
+    best = {family: scale.sweep[family][0] for family in scale.families}
     runs = plan.sweep(scale.families if "main" in parts else ["memory+"])
     for part in parts:
         runs += getattr(plan, part)(best)
@@ -112,7 +120,7 @@ def list_plan(scale: Scale, plan: Plan, parts: Iterable[str], console: Console) 
         console.print(report.flags_line(run), soft_wrap=True, markup=False, highlight=False)
     console.print(
         f"{len(unique(runs))} runs, {scale.duration}. What follows the sweep is shown at its "
-        "middle rates and will take the best ones.",
+        "first rates and will take the best ones.",
         soft_wrap=True,
     )
 
@@ -126,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Go through the stages, then report whatever is finished; return the exit status."""
     options = parse_args(argv)
     started, console = time.monotonic(), Console()
-    scale, output = SCALES[options.scale], options.output.absolute()
+    scale, output = options.scale, options.output.absolute()
     parts = [options.only] if options.only else list(PARTS)
     stamp = stamp_of(scale.corpus)
     if options.list:

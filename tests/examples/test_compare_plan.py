@@ -26,7 +26,8 @@ from rich.console import Console  # noqa: E402
 from megamem.config import ConfigurationError, MemoryConfig  # noqa: E402
 from tests.helpers.megatron_runs import launch_warm  # noqa: E402
 
-BEST = dict.fromkeys(scales.FAMILIES, MIDDLE)
+# as if the first of every grid had won
+BEST = {family: rates[0] for family, rates in scales.SWEEP.items()}
 SCALES = list(scales.SCALES.values())
 # every kind of model, at a size where all of them are built and run in seconds
 DEEPER = {"deep": 6, "deep_layers": ((2,), (1, 2, 3, 4))}
@@ -153,6 +154,9 @@ def test_what_a_few_per_cent_decide_gets_every_seed() -> None:
     all_seeds = {name for name, found in seeds.items() if found == [1, 2, 3]}
     assert all_seeds == {base, "lazy_adamw", "rowwise_adamw"}
     assert all(found == [1] for name, found in seeds.items() if name not in all_seeds)
+    options = compare.parse_args(["--scale", "cpu", "--ablation-seeds", "2"])
+    ablations = _plan(options.scale).ablations(BEST)
+    assert [run.seed for run in ablations if run.model.name == "no gate"] == [1, 2]
 
 
 def test_all_models_are_given_the_same_data() -> None:
@@ -219,3 +223,8 @@ def test_bad_numbers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         compare.parse_args(["--scale", "cpu", "--minutes", "0"])
     assert "--minutes 0: choose more than 0" in capsys.readouterr().err
+    for seeds in ("0", "4"):
+        with pytest.raises(SystemExit, match="2"):
+            compare.parse_args(["--scale", "cpu", "--ablation-seeds", seeds])
+        refused = f"--ablation-seeds {seeds}: scale cpu has 3; choose 1 to 3"
+        assert refused in capsys.readouterr().err

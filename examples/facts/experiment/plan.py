@@ -121,13 +121,13 @@ class Plan:
         ]
 
     def ablations(self, best: Mapping[str, Rates]) -> list[Run]:
-        """The reference, then each change of it, at one seed; lean optimizers at every seed."""
-        base, first = reference(self.scale), self.scale.seeds[0]
+        """The reference, then each change of it, at few seeds; lean optimizers at every seed."""
+        base, few = reference(self.scale), self.scale.seeds[: self.scale.ablation_seeds]
         return [
             self.run("ablations", model, seed, best[model.family])
             for model in (base, *ablations(self.scale))
             for seed in self.scale.seeds
-            if seed == first or model == base or model.name in LEAN
+            if seed in few or model == base or model.name in LEAN
         ]
 
     def continual(self, best: Mapping[str, Rates]) -> list[Run]:

@@ -212,7 +212,7 @@ def ablation_sheet(results: Mapping[str, Any]) -> Sheet:
 def depth_sheet(results: Mapping[str, Any]) -> Sheet:
     """How many layers should be memories, asked of a deeper model."""
     return Sheet(
-        "Number of memory layers, in a deeper model, at the FLOPs of a dense one as deep, one seed",
+        "Number of memory layers, in a deeper model, at the FLOPs of a dense one as deep",
         ("model", *ABLATION_COLUMNS),
         _ablation_rows(results, deeper=True),
     )
@@ -283,13 +283,16 @@ def markdown(results: Mapping[str, Any]) -> str:
         values = sorted({run[key] for run in results["runs"]})
         lines += ["" if key == "commit" else "", f"{key}: {', '.join(values)}"] if values else []
     for sheet in sheets(results):
-        lines += ["", f"## {sheet.title}", ""]
-        lines.append("| " + " | ".join(sheet.columns) + " |")
-        lines.append("|---" * len(sheet.columns) + "|")
-        lines += ["| " + " | ".join(row) + " |" for row in sheet.rows]
+        lines += ["", f"## {sheet.title}", "", *markdown_table(sheet)]
         for note in sheet.notes:
             lines += ["", note]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(sheet: Sheet) -> list[str]:
+    """The lines of its rows under its columns."""
+    head = ["| " + " | ".join(sheet.columns) + " |", "|---" * len(sheet.columns) + "|"]
+    return head + ["| " + " | ".join(row) + " |" for row in sheet.rows]
 
 
 def console_tables(results: Mapping[str, Any]) -> list[Table]:

@@ -40,6 +40,7 @@ class Scale:
         families: of models, those that are trained.
         sweep: family -> (factor of lr, factor of memory_lr), each tried at the first seed.
         ablations: names of those of models.ablations that are trained; None is all.
+        ablation_seeds: how many of the seeds they get; lean optimizers get all.
         new_facts, new_iterations: taught to a trained model, in so many steps.
         new_rates: factors of both learning rates, for each way to teach them.
         new_methods: ways to teach; see Plan.
@@ -78,6 +79,7 @@ class Scale:
     seeds: tuple[int, ...]
     sweep: dict[str, tuple[tuple[float, float], ...]]
     ablations: tuple[str, ...] | None = None
+    ablation_seeds: int = 1
     new_facts: int = 500
     new_iterations: int
     new_rates: tuple[float, ...]
@@ -95,10 +97,10 @@ class Scale:
 
 
 FAMILIES = ("dense", "dense 2x", "moe", "peer", "memory", "memory+")
-# the model's rate; where there is a table, the lower two with its rate and a faster one, and lower
-# still with the faster one
+# the model's rate; where there is a table, lower ones with four times the table's, and the middle
+# one of these with the table's own
 RATES = ((1.0, 1.0), (0.5, 1.0), (2.0, 1.0))
-CROSS = (*((model, table) for model in (1.0, 0.5) for table in (1.0, 4.0)), (0.25, 4.0))
+CROSS = ((1.0, 4.0), (0.5, 4.0), (0.25, 4.0), (0.5, 1.0))
 SWEEP = {
     **dict.fromkeys(("dense", "dense 2x", "moe"), RATES),
     **dict.fromkeys(("peer", "memory", "memory+"), CROSS),
