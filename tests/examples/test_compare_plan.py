@@ -146,17 +146,29 @@ def test_equal_flags_are_one_run_and_others_are_not() -> None:
     assert not {run.key for run in other.sweep(scales.FAMILIES)} & keys
 
 
-def test_what_a_few_per_cent_decide_gets_every_seed() -> None:
+@pytest.mark.parametrize("wanted", [None, 2, 3])
+def test_ablations_get_as_many_seeds_as_are_wanted(wanted: int | None) -> None:
+    flags = ["--ablation-seeds", str(wanted)] if wanted else []
+    options = compare.parse_args(["--scale", "cpu", *flags])
     seeds: dict[str, list[int]] = {}
-    for run in _plan(scales.CPU).ablations(BEST):
+    for run in _plan(options.scale).ablations(BEST):
         seeds.setdefault(run.model.name, []).append(run.seed)
-    base = models.reference(scales.CPU).name
-    all_seeds = {name for name, found in seeds.items() if found == [1, 2, 3]}
-    assert all_seeds == {base, "lazy_adamw", "rowwise_adamw"}
-    assert all(found == [1] for name, found in seeds.items() if name not in all_seeds)
-    options = compare.parse_args(["--scale", "cpu", "--ablation-seeds", "2"])
-    ablations = _plan(options.scale).ablations(BEST)
-    assert [run.seed for run in ablations if run.model.name == "no gate"] == [1, 2]
+    # the reference was trained at all of them anyway
+    assert seeds.pop(models.reference(scales.CPU).name) == [1, 2, 3]
+    assert len(seeds) > 15
+    assert all(found == [1, 2, 3][: wanted or 1] for found in seeds.values())
+
+
+def test_every_optimizer_is_given_the_same_rates() -> None:
+    rates: dict[str, set[float]] = {}
+    for run in _plan(scales.CPU).ablations(BEST):
+        if run.model.name.endswith(("adamw", "learn 4x")) or run.model == models.reference(
+            scales.CPU
+        ):
+            optimizer = str(run.flags.get("memory_optimizer", "adamw"))
+            rates.setdefault(optimizer, set()).add(float(str(run.flags["memory_lr"])))
+    assert set(rates) == {"adamw", "lazy_adamw", "rowwise_adamw"}
+    assert len(rates["adamw"]) == 2 and all(found == rates["adamw"] for found in rates.values())
 
 
 def test_all_models_are_given_the_same_data() -> None:

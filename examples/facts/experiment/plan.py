@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 
 from experiment.models import (
-    LEAN,
     Flags,
     Model,
     ablations,
@@ -121,13 +120,12 @@ class Plan:
         ]
 
     def ablations(self, best: Mapping[str, Rates]) -> list[Run]:
-        """The reference, then each change of it, at few seeds; lean optimizers at every seed."""
+        """The reference, then each change of it, at the first seeds."""
         base, few = reference(self.scale), self.scale.seeds[: self.scale.ablation_seeds]
         return [
             self.run("ablations", model, seed, best[model.family])
             for model in (base, *ablations(self.scale))
-            for seed in self.scale.seeds
-            if seed in few or model == base or model.name in LEAN
+            for seed in (self.scale.seeds if model == base else few)
         ]
 
     def continual(self, best: Mapping[str, Rates]) -> list[Run]:

@@ -40,7 +40,7 @@ class Scale:
         families: of models, those that are trained.
         sweep: family -> (factor of lr, factor of memory_lr), each tried at the first seed.
         ablations: names of those of models.ablations that are trained; None is all.
-        ablation_seeds: how many of the seeds they get; lean optimizers get all.
+        ablation_seeds: how many of the seeds they get.
         new_facts, new_iterations: taught to a trained model, in so many steps.
         new_rates: factors of both learning rates, for each way to teach them.
         new_methods: ways to teach; see Plan.
