@@ -107,11 +107,16 @@ def main_models(scale: Scale) -> list[Model]:
 
 
 def reference(scale: Scale) -> Model:
-    """The Memory+ that the sweep, the ablations and continual learning start from."""
+    """The Memory+ of the sweep and the ablations."""
+    return memory_plus(scale, scale.reference)
+
+
+def memory_plus(scale: Scale, keys: int) -> Model:
+    """The Memory+ of the main table that has so many keys."""
     return next(
         model
         for model in main_models(scale)
-        if model.family == "memory+" and model.memory.memory_num_keys == scale.reference
+        if model.family == "memory+" and model.memory.memory_num_keys == keys
     )
 
 

@@ -7,7 +7,7 @@ is the first seed of the main table, and nothing is trained twice.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 from experiment.models import (
     Flags,
@@ -17,11 +17,11 @@ from experiment.models import (
     ffn_width,
     flops_per_token,
     main_models,
+    memory_plus,
     parameters,
     reference,
 )
 from experiment.scales import Scale
-from megamem.config import MemoryConfig
 
 Rates = tuple[float, float]
 MIDDLE: Rates = (1.0, 1.0)
@@ -129,10 +129,10 @@ class Plan:
         ]
 
     def continual(self, best: Mapping[str, Rates]) -> list[Run]:
-        """The reference, then everything that teaches it new facts."""
-        base = reference(self.scale)
+        """A trained Memory+, then everything that teaches it new facts."""
+        base = memory_plus(self.scale, self.scale.new_keys)
         trained = self.run("continual", base, self.scale.seeds[0], best[base.family])
-        return [trained, *(self._teach(trained, *method) for method in self._methods(base))]
+        return [trained, *(self._teach(trained, *method) for method in self._methods())]
 
     def run(self, group: str, model: Model, seed: int, rates: Rates) -> Run:
         """A training run from scratch."""
@@ -185,7 +185,7 @@ class Plan:
             rates=rates,
             flags={**shape, **training, **device, **scale.precision, **own},
             stamp=self.stamp,
-            keep=model == reference(scale) and seed == scale.seeds[0],
+            keep=model == memory_plus(scale, scale.new_keys) and seed == scale.seeds[0],
             flops=flops_per_token(model, scale, ffn, self.vocab_size),
             parameters=total,
             table=table,
@@ -222,28 +222,20 @@ class Plan:
             points=(scale.new_iterations,),
         )
 
-    def _methods(self, base: Model) -> list[tuple[str, float, Flags]]:
+    def _methods(self) -> list[tuple[str, float, Flags]]:
         """Ways to teach: what it is called, the factor of both rates, what it changes."""
-        frozen: Flags = {"lr": 0.0, "min_lr": 0.0, "memory_optimizer": "lazy_adamw"}
-        rows = max(base.rows // 100, 1)
-        sparse: Flags = {"memory_finetune_rows": rows, "memory_optimizer": "lazy_adamw"}
+        rows = self.scale.new_rows
+        lazy: Flags = {"memory_optimizer": "lazy_adamw"}
         methods: dict[str, tuple[str, Flags]] = {
             "full": ("full finetuning", {}),
-            "table": ("the table alone", frozen),
+            "table": ("the table alone", {**lazy, "lr": 0.0, "min_lr": 0.0}),
+            "sparse": (f"{rows:,} rows a step alone", {**lazy, "memory_finetune_rows": rows}),
         }
-        if sparse_finetuning_exists():
-            methods["sparse"] = (f"{rows} rows a step alone", sparse)
         return [
             (f"{methods[way][0]} x{rate:g}", rate, methods[way][1])
-            for rate in self.scale.new_rates
-            for way in self.scale.new_methods
-            if way in methods
+            for way, rates in self.scale.new_rates.items()
+            for rate in rates
         ]
-
-
-def sparse_finetuning_exists() -> bool:
-    """Whether this megamem can train chosen rows alone."""
-    return "memory_finetune_rows" in {f.name for f in fields(MemoryConfig)}
 
 
 def words(flags: Flags) -> list[str]:

@@ -258,9 +258,9 @@ def continual_sheet(results: Mapping[str, Any]) -> Sheet:
             rows.append(
                 (name, f"{new['facts']:,.0f}", f"{unseen:,.0f}", f"{kept['facts']:,.0f}", lost)
             )
-    facts = results["scale"]["new_facts"]
+    facts, name = results["scale"]["new_facts"], before["model"] if before else "Memory+"
     return Sheet(
-        f"Continual learning: {facts} new facts taught to a trained Memory+",
+        f"Continual learning: {facts} new facts taught to a trained {name}",
         ("method (factor of both learning rates)", "new known", "in unseen words")
         + ("old still known", "old lost"),
         tuple(rows),

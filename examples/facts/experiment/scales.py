@@ -42,8 +42,9 @@ class Scale:
         ablations: names of those of models.ablations that are trained; None is all.
         ablation_seeds: how many of the seeds they get.
         new_facts, new_iterations: taught to a trained model, in so many steps.
-        new_rates: factors of both learning rates, for each way to teach them.
-        new_methods: ways to teach; see Plan.
+        new_rates: way to teach them -> factors of both learning rates; see Plan.
+        new_keys: the N of the Memory+ that is taught.
+        new_rows: that sparse finetuning trains at a step.
         precision: flags of it.
     """
 
@@ -82,8 +83,9 @@ class Scale:
     ablation_seeds: int = 1
     new_facts: int = 500
     new_iterations: int
-    new_rates: tuple[float, ...]
-    new_methods: tuple[str, ...] = ("full", "table", "sparse")
+    new_rates: dict[str, tuple[float, ...]]
+    new_keys: int
+    new_rows: int
     precision: dict[str, Any]
 
     @property
@@ -105,6 +107,8 @@ SWEEP = {
     **dict.fromkeys(("dense", "dense 2x", "moe"), RATES),
     **dict.fromkeys(("peer", "memory", "memory+"), CROSS),
 }
+# the fewer parameters are trained, the faster
+NEW_RATES = {"full": (0.1, 0.5), "table": (0.25, 0.5), "sparse": (1.0, 4.0)}
 
 SMOKE = Scale(
     name="smoke",
@@ -141,8 +145,9 @@ SMOKE = Scale(
     ablations=(),
     new_facts=20,
     new_iterations=60,
-    new_rates=(0.5,),
-    new_methods=("full",),
+    new_rates={"full": (0.5,)},
+    new_keys=32,
+    new_rows=100,
     precision={},
 )
 
@@ -180,7 +185,9 @@ CPU = Scale(
     seeds=(1, 2, 3),
     sweep=SWEEP,
     new_iterations=100,
-    new_rates=(0.1, 0.5),
+    new_rates=NEW_RATES,
+    new_keys=512,
+    new_rows=10_000,
     precision={},
 )
 
@@ -222,7 +229,9 @@ GPU = Scale(
     seeds=(1, 2, 3),
     sweep=SWEEP,
     new_iterations=500,
-    new_rates=(0.1, 0.5),
+    new_rates=NEW_RATES,
+    new_keys=1024,
+    new_rows=10_000,
     precision={"bf16": True},
 )
 
