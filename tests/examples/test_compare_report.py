@@ -140,12 +140,13 @@ def _record(run: Any, facts: float, old: float | None = None) -> dict[str, Any]:
 
 
 DEEPER = ("6 layers, memories 2", "6 layers, memories 4")
+LONGER = ("adamw, twice the steps", "lazy_adamw, twice the steps")
 
 
 @pytest.fixture
 def results() -> dict[str, Any]:
     changed = {
-        "ablations": ("no gate", "lazy_adamw", *DEEPER),
+        "ablations": ("no gate", "lazy_adamw", *DEEPER, *LONGER),
         "ablation_seeds": 2,
         "deep": 6,
         "deep_layers": ((1, 4), (1, 2, 3, 4)),
@@ -189,6 +190,9 @@ def test_tables_say_what_the_records_do(results: dict[str, Any]) -> None:
     deeper = report.depth_sheet(results)
     assert [row[0] for row in deeper.rows] == list(DEEPER)
     assert len({row[1] for row in deeper.rows}) == 2 and deeper.rows[1][4] == "+0.0%"
+    # and a longer run with those as long
+    longer = report.longer_sheet(results)
+    assert [row[0] for row in longer.rows] == list(LONGER) and longer.rows[1][4] == "+0.0%"
     # 51.24 facts were known, 17.08 still are
     (taught,) = report.continual_sheet(results).rows
     assert taught[1:] == ("12", "6", "17", "34 (66.7%)")

@@ -59,6 +59,7 @@ class Model:
         flops: FLOPs of a token, in units of the dense model's.
         rates: factors of the swept learning rate of the model and of the table.
         depth: layers, where they are not the scale's.
+        longer: how many times the scale's steps it is trained.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Model:
     flops: float = 1.0
     rates: tuple[float, float] = (1.0, 1.0)
     depth: int = 0
+    longer: int = 1
 
     @property
     def memory(self) -> MemoryConfig:
@@ -150,6 +152,8 @@ def ablations(scale: Scale) -> list[Model]:
     faster = [base, *(m for m in models if m.name in LEAN)]
     models += [replace(base, name="values learn 0.25x", rates=(1.0, 0.25))]
     models += [replace(m, name=_faster(m, base), rates=(1.0, 4.0)) for m in faster]
+    # and twice the steps, past the part of training where seeds differ by more than optimizers do
+    models += [replace(m, name=f"{_optimizer(m)}, twice the steps", longer=2) for m in faster]
     for layers in scale.deep_layers:
         name = f"{scale.deep} layers, memories {len(layers)}"
         deeper = _changed(base, name, {"memory_layers": layers})
@@ -248,6 +252,10 @@ def _changed(model: Model, name: str, flags: Flags) -> Model:
 
 def _faster(model: Model, base: Model) -> str:
     return ("" if model == base else f"{model.name}, ") + "values learn 4x"
+
+
+def _optimizer(model: Model) -> str:
+    return model.memory.memory_optimizer
 
 
 def _frozen(flags: Flags) -> tuple[tuple[str, Flag], ...]:

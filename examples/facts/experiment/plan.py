@@ -157,7 +157,7 @@ class Plan:
         training: Flags = {
             "micro_batch_size": scale.micro,
             "global_batch_size": scale.batch,
-            "train_iters": scale.iterations,
+            "train_iters": scale.iterations * model.longer,
             "lr": _rounded(scale.lr * rates[0] * model.rates[0]),
             "min_lr": _rounded(scale.lr * rates[0] * model.rates[0] / 20),
             "lr_warmup_iters": scale.warmup,
@@ -166,9 +166,9 @@ class Plan:
             "adam_beta2": 0.95,
             "clip_grad": 1.0,
             "seed": seed,
-            "save_interval": scale.probe_interval,
+            "save_interval": scale.probe_interval * model.longer,
             "log_interval": scale.log_interval,
-            "eval_interval": scale.iterations,
+            "eval_interval": scale.iterations * model.longer,
             "eval_iters": 10,
         }
         own: Flags = dict(model.flags)
@@ -177,7 +177,7 @@ class Plan:
         if model.memory.enabled:
             own["memory_lr"] = _rounded(scale.memory_lr * rates[1] * model.rates[1])
         device = GPU_FLAGS if scale.device == "gpu" else {}
-        points = range(scale.probe_interval, scale.iterations + 1, scale.probe_interval)
+        points = (scale.probe_interval * model.longer * n for n in range(1, scale.probes + 1))
         return Run(
             group=group,
             model=model,

@@ -66,7 +66,8 @@ def write(results: Mapping[str, Any], output: Path) -> None:
 
 def sheets(results: Mapping[str, Any]) -> list[Sheet]:
     """All tables that have rows."""
-    kinds = (main_sheet, curve_sheet, sweep_sheet, ablation_sheet, depth_sheet, continual_sheet)
+    kinds = (main_sheet, curve_sheet, sweep_sheet)
+    kinds += (ablation_sheet, longer_sheet, depth_sheet, continual_sheet)
     return [sheet for make in kinds if (sheet := make(results)).rows]
 
 
@@ -200,7 +201,7 @@ def sweep_sheet(results: Mapping[str, Any]) -> Sheet:
 
 def ablation_sheet(results: Mapping[str, Any]) -> Sheet:
     """What each change does to the reference, which is the first row."""
-    rows = _ablation_rows(results, deeper=False)
+    rows = _ablation_rows(results, "changed")
     return Sheet(
         "Ablations: the first row with one thing changed, at equal FLOPs and the same seeds",
         ("change", *ABLATION_COLUMNS),
@@ -214,16 +215,31 @@ def depth_sheet(results: Mapping[str, Any]) -> Sheet:
     return Sheet(
         "Number of memory layers, in a deeper model, at the FLOPs of a dense one as deep",
         ("model", *ABLATION_COLUMNS),
-        _ablation_rows(results, deeper=True),
+        _ablation_rows(results, "deeper"),
     )
 
 
-def _ablation_rows(results: Mapping[str, Any], deeper: bool) -> tuple[tuple[str, ...], ...]:
-    """Those as deep as the scale's models, or the others; each beside the first at its seeds."""
+def longer_sheet(results: Mapping[str, Any]) -> Sheet:
+    """What optimizers come to when there is time."""
+    return Sheet(
+        "Optimizers of the table, at twice the steps",
+        ("optimizer", *ABLATION_COLUMNS),
+        _ablation_rows(results, "longer"),
+    )
+
+
+def _kind(run: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
+    if run["flags"]["num_layers"] != scale["layers"]:
+        return "deeper"
+    return "longer" if run["flags"]["train_iters"] != scale["iterations"] else "changed"
+
+
+def _ablation_rows(results: Mapping[str, Any], kind: str) -> tuple[tuple[str, ...], ...]:
+    """Those of one kind, each beside the first at the seeds of both."""
     rows = []
     base: dict[int, float] = {}
     for name, runs in of_group(results, "ablations").items():
-        if (runs[0]["flags"]["num_layers"] != results["scale"]["layers"]) != deeper:
+        if _kind(runs[0], results["scale"]) != kind:
             continue
         facts = {run["seed"]: final(run, "question")["facts"] for run in runs}
         base = base or facts
