@@ -9,7 +9,7 @@ exchange data between them need every rank in every forward.
 
 --phrasing question asks in the words of the relation's question, unseen in the one phrasing that
 training never used of the fact, both in either. --probe-iterations 100 200 asks several checkpoints
-of one run, one after the other.
+of one run, one after the other; both-at-last asks the last of them in either.
 
 Prints one row per relation: facts asked, answered exactly, accuracy, and the accuracy of always
 giving the relation's commonest answer. Held-out facts, which no training document states, are a row
@@ -47,7 +47,8 @@ from megamem.config import ConfigurationError  # noqa: E402
 from megamem.integration import compat  # noqa: E402
 
 HELD_OUT = "held out (control)"
-PHRASINGS = {"question": ("question",), "unseen": ("unseen",), "both": ("question", "unseen")}
+BOTH = ("question", "unseen")
+PHRASINGS = {"question": BOTH[:1], "unseen": BOTH[1:], "both": BOTH, "both-at-last": BOTH}
 
 
 @dataclass(frozen=True)
@@ -319,9 +320,11 @@ def main() -> None:
     console = Console(quiet=not reports)
 
     probes: list[Probe] = []
-    for wanted in args.probe_iterations or [None]:
+    checkpoints = args.probe_iterations or [None]
+    for place, wanted in enumerate(checkpoints, 1):
         iteration = load_iteration(model, wanted)
-        for name in phrasings:
+        early = args.phrasing == "both-at-last" and place < len(checkpoints)
+        for name in phrasings[:1] if early else phrasings:
             known, unknown = held_in[name], held_out[name]
             with Progress(console=console, transient=True) as progress:
                 right = asker.right_answers([*known, *unknown], progress)

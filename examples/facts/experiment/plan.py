@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from experiment.models import (
+    LEAN,
     Flags,
     Model,
     ablations,
@@ -120,12 +121,13 @@ class Plan:
         ]
 
     def ablations(self, best: Mapping[str, Rates]) -> list[Run]:
-        """The reference, then each change of it, at the first seeds."""
+        """The reference, then each change of it, at the first seeds; see models.LEAN."""
         base, few = reference(self.scale), self.scale.seeds[: self.scale.ablation_seeds]
+        all_seeds = {base.name, *(LEAN if len(few) > 1 else ())}
         return [
             self.run("ablations", model, seed, best[model.family])
             for model in (base, *ablations(self.scale))
-            for seed in (self.scale.seeds if model == base else few)
+            for seed in (self.scale.seeds if model.name in all_seeds else few)
         ]
 
     def continual(self, best: Mapping[str, Rates]) -> list[Run]:

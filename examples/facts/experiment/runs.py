@@ -271,7 +271,7 @@ class Runner:
         return [*self._command(TRAIN, run), *saves]
 
     def _probe_command(self, run: Run, corpus: str) -> list[str]:
-        asked = ["--facts", str(self.output / corpus / "facts.json"), "--phrasing", "both"]
+        asked = ["--facts", str(self.output / corpus / "facts.json"), "--phrasing", "both-at-last"]
         asked += ["--probe-output", str(self.folder(run.key) / f"probe-{corpus}.json")]
         asked += ["--probe-iterations", *map(str, run.points)]
         return [*self._command(PROBE, run), *asked]

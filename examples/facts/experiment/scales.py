@@ -40,7 +40,7 @@ class Scale:
         families: of models, those that are trained.
         sweep: family -> (factor of lr, factor of memory_lr), each tried at the first seed.
         ablations: names of those of models.ablations that are trained; None is all.
-        ablation_seeds: how many of the seeds they get.
+        ablation_seeds: how many of the seeds they get; from two on, optimizers get more than that.
         new_facts, new_iterations: taught to a trained model, in so many steps.
         new_rates: way to teach them -> factors of both learning rates; see Plan.
         new_keys: the N of the Memory+ that is taught.
