@@ -153,7 +153,7 @@ SMOKE = Scale(
 
 CPU = Scale(
     name="cpu",
-    duration="about 90 minutes on two cores",
+    duration="just under 90 minutes on two cores",
     device="cpu",
     corpus=CorpusSettings(
         facts=3000, kind="biographies", held_out=300, vocab_size=2048, probe_facts=1500

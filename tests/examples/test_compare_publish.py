@@ -1,0 +1,77 @@
+"""What stands in the two READMEs is what results.json says, and only finished results get there."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "facts"
+# scripts of one folder import each other by bare name, as they do when run
+sys.path.insert(0, str(FOLDER))
+
+import publish  # noqa: E402
+from experiment import report  # noqa: E402
+
+CPU = FOLDER / "results" / "cpu"
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    told: dict[str, Any] = json.loads((CPU / "results.json").read_text())
+    return told
+
+
+def test_both_pages_have_the_tables_of_the_results(results: dict[str, Any]) -> None:
+    for path, text in publish.pages(results).items():
+        assert path.read_text() == text, "run: python examples/facts/publish.py runs/compare-cpu"
+
+
+def test_the_results_are_whole(results: dict[str, Any]) -> None:
+    """Every model at every seed, in one order of data, and every picture."""
+    assert results["waiting"] == 0
+    groups = report.of_group(results, "main")
+    assert {runs[0]["family"] for runs in groups.values()} == set(results["scale"]["families"])
+    for name, runs in groups.items():
+        assert [run["seed"] for run in runs] == results["scale"]["seeds"], name
+    assert "DIFFERS" not in report.markdown(results)
+    page = (FOLDER / "README.md").read_text()
+    pictures = sorted(CPU.glob("*.png"))
+    assert len(pictures) == 4
+    for picture in pictures:
+        assert f"({picture.relative_to(FOLDER)})" in page, picture.name
+
+
+def test_the_headline_divides_by_dense(results: dict[str, Any]) -> None:
+    groups = report.of_group(results, "main")
+    rows = {row[0]: row for row in publish.headline(results).rows}
+    told = publish.first_screen(results)
+    assert list(rows) == list(groups)
+    assert rows["dense"][1] == "1.00" and rows["dense"][-1] == "**1.0**"
+    for name, runs in groups.items():
+        ratio = report.mean_of(runs, "facts") / report.mean_of(groups["dense"], "facts")
+        assert rows[name][-1] == f"**{ratio:.1f}**" and f"{len(runs)} seeds" in told
+
+
+def test_only_what_is_between_the_markers_changes() -> None:
+    page = "a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb\n"
+    assert publish.rewrite(page, "x", "new") == page.replace("old", "new")
+    for broken in ("a", "<!-- x: begin -->", "<!-- x: end --><!-- y: begin -->"):
+        with pytest.raises(ValueError, match="put both where the tables belong"):
+            publish.rewrite(broken, "x", "new")
+
+
+def test_what_is_not_finished_is_not_published(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_text() for path in publish.PAGES}
+    assert publish.main([str(tmp_path)]) == 2
+    assert "no results.json; run compare.py" in capsys.readouterr().err
+    told = {"scale": {"name": "cpu", "ablation_seeds": 2}, "waiting": 3}
+    (tmp_path / "results.json").write_text(json.dumps(told))
+    assert publish.main([str(tmp_path)]) == 2
+    again = "python examples/facts/compare.py --scale cpu --ablation-seeds 2 --output"
+    assert f"3 runs are not finished; {again} {tmp_path}" in capsys.readouterr().err
+    assert {path: path.read_text() for path in publish.PAGES} == before
