@@ -127,10 +127,14 @@ def test_a_model_that_cannot_be_as_cheap_is_refused() -> None:
 
 @pytest.mark.parametrize("scale", SCALES, ids=lambda scale: scale.name)
 def test_every_probed_point_is_saved_and_logged(scale: scales.Scale) -> None:
-    run = _plan(scale).main(BEST)[0]
-    assert len(run.points) == scale.probes and run.points[-1] == scale.iterations
-    assert all(point % scale.log_interval == 0 for point in run.points)
-    assert all(point % run.flags["save_interval"] == 0 for point in run.points)  # type: ignore[operator]
+    plan = _plan(replace(scale, ablation_seeds=len(scale.seeds)))
+    runs = [plan.main(BEST)[0], *plan.ablations(BEST)]
+    for run in runs:
+        assert len(run.points) == scale.probes and run.points[-1] == run.iterations
+        assert all(point % scale.log_interval == 0 for point in run.points)
+        assert all(point % run.flags["save_interval"] == 0 for point in run.points)  # type: ignore[operator]
+    lengths = {run.iterations / scale.iterations for run in runs}
+    assert lengths == ({1} if scale.ablations == () else {1, 2})
 
 
 def test_equal_flags_are_one_run_and_others_are_not() -> None:
