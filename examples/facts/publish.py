@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from experiment import report  # noqa: E402
 from experiment.records import final  # noqa: E402
 
+from megamem.tools.markers import rewrite  # noqa: E402
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 # the file that has it -> the name between its markers
@@ -73,20 +75,6 @@ def all_tables(results: Mapping[str, Any]) -> str:
     """Everything that results.md has, one level of headings below its title."""
     lines = report.markdown(results).splitlines()[2:]
     return "\n".join(f"#{line}" if line.startswith("## ") else line for line in lines)
-
-
-def rewrite(page: str, name: str, text: str) -> str:
-    """The page with `text` between the markers of that name.
-
-    Raises:
-        ValueError: the page has no such markers.
-    """
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, found, rest = page.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise ValueError(f"no {begin} ... {end} in the page; put both where the tables belong")
-    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def pages(results: Mapping[str, Any]) -> dict[Path, str]:

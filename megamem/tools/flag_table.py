@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megamem.config import MemoryConfig, flag
-
-BEGIN, END = "<!-- flags: begin -->", "<!-- flags: end -->"
+from megamem.tools import markers
 
 
 def field_docs() -> dict[str, str]:
@@ -63,9 +62,7 @@ def _default(value: Any) -> str:
 
 def rewrite(readme: str) -> str:
     """The same text with the table between its markers as it should be."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{flag_table()}\n{END}{after}"
+    return markers.rewrite(readme, "flags", flag_table())
 
 
 def main() -> None:

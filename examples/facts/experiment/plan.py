@@ -156,10 +156,11 @@ class Plan:
             "attention_dropout": 0,
             "hidden_dropout": 0,
         }
+        iterations, interval = (n * model.longer for n in (scale.iterations, scale.probe_interval))
         training: Flags = {
             "micro_batch_size": scale.micro,
             "global_batch_size": scale.batch,
-            "train_iters": scale.iterations * model.longer,
+            "train_iters": iterations,
             "lr": _rounded(scale.lr * rates[0] * model.rates[0]),
             "min_lr": _rounded(scale.lr * rates[0] * model.rates[0] / 20),
             "lr_warmup_iters": scale.warmup,
@@ -168,9 +169,9 @@ class Plan:
             "adam_beta2": 0.95,
             "clip_grad": 1.0,
             "seed": seed,
-            "save_interval": scale.probe_interval * model.longer,
+            "save_interval": interval,
             "log_interval": scale.log_interval,
-            "eval_interval": scale.iterations * model.longer,
+            "eval_interval": iterations,
             "eval_iters": 10,
         }
         own: Flags = dict(model.flags)
@@ -179,7 +180,7 @@ class Plan:
         if model.memory.enabled:
             own["memory_lr"] = _rounded(scale.memory_lr * rates[1] * model.rates[1])
         device = GPU_FLAGS if scale.device == "gpu" else {}
-        points = (scale.probe_interval * model.longer * n for n in range(1, scale.probes + 1))
+        points = range(interval, iterations + 1, interval)
         return Run(
             group=group,
             model=model,
