@@ -86,7 +86,7 @@ class Experiment:
             return False
         best = best_rates(sweep, self.records())
         for part in self.parts:
-            if part == "ablations" and self.scale.ablations == ():
+            if part in self.scale.left_out:
                 continue
             if part == "continual":
                 corpora.build_new_facts(self.runner.output, self.scale, self.runner.console)
@@ -114,7 +114,7 @@ def list_plan(scale: Scale, plan: Plan, parts: Iterable[str], console: Console) 
     best = {family: scale.sweep[family][0] for family in scale.families}
     runs = plan.sweep(scale.families if "main" in parts else ["memory+"])
     for part in parts:
-        runs += getattr(plan, part)(best)
+        runs += [] if part in scale.left_out else getattr(plan, part)(best)
     console.print(report.plan_table(unique(runs), scale))
     for run in unique(runs):
         console.print(report.flags_line(run), soft_wrap=True, markup=False, highlight=False)

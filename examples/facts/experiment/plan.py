@@ -101,15 +101,19 @@ class Plan:
         self.scale, self.vocab_size, self.stamp = scale, vocab_size, stamp
 
     def sweep(self, families: Iterable[str]) -> list[Run]:
-        """Every pair of learning rates of the grid for one model of each family, at one seed."""
+        """Every pair of learning rates of the grid for one model of each family, at one seed.
+
+        The first pairs of all families come first, for an early look at how they compare.
+        """
         models = {model.family: model for model in main_models(self.scale)}
         if "memory+" in models:
             models["memory+"] = reference(self.scale)
+        grids = {family: self.scale.sweep[family] for family in families if family in models}
         return [
             self.run("sweep", models[family], self.scale.seeds[0], rates)
-            for family in families
-            if family in models
-            for rates in self.scale.sweep[family]
+            for place in range(max(map(len, grids.values()), default=0))
+            for family, grid in grids.items()
+            for rates in grid[place : place + 1]
         ]
 
     def main(self, best: Mapping[str, Rates]) -> list[Run]:

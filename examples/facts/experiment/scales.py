@@ -42,7 +42,8 @@ class Scale:
         ablations: names of those of models.ablations that are trained; None is all.
         ablation_seeds: how many of the seeds they get; from two on, optimizers get more than that.
         new_facts, new_iterations: taught to a trained model, in so many steps.
-        new_rates: way to teach them -> factors of both learning rates; see Plan.
+        new_rates: way to teach them -> factors of both learning rates; see Plan. None is taught
+            where it is empty.
         new_keys: the N of the Memory+ that is taught.
         new_rows: that sparse finetuning trains at a step.
         precision: flags of it.
@@ -87,6 +88,12 @@ class Scale:
     new_keys: int
     new_rows: int
     precision: dict[str, Any]
+
+    @property
+    def left_out(self) -> set[str]:
+        """Parts of the experiment that this scale has nothing for."""
+        has = {"ablations": self.ablations != (), "continual": self.new_rates != {}}
+        return {part for part, runs in has.items() if not runs}
 
     @property
     def tokens_per_iteration(self) -> int:
@@ -191,6 +198,29 @@ CPU = Scale(
     precision={},
 )
 
+# what cpu cannot show in its time: a corpus that is larger than dense can hold
+LONG = replace(
+    CPU,
+    name="long",
+    duration="about two hours on two cores",
+    corpus=replace(CPU.corpus, facts=24_000),
+    batch=64,
+    micro=64,
+    iterations=5000,
+    warmup=100,
+    log_interval=50,
+    probes=10,
+    lr=1.6e-2,
+    memory_lr=8e-2,
+    keys=(256, 512),
+    reference=256,
+    families=("dense", "memory+"),
+    seeds=(1,),
+    sweep={"dense": ((1.0, 1.0), (0.5, 1.0)), "memory+": ((1.0, 1.0), (0.5, 1.0))},
+    ablations=(),
+    new_rates={},
+)
+
 GPU = Scale(
     name="gpu",
     duration="in pieces of 10 minutes on one H100 (--minutes 10)",
@@ -235,7 +265,7 @@ GPU = Scale(
     precision={"bf16": True},
 )
 
-SCALES = {scale.name: scale for scale in (SMOKE, CPU, GPU)}
+SCALES = {scale.name: scale for scale in (SMOKE, CPU, LONG, GPU)}
 
 
 def choose(name: str, **changed: Any) -> Scale:
