@@ -3,6 +3,7 @@
     python examples/facts/compare.py --scale smoke --output runs/compare-smoke
     python examples/facts/compare.py --scale cpu --output runs/compare-cpu
     python examples/facts/compare.py --scale cpu --output runs/compare-cpu --ablation-seeds 3
+    python examples/facts/compare.py --scale long --output runs/compare-long
     python examples/facts/compare.py --scale gpu --output runs/compare-gpu --minutes 10
 
 builds a corpus, sweeps learning rates, trains every model through Megatron's own loop at equal
@@ -61,6 +62,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if value is not None and value <= 0:
             parser.error(f"{name} {value:g}: choose more than 0")
     scale = SCALES[options.scale]
+    if options.only in scale.left_out:
+        rest = " or ".join(part for part in PARTS if part not in scale.left_out)
+        parser.error(f"--only {options.only}: scale {scale.name} has nothing for it; choose {rest}")
     few, seeds = options.ablation_seeds, len(scale.seeds)
     if few is not None and not 0 < few <= seeds:
         parser.error(f"--ablation-seeds {few}: scale {scale.name} has {seeds}; choose 1 to {seeds}")

@@ -2,8 +2,9 @@
 
     python examples/facts/publish.py runs/compare-cpu
 
-copies results.json and the plots into examples/facts/results/SCALE and makes of them the tables in
-examples/facts/README.md and on the first screen of README.md. Nothing in these is written by hand.
+copies results.json and the plots into examples/facts/results/SCALE and makes, of all that is there,
+the tables in examples/facts/README.md and the one on the first screen of README.md. Nothing in them
+is written by hand.
 """
 
 import argparse
@@ -25,62 +26,75 @@ from megamem.tools.markers import rewrite  # noqa: E402
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-# the file that has it -> the name between its markers
-PAGES = {HERE / "README.md": "results", HERE.parents[1] / "README.md": "facts"}
+TABLES, FIRST_SCREEN = HERE / "README.md", HERE.parents[1] / "README.md"
+# of scales, as readers should meet them
+ORDER = ("cpu", "long", "gpu")
+
+Results = Mapping[str, Any]
 
 
-def headline(results: Mapping[str, Any]) -> report.Sheet:
-    """What each model knows at the cost of a token, and nothing else; means over the seeds."""
-    groups = report.of_group(results, "main")
-    facts, dense = results["corpus"]["facts"], groups["dense"]
-    yardstick = report.mean_of(dense, "facts")
-    rows = []
-    for name, runs in groups.items():
-        known = [final(run, "question")["facts"] for run in runs]
-        rows.append(
-            (
-                name,
-                f"{runs[0]['flops_per_token'] / dense[0]['flops_per_token']:.2f}",
-                f"{runs[0]['parameters'] / 1e6:,.1f} M",
-                report.spread(known),
-                f"**{mean(known) / yardstick:.1f}**",
-            )
-        )
-    known_of = f"facts known, of {facts:,}"
-    columns = ("model", "FLOPs per token, dense = 1", "parameters", known_of, "dense = 1")
-    return report.Sheet("Facts known at equal tokens", columns, tuple(rows))
+def headline(told: Sequence[Results]) -> report.Sheet:
+    """What each model knows at the cost of a token, and nothing else; means over the seeds.
+
+    Two columns for each of the results; a model that one of them does not have is blank there.
+    """
+    by_scale = [report.of_group(results, "main") for results in told]
+    rows: dict[str, list[str]] = {}
+    for place, groups in enumerate(by_scale):
+        dense = groups["dense"]
+        yardstick = report.mean_of(dense, "facts")
+        for name, runs in groups.items():
+            cost = f"{runs[0]['flops_per_token'] / dense[0]['flops_per_token']:.2f}"
+            size = f"{runs[0]['parameters'] / 1e6:,.1f} M"
+            row = rows.setdefault(name, [name, cost, size, *[""] * 2 * len(told)])
+            known = [final(run, "question")["facts"] for run in runs]
+            at = 3 + 2 * place
+            row[at : at + 2] = report.spread(known), f"**{mean(known) / yardstick:.1f}**"
+    columns = ["model", "FLOPs per token, dense = 1", "parameters"]
+    for results in told:
+        known_of = f"facts known, of {results['corpus']['facts']:,}, after {tokens(results)} tokens"
+        columns += [known_of, "dense = 1"]
+    title = "Facts known at equal tokens"
+    return report.Sheet(title, tuple(columns), tuple(map(tuple, rows.values())))
 
 
-def first_screen(results: Mapping[str, Any]) -> str:
+def first_screen(told: Sequence[Results]) -> str:
     """The table of README.md, and what was measured how."""
-    scale, corpus = results["scale"], results["corpus"]
-    tokens = scale["iterations"] * scale["batch"] * scale["seq"]
-    measured = (
-        f"{len(scale['seeds'])} seeds, {tokens / 1e6:.1f} M tokens each, of which every model of a "
-        f"seed reads the same in the same order; {corpus['bits']:,.0f} bits of facts; "
-        f"{_of(results, 'device')}; commit {_of(results, 'commit')}; "
-        f"`{command(results)}`."
-    )
-    return "\n".join([*report.markdown_table(headline(results)), "", measured])
+    return "\n".join([*report.markdown_table(headline(told)), *map(_measured, told)])
 
 
-def command(results: Mapping[str, Any]) -> str:
+def tokens(results: Results) -> str:
+    """That every model was trained on."""
+    scale = results["scale"]
+    return f"{scale['iterations'] * scale['batch'] * scale['seq'] / 1e6:.1f} M"
+
+
+def command(results: Results) -> str:
     """What makes these results, but for the folder."""
     scale = results["scale"]
     seeds = f" --ablation-seeds {n}" if (n := scale["ablation_seeds"]) > 1 else ""
     return f"python examples/facts/compare.py --scale {scale['name']}{seeds}"
 
 
-def all_tables(results: Mapping[str, Any]) -> str:
+def all_tables(results: Results) -> str:
     """Everything that results.md has, one level of headings below its title."""
     lines = report.markdown(results).splitlines()[2:]
     return "\n".join(f"#{line}" if line.startswith("## ") else line for line in lines)
 
 
-def pages(results: Mapping[str, Any]) -> dict[Path, str]:
+def published() -> dict[str, Results]:
+    """Scale -> its results, of all that are in the folder beside this file."""
+    paths = {name: RESULTS / name / "results.json" for name in ORDER}
+    return {name: json.loads(p.read_text()) for name, p in paths.items() if p.is_file()}
+
+
+def pages(told: Mapping[str, Results]) -> dict[Path, str]:
     """Both pages as they should be."""
-    texts = {"results": all_tables(results), "facts": first_screen(results)}
-    return {path: rewrite(path.read_text(), name, texts[name]) for path, name in PAGES.items()}
+    tables = TABLES.read_text()
+    for name, results in told.items():
+        tables = rewrite(tables, f"results of {name}", all_tables(results))
+    first = rewrite(FIRST_SCREEN.read_text(), "facts", first_screen(list(told.values())))
+    return {TABLES: tables, FIRST_SCREEN: first}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,12 +115,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     target.mkdir(parents=True, exist_ok=True)
     for path in (source / "results.json", *sorted(source.glob("*.png"))):
         shutil.copyfile(path, target / path.name)
-    for path, text in pages(results).items():
+    for path, text in pages(published()).items():
         path.write_text(text)
     return 0
 
 
-def _of(results: Mapping[str, Any], key: str) -> str:
+def _measured(results: Results) -> str:
+    """One paragraph: seeds, tokens, device, commit, command."""
+    seeds = len(results["scale"]["seeds"])
+    return (
+        f"\n{results['corpus']['facts']:,} facts: {seeds} {'seeds' if seeds > 1 else 'seed'}, of "
+        "which every model reads the same tokens in the same order; "
+        f"{results['corpus']['bits']:,.0f} bits of facts; {_of(results, 'device')}; "
+        f"commit {_of(results, 'commit')}; `{command(results)}`."
+    )
+
+
+def _of(results: Results, key: str) -> str:
     """All that the runs of the main table have there."""
     return ", ".join(sorted({run[key] for run in results["runs"] if run["group"] == "main"}))
 

@@ -212,8 +212,37 @@ def test_the_best_rates_are_those_that_know_most() -> None:
         }
         for run in runs
     }
-    # dense: 0, 1, 2; memory: 3, 4, 0, 1
-    assert best_rates(runs, probes) == {"dense": runs[2].rates, "memory": runs[4].rates}
+    # dense: 0, 2, 4; memory: 1, 3, 0, 1
+    assert best_rates(runs, probes) == {"dense": runs[4].rates, "memory": runs[3].rates}
+
+
+def test_the_sweep_tries_the_first_rates_of_all_first() -> None:
+    runs = _plan(scales.CPU).sweep(["dense", "memory"])
+    assert [run.model.family for run in runs] == ["dense", "memory"] * 3 + ["memory"]
+    for family in ("dense", "memory"):
+        tried = tuple(run.rates for run in runs if run.model.family == family)
+        assert tried == scales.CPU.sweep[family]
+    assert _plan(scales.CPU).sweep(["none of these"]) == []
+
+
+def test_a_part_that_a_scale_leaves_out_is_not_planned(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    left_out = {scale.name: scale.left_out for scale in SCALES}
+    assert left_out == {
+        "smoke": {"ablations"},
+        "cpu": set(),
+        "long": {"ablations", "continual"},
+        "gpu": set(),
+    }
+    console = Console(file=io.StringIO(), width=200)
+    compare.list_plan(scales.LONG, _plan(scales.LONG), compare.PARTS, console)
+    # two models at two rates, and the larger table at the best
+    assert "\n5 runs, " in console.file.getvalue()  # type: ignore[attr-defined]
+    with pytest.raises(SystemExit, match="2"):
+        compare.parse_args(["--scale", "long", "--only", "continual"])
+    refused = "--only continual: scale long has nothing for it; choose main"
+    assert refused in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["real", "biographies"])

@@ -15,20 +15,17 @@ sys.path.insert(0, str(FOLDER))
 import publish  # noqa: E402
 from experiment import report  # noqa: E402
 
-CPU = FOLDER / "results" / "cpu"
+TOLD = publish.published()
+SCALES = [pytest.param(results, id=name) for name, results in TOLD.items()]
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((CPU / "results.json").read_text())
-    return told
+def test_both_pages_have_the_tables_of_the_results() -> None:
+    assert "cpu" in TOLD
+    for path, text in publish.pages(TOLD).items():
+        assert path.read_text() == text, "run: python examples/facts/publish.py runs/compare-SCALE"
 
 
-def test_both_pages_have_the_tables_of_the_results(results: dict[str, Any]) -> None:
-    for path, text in publish.pages(results).items():
-        assert path.read_text() == text, "run: python examples/facts/publish.py runs/compare-cpu"
-
-
+@pytest.mark.parametrize("results", SCALES)
 def test_the_results_are_whole(results: dict[str, Any]) -> None:
     """Every model at every seed, in one order of data, and every picture."""
     assert results["waiting"] == 0
@@ -38,21 +35,28 @@ def test_the_results_are_whole(results: dict[str, Any]) -> None:
         assert [run["seed"] for run in runs] == results["scale"]["seeds"], name
     assert "DIFFERS" not in report.markdown(results)
     page = (FOLDER / "README.md").read_text()
-    pictures = sorted(CPU.glob("*.png"))
+    pictures = sorted((publish.RESULTS / results["scale"]["name"]).glob("*.png"))
     assert len(pictures) == 4
     for picture in pictures:
         assert f"({picture.relative_to(FOLDER)})" in page, picture.name
 
 
-def test_the_headline_divides_by_dense(results: dict[str, Any]) -> None:
+@pytest.mark.parametrize("place", range(len(TOLD)), ids=list(TOLD))
+def test_the_headline_divides_by_dense(place: int) -> None:
+    results = list(TOLD.values())[place]
     groups = report.of_group(results, "main")
-    rows = {row[0]: row for row in publish.headline(results).rows}
-    told = publish.first_screen(results)
-    assert list(rows) == list(groups)
-    assert rows["dense"][1] == "1.00" and rows["dense"][-1] == "**1.0**"
+    rows = {row[0]: row for row in publish.headline(list(TOLD.values())).rows}
+    known, ratio = 3 + 2 * place, 4 + 2 * place
+    assert {name for name, row in rows.items() if row[known]} == set(groups)
+    assert rows["dense"][1] == "1.00" and rows["dense"][ratio] == "**1.0**"
     for name, runs in groups.items():
-        ratio = report.mean_of(runs, "facts") / report.mean_of(groups["dense"], "facts")
-        assert rows[name][-1] == f"**{ratio:.1f}**" and f"{len(runs)} seeds" in told
+        facts = report.mean_of(runs, "facts")
+        assert rows[name][known].startswith(f"{facts:,.0f}")
+        by_dense = facts / report.mean_of(groups["dense"], "facts")
+        assert rows[name][ratio] == f"**{by_dense:.1f}**"
+    told = publish.first_screen([results])
+    seeds = len(results["scale"]["seeds"])
+    assert f"{seeds} seed" in told and f"--scale {results['scale']['name']}" in told
 
 
 def test_only_what_is_between_the_markers_changes() -> None:
@@ -66,7 +70,8 @@ def test_only_what_is_between_the_markers_changes() -> None:
 def test_what_is_not_finished_is_not_published(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.read_text() for path in publish.PAGES}
+    both = (publish.TABLES, publish.FIRST_SCREEN)
+    before = {path: path.read_text() for path in both}
     assert publish.main([str(tmp_path)]) == 2
     assert "no results.json; run compare.py" in capsys.readouterr().err
     told = {"scale": {"name": "cpu", "ablation_seeds": 2}, "waiting": 3}
@@ -74,4 +79,4 @@ def test_what_is_not_finished_is_not_published(
     assert publish.main([str(tmp_path)]) == 2
     again = "python examples/facts/compare.py --scale cpu --ablation-seeds 2 --output"
     assert f"3 runs are not finished; {again} {tmp_path}" in capsys.readouterr().err
-    assert {path: path.read_text() for path in publish.PAGES} == before
+    assert {path: path.read_text() for path in both} == before
