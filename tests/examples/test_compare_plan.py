@@ -161,7 +161,7 @@ def test_ablations_get_as_many_seeds_as_are_wanted(wanted: int | None) -> None:
     assert seeds.pop(models.reference(scales.CPU).name) == [1, 2, 3]
     few = [1, 2, 3][: wanted or 1]
     lean = {name: [1, 2, 3] if wanted else few for name in models.LEAN}
-    assert len(seeds) == (24 if wanted else 19)
+    assert len(seeds) == (25 if wanted else 20)
     assert all(found == lean.get(name, few) for name, found in seeds.items())
 
 
@@ -232,12 +232,12 @@ def test_a_part_that_a_scale_leaves_out_is_not_planned(
     assert left_out == {
         "smoke": {"ablations"},
         "cpu": set(),
-        "long": {"ablations", "continual"},
+        "long": {"continual"},
         "gpu": set(),
     }
     console = Console(file=io.StringIO(), width=200)
     compare.list_plan(scales.LONG, _plan(scales.LONG), compare.PARTS, console)
-    # two models at two rates, and the larger table at the best
+    # dense at two rates and at twice the steps, two tables
     assert "\n5 runs, " in console.file.getvalue()  # type: ignore[attr-defined]
     with pytest.raises(SystemExit, match="2"):
         compare.parse_args(["--scale", "long", "--only", "continual"])

@@ -194,6 +194,9 @@ def test_tables_say_what_the_records_do(results: dict[str, Any]) -> None:
     # and a longer run with those as long
     longer = report.longer_sheet(results)
     assert [row[0] for row in longer.rows] == list(LONGER) and longer.rows[1][4] == "+0.0%"
+    alone = [run for run in results["runs"] if run["model"] != LONGER[1]]
+    (row,) = report.longer_sheet({**results, "runs": alone}).rows
+    assert row[0] == LONGER[0] and row[4] == ""
     # 51.24 facts were known, 17.08 still are
     (taught,) = report.continual_sheet(results).rows
     assert taught[1:] == ("12", "6", "17", "34 (66.7%)")

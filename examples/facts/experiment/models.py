@@ -31,6 +31,7 @@ Flags = dict[str, Flag]
 
 # ablations that save state of the optimizer: where others get more seeds than one, these get all
 LEAN = ("lazy_adamw", "rowwise_adamw")
+LONGER = ", twice the steps"
 
 MULTIPLE = 8
 TOLERANCE = 0.01
@@ -125,8 +126,9 @@ def memory_plus(scale: Scale, keys: int) -> Model:
 def ablations(scale: Scale) -> list[Model]:
     """The reference with one thing changed each, at the reference's learning rates and FLOPs.
 
-    Then deeper models with other numbers of memory layers, at the FLOPs of the dense model that is
-    as deep: the reference has no room for more.
+    Then dense at twice the steps, to tell what it cannot hold from what it has not learnt yet, and
+    deeper models with other numbers of memory layers, at the FLOPs of the dense model that is as
+    deep: the reference has no room for more.
     """
     base = reference(scale)
     n, heads, topk, key_dim = scale.reference, scale.heads, scale.topk, scale.key_dim
@@ -154,6 +156,7 @@ def ablations(scale: Scale) -> list[Model]:
     ]
     if scale.ablation_seeds > 1:
         models += _optimizers(base, [m for m in models if m.name in LEAN])
+    models.append(Model(f"dense{LONGER}", "dense", longer=2))
     for layers in scale.deep_layers:
         name = f"{scale.deep} layers, memories {len(layers)}"
         deeper = _changed(base, name, {"memory_layers": layers})
@@ -254,7 +257,7 @@ def _optimizers(base: Model, lean: list[Model]) -> list[Model]:
     """Lean ones at a faster rate; all at twice the steps, where seeds differ less than at once."""
     faster = [replace(m, name=f"{m.name}, values learn 4x", rates=(1.0, 4.0)) for m in lean]
     names = [(m, m.memory.memory_optimizer) for m in (base, *lean)]
-    return faster + [replace(m, name=f"{name}, twice the steps", longer=2) for m, name in names]
+    return faster + [replace(m, name=f"{name}{LONGER}", longer=2) for m, name in names]
 
 
 def _frozen(flags: Flags) -> tuple[tuple[str, Flag], ...]:

@@ -220,10 +220,10 @@ def depth_sheet(results: Mapping[str, Any]) -> Sheet:
 
 
 def longer_sheet(results: Mapping[str, Any]) -> Sheet:
-    """What optimizers come to when there is time."""
+    """What optimizers, and dense, come to when there is time."""
     return Sheet(
-        "Optimizers of the table, at twice the steps",
-        ("optimizer", *ABLATION_COLUMNS),
+        "At twice the steps",
+        ("model or its table's optimizer", *ABLATION_COLUMNS),
         _ablation_rows(results, "longer"),
     )
 
@@ -235,15 +235,15 @@ def _kind(run: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
 
 
 def _ablation_rows(results: Mapping[str, Any], kind: str) -> tuple[tuple[str, ...], ...]:
-    """Those of one kind, each beside the first at the seeds of both."""
+    """Those of one kind, each beside the first, if it is not alone, at the seeds of both."""
     rows = []
     base: dict[int, float] = {}
-    for name, runs in of_group(results, "ablations").items():
-        if _kind(runs[0], results["scale"]) != kind:
-            continue
+    groups = of_group(results, "ablations")
+    chosen = {name: r for name, r in groups.items() if _kind(r[0], results["scale"]) == kind}
+    for name, runs in chosen.items():
         facts = {run["seed"]: final(run, "question")["facts"] for run in runs}
         base = base or facts
-        beside = sum(base.get(seed, 0.0) for seed in facts)
+        beside = sum(base.get(seed, 0.0) for seed in facts) if len(chosen) > 1 else 0.0
         losses = [run["validation_loss"] for run in runs]
         rows.append(
             (
