@@ -237,8 +237,8 @@ def test_a_part_that_a_scale_leaves_out_is_not_planned(
     }
     console = Console(file=io.StringIO(), width=200)
     compare.list_plan(scales.LONG, _plan(scales.LONG), compare.PARTS, console)
-    # dense at three rates and at twice the steps, two tables
-    assert "\n6 runs, " in console.file.getvalue()  # type: ignore[attr-defined]
+    # dense at two rates and at twice the steps, one table
+    assert "\n4 runs, " in console.file.getvalue()  # type: ignore[attr-defined]
     with pytest.raises(SystemExit, match="2"):
         compare.parse_args(["--scale", "long", "--only", "continual"])
     refused = "--only continual: scale long has nothing for it; choose main"
