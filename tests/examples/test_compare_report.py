@@ -225,6 +225,11 @@ def test_every_picture_is_drawn(results: dict[str, Any], tmp_path: Path) -> None
         "facts_by_tokens.png",
     ]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    one_size = [run for run in results["runs"] if run["rows"] in (0, 1024)]
+    assert len({run["model"] for run in one_size}) > 3
+    assert sorted(plots.draw({**results, "runs": one_size}, tmp_path)) == sorted(
+        set(names) - {"facts_by_rows.png"}
+    )
     assert plots.draw({**results, "runs": []}, tmp_path) == []
 
 

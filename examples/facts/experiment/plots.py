@@ -36,8 +36,10 @@ def draw(results: Mapping[str, Any], output: Path) -> list[str]:
     if not groups:
         return []
     on_gpu = results["scale"]["device"] == "gpu"
-    pictures = {"facts_by_rows.png": by_rows, "facts_by_tokens.png": by_tokens}
-    pictures |= {"bits_per_parameter.png": by_bits}
+    pictures = {"facts_by_tokens.png": by_tokens, "bits_per_parameter.png": by_bits}
+    # a single size of table makes no curve
+    if len({runs[0]["rows"] for runs in groups.values()} - {0}) > 1:
+        pictures["facts_by_rows.png"] = by_rows
     written = []
     for name, picture in pictures.items():
         figure, axes = plt.subplots(figsize=SIZE, dpi=DPI, layout="constrained")
