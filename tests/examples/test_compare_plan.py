@@ -177,6 +177,16 @@ def test_every_optimizer_is_given_the_same_rates() -> None:
     assert len(rates["adamw"]) == 2 and all(found == rates["adamw"] for found in rates.values())
 
 
+@pytest.mark.parametrize("scale", [scales.CPU, scales.LONG], ids=["cpu", "long"])
+def test_dense_is_trained_for_twice_the_steps_at_half_its_rate(scale: scales.Scale) -> None:
+    plan = _plan(scale)
+    (once,) = (run for run in plan.main(BEST) if run.model.name == "dense" and run.seed == 1)
+    (twice,) = (run for run in plan.ablations(BEST) if run.model.family == "dense")
+    assert twice.iterations == 2 * once.iterations
+    assert twice.flags["lr"] == pytest.approx(float(str(once.flags["lr"])) / 2)
+    assert (twice.seed, twice.flops) == (once.seed, once.flops)
+
+
 def test_all_models_are_given_the_same_data() -> None:
     """Whatever decides on the batches is equal in all runs of a seed."""
     names = ("seq_length", "global_batch_size", "micro_batch_size", "train_iters", "eval_iters")
