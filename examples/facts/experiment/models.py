@@ -126,9 +126,9 @@ def memory_plus(scale: Scale, keys: int) -> Model:
 def ablations(scale: Scale) -> list[Model]:
     """The reference with one thing changed each, at the reference's learning rates and FLOPs.
 
-    Then dense at twice the steps and half the rate, to tell what it cannot hold from what it has not learnt yet, and
-    deeper models with other numbers of memory layers, at the FLOPs of the dense model that is as
-    deep: the reference has no room for more.
+    Then dense at twice the steps and half the rate, to tell what it cannot hold from what it has not
+    learnt yet, and deeper models with other numbers of memory layers, at the FLOPs of the dense model
+    that is as deep: the reference has no room for more.
     """
     base = reference(scale)
     n, heads, topk, key_dim = scale.reference, scale.heads, scale.topk, scale.key_dim
@@ -156,8 +156,8 @@ def ablations(scale: Scale) -> list[Model]:
     ]
     if scale.ablation_seeds > 1:
         models += _optimizers(base, [m for m in models if m.name in LEAN])
-    # longer training likes lower rates: of cpu's 3,000 facts dense knew 2,990 at half of what is best
-    # for once the steps, and 2,878 at that
+    # longer training likes lower rates: of cpu's 3,000 facts dense then knew 2,990 at half of what
+    # is best for once the steps, and 2,878 at that
     models.append(Model(f"dense{LONGER}", "dense", rates=(0.5, 1.0), longer=2))
     for layers in scale.deep_layers:
         name = f"{scale.deep} layers, memories {len(layers)}"
