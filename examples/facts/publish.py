@@ -77,9 +77,9 @@ def command(results: Results) -> str:
 
 
 def all_tables(results: Results) -> str:
-    """Everything that results.md has, one level of headings below its title."""
+    """Everything that results.md has, below a heading of the third level."""
     lines = report.markdown(results).splitlines()[2:]
-    return "\n".join(f"#{line}" if line.startswith("## ") else line for line in lines)
+    return "\n".join(f"##{line}" if line.startswith("## ") else line for line in lines)
 
 
 def published() -> dict[str, Results]:

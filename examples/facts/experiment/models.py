@@ -126,9 +126,9 @@ def memory_plus(scale: Scale, keys: int) -> Model:
 def ablations(scale: Scale) -> list[Model]:
     """The reference with one thing changed each, at the reference's learning rates and FLOPs.
 
-    Then dense at twice the steps and half the rate, to tell what it cannot hold from what it has not
-    learnt yet, and deeper models with other numbers of memory layers, at the FLOPs of the dense model
-    that is as deep: the reference has no room for more.
+    Then dense at twice the steps and half the rate, to tell what it cannot hold from what it has
+    not learnt yet, and deeper models with other numbers of memory layers, at the FLOPs of the dense
+    model that is as deep: the reference has no room for more.
     """
     base = reference(scale)
     n, heads, topk, key_dim = scale.reference, scale.heads, scale.topk, scale.key_dim

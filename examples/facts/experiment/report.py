@@ -171,7 +171,13 @@ def curve_sheet(results: Mapping[str, Any]) -> Sheet:
             for probe in curve(run, "question"):
                 by_tokens.setdefault(probe["tokens"], []).append(probe["facts"])
         rows.append((name, *(spread(by_tokens[t]) if t in by_tokens else "" for t in columns)))
-    return Sheet("Facts known against tokens", ("model", *(f"{t:,}" for t in columns)), tuple(rows))
+    return Sheet(
+        "Facts known against tokens",
+        ("model", *(f"{t:,}" for t in columns)),
+        tuple(rows),
+        # every second point, back from the last, where there are many
+        brief=(0, *range(len(columns), 0, -2)[::-1]) if len(columns) > 5 else (),
+    )
 
 
 def sweep_sheet(results: Mapping[str, Any]) -> Sheet:
