@@ -24,7 +24,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -79,13 +79,9 @@ class Experiment:
         self.scale, self.plan, self.runner, self.parts = scale, plan, runner, parts
         self.planned: list[Run] = []
 
-    def families(self) -> list[str]:
-        """Whose learning rates are swept: all, or Memory+'s alone where no other is needed."""
-        return [f for f in self.scale.families if "main" in self.parts or f == "memory+"]
-
     def carry_out(self) -> bool:
         """Train and ask everything."""
-        sweep = self.plan.sweep(self.families())
+        sweep = self.plan.sweep(self.plan.families(self.parts))
         if not self._execute("sweep of learning rates", sweep):
             return False
         best = best_rates(sweep, self.records())
@@ -113,10 +109,10 @@ class Experiment:
         return self.runner.execute(title, unique(runs))
 
 
-def list_plan(scale: Scale, plan: Plan, parts: Iterable[str], console: Console) -> None:
+def list_plan(scale: Scale, plan: Plan, parts: Sequence[str], console: Console) -> None:
     """Every run with its flags, expected FLOPs and parameters, as before the sweep is done."""
     best = {family: scale.sweep[family][0] for family in scale.families}
-    runs = plan.sweep(scale.families if "main" in parts else ["memory+"])
+    runs = plan.sweep(plan.families(parts))
     for part in parts:
         runs += [] if part in scale.left_out else getattr(plan, part)(best)
     console.print(report.plan_table(unique(runs), scale))

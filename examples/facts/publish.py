@@ -39,14 +39,15 @@ def headline(told: Sequence[Results]) -> report.Sheet:
     Two columns for each of the results; a model that one of them does not have is blank there.
     """
     by_scale = [report.of_group(results, "main") for results in told]
-    rows: dict[str, list[str]] = {}
+    # models of one name may differ in size between scales
+    rows: dict[tuple[str, str, str], list[str]] = {}
     for place, groups in enumerate(by_scale):
         dense = groups["dense"]
         yardstick = report.mean_of(dense, "facts")
         for name, runs in groups.items():
             cost = f"{runs[0]['flops_per_token'] / dense[0]['flops_per_token']:.2f}"
             size = f"{runs[0]['parameters'] / 1e6:,.1f} M"
-            row = rows.setdefault(name, [name, cost, size, *[""] * 2 * len(told)])
+            row = rows.setdefault((name, cost, size), [name, cost, size, *[""] * 2 * len(told)])
             known = [final(run, "question")["facts"] for run in runs]
             at = 3 + 2 * place
             row[at : at + 2] = report.spread(known), f"**{mean(known) / yardstick:.1f}**"

@@ -235,6 +235,15 @@ def test_the_sweep_tries_the_first_rates_of_all_first() -> None:
     assert _plan(scales.CPU).sweep(["none of these"]) == []
 
 
+@pytest.mark.parametrize("scale", SCALES, ids=lambda scale: scale.name)
+def test_each_part_alone_sweeps_the_families_it_trains(scale: scales.Scale) -> None:
+    plan = _plan(scale)
+    for part in set(compare.PARTS) - scale.left_out:
+        best = dict.fromkeys(plan.families([part]), MIDDLE)
+        trained = {run.model.family for run in getattr(plan, part)(best)}
+        assert trained <= set(best) <= trained | {"memory+"}
+
+
 def test_a_part_that_a_scale_leaves_out_is_not_planned(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -6,7 +6,7 @@ is the first seed of the main table, and nothing is trained twice.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from experiment.models import (
@@ -99,6 +99,13 @@ class Plan:
 
     def __init__(self, scale: Scale, vocab_size: int, stamp: str) -> None:
         self.scale, self.vocab_size, self.stamp = scale, vocab_size, stamp
+
+    def families(self, parts: Collection[str]) -> list[str]:
+        """Whose learning rates these parts need: all for the main table, else their models'."""
+        needed = {"memory+"}
+        if "ablations" in parts:
+            needed |= {model.family for model in ablations(self.scale)}
+        return [f for f in self.scale.families if "main" in parts or f in needed]
 
     def sweep(self, families: Iterable[str]) -> list[Run]:
         """Every pair of learning rates of the grid for one model of each family, at one seed.
