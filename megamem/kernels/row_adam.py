@@ -10,6 +10,14 @@ might read what it wrote.
 
 Random rounding draws its bits from the counter (column / 8, row, step), so it needs no state and
 repeats. One Philox draw of four words serves eight columns.
+
+What a program stores where it also loads, it stores behind a barrier: the compiler may give a load
+and a store of one tensor different layouts, or hold a small tensor in every warp, so that a thread
+overwrites what another has yet to read.
+
+Division and square root are those of IEEE 754 (`div_rn`, `sqrt_rn`; Triton's `/` and `sqrt` are
+approximate on a GPU), and exp is made of additions and multiplications, so that a step in fp32 is
+as near to float64 as torch's.
 """
 
 import math
@@ -26,12 +34,25 @@ NO_MOMENT, FULL_MOMENT, ROW_MOMENT = 0, 1, 2
 
 
 @triton.jit
+def _exp(x):
+    """exp(x) for x <= 0, to one unit in the last place; 0 where that is below 1e-37."""
+    b_power = tl.floor(x * 1.4426950408889634 + 0.5)
+    # ln 2 in two parts, of which the first times a small integer is exact
+    b_rest = x - b_power * 0.693359375 + b_power * 2.12194440054690583e-4
+    series = b_rest * (1 / 7) + 1
+    for n in tl.static_range(6):
+        series = b_rest * (1 / (6 - n)) * series + 1
+    b_scale = ((tl.maximum(b_power, -126.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(x > -85.0, series * b_scale, 0.0)
+
+
+@triton.jit
 def _one_minus_exp(x):
     """1 - exp(x) for x <= 0, without cancellation near 0."""
-    series = x / 9 + 1
+    series = x * (1 / 9) + 1
     for n in tl.static_range(7):
-        series = x / (8 - n) * series + 1
-    return tl.where(x > -0.5, -x * series, 1 - tl.exp(x))
+        series = x * (1 / (8 - n)) * series + 1
+    return tl.where(x > -0.5, -x * series, 1 - _exp(x))
 
 
 @triton.jit
@@ -82,8 +103,8 @@ def _update_kernel(
     beta1,
     beta2,
     eps,
-    correction1,
-    correction2,
+    unbias1,  # 1 / (1 - beta1**step)
+    unbias2,  # 1 / sqrt(1 - beta2**step)
     log_beta1,
     log_beta2,
     decay,
@@ -99,19 +120,22 @@ def _update_kernel(
     m_e = o_e < num_rows
     b_row = o_e
     b_decay = tl.zeros([BLOCK_R], tl.float32) + decay
-    b_correction1 = tl.zeros([BLOCK_R], tl.float32) + correction1
-    b_correction2 = tl.zeros([BLOCK_R], tl.float32) + correction2
+    b_unbias1 = tl.zeros([BLOCK_R], tl.float32) + unbias1
+    b_unbias2 = tl.zeros([BLOCK_R], tl.float32) + unbias2
     if rows is not None:
         b_row = tl.load(rows + o_e, mask=m_e, other=-1).to(tl.int64)
         m_e = b_row >= 0
     if touches is not None:
         b_touches = tl.load(touches + b_row, mask=m_e, other=0) + 1
         b_gap = step - tl.load(last_steps + b_row, mask=m_e, other=0)
+        tl.debug_barrier()
         tl.store(touches + b_row, b_touches, mask=m_e)
         tl.store(last_steps + b_row, b_gap * 0 + step, mask=m_e)
-        b_decay = tl.exp(b_gap.to(tl.float32) * log_decay)
-        b_correction1 = _one_minus_exp(b_touches.to(tl.float32) * log_beta1)
+        b_decay = _exp(b_gap.to(tl.float32) * log_decay)
+        b_one = tl.full([BLOCK_R], 1.0, tl.float32)
+        b_unbias1 = tl.div_rn(b_one, _one_minus_exp(b_touches.to(tl.float32) * log_beta1))
         b_correction2 = _one_minus_exp(b_touches.to(tl.float32) * log_beta2)
+        b_unbias2 = tl.div_rn(b_one, tl.sqrt_rn(b_correction2))
     m_grads = m_e
     if touched is not None:
         m_grads = tl.load(touched + b_row, mask=m_e, other=0) != 0
@@ -132,11 +156,12 @@ def _update_kernel(
                 o_grads = grads + o_e[:, None] * V + i_v + o_v[None, :]
                 b_grad = tl.load(o_grads, mask=m_grad, other=0.0).to(tl.float32) * scale
                 b_square += tl.sum(b_grad * b_grad, axis=1)
-            b_square = b_square / V
+            b_square = b_square * (1 / V)
         b_second = tl.load(exp_avg_sq + b_row, mask=m_e, other=0.0).to(tl.float32)
         b_second = b_second * beta2 + b_square * (1 - beta2)
+        tl.debug_barrier()
         tl.store(exp_avg_sq + b_row, b_second.to(exp_avg_sq.dtype.element_ty), mask=m_e)
-        b_divisor = (tl.sqrt(b_second / b_correction2) + eps)[:, None]
+        b_divisor = (tl.sqrt_rn(b_second) * b_unbias2 + eps)[:, None]
 
     for i_v in range(0, V, BLOCK_V):
         m = m_e[:, None] & (i_v + o_v < V)[None, :]
@@ -150,6 +175,7 @@ def _update_kernel(
         if SECOND == 1:
             b_second = tl.load(exp_avg_sq + o_state, mask=m, other=0.0)
 
+        tl.debug_barrier()
         if CLEAR:
             tl.store(o_grads, tl.zeros([BLOCK_R, BLOCK_V], grads.dtype.element_ty), mask=m_grad)
         b_grad = b_grad.to(tl.float32) * scale
@@ -158,13 +184,14 @@ def _update_kernel(
             b_first = b_first.to(tl.float32)
             b_first += (b_grad - b_first) * (1 - beta1)
             tl.store(exp_avg + o_state, b_first.to(exp_avg.dtype.element_ty), mask=m)
-            b_update = b_first / b_correction1[:, None]
+            b_update = b_first * b_unbias1[:, None]
         if SECOND == 1:
             b_second = b_second.to(tl.float32) * beta2 + b_grad * b_grad * (1 - beta2)
             tl.store(exp_avg_sq + o_state, b_second.to(exp_avg_sq.dtype.element_ty), mask=m)
-            b_update = b_update / (tl.sqrt(b_second / b_correction2[:, None]) + eps)
+            b_root = tl.sqrt_rn(b_second) * b_unbias2[:, None]
+            b_update = tl.div_rn(b_update, b_root + eps)
         if SECOND == 2:
-            b_update = b_update / b_divisor
+            b_update = tl.div_rn(b_update, b_divisor)
         b_new = b_weight.to(tl.float32) * b_decay[:, None] - lr * b_update
         if copy is not None:
             tl.store(copy + o_state, b_new.to(copy.dtype.element_ty), mask=m)
@@ -230,8 +257,8 @@ def update_rows_(
         beta1=betas[0],
         beta2=betas[1],
         eps=eps,
-        correction1=1 - betas[0] ** step,
-        correction2=1 - betas[1] ** step,
+        unbias1=1 / (1 - betas[0] ** step),
+        unbias2=1 / math.sqrt(1 - betas[1] ** step),
         log_beta1=_log(betas[0]),
         log_beta2=_log(betas[1]),
         decay=1 - lr * weight_decay,

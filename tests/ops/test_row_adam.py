@@ -130,6 +130,31 @@ def test_idle_rows_decay_when_next_touched(device):
     torch.testing.assert_close(weights, torch.full_like(weights, 0.95**7))
 
 
+def test_decays_and_corrections_are_as_exact_as_torchs(device):
+    """Rows of every age in one call: what exp and 1 - exp cost in digits."""
+    num_rows = 512
+    gaps = torch.logspace(0, 5.5, num_rows, device=device).int().unique()
+    rows = torch.arange(len(gaps), device=device)
+    step = int(gaps.max())
+    grads = torch.ones(len(gaps), 8, device=device)
+
+    options = {**HYPER, "lr": 1e-2, "weight_decay": 5e-3, "betas": (0.9, 0.9999)}
+    results = []
+    for op, compute in (
+        (touched_adamw_, torch.float32),
+        (reference.touched_adamw_, torch.float32),
+        (reference.touched_adamw_, torch.float64),
+    ):
+        state = [torch.ones(len(gaps), 8, dtype=compute, device=device) for _ in range(3)]
+        counters = [gaps - 1, step - gaps]
+        op(state[0], rows, grads.to(compute), *state[1:], *counters, step=step, **options)
+        results.append(state[0])
+    ours, torchs, truth = (x[:, 0].double() for x in results)
+    # one rounding of the weight, one of the decay, two of the update
+    assert ((ours - truth).abs() <= 2 * (torchs - truth).abs().max() + 2**-23).all()
+    assert ((ours - truth).abs() <= 2**-22 * truth.abs() + 2**-24).all()
+
+
 def test_rounding_is_unbiased(device):
     """The mean of many roundings is the number, far closer than one rounding gets."""
     x = torch.tensor([1.0 + 2**-10, -3.1415926, 1e-30, 65504.0, 0.3, 7e8, -1e-3, 0.0])
