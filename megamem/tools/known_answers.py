@@ -1,0 +1,233 @@
+"""Known answers: every kernel at the size of a real run, on inputs whose results are known.
+
+Races and reads of memory that belongs to others show in large runs on a GPU, and neither in small
+ones nor in Triton's interpreter. So this is what `megamem doctor` and the tests on a GPU put
+through the ops that training calls, one answer after the other, in a few seconds.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from megamem.tools import known_reads as reads
+from megamem.tools import known_steps as steps
+from megamem.tools.known_steps import Form
+
+BF16 = torch.bfloat16
+NUMBERS = 2**28
+"""Of a table that an optimizer steps. Twelve runs of twice as many lost tens of millions."""
+KEPT_FREE = 0.9
+"""Share of a GPU's free memory that an answer may take."""
+
+
+@dataclass(frozen=True)
+class KnownAnswer:
+    """An op on inputs whose result is known."""
+
+    name: str
+    op: str
+    """Its name in megamem.ops."""
+    look: Callable[[torch.device, int], str | None]
+    needs: Callable[[int], float]
+
+    def bytes(self, scale: int = 1) -> int:
+        """Device memory that it takes at most, roughly."""
+        return int(self.needs(scale))
+
+    def check(self, device: torch.device, scale: int = 1) -> str | None:
+        """None where the op is right, else what was wrong, and in how many numbers of how many.
+
+        Args:
+            device: where it runs.
+            scale: what sizes are divided by; 1 is the size of a real run.
+        """
+        return self.look(device, scale)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one answer."""
+
+    answer: KnownAnswer
+    wrong: str | None = None
+    """What was wrong, or the exception that the op raised."""
+    skipped: str | None = None
+    """Why it was not tried: there was no memory for it."""
+    seconds: float = 0.0
+
+
+def run(
+    device: torch.device,
+    scale: int = 1,
+    memory: float | None = None,
+    progress: Callable[[KnownAnswer], None] | None = None,
+    answers: Sequence[KnownAnswer] | None = None,
+) -> list[Outcome]:
+    """Ask for all of them, one after the other; an exception of one does not lose the others.
+
+    Args:
+        device: where they run.
+        scale: what sizes are divided by.
+        memory: bytes that an answer may take. Default: what is free on a GPU; on a CPU, any.
+        progress: called with each answer before it is tried.
+        answers: which; all of ANSWERS by default.
+    """
+    return [_outcome(a, device, scale, memory, progress) for a in answers or ANSWERS]
+
+
+def _outcome(
+    answer: KnownAnswer,
+    device: torch.device,
+    scale: int,
+    memory: float | None,
+    progress: Callable[[KnownAnswer], None] | None,
+) -> Outcome:
+    if progress is not None:
+        progress(answer)
+    started = time.perf_counter()
+    try:
+        room = _free_bytes(device) if memory is None else memory
+        if answer.bytes(scale) > room:
+            needed, free = answer.bytes(scale) / 2**30, room / 2**30
+            return Outcome(answer, skipped=f"it takes {needed:.1f} GiB of {free:.1f} GiB free")
+        wrong = answer.check(device, scale)
+        if device.type == "cuda":
+            # what a kernel did wrong is raised here and not in the next answer
+            torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError as error:
+        return Outcome(answer, skipped=f"it ran out of memory: {_first_line(error)}")
+    except Exception as error:
+        wrong = f"it fails: {type(error).__name__}: {_first_line(error)}"
+    return Outcome(answer, wrong, seconds=time.perf_counter() - started)
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type != "cuda":
+        return float("inf")
+    torch.cuda.empty_cache()
+    return KEPT_FREE * torch.cuda.mem_get_info(device)[0]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _topk(
+    case: str,
+    look: Callable[..., str | None],
+    num_keys: int = 1024,
+    tokens: int = 8192,
+    key_dim: int = 512,
+) -> KnownAnswer:
+    """bf16, 4 heads that read 32 rows each. A scale divides tokens: sub-keys are what matters."""
+    heads, topk = 4, 32
+
+    def checked(device: torch.device, scale: int) -> str | None:
+        return look(device, max(4, tokens // scale), heads, num_keys, key_dim, topk)
+
+    def needs(scale: int) -> float:
+        # queries and sub-keys, their gradients, what torch works out at once in float64
+        count = max(4, tokens // scale) * heads
+        return 24 * count * (key_dim + topk) + 60 * heads * num_keys * key_dim + 3e9 / scale**0.5
+
+    name = f"product_topk, N={num_keys}, C={key_dim}, {case}"
+    return KnownAnswer(name, "product_topk", checked, needs)
+
+
+def _bag(
+    op: str, case: str, look: Callable[..., str | None], rows: int, per_number: int
+) -> KnownAnswer:
+    """8192 bags of 128 lookups of a bf16 table of width 2048. A scale divides bags and rows.
+
+    Args:
+        per_number: bytes held for each number of the table, the table's own 2 among them.
+    """
+    tokens, lookups, width = 8192, 128, 2048
+
+    def sizes(scale: int) -> tuple[int, int, int, int]:
+        return max(4, tokens // scale), lookups, max(64, rows // scale), width
+
+    def checked(device: torch.device, scale: int) -> str | None:
+        return look(device, *sizes(scale))
+
+    def needs(scale: int) -> float:
+        bags, each, held, width = sizes(scale)
+        chunk = min(reads.CHUNK, bags * each * width)
+        return held * width * per_number + bags * width * 16 + bags * each * 80 + 24 * chunk
+
+    return KnownAnswer(f"{op}, R={rows}, V={width}, {case}", op, checked, needs)
+
+
+def _step(
+    op: str, case: str, look: Callable[..., str | None], form: Form, width: int = 2048
+) -> KnownAnswer:
+    """A table of NUMBERS. A scale divides its rows."""
+
+    def rows(scale: int) -> int:
+        return max(1, NUMBERS // width // scale // steps.BLOCK) * steps.BLOCK
+
+    def checked(device: torch.device, scale: int) -> str | None:
+        return look(device, rows(scale), width, op, form)
+
+    def needs(scale: int) -> float:
+        return rows(scale) * width * 24 + 32 * min(steps.CHUNK, rows(scale) * width)
+
+    return KnownAnswer(f"{op}, V={width}, {case}", op, checked, needs)
+
+
+def _placement(num_keys: int) -> KnownAnswer:
+    def keys(scale: int) -> int:
+        return max(8, int(num_keys / scale**0.5))
+
+    return KnownAnswer(
+        f"place_rows, N={num_keys}",
+        "place_rows",
+        lambda device, scale: reads.placement_is_a_bijection(device, keys(scale)),
+        lambda scale: 80 * keys(scale) ** 2,
+    )
+
+
+_dense = partial(_step, look=steps.dense_step_is_right)
+_lazy = partial(_step, look=steps.touched_step_is_right)
+RANDOM = Form(BF16)
+ROW = Form(BF16, second="row")
+NONE = Form(first=False, second="")
+
+ANSWERS: tuple[KnownAnswer, ...] = (
+    _topk("whole numbers", reads.topk_is_exact),
+    _topk("whole numbers", reads.topk_is_exact, num_keys=128),
+    _topk("whole numbers", reads.topk_is_exact, num_keys=4096, tokens=2048),
+    _topk("normal", reads.topk_is_within_rounding, tokens=2048),
+    _topk("all scores equal", reads.topk_breaks_ties, tokens=1024),
+    _topk("one sub-key NaN", reads.topk_shows_nan, tokens=1024),
+    _topk("gradients", reads.topk_has_gradients),
+    _bag("embedding_bag", "forward", reads.bags_are_exact, 2**20, 3),
+    _bag("embedding_bag", "backward into fp32", reads.bag_gradients_are_exact, 2**18, 14),
+    _bag("sparse_gradients", "touched rows", reads.sparse_gradients_are_exact, 2**18, 14),
+    _bag("row_dot", "forward and backward", reads.row_dots_are_exact, 2**18, 14),
+    _dense("adamw_", "fp32 master and bf16 copy, clearing", form=Form(copy=True)),
+    _dense("adamw_", "fp32 master and bf16 copy, clearing", form=Form(copy=True), width=1024),
+    _dense("adamw_", "fp32 alone, clearing", form=Form()),
+    _dense("adamw_", "bf16 rounded at random, clearing", form=RANDOM),
+    _dense(
+        "rowwise_adamw_", "fp32 master and bf16 copy, clearing", form=Form(copy=True, second="row")
+    ),
+    _dense("rowwise_adamw_", "bf16 rounded at random, clearing", form=ROW),
+    _dense("rowwise_adamw_", "bf16 rounded at random, clearing", form=ROW, width=512),
+    _dense(
+        "sgd_", "fp32 master and bf16 copy, clearing", form=Form(copy=True, first=False, second="")
+    ),
+    _dense("sgd_", "bf16 rounded at random, clearing", form=Form(BF16, first=False, second="")),
+    _lazy("touched_adamw_", "fp32 master and bf16 copy", form=Form(copy=True)),
+    _lazy("touched_adamw_", "fp32 alone", form=Form(), width=1024),
+    _lazy("touched_rowwise_adamw_", "bf16 rounded at random", form=ROW),
+    _lazy(
+        "touched_sgd_", "fp32 master and bf16 copy", form=Form(copy=True, first=False, second="")
+    ),
+    _placement(1024),
+    _placement(4096),
+    _placement(1000),
+)

@@ -1,0 +1,323 @@
+"""What reading a table must give, to the last bit: the checks of known_answers for its reads.
+
+Inputs are small whole numbers and powers of two. Every sum of them is exact in fp32, whatever the
+order of its terms, so a result must be equal to plain torch's and has no tolerance; one that is
+kept in bf16 is rounded once. Only scores of normally distributed queries have an error bound.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamem import ops
+from megamem.reference.product_topk import product_topk as topk_reference
+
+PERIOD = 1021
+"""Rows after which a table repeats itself. A prime, so that no offset that is wrong by a power of
+two finds the right numbers elsewhere."""
+CHUNK = 2**26
+"""Numbers that plain torch works out at once."""
+
+
+def whole_numbers(
+    shape: tuple[int, ...], largest: int, dtype: torch.dtype, device: torch.device, seed: int
+) -> Tensor:
+    """Random whole numbers from -largest to largest, the same in every call."""
+    generator = torch.Generator(device).manual_seed(seed)
+    options: dict[str, Any] = {"dtype": torch.int8, "generator": generator, "device": device}
+    return torch.randint(-largest, largest + 1, shape, **options).to(dtype)
+
+
+def unlike(ours: Tensor, truth: Tensor, what: str) -> str | None:
+    """How many numbers differ from the truth, as a sentence; None for none. NaN is unlike all."""
+    if ours.shape != truth.shape:
+        return f"{what} are of shape {tuple(ours.shape)} instead of {tuple(truth.shape)}"
+    wrong = sum(
+        int((a != b).sum()) for a, b in zip(ours.split(2**12), truth.split(2**12), strict=True)
+    )
+    return f"{wrong:,} of {truth.numel():,} {what} are wrong" if wrong else None
+
+
+# product_topk -------------------------------------------------------------------------------------
+
+
+def topk_is_exact(
+    device: torch.device, tokens: int, heads: int, num_keys: int, key_dim: int, topk: int
+) -> str | None:
+    """Scores are whole numbers, so that ids and their order are known, ties included."""
+    query = whole_numbers((tokens, heads, 2 * key_dim), 3, torch.bfloat16, device, 1)
+    sub_keys = whole_numbers((2, heads, num_keys, key_dim), 3, torch.bfloat16, device, 2)
+    scores, rows = ops.product_topk(query, sub_keys, topk)
+    true_scores, true_rows = _true_topk(query, sub_keys, topk)
+    return unlike(rows, true_rows, "row ids") or unlike(scores, true_scores, "scores")
+
+
+def topk_is_within_rounding(
+    device: torch.device, tokens: int, heads: int, num_keys: int, key_dim: int, topk: int
+) -> str | None:
+    """Normal queries and sub-keys, against float64."""
+    generator = torch.Generator(device).manual_seed(3)
+    options: dict[str, Any] = {"generator": generator, "device": device}
+    query = torch.randn(tokens, heads, 2 * key_dim, **options).bfloat16()
+    sub_keys = torch.randn(2, heads, num_keys, key_dim, **options).bfloat16()
+    scores, rows = ops.product_topk(query, sub_keys, topk)
+    if problem := _impossible_rows(rows, num_keys):
+        return problem
+    keys = sub_keys.double()
+    longest = keys.norm(dim=-1).amax(-1)
+    wrong_scores = wrong_rows = 0
+    for chunk in torch.arange(tokens).split(_tokens_at_once(num_keys)):
+        halves = torch.stack(query[chunk].double().chunk(2, dim=-1))
+        # of a sum of C products in fp32, in any order; tensor cores cut off where others round
+        bound = key_dim * 2.0**-22 * (halves.norm(dim=-1) * longest.unsqueeze(1)).sum(0)
+        bound = bound.unsqueeze(-1)
+        left, right = torch.einsum("zthc,zhnc->zthn", halves, keys)
+        i, j = rows[chunk] // num_keys, rows[chunk] % num_keys
+        truth = left.gather(-1, i) + right.gather(-1, j)
+        wrong_scores += int((~((scores[chunk] - truth).abs() <= bound)).sum())
+        best, _ = topk_reference(query[chunk].double(), keys, topk)
+        wrong_rows += int((~((truth - best).abs() <= 2 * bound)).sum())
+    if wrong_rows:
+        return f"{wrong_rows:,} of {rows.numel():,} row ids are not among the best"
+    if wrong_scores:
+        return f"{wrong_scores:,} of {scores.numel():,} scores are wrong"
+    return None
+
+
+def topk_breaks_ties(
+    device: torch.device, tokens: int, heads: int, num_keys: int, key_dim: int, topk: int
+) -> str | None:
+    """A query of zeros scores all rows alike: the first of them are the best."""
+    query = torch.zeros(tokens, heads, 2 * key_dim, dtype=torch.bfloat16, device=device)
+    sub_keys = whole_numbers((2, heads, num_keys, key_dim), 3, torch.bfloat16, device, 2)
+    scores, rows = ops.product_topk(query, sub_keys, topk)
+    true_rows = torch.arange(topk, device=device).expand_as(rows)
+    wrong = unlike(rows, true_rows, "row ids of equal scores")
+    return wrong or unlike(scores, torch.zeros_like(scores), "scores of queries of zeros")
+
+
+def topk_shows_nan(
+    device: torch.device, tokens: int, heads: int, num_keys: int, key_dim: int, topk: int
+) -> str | None:
+    """A sub-key that is NaN comes before all others, in its head alone."""
+    broken = num_keys * 2 // 3
+    query = whole_numbers((tokens, heads, 2 * key_dim), 3, torch.bfloat16, device, 1)
+    sub_keys = whole_numbers((2, heads, num_keys, key_dim), 3, torch.bfloat16, device, 2)
+    spoiled = sub_keys.clone()
+    spoiled[0, 0, broken, -1] = torch.nan
+    scores, rows = ops.product_topk(query, spoiled, topk)
+    missed = int((~scores[:, 0].isnan()).sum())
+    if missed:
+        return f"{missed:,} of {scores[:, 0].numel():,} scores of a sub-key that is NaN are not NaN"
+    if problem := _impossible_rows(rows, num_keys):
+        return problem
+    elsewhere = int((rows[:, 0] // num_keys != broken).sum())
+    if elsewhere:
+        return f"{elsewhere:,} of {rows[:, 0].numel():,} row ids are not of the sub-key that is NaN"
+    true_scores, true_rows = _true_topk(query[:, 1:], sub_keys[:, 1:], topk)
+    wrong = unlike(rows[:, 1:], true_rows, "row ids beside a head with a NaN")
+    return wrong or unlike(scores[:, 1:], true_scores, "scores beside a head with a NaN")
+
+
+def topk_has_gradients(
+    device: torch.device, tokens: int, heads: int, num_keys: int, key_dim: int, topk: int
+) -> str | None:
+    """Gradients of the queries and of the sub-keys, rounded to bf16 from exact sums."""
+    query = whole_numbers((tokens, heads, 2 * key_dim), 3, torch.bfloat16, device, 1)
+    sub_keys = whole_numbers((2, heads, num_keys, key_dim), 3, torch.bfloat16, device, 2)
+    leaves = (query.requires_grad_(), sub_keys.requires_grad_())
+    scores, rows = ops.product_topk(*leaves, topk)
+    grad = whole_numbers(tuple(scores.shape), 2, scores.dtype, device, 4)
+    ours = torch.autograd.grad(scores, leaves, grad)
+    true_keys = torch.zeros(sub_keys.shape, device=device).flatten(0, 2)
+    parts = []
+    sets = torch.arange(2 * heads, device=device).view(2, 1, heads, 1) * num_keys
+    table = sub_keys.detach().flatten(0, 2)
+    with torch.no_grad():
+        for chunk in torch.arange(tokens).split(max(1, CHUNK // (2 * heads * topk * key_dim))):
+            halves = torch.stack(query[chunk].float().chunk(2, dim=-1)).unsqueeze(-2)
+            read = torch.stack((rows[chunk] // num_keys, rows[chunk] % num_keys)) + sets
+            share = grad[chunk].unsqueeze(-1)
+            parts.append(torch.cat((table[read].float() * share).sum(-2).unbind(), -1))
+            true_keys.index_add_(0, read.flatten(), (halves * share).flatten(0, -2))
+    wrong = _unlike_rounded(ours[0], torch.cat(parts), "numbers of the gradient of the queries")
+    true_keys = true_keys.view_as(sub_keys)
+    return wrong or _unlike_rounded(ours[1], true_keys, "numbers of the gradient of the sub-keys")
+
+
+def _true_topk(query: Tensor, sub_keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The reference in float64, where the scores of whole numbers are exact."""
+    keys = sub_keys.double()
+    chunks = query.split(_tokens_at_once(sub_keys.shape[2]))
+    found = [topk_reference(chunk.double(), keys, topk) for chunk in chunks]
+    scores, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return scores.float(), rows
+
+
+def _tokens_at_once(num_keys: int) -> int:
+    return max(1, 2**19 // num_keys)
+
+
+def _impossible_rows(rows: Tensor, num_keys: int) -> str | None:
+    """Row ids that do not exist, or that one read has twice."""
+    outside = int(((rows < 0) | (rows >= num_keys**2)).sum())
+    if outside:
+        return f"{outside:,} of {rows.numel():,} row ids do not exist"
+    twice = int((rows.sort(dim=-1).values.diff(dim=-1) == 0).sum())
+    return f"{twice:,} of {rows.numel():,} row ids come twice in one read" if twice else None
+
+
+def _unlike_rounded(ours: Tensor, exact: Tensor, what: str) -> str | None:
+    """Like unlike, for bf16 of exact sums: within one unit of its last place."""
+    near = (ours.float() - exact).abs() <= 2.0**-8 * exact.abs()
+    wrong = int((~near).sum())
+    return f"{wrong:,} of {exact.numel():,} {what} are wrong" if wrong else None
+
+
+# embedding_bag and row_dot ------------------------------------------------------------------------
+
+
+class Reads:
+    """Lookups of a table that repeats every PERIOD rows, and what they must give, by plain torch.
+
+    Half of the lookups read 16 rows, as a few rows of a trained table are far more popular than
+    others; bags are of all lengths, some of them empty; one lookup of 16 reads no row.
+    """
+
+    def __init__(self, device: torch.device, tokens: int, lookups: int, rows: int, width: int):
+        self.shape = (rows, width)
+        self.period = min(PERIOD, rows)
+        self.block = whole_numbers((self.period, width), 4, torch.bfloat16, device, 5)
+        generator = torch.Generator(device).manual_seed(6)
+        options: dict[str, Any] = {"generator": generator, "device": device}
+        count = tokens * lookups
+        everywhere = torch.randint(rows, (count,), **options)
+        popular = torch.randint(16, (count,), **options) * (rows // 16)
+        is_popular, is_absent = torch.rand(2, count, **options)
+        self.row_ids = everywhere.where(is_popular < 0.5, popular).where(is_absent > 1 / 16, -1)
+        sizes = torch.tensor([0.5, 1.0, 2.0, -1.0], device=device)
+        self.weights = sizes[torch.randint(4, (count,), **options)]
+        cuts = torch.randint(count + 1, (tokens - 1,), **options).sort().values
+        self.offsets = torch.nn.functional.pad(cuts, (1, 1))
+        self.offsets[-1] = count
+        self.grad = whole_numbers((tokens, width), 3, torch.bfloat16, device, 7)
+        self.bag_ids = torch.repeat_interleave(
+            torch.arange(tokens, device=device), self.offsets.diff(), output_size=count
+        )
+
+    def table(self) -> Tensor:
+        """[rows, width] bf16"""
+        rows, _ = self.shape
+        return self.block.repeat(-(-rows // self.period), 1)[:rows]
+
+    def bags(self) -> Tensor:
+        """Sums of the rows that each bag reads, fp32."""
+        sums = torch.zeros(self.grad.shape, device=self.grad.device)
+        for m in self._chunks():
+            sums.index_add_(0, self.bag_ids[m], self._read(m) * self.weights[m].unsqueeze(-1))
+        return sums
+
+    def dots(self) -> Tensor:
+        """Each row with the gradient of its bag, fp32; 0 where no row is read."""
+        products = [self._read(m).mul_(self.grad[self.bag_ids[m]]).sum(-1) for m in self._chunks()]
+        return torch.cat(products)
+
+    def add_row_gradient_(self, sums: Tensor) -> Tensor:
+        """Add weight times gradient of the bag to each row that is read."""
+        for m in self._chunks():
+            present = self.row_ids[m] >= 0
+            share = self.grad[self.bag_ids[m]] * self.weights[m].unsqueeze(-1)
+            sums.index_add_(0, self.row_ids[m][present], share[present])
+        return sums
+
+    def _chunks(self) -> list[slice]:
+        step = max(1, CHUNK // self.shape[1])
+        return [slice(start, start + step) for start in range(0, len(self.row_ids), step)]
+
+    def _read(self, m: slice) -> Tensor:
+        present = (self.row_ids[m] >= 0).unsqueeze(-1)
+        return self.block[self.row_ids[m] % self.period].float() * present
+
+
+def bags_are_exact(
+    device: torch.device, tokens: int, lookups: int, rows: int, width: int
+) -> str | None:
+    """Forward, with lookups that read no row, and without."""
+    reads = Reads(device, tokens, lookups, rows, width)
+    table, truth = reads.table(), reads.bags().bfloat16()
+    row_ids, weights = reads.row_ids, reads.weights
+    bags = ops.embedding_bag(table, row_ids, weights, reads.offsets)
+    if wrong := unlike(bags, truth, "numbers of the bags"):
+        return wrong
+    # a row with weight 0 is as good as none
+    promised = row_ids.clamp(min=0), weights * (row_ids >= 0)
+    bags = ops.embedding_bag(table, *promised, reads.offsets, may_skip=False)
+    return unlike(bags, truth, "numbers of the bags, may_skip=False,")
+
+
+def bag_gradients_are_exact(
+    device: torch.device, tokens: int, lookups: int, rows: int, width: int
+) -> str | None:
+    """Backward as in training: added to an fp32 buffer that holds something, and of the weights."""
+    reads = Reads(device, tokens, lookups, rows, width)
+    leaf = reads.weights.clone().requires_grad_()
+    buffer = torch.full((rows, width), 5.0, device=device)
+    bags = ops.embedding_bag(
+        reads.table(), reads.row_ids, leaf, reads.offsets, add_value_grad_to=buffer
+    )
+    (weight_grad,) = torch.autograd.grad(bags, leaf, reads.grad)
+    wrong = unlike(weight_grad, reads.dots(), "gradients of weights")
+    truth = reads.add_row_gradient_(torch.full_like(buffer, 5.0))
+    return wrong or unlike(buffer, truth, "numbers of the gradient buffer")
+
+
+def sparse_gradients_are_exact(
+    device: torch.device, tokens: int, lookups: int, rows: int, width: int
+) -> str | None:
+    """The gradients of touched rows alone."""
+    reads = Reads(device, tokens, lookups, rows, width)
+    found, grads, weight_grad = ops.sparse_gradients(
+        reads.table(), reads.grad, reads.row_ids, reads.weights, reads.offsets
+    )
+    true_rows = reads.row_ids[reads.row_ids >= 0].unique()
+    present = found[: len(true_rows)]
+    wrong = unlike(present, true_rows, "touched rows")
+    wrong = wrong or unlike(weight_grad, reads.dots(), "gradients of weights")
+    truth = reads.add_row_gradient_(torch.zeros(rows, width, device=device))
+    truth = truth[true_rows].bfloat16()
+    return wrong or unlike(grads[: len(true_rows)], truth, "numbers of the gradients of rows")
+
+
+def row_dots_are_exact(
+    device: torch.device, tokens: int, lookups: int, rows: int, width: int
+) -> str | None:
+    """Dots of rows and vectors, the gradient of the vectors, and that of the rows in a buffer."""
+    reads = Reads(device, tokens, lookups, rows, width)
+    vectors = reads.grad.clone().requires_grad_()
+    buffer = torch.full((rows, width), 5.0, device=device)
+    dots = ops.row_dot(
+        reads.table(), vectors, reads.row_ids, reads.offsets, add_value_grad_to=buffer
+    )
+    (vector_grad,) = torch.autograd.grad(dots, vectors, reads.weights)
+    wrong = unlike(dots.detach(), reads.dots(), "dots")
+    bags = reads.bags().bfloat16()
+    wrong = wrong or unlike(vector_grad, bags, "numbers of the gradient of the vectors")
+    truth = reads.add_row_gradient_(torch.full_like(buffer, 5.0))
+    return wrong or unlike(buffer, truth, "numbers of the gradient buffer")
+
+
+# placement ----------------------------------------------------------------------------------------
+
+
+def placement_is_a_bijection(device: torch.device, num_keys: int) -> str | None:
+    """Every row of a table is read by one pair of sub-keys, which unplace_rows finds again."""
+    pairs = torch.arange(num_keys**2, device=device)
+    rows = ops.place_rows(pairs, num_keys, seed=7)
+    outside = int(((rows < 0) | (rows >= num_keys**2)).sum())
+    if outside:
+        return f"{outside:,} of {len(pairs):,} pairs of sub-keys read no row of the table"
+    missed = int((rows.bincount(minlength=num_keys**2) != 1).sum())
+    if missed:
+        return f"{missed:,} of {len(pairs):,} rows are not read by exactly one pair of sub-keys"
+    return unlike(ops.unplace_rows(rows, num_keys, seed=7), pairs, "rows that were looked up again")

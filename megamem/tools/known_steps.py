@@ -1,0 +1,200 @@
+"""What one step of an optimizer must give: the checks of known_answers for row_adam.
+
+A table repeats the same BLOCK rows, so that one block in float64 says what all of it must be, and
+what ought to come out alike is seen to. Where a step loses a gradient, clears one too early, reads
+a counter that was already written or touches a row that it should not, numbers differ by far more
+than the rounding that is allowed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamem import ops
+from megamem.reference import row_adam as reference
+
+BLOCK = 16
+"""Rows after which a table repeats itself."""
+CHUNK = 2**25
+"""Numbers that are compared at once."""
+POISON = 1e30
+"""Gradients that a step must not read."""
+STEP, LR, WEIGHT_DECAY = 50, 2.0**-6, 0.1
+SCALE = 0.5
+FP32_BOUND, BF16_BOUND = 2e-6, 2.0**-7
+"""Relative: some roundings of fp32; one unit in the last place of bf16, rounded at random."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which of the forms of a step."""
+
+    weights: torch.dtype = torch.float32
+    copy: bool = False
+    """A bf16 copy of the weights is written, too."""
+    first: bool = True
+    """There is a first moment."""
+    second: str = "number"
+    """One second moment for each "number", for each "row", or "" for none."""
+
+
+@dataclass
+class Table:
+    """Weights and their state, in the order in which the ops take them."""
+
+    weights: Tensor
+    grads: Tensor
+    exp_avg: Tensor | None
+    exp_avg_sq: Tensor | None
+    touched: Tensor
+    """[r] bool"""
+    touches: Tensor
+    last_steps: Tensor
+    """[r] int32, of the lazy optimizers"""
+
+    def repeated(self, times: int) -> "Table":
+        return self._map(lambda x: x.repeat(times, *[1] * (x.dim() - 1)))
+
+    def exact(self) -> "Table":
+        """A copy in float64."""
+        return self._map(
+            lambda x: x.to(torch.float64 if x.is_floating_point() else x.dtype, copy=True)
+        )
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Table":
+        found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {n: None if x is None else change(x) for n, x in found.items()}
+        return Table(**changed)
+
+
+def block_of(form: Form, width: int, device: torch.device) -> Table:
+    """BLOCK rows in the middle of a training; every third has no gradient."""
+    generator = torch.Generator(device).manual_seed(8)
+
+    def draw(*shape: int) -> Tensor:
+        # away from 0, where relative errors mean nothing
+        signs = torch.randint(2, shape, generator=generator, device=device) * 2 - 1
+        return (torch.rand(shape, generator=generator, device=device) + 1) * signs
+
+    rows = torch.arange(BLOCK, device=device)
+    touched = rows % 3 != 2
+    grads = torch.where(touched.unsqueeze(-1), draw(BLOCK, width), POISON)
+    squares = {"number": (BLOCK, width), "row": (BLOCK,)}.get(form.second)
+    return Table(
+        # an update changes them by a tenth or more
+        weights=(draw(BLOCK, width) / 8).to(form.weights),
+        grads=grads,
+        exp_avg=draw(BLOCK, width) / 4 if form.first else None,
+        exp_avg_sq=None if squares is None else draw(*squares).square() / 64,
+        touched=touched,
+        touches=(rows % 5).int(),
+        last_steps=(rows % 5).int() * 7,
+    )
+
+
+def dense_step_is_right(
+    device: torch.device, rows: int, width: int, op: str, form: Form
+) -> str | None:
+    """A step on every row that clears the gradients it has read."""
+    block = block_of(form, width, device)
+    table = block.repeated(rows // BLOCK)
+    options = _options(form, device)
+    if form.copy:
+        options["copy_rV"] = torch.full_like(table.weights, torch.nan, dtype=torch.bfloat16)
+    moments = [m for m in (table.exp_avg, table.exp_avg_sq) if m is not None]
+    step = getattr(ops, op)
+    step(table.weights, table.grads, *moments, **options, touched_r=table.touched, clear_grads=True)
+    truth = block.exact()
+    reference.adamw_(
+        *(truth.weights, truth.grads, truth.exp_avg, truth.exp_avg_sq),
+        **_exact_options(device),
+        touched_r=truth.touched,
+        clear_grads=True,
+    )
+    return _differences(table, truth, options["copy_rV"])
+
+
+def touched_step_is_right(
+    device: torch.device, rows: int, width: int, op: str, form: Form
+) -> str | None:
+    """A step on touched rows, each with counters of its own."""
+    block = block_of(form, width, device)
+    table = block.repeated(rows // BLOCK)
+    options = _options(form, device)
+    if form.copy:
+        options["copy_rV"] = table.weights.bfloat16()
+    chosen = table.touched.nonzero().squeeze(-1)
+    grads = table.grads[chosen]
+    # as sparse_gradients returns them: then slots of no row, whose gradients are undefined
+    chosen = torch.nn.functional.pad(chosen, (0, BLOCK), value=-1)
+    grads = torch.nn.functional.pad(grads, (0, 0, 0, BLOCK), value=POISON)
+    lazy = op != "touched_sgd_"
+    moments = [m for m in (table.exp_avg, table.exp_avg_sq) if m is not None]
+    counters = [table.touches, table.last_steps] if lazy else []
+    getattr(ops, op)(table.weights, chosen, grads, *moments, *counters, **options)
+    truth = block.exact()
+    chosen = truth.touched.nonzero().squeeze(-1)
+    grads = truth.grads[chosen]
+    if lazy:
+        reference.touched_adamw_(
+            *(truth.weights, chosen, grads),
+            *(truth.exp_avg, truth.exp_avg_sq),
+            *(truth.touches, truth.last_steps),
+            **_exact_options(device),
+        )
+    else:
+        reference.touched_sgd_(truth.weights, chosen, grads, **_exact_options(device))
+    return _differences(table, truth, options["copy_rV"])
+
+
+def _options(form: Form, device: torch.device) -> dict[str, Any]:
+    """What every op takes; bf16 weights are rounded at random."""
+    return {
+        "step": STEP,
+        "lr": LR,
+        "weight_decay": WEIGHT_DECAY,
+        "grad_scale": torch.full((1,), SCALE, device=device),
+        "seed": 1 if form.weights == torch.bfloat16 else None,
+        "copy_rV": None,
+    }
+
+
+def _exact_options(device: torch.device) -> dict[str, Any]:
+    scale = torch.full((1,), SCALE, dtype=torch.float64, device=device)
+    return {"step": STEP, "lr": LR, "weight_decay": WEIGHT_DECAY, "grad_scale": scale}
+
+
+def _differences(table: Table, truth: Table, copy: Tensor | None) -> str | None:
+    """The first tensor that is not as it should be, and in how many numbers."""
+    rounded = table.weights.dtype == torch.bfloat16
+    expected: list[tuple[str, Tensor | None, Tensor | None, float]] = [
+        ("gradients after the step", table.grads, truth.grads, 0.0),
+        ("weights", table.weights, truth.weights, BF16_BOUND if rounded else FP32_BOUND),
+        ("first moment", table.exp_avg, truth.exp_avg, FP32_BOUND),
+        ("second moment", table.exp_avg_sq, truth.exp_avg_sq, FP32_BOUND),
+        ("bf16 copy", copy, truth.weights, BF16_BOUND),
+        ("touches", table.touches, truth.touches, 0.0),
+        ("last steps", table.last_steps, truth.last_steps, 0.0),
+    ]
+    for what, ours, right, bound in expected:
+        if ours is None or right is None:
+            continue
+        wrong = _far(ours, right, bound)
+        if wrong:
+            return f"{wrong:,} of {ours.numel():,} numbers of the {what} are wrong"
+    return None
+
+
+def _far(ours: Tensor, block: Tensor, bound: float) -> int:
+    """How many numbers of a table are not those of the block that it repeats."""
+    blocks = ours.view(-1, *block.shape)
+    room = bound * block.abs()
+    # POISON that stayed is as fp32 has it
+    truth = block.to(ours.dtype) if bound == 0 else block
+    return sum(
+        int((~((part - truth).abs() <= room)).sum())
+        for part in blocks.split(max(1, CHUNK // block.numel()))
+    )
