@@ -1,26 +1,24 @@
 """megamem doctor: can this machine train with memory layers, and what will it use?
 
 One table: versions, what is used for norms, optimizer and kernels, devices and their links, a tiny
-memory layer forward and backward; under torchrun also the collectives that lookups travel by. The
-exit status is 0 when nothing is wrong and 1 otherwise, so that a health check can use it.
+memory layer forward and backward, and known answers put through every kernel, on a GPU at the size
+of a real run; under torchrun also the collectives that lookups travel by. The exit status is 0 when
+nothing is wrong and 1 otherwise, so that a health check can use it.
 """
 
 import argparse
 import importlib
-import math
 import os
 import platform
 import re
 import shutil
 import subprocess
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import timedelta
 from importlib import metadata, util
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,8 +35,10 @@ from megamem.layers.memory import MemoryLayer
 from megamem.layers.value_table import ValueTable
 from megamem.ops.backend import use_triton
 from megamem.parallel.memory_group import MemoryGroup
+from megamem.tools import known_answers
+from megamem.tools.doctor_collectives import COLLECTIVES, MIB, collective_check
+from megamem.tools.doctor_finding import Finding, Status
 
-Status = Literal["ok", "note", "problem"]
 SHOWN: dict[Status, str] = {
     "ok": "[green]ok[/]",
     "note": "[yellow]note[/]",
@@ -46,16 +46,8 @@ SHOWN: dict[Status, str] = {
 }
 VERSIONS = ("torch", "triton", "megatron-core")
 TOLERANCE = 1e-3
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the table."""
-
-    what: str
-    found: str
-    status: Status = "ok"
+CPU_SCALE = 4096
+"""What sizes of the known answers are divided by where there is no GPU."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{name} {value} must be at least 1")
 
     device = own_device()
-    findings = [*versions(), *megatron(), *used(device), *devices(), layer_check(device)]
+    findings = [*versions(), *megatron(), *used(device), *devices()]
+    findings += [layer_check(device), *answers_check(device)]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         mib = options.mib or (64 if device.type == "cuda" else 4)
         findings, is_first = with_all_ranks(findings, device, mib * MIB, options.timeout)
@@ -312,6 +305,34 @@ def tiny_layer(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
+def answers_check(device: torch.device) -> list[Finding]:
+    """Every kernel on inputs whose results are known: one line if all are right, else one each."""
+    on_gpu = device.type == "cuda"
+    scale = 1 if on_gpu else CPU_SCALE
+    console = Console(stderr=True)
+    with console.status("known answers") as status:
+        outcomes = known_answers.run(
+            device, scale, progress=lambda answer: status.update(f"known answer: {answer.name}")
+        )
+    size = "the size of a real run" if on_gpu else f"1/{scale} of the size of a real run"
+    found = []
+    for outcome in outcomes:
+        name, op = outcome.answer.name, outcome.answer.op
+        if outcome.wrong:
+            advice = "do not train with this: take another commit of megamem or release of Triton"
+            said = f"wrong on {device} at {size}: {name}: {outcome.wrong}; {advice}"
+            found.append(Finding(op, said, "problem"))
+        elif outcome.skipped:
+            found.append(Finding(op, f"{name} was not tried: {outcome.skipped}", "note"))
+    right = len(outcomes) - len(found)
+    if right:
+        ops = len({outcome.answer.op for outcome in outcomes})
+        seconds = sum(outcome.seconds for outcome in outcomes)
+        said = f"{right} of {len(outcomes)} for {ops} ops are right on {device}, at {size}"
+        found.insert(0, Finding("known answers", f"{said}; {seconds:.1f} s"))
+    return found
+
+
 def with_all_ranks(
     findings: list[Finding], device: torch.device, size: int, patience: int
 ) -> tuple[list[Finding], bool]:
@@ -346,55 +367,3 @@ def with_all_ranks(
         # whoever fails says so itself: the others may be gone
         return [*findings, Finding("collectives", text, "problem")], True
     return findings, rank == 0
-
-
-COLLECTIVES = ("all-to-all", "all-gather", "reduce-scatter")
-
-
-def _prepare(
-    name: str, device: torch.device, size: int
-) -> tuple[Callable[[], Any], Tensor, Tensor]:
-    """What runs a collective, where its result goes, and what that must be."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    count = size // torch.float32.itemsize // world
-    ranks = torch.arange(world, dtype=torch.float32, device=device)
-    # memory that was freed may hold the right answer already
-    whole = torch.full((count * world,), math.nan, device=device)
-    part = whole[:count].clone()
-    if name == "all-to-all":
-        sent = (rank * world + ranks).repeat_interleave(count)
-        expected = (ranks * world + rank).repeat_interleave(count)
-        return lambda: dist.all_to_all_single(whole, sent), whole, expected
-    if name == "all-gather":
-        sent = torch.full_like(part, rank)
-        expected = ranks.repeat_interleave(count)
-        return lambda: dist.all_gather_into_tensor(whole, sent), whole, expected
-    sent = (rank + ranks).repeat_interleave(count)
-    expected = torch.full_like(part, world * (world - 1) / 2 + world * rank)
-    return lambda: dist.reduce_scatter_tensor(part, sent), part, expected
-
-
-def collective_check(name: str, device: torch.device, size: int) -> Finding:
-    """One collective among all ranks: its result, and the rate at which a rank sends.
-
-    (W - 1) / W of `size` bytes leave each rank in each of them.
-    """
-    run, out, expected = _prepare(name, device, size)
-    run()
-    right = torch.tensor(float(torch.equal(out, expected)), device=device)
-    dist.all_reduce(right, op=dist.ReduceOp.MIN)
-    if not right:
-        return Finding(name, "arrives wrong; see NCCL's own tests (nccl-tests)", "problem")
-    times = []
-    for _ in range(5):
-        dist.barrier()
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    slowest = torch.tensor(sorted(times)[len(times) // 2], device=device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    world = dist.get_world_size()
-    rate = size * (world - 1) / world / float(slowest) / 1e9
-    return Finding(name, f"{rate:.3g} GB/s sent by each rank, {size / MIB:.0f} MiB a rank")

@@ -11,12 +11,18 @@ import torch
 import torch.distributed as dist
 from triton import knobs
 
+from megamem import ops
 from megamem.integration import hooks
 from megamem.integration.patching import MissingSymbolError
-from megamem.tools import doctor
+from megamem.tools import doctor, known_answers
 from megamem.tools.doctor import Finding
 from tests.helpers.distributed import run_distributed
 from tests.helpers.megatron_runs import launch
+from tests.kernels.test_known_answers import (
+    clears_before_it_has_read,
+    reads_counters_after_the_store,
+    reads_garbage_from_the_third_block_on,
+)
 
 CPU = torch.device("cpu")
 TOPOLOGY = """\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\x1b[0m
@@ -35,7 +41,14 @@ def test_a_machine_that_passes_the_tests_is_ready() -> None:
     log = launch("doctor", 1, "doctor", module="megamem", check=False)
     assert log.returncode == 0, log.stdout
     assert "Ready: this machine trains memory layers" in log.stdout
-    for what in ("python", "torch", "megatron-core", "norms by", "tiny memory layer"):
+    for what in (
+        "python",
+        "torch",
+        "megatron-core",
+        "norms by",
+        "tiny memory layer",
+        "known answers",
+    ):
         assert f"\u2502 {what} " in log.stdout
     assert torch.__version__.partition("+")[0] in log.stdout
     assert "PROBLEM" not in log.stdout
@@ -76,15 +89,53 @@ def healthy(monkeypatch) -> None:
         good = Finding(name, "good")
         monkeypatch.setattr(doctor, name, lambda device, good=good: good)
     monkeypatch.setattr(doctor, "used", lambda device: [])
+    # interpreted, the known answers would take minutes
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
 
 
 def test_one_problem_is_exit_status_1(healthy, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(doctor, "answers_check", lambda device: [])
     assert doctor.main([]) == 0
     assert "Ready:" in capsys.readouterr().out
     monkeypatch.setattr(doctor, "versions", lambda: [Finding("torch", "too old", "problem")])
     assert doctor.main([]) == 1
     said = capsys.readouterr().out
     assert "Not ready: 1 problem" in said and "too old" in said and "PROBLEM" in said
+
+
+@pytest.mark.parametrize(
+    ("op", "fault", "said"),
+    [
+        # what commits up to a4677c2 did on an H100
+        ("adamw_", clears_before_it_has_read, "numbers of the weights are wrong"),
+        ("touched_adamw_", reads_counters_after_the_store, "numbers of the weights are wrong"),
+        ("product_topk", reads_garbage_from_the_third_block_on, "row ids are wrong"),
+    ],
+)
+def test_a_kernel_that_is_wrong_is_not_ready(healthy, op, fault, said, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(ops, op, fault(getattr(ops, op)))
+    assert doctor.main([]) == 1
+    shown = " ".join(word for word in capsys.readouterr().out.split() if word != "\u2502")
+    assert "Not ready:" in shown and f"{op} wrong on cpu at 1/4096 of the size" in shown
+    assert said in shown and "do not train with this" in shown
+
+
+def test_what_the_known_answers_came_to(monkeypatch) -> None:
+    right, wrong = known_answers.ANSWERS[0], known_answers.ANSWERS[-1]
+    outcomes = [
+        known_answers.Outcome(right, seconds=1.5),
+        known_answers.Outcome(right, skipped="it takes 9 GiB of 8 GiB free"),
+        known_answers.Outcome(wrong, "7 of 9 rows are wrong"),
+    ]
+    monkeypatch.setattr(known_answers, "run", lambda *args, **options: outcomes)
+    gpu = torch.device("cuda", 3)
+    told, skipped, problem = doctor.answers_check(gpu)
+    assert told.status == "ok"
+    assert told.found == "1 of 3 for 2 ops are right on cuda:3, at the size of a real run; 1.5 s"
+    assert skipped.status == "note" and "was not tried: it takes 9 GiB" in skipped.found
+    assert problem.status == "problem" and problem.what == wrong.op
+    assert "wrong on cuda:3 at the size of a real run" in problem.found
+    assert f"{wrong.name}: 7 of 9 rows are wrong" in problem.found
 
 
 @pytest.mark.parametrize("flag", ["--mib", "--timeout"])
