@@ -1,0 +1,169 @@
+"""The command behind `bash tests/gpu.sh`."""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tests.gpu import machine
+from tests.gpu.parts import PARTS, Part, chosen
+from tests.gpu.runner import Outcome, Runner
+from tests.gpu.table import table
+
+USER_ERROR = 2
+SECONDS = 230.0
+# a CPU takes longer for the dry run, and nobody pays for its minutes
+CPU_PATIENCE = 8.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check and measure what only a GPU can show; without one, a dry run of it on the CPU."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.list:
+        for part in PARTS:
+            sys.stdout.write(f"{part.name:<9}{part.says}\n")
+        return 0
+    out = options.out.resolve()
+    try:
+        parts = chosen(options.parts)
+        path = _python_path(out)
+    except ValueError as error:
+        sys.stderr.write(f"gpu.sh: error: {error}\n")
+        return USER_ERROR
+    # before torch is imported, which reads it
+    if options.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if lacking := machine.missing(("torch", "triton")):
+        sys.stderr.write(f"gpu.sh: error: {sys.executable} has no {' and no '.join(lacking)}\n")
+        return USER_ERROR
+    _say_what_is_missing(parts)
+    on_gpu = _has_gpu()
+    patience = 1.0 if on_gpu else CPU_PATIENCE
+    command = shlex.join(("bash", "tests/gpu.sh", *(sys.argv[1:] if argv is None else argv)))
+    runner = Runner(
+        work=out / "parts",
+        scale=options.scale or (1 if on_gpu else 64),
+        deadline=time.monotonic() + (options.seconds or SECONDS * patience),
+        patience=patience,
+        # two cores are not enough for two parts at once
+        side_by_side=on_gpu,
+        environment={"PYTHONPATH": path, "MEGAMEM_GPU_COMMAND": command},
+    )
+    return _run(runner, parts, out, asked=bool(options.parts))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bash tests/gpu.sh", description=main.__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="default: all; see --list")
+    parser.add_argument("--list", action="store_true", help="name the parts and leave")
+    parser.add_argument("--cpu", action="store_true", help="dry run, also where there is a GPU")
+    parser.add_argument("--scale", type=int, help="divide sizes by it; on a CPU 64 by default")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float(os.environ.get("MEGAMEM_GPU_SECONDS", 0)) or None,
+        help=f"for all parts together; default MEGAMEM_GPU_SECONDS, or {SECONDS:.0f}",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT") or "runs/gpu"),
+        help="folder of results.json, table.txt and logs.txt; default OUT, or runs/gpu",
+    )
+    return parser
+
+
+def _python_path(out: Path) -> str:
+    """PYTHONPATH for the parts; this process, too, sees what lies on it.
+
+    Raises:
+        ValueError: MEGAMEM_WHEELS names a folder without wheels.
+    """
+    added = []
+    if wheels := os.environ.get("MEGAMEM_WHEELS"):
+        # beside the parts' files, which do not travel
+        target = out / "parts" / "site"
+        machine.unpack_wheels(Path(wheels), target)
+        added.append(target)
+        sys.path.append(str(target))
+    return machine.python_path(added)
+
+
+def _say_what_is_missing(parts: list[Part]) -> None:
+    """One line before the start, while there is still time to mend it."""
+    by_package: dict[str, list[str]] = {}
+    for part in parts:
+        for package in machine.missing(part.needs):
+            by_package.setdefault(package, []).append(part.name)
+    if not by_package:
+        return
+    lacking = "; ".join(f"{package} (for {' '.join(n)})" for package, n in by_package.items())
+    sys.stdout.write(
+        f"missing here: {lacking}. Add their wheels to the folder of MEGAMEM_WHEELS: "
+        f"pip download --no-deps -d FOLDER {' '.join(by_package)}\n"
+    )
+    sys.stdout.flush()
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _run(runner: Runner, parts: list[Part], out: Path, asked: bool) -> int:
+    """Run them, and write down each as soon as it has ended."""
+
+    def stop(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    outcomes: list[Outcome] = []
+    try:
+        for outcome in runner.run(parts):
+            outcomes.append(outcome)
+            _write(outcomes, out, runner.work)
+            line = f"{outcome.part.name}: {outcome.verdict}, {outcome.seconds:.0f} s"
+            sys.stdout.write(f"{line}; {outcome.summary}\n")
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stdout.write("interrupted\n")
+    reached = {outcome.part.name for outcome in outcomes}
+    outcomes += [Outcome(p, "not reached: interrupted") for p in parts if p.name not in reached]
+    outcomes.sort(key=lambda outcome: parts.index(outcome.part))
+    _write(outcomes, out, runner.work)
+    sys.stdout.write(f"\n{table(outcomes)}\n{out / 'results.json'}\n")
+    # who asks for a part by its name is not content with a skip
+    bad = [o for o in outcomes if o.failed or (asked and o.verdict == "skipped")]
+    return 1 if bad else 0
+
+
+def _write(outcomes: list[Outcome], out: Path, work: Path) -> None:
+    """Few files, so that a machine that hands back only some hands back these."""
+    records = [
+        {
+            **o.content,
+            "part": o.part.name,
+            "verdict": o.verdict,
+            "wall_seconds": round(o.seconds, 1),
+        }
+        for o in outcomes
+    ]
+    (out / "results.json").write_text(json.dumps(records, indent=1) + "\n")
+    (out / "table.txt").write_text(table(outcomes) + "\n")
+    logs = [work / f"{outcome.part.name}.log" for outcome in outcomes]
+    with (out / "logs.txt").open("w") as file:
+        for log in logs:
+            if log.exists():
+                file.write(f"===== {log.stem}\n{log.read_text(errors='replace')}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""Part: known answers of every kernel at real sizes."""
+
+import sys
+
+from megamem.tools import known_answers
+from tests.gpu import report
+
+
+def run(found: report.Report) -> None:
+    """Put inputs whose results are known through every kernel."""
+    wrong = skipped = 0
+    for answer in known_answers.ANSWERS:
+        (outcome,) = known_answers.run(found.device, found.scale, answers=[answer])
+        wrong += outcome.wrong is not None
+        skipped += outcome.skipped is not None
+        found.add(
+            answer=answer.name,
+            wrong=outcome.wrong,
+            skipped=outcome.skipped,
+            seconds=round(outcome.seconds, 3),
+        )
+    count = len(known_answers.ANSWERS)
+    first = next((row for row in found.rows if row["wrong"] or row["skipped"]), None)
+    summary = f"{count - wrong - skipped} of {count} right"
+    if skipped:
+        summary += f", {skipped} not tried"
+    if first:
+        summary += f"; {first['answer']}: {first['wrong'] or first['skipped']}"
+    # what was not tried is not known to be right
+    found.finish(not wrong and not skipped, summary)
+
+
+if __name__ == "__main__":
+    sys.exit(report.main("answers", run))

@@ -1,0 +1,70 @@
+"""Part: every op of `megamem bench` at one real size, beside torch, and beside the published
+kernels where PUBLISHED names a checkout of facebookresearch/memory.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.gpu import report
+from tests.gpu.machine import ROOT
+
+MIN_MS = {"gpu": 50, "dry run": 1}
+
+
+def run(found: report.Report) -> None:
+    """Run megamem bench --quick, and keep its records as they come."""
+    path = found.out / "bench.jsonl"
+    path.unlink(missing_ok=True)
+    min_ms = MIN_MS["dry run" if found.dry_run else "gpu"]
+    words = ["--quick", "--min-ms", str(min_ms), "--json", str(path)]
+    if (published := os.environ.get("PUBLISHED")) and not found.dry_run:
+        words += ["--published", published]
+    process = subprocess.Popen([sys.executable, "-m", "megamem", "bench", *words], cwd=ROOT)
+    read = 0
+    while True:
+        try:
+            status: int | None = process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            status = None
+        records = _records(path)
+        for record in records[read:]:
+            found.add(**record)
+        read = len(records)
+        found.summary = f"{read} cases so far"
+        if status is not None:
+            break
+    summary = f"{read} cases right"
+    if status != 0:
+        summary = f"megamem bench ended with {status} after {read} cases; see the log"
+    elif not found.dry_run:
+        summary += f"; {_slowest(found.rows)}"
+    found.finish(status == 0 and read > 0, summary)
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a file that may still be written to."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+
+
+def _slowest(rows: list[dict[str, Any]]) -> str:
+    """Where a rival is faster, which one is the farthest ahead."""
+    behind = []
+    for row in rows:
+        for rival in ("baseline_ms", "published_ms"):
+            if row.get(rival) and row[rival] < row["ms"]:
+                behind.append((row["ms"] / row[rival], row["op"], row["distribution"], rival))
+    if not behind:
+        return "no rival is faster"
+    ratio, op, distribution, rival = max(behind)
+    who = "the published kernel" if rival == "published_ms" else "torch"
+    return f"rivals are faster in {len(behind)}: {who} {ratio:.2f}x in {op}, {distribution}"
+
+
+if __name__ == "__main__":
+    sys.exit(report.main("bench", run))

@@ -1,0 +1,192 @@
+"""Runs parts in processes of their own; whatever one of them does, the others get their turn."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.gpu.machine import ROOT, missing
+from tests.gpu.parts import Part
+
+MARK = "MEGAMEM_GPU_MARK"
+"""Variable that every process of a part inherits, in whatever session it is."""
+
+# less is not worth the start of an interpreter
+LEAST_SECONDS = 5.0
+
+
+@dataclass
+class Outcome:
+    """How a part ended."""
+
+    part: Part
+    verdict: str
+    """passed, failed, skipped, or in words why there is no result."""
+
+    seconds: float = 0.0
+    content: dict[str, Any] = field(default_factory=dict)
+    """The part's JSON file, as far as it came."""
+
+    @property
+    def failed(self) -> bool:
+        return self.verdict not in ("passed", "skipped")
+
+    @property
+    def summary(self) -> str:
+        return self.content.get("summary", "")
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Where parts run, and for how long."""
+
+    work: Path
+    """Folder of their JSON files and logs."""
+
+    scale: int
+    deadline: float
+    """On the monotonic clock, for all of them together."""
+
+    patience: float = 1.0
+    """Times the limit of every part; a CPU needs longer."""
+
+    side_by_side: bool = True
+    """Parts that time nothing may run at the same time."""
+
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def run(self, parts: list[Part]) -> Iterator[Outcome]:
+        """The parts one after another, or beside each other; yields each when it has ended."""
+        for batch in self._batches(parts):
+            yield from self._run_batch(batch)
+
+    def _batches(self, parts: list[Part]) -> Iterator[list[Part]]:
+        batch: list[Part] = []
+        for part in parts:
+            if batch and not (self.side_by_side and part.beside and batch[-1].beside):
+                yield batch
+                batch = []
+            batch.append(part)
+        if batch:
+            yield batch
+
+    def _run_batch(self, batch: list[Part]) -> Iterator[Outcome]:
+        running: list[_Running] = []
+        try:
+            for part in batch:
+                left = self.deadline - time.monotonic()
+                (self.work / f"{part.name}.json").unlink(missing_ok=True)
+                if lacking := missing(part.needs):
+                    yield Outcome(part, f"not run: needs {', '.join(lacking)}")
+                elif left < LEAST_SECONDS:
+                    yield Outcome(part, "not reached: the time was over")
+                else:
+                    limit = min(part.limit * self.patience, left)
+                    running.append(_Running.start(part, limit, self))
+            while running:
+                for one in list(running):
+                    if (outcome := one.poll()) is not None:
+                        running.remove(one)
+                        yield outcome
+                time.sleep(0.05)
+        finally:
+            for one in running:
+                end_marked(MARK, one.mark)
+
+
+@dataclass
+class _Running:
+    part: Part
+    process: subprocess.Popen
+    mark: str
+    started: float
+    limit: float
+    result: Path
+
+    @classmethod
+    def start(cls, part: Part, limit: float, runner: Runner) -> "_Running":
+        mark = uuid.uuid4().hex
+        runner.work.mkdir(parents=True, exist_ok=True)
+        where = ("--out", str(runner.work), "--scale", str(runner.scale))
+        with (runner.work / f"{part.name}.log").open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-u", "-m", part.where, *where],
+                cwd=ROOT,
+                env={**os.environ, **runner.environment, MARK: mark},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        result = runner.work / f"{part.name}.json"
+        return cls(part, process, mark, time.monotonic(), limit, result)
+
+    def poll(self) -> Outcome | None:
+        """Its outcome once it has ended, or has been ended as its time was over."""
+        seconds, status = time.monotonic() - self.started, self.process.poll()
+        if status is None and seconds < self.limit:
+            return None
+        # also what a part left behind
+        end_marked(MARK, self.mark)
+        self.process.wait()
+        content = self._read()
+        if status is None:
+            verdict = f"ended after {seconds:.0f} s"
+        elif content.get("skipped") and status == 0:
+            verdict = "skipped"
+        elif content.get("ok") and status == 0:
+            verdict = "passed"
+        else:
+            verdict = "failed"
+        if verdict == "failed" and not (content.get("rows") or status == 1):
+            verdict = f"failed: ended with status {status}"
+        return Outcome(self.part, verdict, seconds, content)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.result.read_text())
+        except (OSError, ValueError):
+            return {}
+
+
+def end_marked(variable: str, mark: str) -> None:
+    """Kill every process that was started with this mark in its environment, and wait for them."""
+    wanted = f"{variable}={mark}".encode()
+    # one that forks while this looks is found the next time
+    for _ in range(100):
+        found = [pid for pid in _processes() if wanted in _environment(pid)]
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _processes() -> Iterable[int]:
+    me = os.getpid()
+    pids = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
+    return [pid for pid in pids if pid != me and _is_alive(pid)]
+
+
+def _is_alive(pid: int) -> bool:
+    """It runs: a zombie is dead, and stays until its parent asks for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _environment(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []

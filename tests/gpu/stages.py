@@ -1,0 +1,167 @@
+"""Part: the stages of one memory layer, timed, and a plain feed-forward beside them.
+
+T = 8192 tokens, 4 heads of 32 reads, 1024 sub-keys per half (1 M rows) of width 2048, in bf16, rows
+drawn uniformly.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megamem import ops
+from megamem.kernels.row_gradient import row_gradient, sort_lookups
+from megamem.ops.backend import use_triton
+from megamem.tools.bench import copy_gbps, median_ms
+from tests.gpu import report
+from tests.gpu.layer import Sizes, TrainedLayer, build
+
+MIN_MS = 100.0
+SHOWN_KERNELS = 25
+SHOWN = (
+    *("top-k forward", "bag forward", "gradient norm", "AdamW step", "layer forward"),
+    *("layer forward + backward", "feed-forward, forward + backward"),
+)
+
+Stage = tuple[str, Callable[[], object]]
+
+
+def sizes_of(found: report.Report) -> Sizes:
+    """Of the layer that is timed."""
+    return Sizes(
+        tokens=found.divided(8192, least=16),
+        hidden=found.divided(2048, least=64),
+        num_keys=found.divided(1024, least=32),
+        heads=4,
+        topk=found.divided(32, least=8),
+    )
+
+
+def run(found: report.Report) -> None:
+    """Time the stages of one memory layer."""
+    device, sizes = found.device, sizes_of(found)
+    min_ms = 1.0 if found.dry_run else MIN_MS
+    times: dict[str, float] = {}
+
+    def measure(stages: Iterator[Stage]) -> None:
+        for name, stage in stages:
+            times[name] = median_ms(stage, device, min_ms)
+            found.add(stage=name, ms=round(times[name], 4), **vars(sizes))
+
+    if not found.dry_run:
+        found.add(stage="a large copy", gbps=round(copy_gbps(device), 1))
+    measure(op_stages(sizes, device, torch.bfloat16, rows=sizes.num_keys**2))
+    trained = build(sizes, device, torch.bfloat16)
+    measure(layer_stages(trained))
+    if not found.dry_run:
+        for name, ms, calls in kernels_of(trained.forward_backward):
+            found.add(kernel=name, ms=round(ms, 4), calls=calls)
+    del trained
+    measure(feed_forward_stage(sizes, device))
+    summary = ", ".join(f"{name} {times[name]:.3g}" for name in SHOWN)
+    # a time of a dry run means nothing
+    found.finish(True, f"{len(times)} stages ran" if found.dry_run else f"ms: {summary}")
+
+
+def op_stages(sizes: Sizes, device: torch.device, dtype: torch.dtype, rows: int) -> Iterator[Stage]:
+    """The ops of a layer on inputs of their own, of which the table has `rows` rows."""
+    yield from read_stages(sizes, device, dtype)
+    yield from table_stages(sizes, device, dtype, rows)
+
+
+def read_stages(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Stage]:
+    """From hidden states to the rows that are read."""
+    keys = 2 * sizes.heads * sizes.key_dim
+    x_TD = torch.randn(sizes.tokens, sizes.hidden, device=device).to(dtype)
+    weight_QD = torch.randn(keys, sizes.hidden, device=device).to(dtype)
+    yield "query projection", lambda: x_TD @ weight_QD.T
+
+    query = torch.randn(sizes.tokens, sizes.heads, 2 * sizes.key_dim, device=device).to(dtype)
+    sub_keys = torch.randn(2, sizes.heads, sizes.num_keys, sizes.key_dim, device=device).to(dtype)
+    yield "top-k forward", lambda: ops.product_topk(query, sub_keys, sizes.topk)
+    inputs = (query.clone().requires_grad_(), sub_keys.clone().requires_grad_())
+    scores, _ = ops.product_topk(*inputs, sizes.topk)
+    grad = torch.randn_like(scores)
+    yield "top-k backward", lambda: torch.autograd.grad(scores, inputs, grad, retain_graph=True)
+
+
+def table_stages(
+    sizes: Sizes, device: torch.device, dtype: torch.dtype, rows: int
+) -> Iterator[Stage]:
+    """The read-out of a table, and its gradient into a buffer of fp32."""
+    tokens, lookups = sizes.tokens, sizes.heads * sizes.topk
+    values = torch.randn(rows, sizes.hidden, device=device, dtype=dtype)
+    grad = torch.randn(tokens, sizes.hidden, device=device).to(dtype)
+    row_ids = torch.randint(rows, (tokens * lookups,), device=device)
+    weights = torch.rand(tokens * lookups, device=device)
+    offsets = torch.arange(0, tokens * lookups + 1, lookups, device=device)
+    options: dict[str, Any] = {"may_skip": False, "check_row_ids": False}
+    yield "bag forward", lambda: ops.embedding_bag(values, row_ids, weights, offsets, **options)
+
+    buffer = torch.zeros(rows, sizes.hidden, device=device)
+    leaf = weights.clone().requires_grad_()
+    out = ops.embedding_bag(values, row_ids, leaf, offsets, add_value_grad_to=buffer, **options)
+    yield (
+        "bag backward, += fp32",
+        lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True),
+    )
+    if use_triton(values):
+        # what the backward does, one after the other
+        yield "of it: sort_lookups", lambda: sort_lookups(row_ids, weights, offsets, rows)
+        sorted_M = sort_lookups(row_ids, weights, offsets, rows)
+        yield "of it: row gradient", lambda: row_gradient(sorted_M, grad, values, buffer, add=True)
+
+
+def layer_stages(trained: TrainedLayer) -> Iterator[Stage]:
+    """The whole layer, and what its table's optimizer does once per step, half of it touched."""
+    layer, optimizer = trained.layer, trained.optimizer
+    touched_r = layer.values.touched_r
+    assert touched_r is not None
+    half_r = torch.rand(touched_r.shape, device=touched_r.device) < 0.5
+    half_r[-1] = False
+
+    def forward() -> None:
+        with torch.no_grad():
+            trained.forward()
+
+    def step() -> None:
+        # a step forgets what was touched
+        touched_r.copy_(half_r)
+        optimizer.step(1.0)
+
+    yield "layer forward", forward
+    yield "layer forward + backward", trained.forward_backward
+    yield "gradient norm", optimizer.squared_norm
+    yield "AdamW step", step
+
+
+def feed_forward_stage(sizes: Sizes, device: torch.device) -> Iterator[Stage]:
+    """What a memory layer takes the place of."""
+    hidden = sizes.hidden
+    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16, "bias": False}
+    block = nn.Sequential(
+        nn.Linear(hidden, 4 * hidden, **options),
+        nn.GELU(),
+        nn.Linear(4 * hidden, hidden, **options),
+    )
+    x = torch.randn(sizes.tokens, hidden, device=device).bfloat16().requires_grad_()
+    grad = torch.randn_like(x)
+    yield "feed-forward, forward + backward", lambda: block(x).backward(grad)
+
+
+def kernels_of(work: Callable[[], object]) -> list[tuple[str, float, int]]:
+    """Name, ms and launches of each kernel of one run of the work, the longest first."""
+    work()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        work()
+        torch.cuda.synchronize()
+    events = [(e.key, e.self_device_time_total / 1e3, e.count) for e in profiler.key_averages()]
+    return sorted(events, key=lambda event: -event[1])[:SHOWN_KERNELS]
+
+
+if __name__ == "__main__":
+    sys.exit(report.main("stages", run))

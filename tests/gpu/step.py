@@ -1,0 +1,128 @@
+"""Part: a training step of Megatron's, 16 layers of 2048 and 16k tokens, without memory layers and
+with three that share a table of 2.1 G numbers: ms a step, the ratio, and the peak of memory.
+
+Both runs import Megatron at once; the second waits with the GPU until the first has left.
+"""
+
+import os
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.gpu import report
+from tests.gpu.training_runs import Log, Run, launch
+
+STEPS, WARM_UP = 8, 3
+TIMEOUT = 85.0
+# of one micro-batch; scores of the attention that torch computes fill the memory, so where two do
+# not fit, one is tried
+SEQUENCES = (2, 1)
+GATE = "MEGAMEM_GPU_GATE"
+"""A file that a run waits for before it takes the GPU."""
+
+
+def run(found: report.Report) -> None:
+    """Time a training step with and without memory layers."""
+    for sequences in SEQUENCES:
+        dense, memory = _both(found, sequences)
+        # one that does not fit says nothing of the other one
+        if not any("OutOfMemoryError" in log.stdout for log in (dense, memory)):
+            break
+    problems, medians = [], []
+    for log in (dense, memory):
+        times = log.milliseconds[WARM_UP:]
+        failure = log.failure or ("" if times else f"{log.run.name}: too few steps were logged")
+        found.add(
+            run=log.run.name,
+            ms=statistics.median(times) if times else None,
+            all_ms=log.milliseconds,
+            losses=list(log.losses.values()),
+            peak_gib=log.peak_gib,
+            sequences=sequences,
+            failure=failure,
+        )
+        problems += [failure] if failure else []
+        medians += [statistics.median(times)] if times else []
+    if problems:
+        found.finish(False, "; ".join(problems))
+        return
+    ratio = medians[1] / medians[0]
+    found.add(ratio=round(ratio, 4))
+    summary = (
+        f"dense {medians[0]:.1f} ms, 3 memory layers {medians[1]:.1f} ms: {ratio:.3f}x; "
+        f"peak {dense.peak_gib} and {memory.peak_gib} GiB; {sequences} sequences a micro-batch"
+    )
+    found.finish(True, "both runs took their steps" if found.dry_run else summary)
+
+
+def _both(found: report.Report, sequences: int) -> tuple[Log, Log]:
+    folder = found.out / "step"
+    gates = [folder / name for name in ("open", "after_dense")]
+    folder.mkdir(parents=True, exist_ok=True)
+    gates[0].touch()
+    gates[1].unlink(missing_ok=True)
+    words = _words(found, sequences)
+    memory_words = (
+        *words,
+        *("--memory-layers", *_memory_layers(found), "--memory-heads", 4),
+        *("--memory-num-keys", found.divided(1024, least=16)),
+        *("--memory-topk", found.divided(32, least=4)),
+    )
+
+    def go(name: str, gate: Path, flags: tuple[object, ...]) -> Log:
+        environment = {
+            GATE: str(gate),
+            "OMP_NUM_THREADS": "4",
+            # the table fills half of the card: what is free must not be in pieces
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        }
+        wanted = Run(name, 1, flags, "tests.gpu.step", environment, cpu=found.dry_run)
+        return launch(wanted, folder, TIMEOUT * (8 if found.dry_run else 1))
+
+    with ThreadPoolExecutor(2) as pool:
+        later = pool.submit(go, "3 memory layers", gates[1], memory_words)
+        dense = go("dense", gates[0], words)
+        gates[1].touch()
+        return dense, later.result()
+
+
+def _memory_layers(found: report.Report) -> tuple[int, int, int]:
+    return (0, 1, 2) if found.dry_run else (3, 8, 13)
+
+
+def _words(found: report.Report, sequences: int) -> tuple[object, ...]:
+    """The flags of both runs: bf16, 16,384 tokens a step."""
+    hidden = found.divided(2048, least=64)
+    length = found.divided(2048, least=32)
+    return (
+        *("--num-layers", found.divided(16, least=4), "--hidden-size", hidden),
+        *("--num-attention-heads", found.divided(16, least=4), "--ffn-hidden-size", 4 * hidden),
+        *("--seq-length", length, "--max-position-embeddings", length),
+        *("--micro-batch-size", sequences, "--global-batch-size", 8),
+        *("--vocab-size", found.divided(32000, least=127), "--bf16"),
+        *("--train-iters", STEPS, "--lr-decay-iters", STEPS, "--lr", 3e-4, "--min-lr", 3e-5),
+    )
+
+
+def _wait_then_run() -> int:
+    """In a rank: import what is slow to import, wait for the gate, then do as megamem.run does."""
+    from megamem.integration import launcher
+
+    command = launcher.parse(sys.argv[1:])
+    if command.cpu:
+        from megamem.integration import cpu_runtime
+
+        # it must come before Megatron
+        cpu_runtime.install(force=command.force_cpu)
+    import time
+
+    from megatron.training import training  # noqa: F401
+
+    while not Path(os.environ[GATE]).exists():
+        time.sleep(0.05)
+    return launcher.main()
+
+
+if __name__ == "__main__":
+    sys.exit(_wait_then_run() if GATE in os.environ else report.main("step", run))

@@ -1,0 +1,141 @@
+"""Part: host synchronisations of a training step, of a memory layer and of its table's optimizer.
+
+A memory layer must not make the host wait for the GPU: on one rank its forward and backward have no
+synchronisation. How many a step of Megatron's has, with and without memory layers, is counted.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.gpu import report
+from tests.gpu.layer import Sizes, build
+from tests.gpu.sync_sites import SyncSites
+from tests.gpu.training_runs import Run, launch
+
+COUNTED_STEP, STEPS = 4, 5
+TIMEOUT = 55.0
+SHOWN_SITES = 30
+RESULT = "MEGAMEM_GPU_SYNCS"
+"""A file that takes what a training run counted."""
+
+
+def run(found: report.Report) -> None:
+    """Count host synchronisations, and name their lines."""
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(_training, found)
+        layer = _layer(found)
+        problems = training.result()
+    counts = {row["what"]: row["count"] for row in found.rows}
+    summary = ", ".join(f"{what} {count}" for what, count in counts.items())
+    # twins in plain torch, which run in a dry run, may wait
+    if layer and not found.dry_run:
+        problems.append(f"a memory layer waits {layer} times for the GPU; the rows name the lines")
+    if found.dry_run:
+        summary = f"{len(counts)} counts made, of other ops than on a GPU"
+    found.finish(not problems, "; ".join([summary, *problems]))
+
+
+def _add(found: report.Report, what: str, count: int, sites: dict[str, int]) -> None:
+    # the most frequent ones first
+    ordered = sorted(sites.items(), key=lambda site: -site[1])[:SHOWN_SITES]
+    found.add(what=what, count=count, sites=dict(ordered))
+
+
+def _layer(found: report.Report) -> int:
+    """Forward and backward of a layer, and what its table's optimizer does; those of the layer."""
+    device = found.device
+    sizes = Sizes(
+        tokens=found.divided(2048, least=16),
+        hidden=found.divided(512, least=64),
+        num_keys=found.divided(256, least=16),
+        heads=4,
+        topk=found.divided(32, least=4),
+    )
+    trained = build(sizes, device, torch.bfloat16)
+    trained.forward_backward()
+    trained.optimizer.step()
+    kept: list[Tensor] = []
+    phases: list[tuple[str, Callable[[], Any]]] = [
+        ("layer forward", lambda: kept.append(trained.forward())),
+        ("layer backward", lambda: trained.backward(kept.pop())),
+        ("gradient norm", trained.optimizer.squared_norm),
+        ("table step", trained.optimizer.step),
+        ("table zero_grad", trained.optimizer.zero_grad),
+    ]
+    total = 0
+    for name, phase in phases:
+        with SyncSites(device) as sites:
+            phase()
+        _add(found, name, sites.count, dict(sites.sites))
+        total += sites.count * name.startswith("layer")
+    return total
+
+
+def _training(found: report.Report) -> list[str]:
+    """One step of Megatron's loop, dense and with two memory layers; what went wrong."""
+    hidden, length = found.divided(256, least=64), found.divided(256, least=32)
+    words = (
+        *("--num-layers", 4, "--hidden-size", hidden, "--ffn-hidden-size", 4 * hidden),
+        *("--num-attention-heads", 4, "--vocab-size", 1023),
+        *("--seq-length", length, "--max-position-embeddings", length),
+        *("--micro-batch-size", 4, "--global-batch-size", 8, "--bf16"),
+        *("--train-iters", STEPS, "--lr-decay-iters", STEPS, "--lr", 1e-3, "--min-lr", 1e-4),
+    )
+    memory = ("--memory-layers", 1, 2, "--memory-num-keys", 64, "--memory-topk", 8)
+    problems = []
+    for name, flags in (("dense step", words), ("step with 2 memory layers", (*words, *memory))):
+        path = found.out / "syncs" / f"{name.replace(' ', '_')}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        environment = {RESULT: str(path), "TORCHDYNAMO_DISABLE": "1"}
+        wanted = Run(name, 1, flags, "tests.gpu.syncs", environment, cpu=found.dry_run)
+        log = launch(wanted, path.parent, TIMEOUT * (8 if found.dry_run else 1))
+        if log.failure or not path.exists():
+            problems.append(log.failure or f"{name}: nothing was counted")
+            continue
+        sites = json.loads(path.read_text())
+        _add(found, name, sum(sites.values()), sites)
+    return problems
+
+
+def _count_in_training() -> int:
+    """In a rank: do as megamem.run does, and count in one step."""
+    from megamem.integration import launcher
+
+    original = launcher.run_as_main
+
+    def run_as_main(command: Any) -> None:
+        from megatron.training import training
+
+        train_step, calls = training.train_step, 0
+
+        def counting(*args: Any, **more: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls != COUNTED_STEP:
+                return train_step(*args, **more)
+            device = torch.device(
+                "cuda" if torch.cuda.is_available() and not command.cpu else "cpu"
+            )
+            with SyncSites(device) as sites:
+                result = train_step(*args, **more)
+            Path(os.environ[RESULT]).write_text(json.dumps(sites.sites))
+            return result
+
+        training.train_step = counting
+        original(command)
+
+    launcher.run_as_main = run_as_main
+    return launcher.main()
+
+
+if __name__ == "__main__":
+    sys.exit(_count_in_training() if RESULT in os.environ else report.main("syncs", run))

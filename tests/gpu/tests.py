@@ -1,0 +1,118 @@
+"""Part: the tests that are marked gpu.
+
+Tests of tables beyond 2**31 numbers run in a process of their own beside the others, as several
+of them at once would not fit. In a dry run, where no test is marked so, others stand in for them.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from tests.gpu import report
+from tests.gpu.machine import ROOT
+
+LARGE = "tests/ops/test_large_tables.py"
+# what in a file says that a test of it may be marked so
+USES_A_DEVICE = re.compile(r"\bdevice\b|\bDEVICES\b|mark\.gpu\b")
+DRY_RUN = ("tests/reference/test_placement.py", "tests/reference/test_philox.py")
+# each holds some hundred MB of the GPU beside its tensors
+MOST_WORKERS = 8
+NO_TESTS = 5
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a file in JUnit's format says."""
+
+    passed: int
+    skipped: int
+    failed: dict[str, str]
+    """Test -> the first line of why."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Counts":
+        passed = skipped = 0
+        failed = {}
+        for case in ElementTree.parse(path).getroot().iter("testcase"):
+            found = {child.tag: child for child in case}
+            bad = found.get("failure", found.get("error"))
+            if bad is not None:
+                name = f"{case.get('classname')}::{case.get('name')}".removeprefix("::")
+                why = bad.get("message") or bad.text or ""
+                failed[name] = (why.strip().splitlines() or [""])[0][:300]
+            elif "skipped" in found:
+                skipped += 1
+            else:
+                passed += 1
+        return cls(passed, skipped, failed)
+
+
+def files() -> list[str]:
+    """Test files in which a test may be marked gpu; others need not be imported."""
+    found = (path for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name != "gpu")
+    return sorted(
+        str(path.relative_to(ROOT)) for path in found if USES_A_DEVICE.search(path.read_text())
+    )
+
+
+def workers() -> int:
+    """Processes that pytest-xdist may use; 0 where it is missing."""
+    if importlib.util.find_spec("xdist") is None:
+        return 0
+    return min(MOST_WORKERS, len(os.sched_getaffinity(0)) // 2)
+
+
+def run(found: report.Report) -> None:
+    """Run pytest -m gpu, and count."""
+    parallel = ["-n", str(workers())] if workers() > 1 else []
+    if found.dry_run:
+        groups = {"stand-ins": [*DRY_RUN, "-m", "not slow and not gpu"]}
+    else:
+        small = [name for name in files() if name != LARGE]
+        groups = {"gpu": [*small, "-m", "gpu", *parallel], "large tables": [LARGE, "-m", "gpu"]}
+    running = {name: _start(found, name, words) for name, words in groups.items()}
+    problems, counts = [], []
+    for name, process in running.items():
+        status = process.wait()
+        path = _xml(found, name)
+        if not path.exists():
+            problems.append(f"pytest of {name} ended with {status} and no report; see the log")
+            continue
+        counts.append(Counts.read(path))
+        found.add(group=name, status=status, passed=counts[-1].passed, skipped=counts[-1].skipped)
+        for test, why in counts[-1].failed.items():
+            found.add(failed=test, why=why)
+        if status == NO_TESTS:
+            problems.append(f"{name}: no test was found")
+        elif status and not counts[-1].failed:
+            problems.append(f"pytest of {name} ended with {status}; see the log")
+    failed = {test: why for one in counts for test, why in one.failed.items()}
+    summary = f"{sum(c.passed for c in counts)} passed, {len(failed)} failed"
+    if skipped := sum(c.skipped for c in counts):
+        summary += f", {skipped} skipped"
+    if found.dry_run:
+        summary += " (stand-ins that need no GPU)"
+    shown = [*problems, *(f"{test}: {why}" for test, why in failed.items())][:3]
+    found.finish(not problems and not failed, "; ".join([summary, *shown]))
+
+
+def _xml(found: report.Report, name: str) -> Path:
+    return found.out / f"tests {name}.xml"
+
+
+def _start(found: report.Report, name: str, words: list[str]) -> subprocess.Popen:
+    path = _xml(found, name)
+    path.unlink(missing_ok=True)
+    # a file that cannot be imported is a failure with its name, and the others still run
+    options = ("-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--tb=short")
+    command = [sys.executable, "-m", "pytest", *options, f"--junitxml={path}", *words]
+    return subprocess.Popen(command, cwd=ROOT)
+
+
+if __name__ == "__main__":
+    sys.exit(report.main("tests", run))
