@@ -8,6 +8,9 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+MAX_NUM_KEYS = 46340
+"""N * N row ids fit into an int32."""
+
 
 class ConfigurationError(ValueError):
     """What a run asks for cannot be done; the message names the flags, their values and the fix."""
@@ -156,6 +159,12 @@ class MemoryConfig:
                 f"--memory-topk {self.memory_topk} is larger than --memory-num-keys "
                 f"{self.memory_num_keys}: a head cannot read more rows than a half has sub-keys; "
                 "lower the first or raise the second."
+            )
+        if self.memory_num_keys > MAX_NUM_KEYS:
+            found.append(
+                f"--memory-num-keys {self.memory_num_keys} is larger than {MAX_NUM_KEYS}: the "
+                f"number of a row, at most --memory-num-keys squared, has to fit into 31 bits; use "
+                f"at most {MAX_NUM_KEYS}."
             )
         if self.memory_key_dim is not None and self.memory_key_dim % 2:
             found.append(

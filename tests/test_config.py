@@ -13,6 +13,7 @@ from megamem.config import ConfigurationError, MemoryConfig, flag
         ({"memory_layers": [-1]}, "--memory-layers -1: layers are counted from 0"),
         ({"memory_heads": 0}, "--memory-heads 0 must be at least 1"),
         ({"memory_topk": 0}, "--memory-topk 0 must be at least 1"),
+        ({"memory_num_keys": 46341}, "--memory-num-keys 46341 is larger than 46340"),
         (
             {"memory_topk": 33, "memory_num_keys": 32},
             "--memory-topk 33 is larger than --memory-num-keys 32",

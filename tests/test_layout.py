@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "optimizer": {"config", "ops", "parallel", "checkpoint"},
     "planner": {"config"},
     "integration": {
-        *("config", "parallel", "layers", "optimizer", "checkpoint", "metrics", "planner"),
+        *("config", "ops", "parallel", "layers", "optimizer", "checkpoint", "metrics", "planner"),
     },
     "tools": {
         *("reference", "ops", "config", "layers", "optimizer", "checkpoint", "planner"),

@@ -9,6 +9,7 @@ from megamem.config import ConfigurationError, MemoryConfig
 from megamem.integration import compat
 from megamem.integration.group_checks import group_problems
 from megamem.integration.hybrid_pattern import stage_layers
+from megamem.ops import forms
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ def check(args: argparse.Namespace, memory: MemoryConfig, config: Any) -> None:
     problems += _ffn_problems(args, memory)
     problems += _optimizer_problems(args, memory)
     problems += _finetune_problems(args, memory)
+    problems += _form_problems()
     ConfigurationError.collect(problems)
 
 
@@ -269,6 +271,15 @@ def _optimizer_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[
             "or drop it."
         )
     return problems
+
+
+def _form_problems() -> list[str]:
+    """The environment is read at the first lookup; here, so that a wrong name costs no start."""
+    try:
+        forms.selected()
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _finetune_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:

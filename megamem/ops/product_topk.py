@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton import knobs
 
 from megamem.kernels import product_topk as kernels
 from megamem.kernels.embedding_bag import sum_bags
 from megamem.kernels.row_gradient import row_gradient, sort_lookups
+from megamem.ops import forms
 from megamem.ops.backend import use_triton
 from megamem.reference.product_topk import product_topk as reference
 
@@ -16,9 +16,7 @@ from megamem.reference.product_topk import product_topk as reference
 class _ProductTopk(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query_THQ, sub_keys_2HNC, topk):  # type: ignore[no-untyped-def]
-        scores_THK, row_ids_THK = kernels.product_topk(
-            query_THQ, sub_keys_2HNC, topk, interpreted=bool(knobs.runtime.interpret)
-        )
+        scores_THK, row_ids_THK = _forward(query_THQ, sub_keys_2HNC, topk)
         ctx.save_for_backward(query_THQ, sub_keys_2HNC, row_ids_THK)
         ctx.mark_non_differentiable(row_ids_THK)
         return scores_THK, row_ids_THK
@@ -47,6 +45,31 @@ class _ProductTopk(torch.autograd.Function):
         return grad_query, grad_keys, None
 
 
+def _forward(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    # on a GPU two_looks has been tried with bf16 and at most 64 rows a head
+    tried = topk <= (64 if query_THQ.is_cuda else kernels.MAX_TOPK)
+    tried &= query_THQ.dtype == torch.bfloat16 or not query_THQ.is_cuda
+    form = forms.pick("product_topk", otherwise=None if tried else "torch")
+    if form == "torch":
+        return _by_torch(query_THQ, sub_keys_2HNC, topk)
+    if topk > kernels.MAX_TOPK:
+        raise ValueError(
+            f"topk {topk}: two_looks keeps at most {kernels.MAX_TOPK} rows a head; drop "
+            f"product_topk=two_looks from {forms.ENVIRONMENT}."
+        )
+    return kernels.product_topk(query_THQ, sub_keys_2HNC, topk)
+
+
+def _by_torch(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The reference, in the pieces of tokens of the kernel, so that scores stay as small."""
+    num_tokens, heads, _ = query_THQ.shape
+    piece = kernels.tokens_of_a_piece(sub_keys_2HNC.shape[2], heads)
+    starts = range(0, max(1, num_tokens), piece)
+    parts = [reference(query_THQ[start : start + piece], sub_keys_2HNC, topk) for start in starts]
+    scores, row_ids = zip(*parts, strict=True)
+    return torch.cat(scores), torch.cat(row_ids)
+
+
 def product_topk(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """The best `topk` of the N*N product keys for every token and head; see the reference.
 
@@ -56,7 +79,7 @@ def product_topk(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[T
     Args:
         query_THQ: queries; Q = 2C, left half first.
         sub_keys_2HNC: the left and the right sub-keys.
-        topk: K, at most N; at most 64 on a GPU.
+        topk: K, at most N.
 
     Returns:
         scores_THK: fp32 (fp64 for fp64 queries), best first.
@@ -68,8 +91,6 @@ def product_topk(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[T
     _check_inputs(query_THQ, sub_keys_2HNC, topk)
     if not use_triton(query_THQ) or not use_triton(sub_keys_2HNC):
         return reference(query_THQ, sub_keys_2HNC, topk)
-    if topk > kernels.MAX_TOPK:
-        raise ValueError(f"topk {topk}: the GPU kernel keeps at most {kernels.MAX_TOPK} per head.")
     dtype = torch.promote_types(query_THQ.dtype, sub_keys_2HNC.dtype)
     return _ProductTopk.apply(
         query_THQ.to(dtype).contiguous(), sub_keys_2HNC.to(dtype).contiguous(), topk

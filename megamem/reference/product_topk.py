@@ -47,11 +47,13 @@ def first_of_sorted(scores_XN: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """The first `topk` of a stable descending sort of the last dimension: values and indices.
 
     torch.topk, many times as fast, leaves open which of two equal scores comes first, or comes at
-    all. So it decides where no two of the first topk + 1 are equal; the other lines are sorted.
+    all. So it decides where no two of the first topk + 1 are equal; the other lines are sorted. NaN
+    is the highest score, and equal to itself.
     """
     lines_XN = scores_XN.detach()
     best_XM, index_XM = lines_XN.topk(min(topk + 1, scores_XN.shape[-1]), dim=-1)
-    tied_X = (best_XM[..., 1:] == best_XM[..., :-1]).any(-1)
+    equal_XK = (best_XM[..., 1:] == best_XM[..., :-1]) | best_XM[..., 1:].isnan()
+    tied_X = equal_XK.any(-1)
     sorted_EN = lines_XN[tied_X].argsort(dim=-1, descending=True, stable=True)
     index_XK = index_XM[..., :topk].index_put((tied_X,), sorted_EN[..., :topk])
     return scores_XN.gather(-1, index_XK), index_XK

@@ -49,6 +49,14 @@ def test_what_works_is_not_refused() -> None:
     _check(num_experts=4, moe_layer_freq=2, memory={"memory_keep_ffn": True, "memory_layers": [1]})
 
 
+def test_a_form_that_does_not_exist_is_found_at_start(monkeypatch) -> None:
+    monkeypatch.setenv("MEGAMEM_FORMS", "product_topk=two_looks")
+    _check()
+    monkeypatch.setenv("MEGAMEM_FORMS", "product_topk=fastest")
+    with pytest.raises(ConfigurationError, match="no form 'fastest'; it has two_looks, torch"):
+        _check()
+
+
 @pytest.mark.parametrize(
     ("given", "option"),
     [
