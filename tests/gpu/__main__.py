@@ -52,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         scale=options.scale or (1 if on_gpu else 64),
         deadline=time.monotonic() + (options.seconds or SECONDS * patience),
         patience=patience,
-        # two cores are not enough for two parts at once
-        side_by_side=on_gpu,
+        dry_run=not on_gpu,
         environment={"PYTHONPATH": path, "MEGAMEM_GPU_COMMAND": command},
     )
     return _run(runner, parts, out, asked=bool(options.parts))
@@ -124,45 +123,53 @@ def _run(runner: Runner, parts: list[Part], out: Path, asked: bool) -> int:
     def stop(*_: Any) -> NoReturn:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
     outcomes: list[Outcome] = []
     try:
         for outcome in runner.run(parts):
             outcomes.append(outcome)
-            _write(outcomes, out, runner.work)
+            _write(outcomes, out, runner)
             line = f"{outcome.part.name}: {outcome.verdict}, {outcome.seconds:.0f} s"
             sys.stdout.write(f"{line}; {outcome.summary}\n")
             sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stdout.write("interrupted\n")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     reached = {outcome.part.name for outcome in outcomes}
     outcomes += [Outcome(p, "not reached: interrupted") for p in parts if p.name not in reached]
     outcomes.sort(key=lambda outcome: parts.index(outcome.part))
-    _write(outcomes, out, runner.work)
-    sys.stdout.write(f"\n{table(outcomes)}\n{out / 'results.json'}\n")
+    shown = _write(outcomes, out, runner)
+    sys.stdout.write(f"\n{shown}\n{out / 'results.json'}\n")
     # who asks for a part by its name is not content with a skip
     bad = [o for o in outcomes if o.failed or (asked and o.verdict == "skipped")]
     return 1 if bad else 0
 
 
-def _write(outcomes: list[Outcome], out: Path, work: Path) -> None:
-    """Few files, so that a machine that hands back only some hands back these."""
+def _write(outcomes: list[Outcome], out: Path, runner: Runner) -> str:
+    """Few files, so that a machine that hands back only some hands back these; the table.
+
+    A dry run is named so in each of them.
+    """
+    shown = table(outcomes, runner.scale if runner.dry_run else None)
     records = [
         {
             **o.content,
             "part": o.part.name,
             "verdict": o.verdict,
             "wall_seconds": round(o.seconds, 1),
+            "dry_run": runner.dry_run,
         }
         for o in outcomes
     ]
     (out / "results.json").write_text(json.dumps(records, indent=1) + "\n")
-    (out / "table.txt").write_text(table(outcomes) + "\n")
-    logs = [work / f"{outcome.part.name}.log" for outcome in outcomes]
+    (out / "table.txt").write_text(shown + "\n")
+    logs = [runner.work / f"{outcome.part.name}.log" for outcome in outcomes]
     with (out / "logs.txt").open("w") as file:
         for log in logs:
             if log.exists():
                 file.write(f"===== {log.stem}\n{log.read_text(errors='replace')}\n")
+    return shown
 
 
 if __name__ == "__main__":

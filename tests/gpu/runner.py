@@ -58,8 +58,9 @@ class Runner:
     patience: float = 1.0
     """Times the limit of every part; a CPU needs longer."""
 
-    side_by_side: bool = True
-    """Parts that time nothing may run at the same time."""
+    dry_run: bool = False
+    """On a CPU. Two cores are not enough for two parts at once; on a GPU, parts that time nothing
+    run at the same time."""
 
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -71,7 +72,7 @@ class Runner:
     def _batches(self, parts: list[Part]) -> Iterator[list[Part]]:
         batch: list[Part] = []
         for part in parts:
-            if batch and not (self.side_by_side and part.beside and batch[-1].beside):
+            if batch and (self.dry_run or not (part.beside and batch[-1].beside)):
                 yield batch
                 batch = []
             batch.append(part)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megamem import ops
 from megamem.kernels.row_gradient import row_gradient, sort_lookups

@@ -5,20 +5,29 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from tests.gpu.machine import DRY_RUN
 from tests.gpu.runner import Outcome
 
 HEAD = ("part", "verdict", "s", "main numbers")
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """The machine and the commit in a line, then a row for each part."""
+def table(outcomes: Sequence[Outcome], divided_by: int | None = None) -> str:
+    """The machine and the commit in a line, then a row for each part.
+
+    Args:
+        outcomes: in the order of the rows.
+        divided_by: of a dry run, by what sizes are divided; None where a GPU ran them.
+    """
     rows = [(o.part.name, o.verdict, f"{o.seconds:.0f}", o.summary) for o in outcomes]
     widths = [max(len(row[n]) for row in (HEAD, *rows)) for n in range(3)]
     indent = sum(widths) + 6
     # a part that says much continues below itself
     width = max(40, shutil.get_terminal_size((140, 24)).columns - indent)
     lines = [headline(outcomes)]
+    if divided_by is not None:
+        lines.append(
+            f"DRY RUN ON CPU, sizes divided by {divided_by}: no number below is a measurement, and "
+            "no verdict is about a GPU"
+        )
     for row in (HEAD, *rows):
         first, *more = textwrap.wrap(row[3], width) or [""]
         start = f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  {first}"
@@ -36,11 +45,7 @@ def headline(outcomes: Sequence[Outcome]) -> str:
         for name in ("torch", "triton", "megatron-core", "nccl")
         if content.get(name)
     )
-    line = f"{content['device']}; {software}; commit {content['commit']}; {content['started']}"
-    if content["device"] == DRY_RUN:
-        line += f"\nDRY RUN ON CPU, sizes divided by {content['scale']}: "
-        line += "no number below is a measurement, and no verdict is about a GPU"
-    return line
+    return f"{content['device']}; {software}; commit {content['commit']}; {content['started']}"
 
 
 def verdict(outcomes: Sequence[Outcome]) -> str:

@@ -54,7 +54,7 @@ class Counts:
 
 def files() -> list[str]:
     """Test files in which a test may be marked gpu; others need not be imported."""
-    found = (path for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name != "gpu")
+    found = (ROOT / "tests").rglob("test_*.py")
     return sorted(
         str(path.relative_to(ROOT)) for path in found if USES_A_DEVICE.search(path.read_text())
     )
