@@ -19,6 +19,8 @@ SORTED_BYTES = 4 + 8 + 4 + 4 + 4
 SORT_KEY_BYTES = 4
 # columns that one program of the backward sums, and how it cuts the lookups into chunks
 BACKWARD_BLOCK, TARGET_CHUNKS, MIN_CHUNK, MAX_CHUNK = 256, 8192, 32, 512
+# scores of sub-keys are formed for a few tokens at a time; then candidates of both halves, int64
+SCORE_BYTES, CANDIDATE_BYTES = 2**26, 8
 # pairs of sub-keys while they are ranked: their ids, their gradients, sub-keys of both halves
 RANKED_BYTES = 40
 
@@ -66,11 +68,12 @@ def kept_bytes(job: Job, layout: Layout) -> float:
 
 
 def passing_bytes(job: Job, layout: Layout) -> float:
-    """The largest of: sums on their way home, their gradients going into rows, keys being ranked.
+    """The largest of: sub-keys being scored, sums on their way home, gradients going into rows.
 
-    Forward, the partial sums of all tokens that are read here, as sent and as arrived, and their
-    total in fp32. Backward, the gradients of read-out and gate, those of the partial sums, and the
-    lookups sorted by row; PEER's tables take their turns, u after v.
+    Forward, the scores and candidates of as many tokens as are scored at once beside a copy of the
+    sub-keys, then the partial sums of all tokens that are read here, as sent and as arrived, and
+    their total in fp32. Backward, the gradients of read-out and gate, those of the partial sums,
+    and the lookups sorted by row; PEER's tables take their turns, u after v.
     """
     memory, tokens, e = job.memory, job.microbatch_tokens, job.number_bytes
     width = widest_slice(memory.value_dim, layout.column_ranks)
@@ -81,10 +84,21 @@ def passing_bytes(job: Job, layout: Layout) -> float:
     lookups = memory.lookups_per_token * tokens
     half = memory.key_dim // 2
     return max(
+        scored_bytes(job),
         2 * sums + total,
         gradients + sums + sorted_bytes(arrived_lookups(job, layout), width, weights=True),
         RANKED_BYTES * lookups + sorted_bytes(2 * lookups, half, weights=False),
     )
+
+
+def scored_bytes(job: Job) -> float:
+    """While the best sub-keys are chosen; for K rows twice the next power of two are candidates."""
+    memory = job.memory
+    a_token = 2 * memory.memory_heads * memory.memory_num_keys * 4
+    tokens = min(job.microbatch_tokens, max(1, SCORE_BYTES // a_token))
+    candidates = 2 * memory.memory_heads * 2 * max(8, 2 ** (memory.memory_topk - 1).bit_length())
+    sub_keys = memory.memory_heads * memory.memory_num_keys * memory.key_dim * job.number_bytes
+    return tokens * (a_token + candidates * CANDIDATE_BYTES) + sub_keys
 
 
 def arrived_lookups(job: Job, layout: Layout) -> float:

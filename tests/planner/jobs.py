@@ -15,7 +15,7 @@ def memory_of(base: str = "1.3b", num_keys: int = 1024, **settings) -> MemoryCon
 
 
 def job_of(base: str = "1.3b", num_keys: int = 1024, world: int = 64, **settings) -> Job:
-    cluster = Cluster(world_size=world, micro_batch_size=4, **settings.pop("cluster", {}))
+    cluster = Cluster(world_size=world, **{"micro_batch_size": 4, **settings.pop("cluster", {})})
     gpu = settings.pop("gpu", "h100")
     memory = memory_of(base, num_keys, **settings)
     return Job(shape=preset(base)[0], memory=memory, cluster=cluster, gpu=gpu)

@@ -5,14 +5,14 @@ For bf16 rows, 128 lookups per token and 8192 tokens a rank where nothing else i
 
 import pytest
 
-from megamem.kernels import row_gradient
+from megamem.kernels import product_topk, row_gradient
 from megamem.planner import (
     OPTIMIZERS,
     Layout,
     buffers,
     table_state,
 )
-from megamem.planner.buffers import kept_bytes, lookup_buffers, passing_bytes
+from megamem.planner.buffers import kept_bytes, lookup_buffers, passing_bytes, scored_bytes
 from megamem.planner.cost import backward_bytes, rank_bytes, rank_share
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.plan import gpus_for_bytes
@@ -182,6 +182,16 @@ def test_passing_peak_of_one_exchange() -> None:
     )
 
 
+def test_scores_pass_in_pieces() -> None:
+    """Of 16384 sub-keys 128 tokens have 64 MB of scores, beside which the keys are copied."""
+    job = job_of(num_keys=16384, world=8)
+    copied = 4 * 16384 * 1024 * 2
+    assert scored_bytes(job) == 2**26 + 128 * 4 * 2 * 64 * 8 + copied
+    # few tokens leave it the largest
+    job = job_of(num_keys=16384, world=8, cluster={"micro_batch_size": 1})
+    assert passing_bytes(job, Layout("row", 1, 1)) == scored_bytes(job)
+
+
 def test_buffers_shrink_with_the_columns_as_sums_do() -> None:
     job = job_of(world=8)
     row, column = (passing_bytes(job, Layout(*of)) for of in (("row", 8, 1), ("column", 8, 8)))
@@ -192,6 +202,7 @@ def test_buffers_shrink_with_the_columns_as_sums_do() -> None:
 
 
 def test_how_the_backward_cuts_is_the_kernels() -> None:
+    assert buffers.SCORE_BYTES == product_topk.SCORE_BYTES
     ours = (buffers.BACKWARD_BLOCK, buffers.TARGET_CHUNKS, buffers.MIN_CHUNK, buffers.MAX_CHUNK)
     assert ours == (
         row_gradient.MAX_BLOCK_V,
