@@ -1,18 +1,23 @@
-"""Compiles the kernels for GPUs that need not be there, and counts what they use.
+"""Compiles the kernels for GPUs that need not be there, counts what they use and looks for faults.
 
     python -m tests.kernels.aot [--all] [--json]
 
 The host functions run as they are, on tensors without memory; a driver that only names its target
 stands in for the GPU, and every launch stops after compiling. So the shapes, dtypes and options
 are those of real launches, and a second launch that compiles again is caught.
+
+Faults are registers that spill, more shared memory than there is, races between the threads of a
+program (tests.kernels.races), and instructions that round worse than IEEE arithmetic. It ends with
+status 1 if there are any.
 """
 
 import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +31,19 @@ from megamem.kernels.placement import place_rows
 from megamem.kernels.product_topk import product_topk
 from megamem.kernels.row_adam import update_rows_
 from megamem.kernels.row_gradient import row_gradient, sort_lookups
+from tests.kernels.races import Race, find_races
 
-ARCHITECTURES = (80, 90, 100)
+# what a program may take of a multiprocessor's shared memory, in KiB
+SHARED_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
+ARCHITECTURES = tuple(SHARED_KIB)
+# of kernel and argument: why no barrier is needed where the check asks for one
+NO_RACE = {
+    ("_row_pass_kernel", "out"): "a row is loaded and stored for one of its lookups only, the "
+    "last, in one layout; what the next lookups load are other rows"
+}
+# of kernel and instruction: why it may be approximate
+MAY_APPROXIMATE: dict[tuple[str, str], str] = {}
+_APPROXIMATE = re.compile(r"\b(?:[a-z0-9]+\.approx|div\.full)[.\w]*")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -40,6 +56,24 @@ class Usage(NamedTuple):
     shared: int
     spilled: int
     """Bytes per thread that did not fit into registers and went to local memory."""
+    races: list[Race]
+    approximate: list[str]
+    """Instructions of the PTX that round worse than IEEE arithmetic."""
+
+    def faults(self) -> list[str]:
+        """What is wrong with it, NO_RACE and MAY_APPROXIMATE apart."""
+        found = []
+        if self.spilled:
+            found.append(f"{self.spilled} bytes per thread do not fit into registers")
+        if self.shared > SHARED_KIB[self.arch] * 1024:
+            found.append(f"more than {SHARED_KIB[self.arch]} KiB of shared memory")
+        for argument, message in self.races:
+            if (self.kernel, argument) not in NO_RACE:
+                found.append(f"{argument}: {message}" if argument else message)
+        for instruction in self.approximate:
+            if (self.kernel, instruction) not in MAY_APPROXIMATE:
+                found.append(f"{instruction} is approximate")
+        return found
 
 
 class _Driver:
@@ -163,8 +197,9 @@ CASES: dict[str, Callable[[int], None]] = {
     "placement": _placement,
     "bf16 V=2048": _bags(BF16, 2048),
     "gradient bf16 V=2048": _gradient(BF16, 2048),
-    "top-k bf16 N=1024 C=256 K=32": _topk(BF16, 1024, 256, 32),
-    "adam fp32 + bf16 copy": _adam(FP32, touched=False),
+    "gradient bf16 += fp32": _gradient(BF16, 2048, out_dtype=FP32),
+    "top-k bf16 N=1024 C=512 K=32": _topk(BF16, 1024, 512, 32),
+    "adam fp32, gradients of few rows": _adam(FP32, touched=False, few=True),
     "adam bf16 random, touched": _adam(BF16, touched=True),
 }
 MORE_CASES: dict[str, Callable[[int], None]] = {
@@ -178,16 +213,17 @@ MORE_CASES: dict[str, Callable[[int], None]] = {
     "gradient bf16 V=8": _gradient(BF16, 8),
     "gradient fp32 V=1000 += fp32": _gradient(FP32, 1000, out_dtype=FP32),
     "gradient fp16 V=72": _gradient(FP16, 72),
-    "gradient bf16 += fp32": _gradient(BF16, 2048, out_dtype=FP32),
     "gradient bf16 += bf16": _gradient(BF16, 4096, out_dtype=BF16),
     "gradient bf16 sparse": _gradient(BF16, 2048, sparse=True, want_weights=False),
     "products bf16 V=2048": _products(BF16, 2048),
     "gradient of sub-keys": _gradient(BF16, 256, want_weights=False, num_rows=8192),
     "top-k fp32 N=4096 C=512 K=32": _topk(FP32, 4096, 512, 32),
     "top-k bf16 N=16384 C=128 K=64": _topk(BF16, 16384, 128, 64),
-    "top-k bf16 N=1024 C=512 K=32": _topk(BF16, 1024, 512, 32),
+    "top-k bf16 N=46340 C=512 K=128": _topk(BF16, 46340, 512, 128),
     "top-k fp16 N=16 C=20 K=8": _topk(FP16, 16, 20, 8),
-    "adam fp32, gradients of few rows": _adam(FP32, touched=False, few=True),
+    "top-k bf16 N=1 C=256 K=1": _topk(BF16, 1, 256, 1),
+    "adam fp32 + bf16 copy": _adam(FP32, touched=False),
+    "adam bf16 random": _adam(BF16, touched=False),
     "sgd bf16 random, touched": _adam(BF16, touched=True, moments=False),
     "adam bf16 random, moment per row": _adam(BF16, touched=False, row_wise=True),
     "adam fp32 touched V=72": _adam(FP32, touched=True, width=72),
@@ -237,7 +273,39 @@ def _measure(kernel: Any, case: str, arch: int) -> Usage:
         for name in ("REG", "STACK", "LOCAL")
     )
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
-    return Usage(kernel.name, case, arch, warps, registers, shared, stack + local)
+    # what is constant is no argument of the compiled kernel
+    arguments = [name for name, kind in kernel.src.signature.items() if kind != "constexpr"]
+    return Usage(
+        kernel.name,
+        case,
+        arch,
+        warps,
+        registers,
+        shared,
+        stack + local,
+        find_races(kernel.asm["ttgir"], arguments),
+        sorted(set(_APPROXIMATE.findall(kernel.asm["ptx"]))),
+    )
+
+
+def report(cases: dict[str, Callable[[int], None]], archs: Iterable[int], as_json: bool) -> bool:
+    """Prints what the kernels use, and their faults; says whether there are none."""
+    assert not knobs.runtime.interpret, "the interpreter compiles nothing"
+    if not as_json:
+        print(f"{'kernel':20} {'case':34} sm  warps registers shared spilled")
+    right = True
+    for arch in archs:
+        for usage in compile_cases(cases, arch):
+            if as_json:
+                print(json.dumps(usage._asdict()), flush=True)
+                continue
+            name, case, *numbers = usage[:7]
+            print(f"{name:20} {case:34} {'{:3} {:5} {:9} {:6} {:7}'.format(*numbers)}")
+            for fault in usage.faults():
+                print(f"    {fault}")
+                right = False
+            sys.stdout.flush()
+    return right
 
 
 def main() -> None:
@@ -245,18 +313,8 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every shape and dtype in use")
     parser.add_argument("--json", action="store_true", help="one record per line")
     args = parser.parse_args()
-    assert not knobs.runtime.interpret, "the interpreter compiles nothing"
-    if not args.json:
-        print(f"{'kernel':20} {'case':34} sm  warps registers shared spilled")
-    for arch in ARCHITECTURES:
-        for usage in compile_cases({**CASES, **MORE_CASES} if args.all else CASES, arch):
-            if args.json:
-                print(json.dumps(usage._asdict()), flush=True)
-            else:
-                name, case, *numbers = usage
-                print(
-                    f"{name:20} {case:34} {'{:3} {:5} {:9} {:6} {:7}'.format(*numbers)}", flush=True
-                )
+    right = report({**CASES, **MORE_CASES} if args.all else CASES, ARCHITECTURES, args.json)
+    sys.exit(0 if right else 1)
 
 
 if __name__ == "__main__":
