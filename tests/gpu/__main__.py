@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from tests.gpu import machine
@@ -20,6 +21,8 @@ USER_ERROR = 2
 SECONDS = 230.0
 # a CPU takes longer for the dry run, and nobody pays for its minutes
 CPU_PATIENCE = 8.0
+# characters, from the end
+MOST_OF_A_LOG = 200_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,32 +33,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part in PARTS:
             sys.stdout.write(f"{part.name:<9}{part.says}\n")
         return 0
-    out = options.out.resolve()
-    try:
-        parts = chosen(options.parts)
-        path = _python_path(out)
-    except ValueError as error:
-        sys.stderr.write(f"gpu.sh: error: {error}\n")
-        return USER_ERROR
     # before torch is imported, which reads it
     if options.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if lacking := machine.missing(("torch", "triton")):
-        sys.stderr.write(f"gpu.sh: error: {sys.executable} has no {' and no '.join(lacking)}\n")
-        return USER_ERROR
-    _say_what_is_missing(parts)
-    on_gpu = _has_gpu()
-    patience = 1.0 if on_gpu else CPU_PATIENCE
-    command = shlex.join(("bash", "tests/gpu.sh", *(sys.argv[1:] if argv is None else argv)))
-    runner = Runner(
-        work=out / "parts",
-        scale=options.scale or (1 if on_gpu else 64),
-        deadline=time.monotonic() + (options.seconds or SECONDS * patience),
-        patience=patience,
-        dry_run=not on_gpu,
-        environment={"PYTHONPATH": path, "MEGAMEM_GPU_COMMAND": command},
-    )
-    return _run(runner, parts, out, asked=bool(options.parts))
+    # it holds thousands of files, of which nobody needs one afterwards
+    with TemporaryDirectory(prefix="megamem-gpu-", ignore_cleanup_errors=True) as work:
+        try:
+            parts = chosen(options.parts)
+            path = _python_path(Path(work))
+        except ValueError as error:
+            sys.stderr.write(f"gpu.sh: error: {error}\n")
+            return USER_ERROR
+        if lacking := machine.missing(("torch", "triton")):
+            sys.stderr.write(f"gpu.sh: error: {sys.executable} lacks {' and '.join(lacking)}\n")
+            return USER_ERROR
+        _say_what_is_missing(parts)
+        on_gpu = _has_gpu()
+        patience = 1.0 if on_gpu else CPU_PATIENCE
+        words = sys.argv[1:] if argv is None else argv
+        command = shlex.join(("bash", "tests/gpu.sh", *words))
+        runner = Runner(
+            work=Path(work),
+            scale=options.scale or (1 if on_gpu else 64),
+            deadline=time.monotonic() + (options.seconds or SECONDS * patience),
+            patience=patience,
+            dry_run=not on_gpu,
+            environment={"PYTHONPATH": path, "MEGAMEM_GPU_COMMAND": command},
+        )
+        return _run(runner, parts, options.out.resolve(), asked=bool(options.parts))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _python_path(out: Path) -> str:
+def _python_path(work: Path) -> str:
     """PYTHONPATH for the parts; this process, too, sees what lies on it.
 
     Raises:
@@ -87,8 +92,7 @@ def _python_path(out: Path) -> str:
     """
     added = []
     if wheels := os.environ.get("MEGAMEM_WHEELS"):
-        # beside the parts' files, which do not travel
-        target = out / "parts" / "site"
+        target = work / "site"
         machine.unpack_wheels(Path(wheels), target)
         added.append(target)
         sys.path.append(str(target))
@@ -99,7 +103,7 @@ def _say_what_is_missing(parts: list[Part]) -> None:
     """One line before the start, while there is still time to mend it."""
     by_package: dict[str, list[str]] = {}
     for part in parts:
-        for package in machine.missing(part.needs):
+        for package in machine.missing((*part.needs, *part.wants)):
             by_package.setdefault(package, []).append(part.name)
     if not by_package:
         return
@@ -125,6 +129,7 @@ def _run(runner: Runner, parts: list[Part], out: Path, asked: bool) -> int:
 
     before = signal.signal(signal.SIGTERM, stop)
     outcomes: list[Outcome] = []
+    out.mkdir(parents=True, exist_ok=True)
     try:
         for outcome in runner.run(parts):
             outcomes.append(outcome)
@@ -164,11 +169,10 @@ def _write(outcomes: list[Outcome], out: Path, runner: Runner) -> str:
     ]
     (out / "results.json").write_text(json.dumps(records, indent=1) + "\n")
     (out / "table.txt").write_text(shown + "\n")
-    logs = [runner.work / f"{outcome.part.name}.log" for outcome in outcomes]
     with (out / "logs.txt").open("w") as file:
-        for log in logs:
-            if log.exists():
-                file.write(f"===== {log.stem}\n{log.read_text(errors='replace')}\n")
+        for log in sorted(runner.work.rglob("*.log")):
+            end = log.read_text(errors="replace")[-MOST_OF_A_LOG:]
+            file.write(f"===== {log.relative_to(runner.work).with_suffix('')}\n{end}\n")
     return shown
 
 

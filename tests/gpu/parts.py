@@ -18,7 +18,10 @@ class Part:
     """Seconds that it gets on a GPU, about twice of what it should take."""
 
     needs: tuple[str, ...] = ()
-    """Modules beside torch, triton and numpy."""
+    """Modules beside torch and triton, without which it does not start."""
+
+    wants: tuple[str, ...] = ()
+    """Modules without which some of it fails."""
 
     beside: bool = False
     """It times nothing, so that neighbours in the list that time nothing run at the same time."""
@@ -39,9 +42,26 @@ PARTS = (
         "two NCCL ranks on one GPU in Megatron's loop against one process",
         110,
         needs=MEGATRON,
+        # Megatron's checkpoints
+        wants=("psutil",),
         beside=True,
     ),
-    Part("tests", "pytest -m gpu", 110, needs=("pytest",), beside=True),
+    Part(
+        "tests",
+        "pytest -m gpu",
+        110,
+        needs=("pytest",),
+        wants=("hypothesis", "sortedcontainers", "rich"),
+        beside=True,
+    ),
+    Part(
+        "syncs",
+        "host synchronisations of a step, and where they come from",
+        110,
+        needs=MEGATRON,
+        beside=True,
+    ),
+    Part("te", "what needs Transformer Engine", 150, needs=MEGATRON, beside=True),
     Part("stages", "the stages of one memory layer, timed", 40, needs=("rich",)),
     Part(
         "step",
@@ -49,8 +69,6 @@ PARTS = (
         90,
         needs=MEGATRON,
     ),
-    Part("syncs", "host synchronisations of a step, and where they come from", 60, needs=MEGATRON),
-    Part("te", "what needs Transformer Engine", 150, needs=MEGATRON),
     Part("bench", "every op of megamem bench at one real size beside torch", 90, needs=("rich",)),
 )
 BY_NAME = {part.name: part for part in PARTS}

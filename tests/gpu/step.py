@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.gpu import report
 from tests.gpu.training_runs import Log, Run, launch
 
-STEPS, WARM_UP = 8, 3
+STEPS, WARM_UP = 7, 3
 TIMEOUT = 85.0
 # of one micro-batch; scores of the attention that torch computes fill the memory, so where two do
 # not fit, one is tried

@@ -21,7 +21,7 @@ from tests.gpu.sync_sites import SyncSites
 from tests.gpu.training_runs import Run, launch
 
 COUNTED_STEP, STEPS = 4, 5
-TIMEOUT = 55.0
+TIMEOUT = 100.0
 SHOWN_SITES = 30
 RESULT = "MEGAMEM_GPU_SYNCS"
 """A file that takes what a training run counted."""
@@ -90,20 +90,30 @@ def _training(found: report.Report) -> list[str]:
         *("--train-iters", STEPS, "--lr-decay-iters", STEPS, "--lr", 1e-3, "--min-lr", 1e-4),
     )
     memory = ("--memory-layers", 1, 2, "--memory-num-keys", 64, "--memory-topk", 8)
+    steps = {"dense step": words, "step with 2 memory layers": (*words, *memory)}
+    with ThreadPoolExecutor(1 if found.dry_run else 2) as pool:
+        runs = {name: pool.submit(_counted, found, name, flags) for name, flags in steps.items()}
     problems = []
-    for name, flags in (("dense step", words), ("step with 2 memory layers", (*words, *memory))):
-        path = found.out / "syncs" / f"{name.replace(' ', '_')}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        environment = {RESULT: str(path), "TORCHDYNAMO_DISABLE": "1"}
-        wanted = Run(name, 1, flags, "tests.gpu.syncs", environment, cpu=found.dry_run)
-        log = launch(wanted, path.parent, TIMEOUT * (8 if found.dry_run else 1))
-        if log.failure or not path.exists():
-            problems.append(log.failure or f"{name}: nothing was counted")
-            continue
-        sites = json.loads(path.read_text())
-        _add(found, name, sum(sites.values()), sites)
+    for name, done in runs.items():
+        sites = done.result()
+        if isinstance(sites, str):
+            problems.append(sites)
+        else:
+            _add(found, name, sum(sites.values()), sites)
     return problems
+
+
+def _counted(found: report.Report, name: str, flags: tuple[object, ...]) -> dict[str, int] | str:
+    """Site -> synchronisations of one step of a training run; or what went wrong."""
+    path = found.out / "syncs" / f"{name.replace(' ', '_')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    environment = {RESULT: str(path), "TORCHDYNAMO_DISABLE": "1"}
+    wanted = Run(name, 1, flags, "tests.gpu.syncs", environment, cpu=found.dry_run)
+    log = launch(wanted, path.parent, TIMEOUT * (8 if found.dry_run else 1))
+    if log.failure or not path.exists():
+        return log.failure or f"{name}: nothing was counted"
+    return json.loads(path.read_text())
 
 
 def _count_in_training() -> int:

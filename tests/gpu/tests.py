@@ -17,8 +17,8 @@ from tests.gpu import report
 from tests.gpu.machine import ROOT
 
 LARGE = "tests/ops/test_large_tables.py"
-# what in a file says that a test of it may be marked so
-USES_A_DEVICE = re.compile(r"\bdevice\b|\bDEVICES\b|mark\.gpu\b")
+# what in a file says that a test of it may be marked so: tests/conftest.py marks those of a device
+USES_A_DEVICE = re.compile(r"def \w+\([^)]*\bdevice\b|\bDEVICES\b|mark\.gpu\b")
 DRY_RUN = ("tests/reference/test_placement.py", "tests/reference/test_philox.py")
 # each holds some hundred MB of the GPU beside its tensors
 MOST_WORKERS = 8
