@@ -9,7 +9,7 @@ from megamem import __version__
 
 # name -> the module that has its main(argv) -> exit status, and what it does
 COMMANDS = {
-    "run": ("megamem.integration.launcher", "run a Megatron training script with memory layers"),
+    "run": ("megamem.run", "run a Megatron training script with memory layers"),
     "plan": ("megamem.tools.plan", "say what a table takes on a cluster, and how to lay it out"),
     "convert": ("megamem.tools.convert", "bring checkpoints in, and take a table out"),
     "bench": ("megamem.tools.bench", "measure the kernels against the memory of this machine"),

@@ -14,7 +14,6 @@ import re
 import runpy
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +48,35 @@ class Command:
     force_cpu: bool = False
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script that argv names; return its exit status, or leave as the script left."""
+def main(argv: Sequence[str] | None = None, *, ends_process: bool | None = None) -> int:
+    """Run the script that argv names; return its exit status, or leave as the script left.
+
+    Args:
+        argv: the launcher's words; those of the process by default.
+        ends_process: whether this is all that the process does, so that a rank that fails may end
+            it at once. By default where argv is not given.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
+    if ends_process is None:
+        ends_process = argv is None
+    try:
+        return _main(words)
+    except BaseException as error:
+        if ends_process:
+            end_process(error, sys.excepthook)
+        raise
+
+
+def end_process(error: BaseException, show: Callable[..., object]) -> None:
+    """Leave without waiting for other ranks, where there are any; else return."""
+    # without it there are none, and importing it takes seconds
+    if "torch.distributed" in sys.modules:
+        from megamem.integration import lost_ranks
+
+        lost_ranks.end_process(error, show)
+
+
+def _main(words: list[str]) -> int:
     if words and words[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0
@@ -72,17 +97,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         stop(str(error))
     except Exception as error:
-        say_if_lost(error)
+        say_if_lost(error, sys.excepthook)
         raise
     return 0
 
 
-def say_if_lost(error: BaseException) -> None:
-    """A rank that ends because another one did says so below the traceback of where it was."""
+def say_if_lost(error: BaseException, show: Callable[..., object]) -> None:
+    """A rank that ends because another one did says so below the traceback of where it was.
+
+    Args:
+        show: an excepthook; it shows the traceback.
+    """
     from megamem.integration import lost_ranks
 
     if message := lost_ranks.explain(error):
-        traceback.print_exception(error)
+        lost_ranks.show_with(show, error)
         stop(message)
 
 
@@ -120,9 +149,15 @@ def attach() -> None:
 
 def _say_in_one_line(original: Callable[..., None]) -> Callable[..., None]:
     def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if isinstance(error, ConfigurationError):
-            stop(str(error))
-        say_if_lost(error)
+        try:
+            if isinstance(error, ConfigurationError):
+                stop(str(error))
+            say_if_lost(error, original)
+        except SystemExit as leaving:
+            end_process(leaving, original)
+            raise
+        # shows the error where it does not return
+        end_process(error, original)
         original(kind, error, trace)
 
     return excepthook

@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from megamem import __version__
 from megamem.config import MemoryConfig
+from megamem.integration import lost_ranks
 from megamem.integration.patching import MissingSymbolError
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
@@ -79,7 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = sum(finding.status == "problem" for finding in findings)
     if is_first:
         show(findings, problems)
-    return 1 if problems else 0
+    status = 1 if problems else 0
+    # where collectives failed, the process group is still there
+    lost_ranks.end_process(SystemExit(status), sys.excepthook)
+    return status
 
 
 def own_device() -> torch.device:

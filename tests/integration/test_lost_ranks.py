@@ -1,15 +1,20 @@
 """A rank that dies, a host that is cut off: what the others say, when, and how the run goes on."""
 
 import re
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megamem.integration import lost_ranks
+from megamem.integration import launcher, lost_ranks
 from tests.helpers.hosts import two_hosts, wait_for
-from tests.helpers.megatron_runs import ITERATION, command_line, run_training
+from tests.helpers.megatron_runs import ITERATION, ROOT, command_line, run_training
+from tests.helpers.warm_ranks import environment_of_runs
 from tests.integration.test_tiny_training import MEMORY, TP2, WIDE
 
 GONE = re.compile(
@@ -101,3 +106,166 @@ def test_two_hosts_train_together_and_survive_a_cut(tmp_path: Path) -> None:
     assert min(found) == 51 and max(found) == 150
     whole = run_training("uninterrupted", 2, *MEMORY, *WIDE, *steps)
     assert float(found[150]) == pytest.approx(whole.losses[-1], rel=2e-6)
+
+
+# a process that does not get past its way out, as one does not whose NCCL waits for a lost peer
+HANGING = """
+import atexit, os, sys, time
+import torch, torch.distributed as dist
+
+class NeverGone:
+    def __del__(self):
+        time.sleep(100)
+
+dist.init_process_group("gloo")
+kept = NeverGone()
+atexit.register(time.sleep, 100)
+atexit.register(print, "own exit function")
+"""
+LOSES = (
+    HANGING
+    + """
+hook = sys.excepthook
+sys.excepthook = lambda *error: (print("own hook", flush=True), hook(*error))
+dist.all_reduce(torch.ones(1))
+"""
+)
+FAILS = (
+    "from megamem.integration.launcher import attach; attach()"
+    + HANGING
+    + "raise KeyError('of this rank alone')"
+)
+OTHER = """
+import os, signal
+import torch.distributed as dist
+dist.init_process_group("gloo")
+os.kill(os.getpid(), signal.{})
+"""
+
+
+def _by_hand(folder: Path, program: str, signal: str, *words: object) -> tuple[int, str, float]:
+    """Run this as rank 0 of two, the other of which gets a signal, without an agent to end it.
+
+    Returns:
+        Its exit status, what it said, and how many seconds after its last line it was gone.
+    """
+    script = folder / "script.py"
+    script.write_text(program)
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
+    commands = ((*words, script), ("-c", OTHER.format(signal)))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-u", *map(str, command)],
+            env=environment_of_runs(store | {"RANK": str(rank), "LOCAL_RANK": str(rank)}),
+            stdout=subprocess.PIPE if rank == 0 else None,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank, command in enumerate(commands)
+    ]
+    try:
+        said, last = [], time.monotonic()
+        assert ranks[0].stdout is not None
+        for line in ranks[0].stdout:
+            if "own exit function" not in line:
+                last = time.monotonic()
+            said.append(line)
+        status = ranks[0].wait(20)
+        return status, "".join(said), time.monotonic() - last
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+AT_ONCE = lost_ranks.SECONDS_TO_TIDY + 3
+
+
+@pytest.mark.gloo
+def test_a_rank_leaves_within_seconds_of_its_line(tmp_path: Path) -> None:
+    launched = ("-m", "megamem.run", "--cpu")
+    status, said, seconds = _by_hand(tmp_path, LOSES, "SIGKILL", *launched)
+    assert status == 2 and seconds < AT_ONCE, said
+    places = [
+        said.index(words)
+        for words in ("own hook", "Traceback", "megamem: error: rank 0 of 2", "own exit function")
+    ]
+    assert places == sorted(places)
+
+
+@pytest.mark.gloo
+def test_so_does_a_rank_that_fails_itself_in_a_patched_script(tmp_path: Path) -> None:
+    """The other rank stands still, as one does that waits for this one."""
+    status, said, seconds = _by_hand(tmp_path, FAILS, "SIGSTOP")
+    assert status == 1 and seconds < AT_ONCE, said
+    assert said.count("KeyError: 'of this rank alone'") == 1 and "own exit function" in said
+
+
+@pytest.fixture
+def left(monkeypatch) -> list[int]:
+    """Exit statuses that a process would have left with, had it not been this one."""
+    statuses: list[int] = []
+    monkeypatch.setattr(lost_ranks, "leave", statuses.append)
+    monkeypatch.setattr(sys, "gettrace", lambda: None)
+    return statuses
+
+
+@pytest.mark.usefixtures("one_of_two")
+def test_the_exit_status_is_what_it_would_have_been(left, capsys) -> None:
+    shown: list[BaseException] = []
+
+    def show(kind, error, trace) -> None:
+        shown.append(error)
+        raise RuntimeError("a hook that is broken itself")
+
+    for code in (3, True, "why", None, 0):
+        lost_ranks.end_process(SystemExit(code), show)
+    assert left == [3, 1, 1] and not shown and capsys.readouterr().err == "why\n"
+    lost_ranks.end_process(ZeroDivisionError("of zero"), show)
+    assert left.pop() == 1 and len(shown) == 1
+    assert "ZeroDivisionError: of zero" in capsys.readouterr().err
+    lost_ranks.end_process(KeyboardInterrupt(), show)
+    assert len(left) == 3
+
+
+@pytest.mark.usefixtures("one_of_two")
+def test_a_debugger_and_a_lone_process_are_left_alone(left, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "gettrace", lambda: print)
+    lost_ranks.end_process(SystemExit(3), print)
+    monkeypatch.setattr(sys, "gettrace", lambda: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    lost_ranks.end_process(SystemExit(3), print)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    lost_ranks.end_process(SystemExit(3), print)
+    assert not left
+
+
+@pytest.mark.usefixtures("one_of_two")
+def test_a_caller_of_the_launcher_keeps_its_process(left, monkeypatch) -> None:
+    def refuse(words: list[str]) -> None:
+        raise SystemExit(2)
+
+    monkeypatch.setattr(launcher, "_main", refuse)
+    for ends_process, statuses in ((None, []), (False, []), (True, [2])):
+        with pytest.raises(SystemExit):
+            launcher.main(["script.py"], ends_process=ends_process)
+        assert left == statuses
+
+
+def test_an_exit_function_that_keeps_the_interpreter_cannot_keep_the_process() -> None:
+    program = (
+        "import atexit, ctypes; from megamem.integration import lost_ranks\n"
+        "lost_ranks.SECONDS_TO_TIDY = 0.2\n"
+        # a PyDLL does not give the interpreter to other threads
+        "atexit.register(ctypes.PyDLL(None).sleep, 100)\n"
+        "lost_ranks.leave(2)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60)
+    assert done.returncode == 1
