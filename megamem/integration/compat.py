@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -83,7 +84,11 @@ def transformer_engine_norm() -> Any:
 
 
 def without_fused_norm(mlp: Any) -> Any:
-    """A dense Transformer Engine MLP's spec with a first linear that does not normalise."""
+    """A dense Transformer Engine MLP's spec with a first linear that does not normalise.
+
+    It is a plain MLP also where Megatron was told to fuse its operations: the fused one takes no
+    other first linear than the one that normalises.
+    """
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
         TELayerNormColumnParallelLinear,
@@ -95,10 +100,23 @@ def without_fused_norm(mlp: Any) -> Any:
     plain = copy.copy(submodules)
     plain.linear_fc1 = TEColumnParallelLinear
     if isinstance(mlp, partial):
-        return partial(mlp.func, *mlp.args, **{**mlp.keywords, "submodules": plain})
+        build = mlp.func
+        if _fuses_operations(getattr(build, "__self__", None)):
+            build = MLP.as_mlp_submodule
+        return partial(build, *mlp.args, **{**mlp.keywords, "submodules": plain})
     changed = copy.copy(mlp)
     changed.submodules = plain
+    if _fuses_operations(mlp.module):
+        changed.module = MLP
     return changed
+
+
+def _fuses_operations(mlp: Any) -> bool:
+    """Whether this is the class of an MLP that --use-transformer-engine-op-fuser asks for."""
+    from megatron.core.extensions.transformer_engine import TEFusedMLP
+
+    # which is None without Transformer Engine
+    return TEFusedMLP is not None and isinstance(mlp, type) and issubclass(mlp, TEFusedMLP)
 
 
 def mlp_builder(mlp: Any) -> Callable[..., Any]:

@@ -61,7 +61,14 @@ PARTS = (
         needs=MEGATRON,
         beside=True,
     ),
-    Part("te", "what needs Transformer Engine", 150, needs=MEGATRON, beside=True),
+    Part(
+        "te",
+        "memory layers among those of Transformer Engine, where that is installed",
+        150,
+        needs=MEGATRON,
+        beside=True,
+        module="tests.gpu.transformer_engine",
+    ),
     Part("stages", "the stages of one memory layer, timed", 40, needs=("rich",)),
     Part(
         "step",

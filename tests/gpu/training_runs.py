@@ -21,7 +21,7 @@ from tests.gpu.runner import end_marked
 
 SCRIPT = ROOT / "examples" / "pretrain_gpt.py"
 MARK = "MEGAMEM_GPU_RUN_MARK"
-# Megatron without Transformer Engine and Apex
+# Megatron without Transformer Engine and Apex, and on a CPU
 WITHOUT_ENGINES = (
     *("--transformer-impl", "local"),
     *("--no-rope-fusion", "--no-gradient-accumulation-fusion"),
@@ -156,10 +156,9 @@ def launch(run: Run, folder: Path, timeout: float) -> Log:
 def _command(run: Run) -> list[str]:
     # also where there is a GPU
     launcher = [run.module, *(["--cpu=force"] if run.cpu else [])]
-    engines = () if run.cpu else run.engines
     return [
         *(sys.executable, "-u", "-m", *launcher, str(run.script)),
-        *map(str, (*USUAL, *engines, *run.words)),
+        *map(str, (*USUAL, *run.engines, *run.words)),
     ]
 
 
