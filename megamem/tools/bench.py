@@ -10,13 +10,13 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+import triton
 from rich.console import Console
 from rich.progress import Progress
 
@@ -24,15 +24,26 @@ from megamem.tools import memory_bench
 from megamem.tools.bench_cases import (
     MAX_RELATIVE_ERROR,
     Case,
+    Rival,
     adam_cases,
     bag_cases,
     topk_cases,
 )
 from megamem.tools.bench_published import PublishedKernels
-from megamem.tools.bench_table import Record, markdown, numbers, read_records, rich_table
+from megamem.tools.bench_table import (
+    Record,
+    failures,
+    markdown,
+    numbers,
+    read_records,
+    rich_table,
+)
+from megamem.tools.markers import rewrite
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPS = ("bag", "topk", "adam")
+MARKER = "bench"
+"""Of the table in a page."""
 WRONG_RESULT = 1
 USER_ERROR = 2
 
@@ -44,15 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return memory_bench.main([word for word in words if word != "--memory"])
     args = _parser().parse_args(words)
     if args.table:
-        return _show_table(Path(args.table))
+        return _show_table([Path(path) for path in args.table], args.into)
+    if args.into:
+        return _refuse("--into is for a --table; measure with --json first")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     published = None
     if args.published:
         try:
             published = PublishedKernels.load(Path(args.published), device)
         except ValueError as error:
-            sys.stderr.write(f"megamem: error: {error}\n")
-            return USER_ERROR
+            return _refuse(str(error))
     for path in (args.json, args.plot):
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -69,40 +81,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cpu":
         show("No GPU: the twins in plain torch run, on small shapes; only ratios mean anything.")
     records: list[Record] = []
-    wrong: list[Record] = []
-    skipped: list[Case] = []
+    wrong: list[str] = []
+    skipped: list[str] = []
     cases = list(_cases(args, device, published))
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=f"{case.op} {numbers(case.shape)}")
-            record = None
-            if case.memory <= _free_bytes(device):
-                with suppress(torch.OutOfMemoryError):
-                    record = measure(case, device, name, ceiling, args.min_ms, command)
-            if record is None:
-                skipped.append(case)
-            elif record.error <= MAX_RELATIVE_ERROR:
-                records.append(record)
-                if args.json:
-                    # at once, so that a run that is cut off leaves what it measured
-                    with Path(args.json).open("a") as file:
-                        file.write(json.dumps(asdict(record)) + "\n")
+            named = f"{case.op} {numbers(case.shape)} {case.distribution}"
+            free = _free_bytes(device)
+            try:
+                if case.memory > free:
+                    needed = f"{case.memory / 2**30:.0f} GiB of {free / 2**30:.0f} GiB free"
+                    raise torch.OutOfMemoryError(f"it takes {needed}")
+                record = measure(case, device, name, ceiling, args.min_ms, command)
+            except torch.OutOfMemoryError as error:
+                skipped.append(f"{named}: {first_line(error)}")
+            except Exception as error:
+                wrong.append(f"{named} fails: {type(error).__name__}: {first_line(error)}")
             else:
-                wrong.append(record)
+                if record.error <= MAX_RELATIVE_ERROR:
+                    records.append(record)
+                    if args.json:
+                        # at once, so that a run that is cut off leaves what it measured
+                        with Path(args.json).open("a") as file:
+                            file.write(json.dumps(asdict(record)) + "\n")
+                else:
+                    off = f"relative error {record.error:.1e}; it was not timed"
+                    wrong.append(f"{named} is wrong: {off}")
             progress.advance(task)
     show(rich_table(records))
-    for case in skipped:
-        show(f"skipped: {case.op} {numbers(case.shape)} takes {case.memory / 2**30:.0f} GiB")
+    for line in skipped:
+        show(f"skipped: {line}")
+    for line in failures(records):
+        show(f"could not: {line}")
     if args.plot:
         from megamem.tools.bench_plot import plot
 
         plot(records, Path(args.plot))
-    for record in wrong:
-        sys.stderr.write(
-            f"megamem: error: {record.op} {numbers(record.shape)} {record.distribution} is wrong: "
-            f"relative error {record.error:.1e}; it was not timed\n"
-        )
+    for line in wrong:
+        sys.stderr.write(f"megamem: error: {line}\n")
     return WRONG_RESULT if wrong else 0
 
 
@@ -113,7 +131,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
-    parser.add_argument("--quick", action="store_true", help="one width, one table size")
+    parser.add_argument(
+        "--quick", action="store_true", help="one size of each op, that of a layer of 2048"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of tables and queries")
     parser.add_argument("--min-ms", type=float, default=200, help="time spent on each timing")
     parser.add_argument("--json", metavar="FILE", help="write one record per line")
@@ -124,20 +144,41 @@ def _parser() -> argparse.ArgumentParser:
         help="also time the bag kernels in this checkout of facebookresearch/memory",
     )
     parser.add_argument(
-        "--table", metavar="FILE", help="measure nothing: turn a --json file into Markdown"
+        "--table",
+        nargs="+",
+        metavar="FILE",
+        help="measure nothing: turn --json files into Markdown",
+    )
+    parser.add_argument(
+        "--into",
+        metavar="PAGE",
+        help=f"with --table: put it between the markers {MARKER!r} of this page",
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
 
-def _show_table(path: Path) -> int:
+def _show_table(paths: list[Path], page: str | None) -> int:
+    records: list[Record] = []
+    for path in paths:
+        try:
+            records += read_records(path)
+        except (OSError, ValueError) as error:
+            return _refuse(f"{path} holds no records of --json: {error}")
+    if page is None:
+        sys.stdout.write(markdown(records))
+        return 0
     try:
-        records = read_records(path)
+        text = rewrite(Path(page).read_text(), MARKER, markdown(records).rstrip("\n"))
     except (OSError, ValueError) as error:
-        sys.stderr.write(f"megamem: error: {path} holds no records of --json: {error}\n")
-        return USER_ERROR
-    sys.stdout.write(markdown(records))
+        return _refuse(f"--into {page}: {error}")
+    Path(page).write_text(text)
     return 0
+
+
+def _refuse(message: str) -> int:
+    sys.stderr.write(f"megamem: error: {message}\n")
+    return USER_ERROR
 
 
 def _cases(
@@ -149,12 +190,15 @@ def _cases(
         sizes, tokens, lookups = [128, 1024, 4096, 16384], 8192, 128
     else:
         widths, rows, sizes, tokens, lookups = [64, 256], [2**12], [128], 64, 32
+    # a layer of width V reads rows of V with halves of queries of V / 4
+    typical = 2048 if gpu else 64
     if args.quick:
-        widths, rows, sizes = widths[-2:-1], rows[-2:][:1], sizes[:2][-1:]
+        widths, rows = [typical], [2**20 if gpu else 2**12]
+        sizes = [1024 if gpu else 128]
     if "bag" in args.ops:
         yield from bag_cases(widths, rows, tokens, lookups, dtype, device, published)
     if "topk" in args.ops:
-        yield from topk_cases(sizes, tokens, 4, 256 if gpu else 32, 32, dtype, device)
+        yield from topk_cases(sizes, tokens, 4, typical // 4, 32, dtype, device)
     if "adam" in args.ops:
         yield from adam_cases(widths, rows, device)
 
@@ -173,14 +217,10 @@ def measure(
     # written so that NaN is wrong, too
     right = error <= MAX_RELATIVE_ERROR
     ms = median_ms(work.run, device, min_ms) if right else math.nan
-    baseline_ms = published_ms = None
-    # a rival may need more memory than there is
-    if right and work.baseline is not None:
-        with suppress(torch.OutOfMemoryError):
-            baseline_ms = median_ms(work.baseline, device, min_ms)
-    if right and work.published is not None:
-        with suppress(torch.OutOfMemoryError):
-            published_ms = median_ms(work.published, device, min_ms)
+    failed: list[str] = []
+    baseline, baseline_ms = _first_timed(work.rivals if right else (), device, min_ms, failed)
+    theirs = (work.published,) if right and work.published is not None else ()
+    _, published_ms = _first_timed(theirs, device, min_ms, failed)
     gbps = work.bytes / ms / 1e6
     return Record(
         device=device_name,
@@ -193,14 +233,36 @@ def measure(
         gbps=gbps,
         ceiling_gbps=ceiling,
         fraction=gbps / ceiling,
-        baseline=work.baseline_name,
+        baseline=baseline,
         baseline_ms=baseline_ms,
         speedup=None if baseline_ms is None else baseline_ms / ms,
         published_ms=published_ms,
         error=error,
         commit=commit(),
         command=command,
+        failures=tuple(failed),
+        torch=torch.__version__,
+        triton=triton.__version__,
     )
+
+
+def _first_timed(
+    rivals: Iterable[Rival], device: torch.device, min_ms: float, failed: list[str]
+) -> tuple[str, float | None]:
+    """Name and time of the first rival that runs; `failed` gets those before it, and why."""
+    for rival in rivals:
+        try:
+            return rival.name, median_ms(rival.build(), device, min_ms)
+        except Exception as error:
+            failed.append(f"{rival.name}: {type(error).__name__}: {first_line(error)}")
+        # what it held is free again here, outside of the handler, whose traceback holds on to it
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return "", None
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 @lru_cache

@@ -35,7 +35,16 @@ class Case:
     build: Callable[[], "Work"]
     """Makes the inputs; called when the case's turn has come, so that one case is in memory."""
     memory: int
-    """Bytes of device memory that it takes, roughly."""
+    """Bytes of device memory that it takes, roughly; its rivals may take more."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Something else that does the same."""
+
+    name: str
+    build: Callable[[], Callable[[], object]]
+    """Makes what it needs beside the case's inputs, and returns what is timed."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +53,9 @@ class Work:
     bytes: int
     check: Callable[[], float]
     """Relative error against the reference."""
-    baseline: Callable[[], object] | None = None
-    baseline_name: str = ""
-    published: Callable[[], object] | None = None
+    rivals: tuple[Rival, ...] = ()
+    """Of torch; the first that runs is timed."""
+    published: Rival | None = None
 
 
 def draw_rows(count: int, num_rows: int, distribution: str, device: torch.device) -> Tensor:
@@ -122,42 +131,45 @@ def _bag(
         assert published is not None
         return published.bag(row_ids.view(tokens, -1), table, per_sample.view(tokens, -1))
 
+    def rival(name: str, forward: Callable[[Tensor, Tensor], Tensor], wide: bool = False) -> Rival:
+        """In the dtype of the table, or in fp32; also backward, where that is asked for."""
+
+        def build() -> Callable[[], object]:
+            per_sample = weights.to(torch.float32 if wide else dtype, copy=True)
+            table = values.detach()
+            table = table.float() if wide else table
+            if kind == "forward":
+                return lambda: forward(table, per_sample)
+            leaves = (table.requires_grad_(), per_sample.requires_grad_())
+            out_grad = grad.to(table.dtype)
+            return lambda: torch.autograd.grad(forward(*leaves), leaves, out_grad)
+
+        return Rival(f"{name} in fp32" if wide else name, build)
+
+    theirs = None if published is None else rival("published", published_forward)
+    torchs = [rival("F.embedding_bag", torch_forward)]
+    if dtype != torch.float32:
+        # torch has no backward of per_sample_weights in bf16
+        torchs.append(rival("F.embedding_bag", torch_forward, wide=True))
+
     if kind == "forward":
-        half_weights = weights.to(dtype)
         return Work(
-            lambda: ops.embedding_bag(
-                values, row_ids, weights, offsets, may_skip=False, check_row_ids=False
-            ),
+            lambda: ops.embedding_bag(values, row_ids, weights, offsets, check_row_ids=False),
             forward_bytes,
             check,
-            lambda: torch_forward(values, half_weights),
-            "F.embedding_bag",
-            None if published is None else lambda: published_forward(values, half_weights),
+            tuple(torchs),
+            theirs,
         )
     if kind == "forward + backward":
-        values.requires_grad_()
-        ours_weights = weights.clone().requires_grad_()
-        torch_weights = weights.to(dtype, copy=True).requires_grad_()
+        leaves = (values.requires_grad_(), weights.clone().requires_grad_())
 
-        def both(forward: Callable[[], Tensor], per_sample: Tensor) -> None:
-            torch.autograd.grad(forward(), (values, per_sample), grad)
+        def ours() -> object:
+            bags = ops.embedding_bag(leaves[0], row_ids, leaves[1], offsets, check_row_ids=False)
+            return torch.autograd.grad(bags, leaves, grad)
 
-        def ours() -> Tensor:
-            return ops.embedding_bag(
-                values, row_ids, ours_weights, offsets, may_skip=False, check_row_ids=False
-            )
-
-        return Work(
-            lambda: both(ours, ours_weights),
-            # autograd wants a dense gradient: every row of it is zeroed first
-            forward_bytes + backward_bytes + num_rows * width * size,
-            check,
-            lambda: both(lambda: torch_forward(values, torch_weights), torch_weights),
-            "F.embedding_bag",
-            None
-            if published is None
-            else lambda: both(lambda: published_forward(values, torch_weights), torch_weights),
-        )
+        # autograd wants a dense gradient: every row of it is zeroed first
+        dense_bytes = forward_bytes + backward_bytes + num_rows * width * size
+        return Work(ours, dense_bytes, check, tuple(torchs), theirs)
     if kind == "sparse backward":
         return Work(
             lambda: ops.sparse_gradients(values, grad, row_ids, weights, offsets),
@@ -172,7 +184,6 @@ def _bag(
         row_ids,
         leaf,
         offsets,
-        may_skip=False,
         check_row_ids=False,
         add_value_grad_to=buffer,
     )
@@ -260,8 +271,7 @@ def _topk(kind: str, shape: dict[str, int], dtype: torch.dtype, device: torch.de
             lambda: ops.product_topk(query, sub_keys, topk),
             moved,
             check,
-            lambda: _torch_topk(query, sub_keys, topk),
-            "torch topk",
+            (Rival("torch topk", lambda: lambda: _torch_topk(query, sub_keys, topk)),),
         )
     inputs = (query.requires_grad_(), sub_keys.requires_grad_())
 
@@ -277,40 +287,53 @@ def _topk(kind: str, shape: dict[str, int], dtype: torch.dtype, device: torch.de
         lambda: both(ops.product_topk),
         3 * moved,
         check_detached,
-        lambda: both(_torch_topk),
-        "torch topk",
+        (Rival("torch topk", lambda: lambda: both(_torch_topk)),),
     )
+
+
+ADAM = ("fp32", "fp32, as in training", "bf16, moment per row")
 
 
 def adam_cases(widths: list[int], rows: list[int], device: torch.device) -> Iterator[Case]:
     for width in widths:
         for num_rows in rows:
-            for kind, per_number in (("fp32", 30), ("bf16, moment per row", 12)):
+            for kind in ADAM:
                 shape = {"R": num_rows, "V": width}
-                dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+                dtype = torch.bfloat16 if kind.startswith("bf16") else torch.float32
                 build = partial(_adam, kind, shape, device)
-                memory = num_rows * width * (per_number + 4)
-                yield Case(f"adamw_ {kind}", shape, dtype, "all rows", build, memory)
+                # weights, gradient, moments, copy; as they are drawn in fp32
+                memory = num_rows * width * (11 if dtype == torch.bfloat16 else 19)
+                picked = f"{TOUCHED:.0%} of rows" if kind.endswith("training") else "all rows"
+                yield Case(f"adamw_ {kind}", shape, dtype, picked, build, memory)
+
+
+TOUCHED = 0.63
+"""Share of the rows that as many uniform lookups as there are rows touch."""
 
 
 def _adam(kind: str, shape: dict[str, int], device: torch.device) -> Work:
     num_rows, width = shape.values()
     options = {"step": 3, "lr": 1e-3, "weight_decay": 0.1}
+    fp32, training = kind.startswith("fp32"), kind.endswith("training")
 
     def tables(count: int) -> list[Tensor | None]:
         weights = torch.randn(count, width, device=device)
         grads = torch.randn(count, width, device=device)
-        if kind == "fp32":
+        if fp32:
             moments = torch.zeros(2, count, width, device=device).unbind()
             return [weights, grads, *moments, torch.empty_like(weights, dtype=torch.bfloat16)]
         first = torch.zeros(count, width, dtype=torch.bfloat16, device=device)
         return [weights.bfloat16(), grads, first, torch.zeros(count, device=device), None]
 
+    touched = torch.rand(num_rows, device=device) < TOUCHED
+
     def step(op: Callable[..., None], state: list[Tensor | None], seed: int | None) -> None:
         *tensors, copy = state
-        op(*tensors, copy_rV=copy, seed=seed, **options)
+        assert tensors[0] is not None
+        rows = {"touched_r": touched[: len(tensors[0])], "clear_grads": True} if training else {}
+        op(*tensors, copy_rV=copy, seed=seed, **options, **rows)
 
-    seed = None if kind == "fp32" else 1
+    seed = None if fp32 else 1
     state = tables(num_rows)
 
     def check() -> float:
@@ -323,13 +346,17 @@ def _adam(kind: str, shape: dict[str, int], device: torch.device) -> Work:
         assert ours[0] is not None and twin[0] is not None
         return max(relative_error(ours[n], twin[n]) for n in (0, 2))  # type: ignore[arg-type]
 
-    # gradient in; weights and moments in and out; the copy out
-    per_number = 30 if kind == "fp32" else 12
-    moved = num_rows * width * per_number + (0 if kind == "fp32" else 8 * num_rows)
-    baseline, name = None, ""
-    if kind == "fp32" and device.type == "cuda":
+    # weights and moments in and out, the copy out, gradient in; in training, gradients of touched
+    # rows are read and cleared
+    gradient = 8 * float(touched.double().mean()) if training else 4
+    per_number = 26 + gradient if fp32 else 8 + gradient
+    moved = int(num_rows * width * per_number) + (0 if fp32 else 8 * num_rows)
+    moved += num_rows if training else 0
+
+    def torchs() -> Callable[[], object]:
         parameter = torch.zeros(num_rows, width, device=device, requires_grad=True)
         parameter.grad = state[1]
-        optimizer = torch.optim.AdamW([parameter], lr=1e-3, fused=True)
-        baseline, name = optimizer.step, "torch fused AdamW"
-    return Work(lambda: step(ops.adamw_, state, seed), moved, check, baseline, name)
+        return torch.optim.AdamW([parameter], lr=1e-3, fused=True).step
+
+    rivals = (Rival("torch fused AdamW", torchs),) if fp32 and device.type == "cuda" else ()
+    return Work(lambda: step(ops.adamw_, state, seed), moved, check, rivals)

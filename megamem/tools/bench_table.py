@@ -1,7 +1,7 @@
 """What the benchmark found, and how it looks: in a terminal, in a file, in the README."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from rich.table import Table
@@ -28,6 +28,12 @@ class Record:
     error: float
     commit: str
     command: str
+    # what records of earlier commits lack
+    failures: tuple[str, ...] = ()
+    """Rivals that could not do it, and why."""
+    torch: str = ""
+    triton: str = ""
+    """Their versions."""
 
 
 def read_records(path: Path) -> list[Record]:
@@ -37,11 +43,13 @@ def read_records(path: Path) -> list[Record]:
         ValueError: a line is not such a record, or there is none.
     """
     known = {field.name for field in fields(Record)}
+    needed = {field.name for field in fields(Record) if field.default is MISSING}
     records = []
     for line in path.read_text().splitlines():
         record = json.loads(line)
-        if not isinstance(record, dict) or set(record) != known:
+        if not isinstance(record, dict) or not needed <= set(record) <= known:
             raise ValueError(f"{line[:60]!r} is not one")
+        record["failures"] = tuple(record.get("failures", ()))
         records.append(Record(**record))
     if not records:
         raise ValueError("it is empty")
@@ -57,6 +65,7 @@ HEADINGS = (
 def cells(record: Record) -> tuple[str, ...]:
     """A line of the table, under HEADINGS."""
     r = record
+    wide = " (fp32)" if r.baseline.endswith("in fp32") else ""
     return (
         r.op,
         numbers(r.shape),
@@ -66,7 +75,7 @@ def cells(record: Record) -> tuple[str, ...]:
         f"{r.bytes / 1e6:.1f}",
         f"{r.gbps:.1f}",
         f"{100 * r.fraction:.0f}",
-        "" if r.baseline_ms is None else f"{r.baseline_ms:.3f}",
+        "" if r.baseline_ms is None else f"{r.baseline_ms:.3f}{wide}",
         "" if r.speedup is None else f"{r.speedup:.1f}x",
         "" if r.published_ms is None else f"{r.published_ms:.3f}",
     )
@@ -81,18 +90,45 @@ def rich_table(records: list[Record]) -> Table:
     return table
 
 
+def failures(records: list[Record]) -> list[str]:
+    """What rivals could not do, and in which of the cases."""
+    told: dict[str, list[str]] = {}
+    for record in records:
+        for failure in record.failures:
+            told.setdefault(failure, []).append(f"{record.op} {numbers(record.shape)}")
+    return [f"{failure} (in {', '.join(dict.fromkeys(of))})" for failure, of in told.items()]
+
+
 def markdown(records: list[Record]) -> str:
-    """The README's table: what was measured, and on what, at which commit, by which command."""
+    """A table of what was measured in one or more runs: on what, at which commit, by which command.
+
+    Columns that no record has anything in are left out.
+    """
+    runs: dict[tuple[str, ...], list[Record]] = {}
+    for r in records:
+        runs.setdefault((r.device, r.commit, r.command, r.torch, r.triton), []).append(r)
+    return "\n".join(_run(found) for found in runs.values())
+
+
+def _run(records: list[Record]) -> str:
     first = records[0]
+    versions = "".join(
+        f", {name} {version}"
+        for name, version in (("torch", first.torch), ("Triton", first.triton))
+        if version
+    )
+    rows = [cells(record) for record in records]
+    used = [n for n in range(len(HEADINGS)) if any(row[n] for row in rows)]
     lines = [
-        f"{first.device}, a large copy {first.ceiling_gbps:.0f} GB/s; commit {first.commit}; "
-        f"`{first.command}`",
+        f"{first.device}, a large copy {first.ceiling_gbps:.0f} GB/s{versions}; commit "
+        f"{first.commit}; `{first.command}`",
         "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + "---|" * 4 + "---:|" * (len(HEADINGS) - 4),
+        "| " + " | ".join(HEADINGS[n] for n in used) + " |",
+        "|" + "".join("---|" if n < 4 else "---:|" for n in used),
     ]
-    lines += ["| " + " | ".join(cells(record)) + " |" for record in records]
-    return "\n".join(lines) + "\n"
+    lines += ["| " + " | ".join(row[n] for n in used) + " |" for row in rows]
+    lines += ["", *(f"Could not: {failure}." for failure in failures(records))]
+    return "\n".join(lines) + ("\n" if lines[-1] else "")
 
 
 def numbers(shape: dict[str, int]) -> str:

@@ -1,15 +1,18 @@
 """The benchmark on a CPU: it runs, writes what it says, and times nothing that is wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 from torch.nn import functional as F
 
 from megamem import ops
-from megamem.tools import bench, bench_cases, bench_published
+from megamem.tools import bench, bench_cases, bench_published, bench_table
 from megamem.tools.bench_published import PublishedKernels
 
+RESULTS = sorted((Path(__file__).parent / "results").glob("*.jsonl"))
 FIELDS = {
     "device",
     "op",
@@ -26,6 +29,9 @@ FIELDS = {
     "published_ms",
     "commit",
     "command",
+    "failures",
+    "torch",
+    "triton",
 }
 
 
@@ -54,9 +60,49 @@ def test_writes_a_record_of_each_case_and_a_picture(tmp_path, capsys):
     assert bench.main(["--table", str(files[0])]) == 0
     caption, _, heading, rule, *rows = capsys.readouterr().out.splitlines()
     assert "a large copy 10 GB/s" in caption and f"--json {files[0]}" in caption
-    assert len(rows) == len(records) and heading.count("|") == rule.count("|") == 12
+    assert f"torch {torch.__version__}, Triton {triton.__version__}; commit" in caption
+    # no published kernels ran
+    assert len(rows) == len(records) and heading.count("|") == rule.count("|") == 11
     for row, r in zip(rows, records, strict=True):
-        assert r["op"] in row and f"| {r['ms']:.3f} |" in row and row.count("|") == 12
+        assert r["op"] in row and f"| {r['ms']:.3f} |" in row and row.count("|") == 11
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_results_of_earlier_commits_are_read(path):
+    records = bench_table.read_records(path)
+    table = bench_table.markdown(records)
+    rows = [line for line in table.splitlines() if line.startswith("| ") and " T=" in line]
+    assert len(rows) == sum("T" in record.shape for record in records) > 0
+    assert f"{records[0].device}, a large copy" in table
+    for record in records:
+        assert record.error <= bench_cases.MAX_RELATIVE_ERROR and record.commit
+        assert f"| {record.ms:.3f} |" in table
+
+
+def test_a_table_of_several_runs_goes_into_a_page(tmp_path, capsys):
+    (first, *_) = RESULTS
+    other = tmp_path / "other.jsonl"
+    record = json.loads(first.read_text().splitlines()[0])
+    told = {"commit": "0ther", "failures": ["theirs: NotImplementedError: not in bf16"]}
+    other.write_text(json.dumps(record | told))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- bench: begin -->\nold\n<!-- bench: end -->\nafter\n")
+    words = ["--table", str(first), str(other)]
+    assert bench.main([*words, "--into", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n<!-- bench: begin -->\n") and "old" not in text
+    assert text.endswith("\n<!-- bench: end -->\nafter\n")
+    assert text.index(f"commit {record['commit']}") < text.index("commit 0ther")
+    assert (
+        "Could not: theirs: NotImplementedError: not in bf16 (in embedding_bag forward T=" in text
+    )
+    assert bench.main(words) == 0
+    assert capsys.readouterr().out.strip() in text
+    page.write_text("no markers")
+    assert bench.main([*words, "--into", str(page)]) == bench.USER_ERROR
+    assert "no <!-- bench: begin -->" in capsys.readouterr().err
+    assert bench.main(["--into", str(page)]) == bench.USER_ERROR
+    assert "--into is for a --table" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["", "{}\n", "[1]\n", "not json\n"])
@@ -132,7 +178,22 @@ def test_a_case_that_runs_out_of_memory_is_skipped_and_a_cut_off_run_leaves_its_
     assert len(path.read_text().splitlines()) == 2
 
 
-def test_a_rival_that_runs_out_of_memory_is_left_out():
+def test_a_case_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path, capsys):
+    def fail(*args, **options):
+        raise RuntimeError("ptxas went away\nand a page about it")
+
+    monkeypatch.setattr(ops, "sparse_gradients", fail)
+    path = tmp_path / "records.json"
+    options = ["--device", "cpu", "--quick", "--min-ms", "1", "--ops", "bag", "adam"]
+    assert bench.main([*options, "--json", str(path)]) == bench.WRONG_RESULT
+    failed = capsys.readouterr().err
+    assert "sparse backward T=64" in failed and "fails: RuntimeError: ptxas went away" in failed
+    kept = [record.op for record in bench_table.read_records(path)]
+    # the check of every bag case goes through that op, too
+    assert kept == [f"adamw_ {kind}" for kind in bench_cases.ADAM]
+
+
+def test_a_rival_that_fails_is_left_out_and_named():
     def too_much(*args):
         raise torch.OutOfMemoryError("too much")
 
@@ -142,12 +203,52 @@ def test_a_rival_that_runs_out_of_memory_is_left_out():
     )
     record = bench.measure(case, cpu, "cpu", 10.0, 1)
     assert record.published_ms is None and record.baseline_ms is not None
+    assert record.failures == ("published: OutOfMemoryError: too much",)
+
+
+def test_where_torch_has_no_backward_in_bf16_its_rival_is_in_fp32(monkeypatch):
+    """As on a GPU."""
+    truly = F.embedding_bag
+
+    def embedding_bag(row_ids, table, *args, per_sample_weights, **options):
+        out = truly(row_ids, table, *args, per_sample_weights=per_sample_weights, **options)
+        if per_sample_weights.dtype == torch.bfloat16 and per_sample_weights.requires_grad:
+            out.register_hook(_not_implemented)
+        return out
+
+    def _not_implemented(grad):
+        raise NotImplementedError("embedding_bag_per_sample_weights_backward not for 'BFloat16'")
+
+    monkeypatch.setattr(bench_cases.F, "embedding_bag", embedding_bag)
+    cpu = torch.device("cpu")
+    cases = bench_cases.bag_cases([16], [64], 4, 8, torch.bfloat16, cpu)
+    by_op = {case.op: bench.measure(case, cpu, "cpu", 10.0, 1) for case in cases}
+    both = by_op["embedding_bag forward + backward"]
+    assert both.baseline == "F.embedding_bag in fp32" and both.baseline_ms is not None
+    (failure,) = both.failures
+    assert failure.startswith("F.embedding_bag: NotImplementedError: embedding_bag_per_sample")
+    assert f"{both.baseline_ms:.3f} (fp32)" in bench_table.cells(both)
+    assert bench_table.failures([both])[0].startswith(failure)
+    forward = by_op["embedding_bag forward"]
+    assert forward.baseline == "F.embedding_bag" and not forward.failures
+
+
+def test_a_quick_run_on_a_gpu_of_80_gb_measures_every_op_at_the_size_of_a_real_run():
+    args = bench._parser().parse_args(["--quick"])
+    cases = list(bench._cases(args, torch.device("cuda"), None))
+    assert {case.op.split()[0] for case in cases} == {"embedding_bag", "product_topk", "adamw_"}
+    for case in cases:
+        # what an H100 has free, as bench counts it
+        assert case.memory < 0.85 * 78 * 2**30, case.op
+        sizes = {"V": 2048, "R": 2**20, "N": 1024, "C": 512, "T": 8192, "K": 32}
+        assert all(sizes.get(letter, size) == size for letter, size in case.shape.items())
 
 
 def test_cases_too_large_for_the_memory_are_named(monkeypatch, capsys):
     monkeypatch.setattr(bench, "_free_bytes", lambda device: 0)
     assert bench.main(["--device", "cpu", "--quick", "--ops", "adam"]) == 0
-    assert "skipped: adamw_ fp32" in capsys.readouterr().out
+    assert "skipped: adamw_ fp32" in (said := capsys.readouterr().out)
+    assert "it takes 0 GiB of 0 GiB free" in said
 
 
 def test_skewed_rows_follow_their_law():
