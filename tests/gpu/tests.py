@@ -87,8 +87,8 @@ def run(found: report.Report) -> None:
         found.add(group=name, status=status, passed=counts[-1].passed, skipped=counts[-1].skipped)
         for test, why in counts[-1].failed.items():
             found.add(failed=test, why=why)
-        if status == NO_TESTS:
-            problems.append(f"{name}: no test was found")
+        if status == NO_TESTS or (status == 0 and not counts[-1].passed):
+            problems.append(f"{name}: no test ran")
         elif status and not counts[-1].failed:
             problems.append(f"pytest of {name} ended with {status}; see the log")
     failed = {test: why for one in counts for test, why in one.failed.items()}
