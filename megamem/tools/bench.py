@@ -25,11 +25,12 @@ from megamem.tools.bench_cases import (
     MAX_RELATIVE_ERROR,
     Case,
     Rival,
-    adam_cases,
     bag_cases,
+    dot_cases,
     topk_cases,
 )
 from megamem.tools.bench_published import PublishedKernels
+from megamem.tools.bench_steps import adam_cases
 from megamem.tools.bench_table import (
     Record,
     failures,
@@ -41,7 +42,7 @@ from megamem.tools.bench_table import (
 from megamem.tools.markers import rewrite
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPS = ("bag", "topk", "adam")
+OPS = ("bag", "topk", "adam", "dot")
 MARKER = "bench"
 """Of the table in a page."""
 WRONG_RESULT = 1
@@ -201,6 +202,8 @@ def _cases(
         yield from topk_cases(sizes, tokens, 4, typical // 4, 32, dtype, device)
     if "adam" in args.ops:
         yield from adam_cases(widths, rows, device)
+    if "dot" in args.ops:
+        yield from dot_cases(widths, rows, tokens, lookups, dtype, device)
 
 
 def measure(

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megamem import ops
-from megamem.reference import row_adam as row_adam_reference
 from megamem.reference.embedding_bag import embedding_bag as bag_reference
 from megamem.reference.product_topk import product_topk as topk_reference
+from megamem.reference.row_dot import row_dot as dot_reference
 from megamem.tools.bench_published import PublishedKernels
 
 CHECKED_BAGS = 64
@@ -225,6 +225,77 @@ def _bag_error(
     return max(relative_error(a, b) for a, b in pairs)
 
 
+def dot_cases(
+    widths: list[int],
+    rows: list[int],
+    tokens: int,
+    lookups: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[Case]:
+    """Products of rows with tokens, which the experts of the peer variant take."""
+    for width in widths:
+        for num_rows in rows:
+            for kind in ("forward", "backward += fp32"):
+                buffer = 4 * (kind != "forward")
+                memory = num_rows * width * (dtype.itemsize + buffer)
+                memory += tokens * width * 16 + tokens * lookups * 64
+                shape = {"T": tokens, "L": lookups, "R": num_rows, "V": width}
+                build = partial(_dot, kind, shape, dtype, device)
+                yield Case(f"row_dot {kind}", shape, dtype, "uniform", build, memory)
+
+
+def _dot(kind: str, shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> Work:
+    tokens, lookups, num_rows, width = shape.values()
+    values = torch.empty(num_rows, width, dtype=dtype, device=device).normal_()
+    vectors = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
+    row_ids = draw_rows(tokens * lookups, num_rows, "uniform", device)
+    offsets = torch.arange(0, tokens * lookups + 1, lookups, device=device)
+    grad = torch.randn(tokens * lookups, device=device)
+    size, distinct = dtype.itemsize, len(row_ids.unique())
+    moved = (len(row_ids) + tokens) * width * size + len(row_ids) * 12
+
+    def check() -> float:
+        bags = min(CHECKED_BAGS, tokens)
+        count = bags * lookups
+        rows, slots = row_ids[:count].unique(return_inverse=True)
+        table = values[rows].double().requires_grad_()
+        few = vectors.detach()[:bags].double().requires_grad_()
+        truth = dot_reference(table, few, slots, offsets[: bags + 1])
+        table_grad, few_grad = torch.autograd.grad(truth, (table, few), grad[:count].double())
+        leaf = vectors.detach()[:bags].clone().requires_grad_()
+        buffer = torch.zeros(len(rows), width, device=device)
+        compact = values[rows]
+        ours = ops.row_dot(compact, leaf, slots, offsets[: bags + 1], add_value_grad_to=buffer)
+        (leaf_grad,) = torch.autograd.grad(ours, leaf, grad[:count])
+        pairs = ((ours, truth), (leaf_grad, few_grad), (buffer, table_grad))
+        return max(relative_error(a.detach(), b.detach()) for a, b in pairs)
+
+    def torchs() -> Callable[[], object]:
+        ids = row_ids.view(tokens, lookups)
+        x = vectors.detach()
+        return lambda: torch.einsum("tlv,tv->tl", values[ids], x)
+
+    if kind == "forward":
+        x = vectors.detach()
+        return Work(
+            lambda: ops.row_dot(values, x, row_ids, offsets, check_row_ids=False),
+            moved,
+            check,
+            (Rival("gather and einsum", torchs),),
+        )
+    buffer = torch.zeros(num_rows, width, device=device)
+    dots = ops.row_dot(
+        values, vectors, row_ids, offsets, check_row_ids=False, add_value_grad_to=buffer
+    )
+    # rows for the gradient of the vectors, the buffer's touched rows in and out
+    return Work(
+        lambda: torch.autograd.grad(dots, vectors, grad, retain_graph=True),
+        moved + 2 * distinct * width * 4 + tokens * width * size,
+        check,
+    )
+
+
 def topk_cases(
     sizes: list[int],
     tokens: int,
@@ -289,74 +360,3 @@ def _topk(kind: str, shape: dict[str, int], dtype: torch.dtype, device: torch.de
         check_detached,
         (Rival("torch topk", lambda: lambda: both(_torch_topk)),),
     )
-
-
-ADAM = ("fp32", "fp32, as in training", "bf16, moment per row")
-
-
-def adam_cases(widths: list[int], rows: list[int], device: torch.device) -> Iterator[Case]:
-    for width in widths:
-        for num_rows in rows:
-            for kind in ADAM:
-                shape = {"R": num_rows, "V": width}
-                dtype = torch.bfloat16 if kind.startswith("bf16") else torch.float32
-                build = partial(_adam, kind, shape, device)
-                # weights, gradient, moments, copy; as they are drawn in fp32
-                memory = num_rows * width * (11 if dtype == torch.bfloat16 else 19)
-                picked = f"{TOUCHED:.0%} of rows" if kind.endswith("training") else "all rows"
-                yield Case(f"adamw_ {kind}", shape, dtype, picked, build, memory)
-
-
-TOUCHED = 0.63
-"""Share of the rows that as many uniform lookups as there are rows touch."""
-
-
-def _adam(kind: str, shape: dict[str, int], device: torch.device) -> Work:
-    num_rows, width = shape.values()
-    options = {"step": 3, "lr": 1e-3, "weight_decay": 0.1}
-    fp32, training = kind.startswith("fp32"), kind.endswith("training")
-
-    def tables(count: int) -> list[Tensor | None]:
-        weights = torch.randn(count, width, device=device)
-        grads = torch.randn(count, width, device=device)
-        if fp32:
-            moments = torch.zeros(2, count, width, device=device).unbind()
-            return [weights, grads, *moments, torch.empty_like(weights, dtype=torch.bfloat16)]
-        first = torch.zeros(count, width, dtype=torch.bfloat16, device=device)
-        return [weights.bfloat16(), grads, first, torch.zeros(count, device=device), None]
-
-    touched = torch.rand(num_rows, device=device) < TOUCHED
-
-    def step(op: Callable[..., None], state: list[Tensor | None], seed: int | None) -> None:
-        *tensors, copy = state
-        assert tensors[0] is not None
-        rows = {"touched_r": touched[: len(tensors[0])], "clear_grads": True} if training else {}
-        op(*tensors, copy_rV=copy, seed=seed, **options, **rows)
-
-    seed = None if fp32 else 1
-    state = tables(num_rows)
-
-    def check() -> float:
-        ours = tables(min(256, num_rows))
-        twin = [None if x is None else x.clone() for x in ours]
-        step(ops.adamw_, ours, seed)
-        step(row_adam_reference.adamw_, twin, seed)
-        # the change, not the weights, must be right
-        assert ours[2] is not None and twin[2] is not None
-        assert ours[0] is not None and twin[0] is not None
-        return max(relative_error(ours[n], twin[n]) for n in (0, 2))  # type: ignore[arg-type]
-
-    # weights and moments in and out, the copy out, gradient in; in training, gradients of touched
-    # rows are read and cleared
-    gradient = 8 * float(touched.double().mean()) if training else 4
-    per_number = 26 + gradient if fp32 else 8 + gradient
-    moved = int(num_rows * width * per_number) + (0 if fp32 else 8 * num_rows)
-    moved += num_rows if training else 0
-
-    def torchs() -> Callable[[], object]:
-        parameter = torch.zeros(num_rows, width, device=device, requires_grad=True)
-        parameter.grad = state[1]
-        return torch.optim.AdamW([parameter], lr=1e-3, fused=True).step
-
-    rivals = (Rival("torch fused AdamW", torchs),) if fp32 and device.type == "cuda" else ()
-    return Work(lambda: step(ops.adamw_, state, seed), moved, check, rivals)

@@ -9,10 +9,11 @@ import triton
 from torch.nn import functional as F
 
 from megamem import ops
-from megamem.tools import bench, bench_cases, bench_published, bench_table
+from megamem.tools import bench, bench_cases, bench_published, bench_steps, bench_table
 from megamem.tools.bench_published import PublishedKernels
 
 RESULTS = sorted((Path(__file__).parent / "results").glob("*.jsonl"))
+MEASURED = {"embedding_bag", "product_topk", "adamw_", "touched_adamw_", "row_dot"}
 FIELDS = {
     "device",
     "op",
@@ -47,7 +48,7 @@ def test_writes_a_record_of_each_case_and_a_picture(tmp_path, capsys):
     options = ["--device", "cpu", "--quick", "--min-ms", "1"]
     assert bench.main([*options, "--json", str(files[0]), "--plot", str(files[1])]) == 0
     records = [json.loads(line) for line in files[0].read_text().splitlines()]
-    assert {r["op"].split()[0] for r in records} == {"embedding_bag", "product_topk", "adamw_"}
+    assert {r["op"].split()[0] for r in records} == MEASURED
     for r in records:
         assert set(r) >= FIELDS
         assert r["gbps"] == pytest.approx(r["bytes"] / r["ms"] / 1e6)
@@ -190,7 +191,8 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path, 
     assert "sparse backward T=64" in failed and "fails: RuntimeError: ptxas went away" in failed
     kept = [record.op for record in bench_table.read_records(path)]
     # the check of every bag case goes through that op, too
-    assert kept == [f"adamw_ {kind}" for kind in bench_cases.ADAM]
+    steps = [f"adamw_ {kind}" for kind in bench_steps.ADAM]
+    assert kept == [*steps, "touched_adamw_ fp32"]
 
 
 def test_a_rival_that_fails_is_left_out_and_named():
@@ -236,7 +238,7 @@ def test_where_torch_has_no_backward_in_bf16_its_rival_is_in_fp32(monkeypatch):
 def test_a_quick_run_on_a_gpu_of_80_gb_measures_every_op_at_the_size_of_a_real_run():
     args = bench._parser().parse_args(["--quick"])
     cases = list(bench._cases(args, torch.device("cuda"), None))
-    assert {case.op.split()[0] for case in cases} == {"embedding_bag", "product_topk", "adamw_"}
+    assert {case.op.split()[0] for case in cases} == MEASURED
     for case in cases:
         # what an H100 has free, as bench counts it
         assert case.memory < 0.85 * 78 * 2**30, case.op

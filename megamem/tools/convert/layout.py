@@ -33,14 +33,17 @@ LAYERS = "decoder.layers."
 STACKED = re.compile(r"decoder\.layers\.(?!\d)(?P<rest>.+)")
 SINGLE = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
 
-# linears that keep extra state in a checkpoint; without Transformer Engine's low precision it is
-# empty, and what is never asked for does no harm
+# what keeps extra state in a checkpoint: linears, and norms of Transformer Engine that stand alone;
+# without low precision it is empty, and what is never asked for does no harm
 ATTENTION_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
     "self_attention.core_attention",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
 )
 FFN_STATES = ("mlp.linear_fc1", "mlp.linear_fc2")
+FINAL_STATE = "decoder.final_layernorm._extra_state/shard_0_1"
 
 
 def layer_key(layer: int, rest: str) -> str:
@@ -54,8 +57,8 @@ def memory_key(layer: int, rest: str) -> str:
 
 
 def extra_states(num_layers: int, memory_layers: list[int], keep_ffn: bool) -> list[str]:
-    """Keys of the extra state of a memory model's linears."""
-    keys = []
+    """Keys of the extra state of a memory model's layers."""
+    keys = [FINAL_STATE]
     for layer in range(num_layers):
         states = [*ATTENTION_STATES]
         if layer not in memory_layers:

@@ -1,0 +1,112 @@
+"""What the benchmark runs of the table's optimizers; megamem.tools.bench_cases has the others."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megamem import ops
+from megamem.reference import row_adam as row_adam_reference
+from megamem.tools.bench_cases import Case, Rival, Work, relative_error
+
+ADAM = ("fp32", "fp32, as in training", "bf16, moment per row")
+TOUCHED = 0.63
+"""Share of the rows that as many uniform lookups as there are rows touch."""
+
+
+def adam_cases(widths: list[int], rows: list[int], device: torch.device) -> Iterator[Case]:
+    for width in widths:
+        for num_rows in rows:
+            for kind in ADAM:
+                shape = {"R": num_rows, "V": width}
+                dtype = torch.bfloat16 if kind.startswith("bf16") else torch.float32
+                build = partial(_adam, kind, shape, device)
+                # weights, gradient, moments, copy; as they are drawn in fp32
+                memory = num_rows * width * (11 if dtype == torch.bfloat16 else 19)
+                picked = f"{TOUCHED:.0%} of rows" if kind.endswith("training") else "all rows"
+                yield Case(f"adamw_ {kind}", shape, dtype, picked, build, memory)
+            picked, memory = f"{TOUCHED:.0%} of rows", num_rows * width * 23
+            build = partial(_lazy, shape, device)
+            yield Case("touched_adamw_ fp32", shape, torch.float32, picked, build, memory)
+
+
+def _adam(kind: str, shape: dict[str, int], device: torch.device) -> Work:
+    num_rows, width = shape.values()
+    options = {"step": 3, "lr": 1e-3, "weight_decay": 0.1}
+    fp32, training = kind.startswith("fp32"), kind.endswith("training")
+
+    def tables(count: int) -> list[Tensor | None]:
+        weights = torch.randn(count, width, device=device)
+        grads = torch.randn(count, width, device=device)
+        if fp32:
+            moments = torch.zeros(2, count, width, device=device).unbind()
+            return [weights, grads, *moments, torch.empty_like(weights, dtype=torch.bfloat16)]
+        first = torch.zeros(count, width, dtype=torch.bfloat16, device=device)
+        return [weights.bfloat16(), grads, first, torch.zeros(count, device=device), None]
+
+    touched = torch.rand(num_rows, device=device) < TOUCHED
+
+    def step(op: Callable[..., None], state: list[Tensor | None], seed: int | None) -> None:
+        *tensors, copy = state
+        assert tensors[0] is not None
+        rows = {"touched_r": touched[: len(tensors[0])], "clear_grads": True} if training else {}
+        op(*tensors, copy_rV=copy, seed=seed, **options, **rows)
+
+    seed = None if fp32 else 1
+    state = tables(num_rows)
+
+    def check() -> float:
+        ours = tables(min(256, num_rows))
+        twin = [None if x is None else x.clone() for x in ours]
+        step(ops.adamw_, ours, seed)
+        step(row_adam_reference.adamw_, twin, seed)
+        # the change, not the weights, must be right
+        assert ours[2] is not None and twin[2] is not None
+        assert ours[0] is not None and twin[0] is not None
+        return max(relative_error(ours[n], twin[n]) for n in (0, 2))  # type: ignore[arg-type]
+
+    # weights and moments in and out, the copy out, gradient in; in training, gradients of touched
+    # rows are read and cleared
+    gradient = 8 * float(touched.double().mean()) if training else 4
+    per_number = 26 + gradient if fp32 else 8 + gradient
+    moved = int(num_rows * width * per_number) + (0 if fp32 else 8 * num_rows)
+    moved += num_rows if training else 0
+
+    def torchs() -> Callable[[], object]:
+        parameter = torch.zeros(num_rows, width, device=device, requires_grad=True)
+        parameter.grad = state[1]
+        return torch.optim.AdamW([parameter], lr=1e-3, fused=True).step
+
+    rivals = (Rival("torch fused AdamW", torchs),) if fp32 and device.type == "cuda" else ()
+    return Work(lambda: step(ops.adamw_, state, seed), moved, check, rivals)
+
+
+def _lazy(shape: dict[str, int], device: torch.device) -> Work:
+    """The step of lazy_adamw: touched rows, each with counters of its own."""
+    num_rows, width = shape.values()
+
+    def tables(count: int) -> tuple[list[Tensor], Tensor]:
+        weights = torch.randn(count, width, device=device)
+        rows = (torch.rand(count, device=device) < TOUCHED).nonzero().squeeze(1)
+        grads = torch.randn(len(rows), width, device=device)
+        moments = torch.zeros(2, count, width, device=device).unbind()
+        counters = torch.zeros(2, count, dtype=torch.int32, device=device).unbind()
+        copy = torch.empty_like(weights, dtype=torch.bfloat16)
+        return [weights, rows, grads, *moments, *counters], copy
+
+    def step(op: Callable[..., None], state: list[Tensor], copy: Tensor) -> None:
+        op(*state, copy_rV=copy, step=3, lr=1e-3, weight_decay=0.1)
+
+    state, copy = tables(num_rows)
+
+    def check() -> float:
+        ours, out = tables(min(256, num_rows))
+        twin = [x.clone() for x in ours]
+        step(ops.touched_adamw_, ours, out)
+        step(row_adam_reference.touched_adamw_, twin, out.clone())
+        return max(relative_error(ours[n], twin[n]) for n in (0, 3))
+
+    # gradient in; weights and moments in and out; the copy out; counters in and out
+    moved = len(state[1]) * (width * 30 + 8 + 16)
+    return Work(lambda: step(ops.touched_adamw_, state, copy), moved, check)
