@@ -76,11 +76,29 @@ def stage_layers(config: TransformerConfig, vp_stage: int | None, pp_rank: int) 
     return list(range(start, start + get_num_layers_to_build(config, vp_stage, pp_rank)))
 
 
-def transformer_engine_norm() -> Any:
-    """What Transformer Engine's specs use for a norm that stands alone."""
-    from megatron.core.extensions.transformer_engine import TENorm
+class TransformerEngineNorm:
+    """What Transformer Engine's specs use for a norm that stands alone, saved as its weights.
 
-    return TENorm
+    The norm itself would also save an extra state, empty as it computes nothing in low precision,
+    and could not be loaded from checkpoints without one: those of other layers, and converted ones.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Megatron's arguments, Transformer Engine's module."""
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        norm = TENorm(*args, **kwargs)
+        norm.register_state_dict_post_hook(_drop_extra_state)
+        norm.register_load_state_dict_pre_hook(_supply_extra_state)
+        return norm
+
+
+def _drop_extra_state(norm: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    state.pop(f"{prefix}_extra_state", None)
+
+
+def _supply_extra_state(norm: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state.setdefault(f"{prefix}_extra_state", None)
 
 
 def without_fused_norm(mlp: Any) -> Any:

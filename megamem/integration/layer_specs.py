@@ -96,7 +96,7 @@ def with_memory(
     if submodules.pre_mlp_layernorm is IdentityOp:
         # Transformer Engine's dense layer has the norm inside linear_fc1; a memory has no such
         # linear, so the norm gets a place of its own, and a feed-forward that stays goes without
-        submodules.pre_mlp_layernorm = compat.transformer_engine_norm()
+        submodules.pre_mlp_layernorm = compat.TransformerEngineNorm
         ffn = compat.without_fused_norm(ffn)
     params: dict[str, Any] = {
         "memory": settings.memory,

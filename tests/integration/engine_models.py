@@ -127,6 +127,7 @@ class Model:
         if twin:
             local = copy.copy(self.args)
             local.transformer_impl = "local"
+            local.no_persist_layer_norm = True
             if hybrid:
                 # the spec of that name, which only knows Transformer Engine, in local layers
                 cpu_hybrid.supply_local_stack()
@@ -168,30 +169,43 @@ class Model:
         mask = torch.ones(1, 1, length, length).triu(1).bool()
         losses = model(ids[:, :-1], positions, mask, labels=ids[:, 1:])
         losses.float().mean().backward()
-        keys = {entry.data.data_ptr(): key for key, entry in pieces(model).items()}
+        keys = {
+            entry.data.untyped_storage().data_ptr(): entry.key
+            for entry in entries(model)
+            if hasattr(entry.data, "untyped_storage")
+        }
         gradients = {
-            keys[param.data_ptr()]: param.grad.float().norm().item()
+            keys[param.untyped_storage().data_ptr()]: param.grad.float().norm().item()
             for param in model.parameters()
             if param.grad is not None
         }
         return {"loss": losses.float().mean().item(), "gradients": gradients}
 
     def _through_a_checkpoint(self, folder: Path) -> dict[str, Any]:
-        """Save the model, load it into its twin, and say how they differ."""
+        """Load each of the two from a checkpoint of the other, and say how they differ."""
         from megatron.core import dist_checkpointing
 
-        saved = {key: entry.data.clone() for key, entry in pieces(self.model).items()}
-        dist_checkpointing.save(self.model.sharded_state_dict(), str(folder))
-        wanted = self.twin.sharded_state_dict()
-        loaded = dist_checkpointing.load(wanted, str(folder), strict="return_all")
-        state, *mismatches = loaded if isinstance(loaded, tuple) else (loaded,)
-        self.twin.load_state_dict(state, strict=False)
-        differ = [
-            key
-            for key, entry in pieces(self.twin).items()
-            if key not in saved or not torch.equal(saved[key], entry.data)
-        ]
-        return {"differ": differ, "mismatches": [sorted(keys) for keys in mismatches]}
+        answer = {}
+        for name, source, target in (
+            ("by Megatron's own", self.model, self.twin),
+            ("by Transformer Engine's", self.twin, self.model),
+        ):
+            (folder / name).mkdir()
+            saved = {key: entry.data.clone() for key, entry in pieces(source).items()}
+            dist_checkpointing.save(source.sharded_state_dict(), str(folder / name))
+            with torch.no_grad():
+                for param in (*target.parameters(), *source.parameters()):
+                    param.zero_()
+            # as a run that goes on does
+            state = dist_checkpointing.load(target.sharded_state_dict(), str(folder / name))
+            target.load_state_dict(state, strict=False)
+            answer[name] = [
+                key
+                for key, entry in pieces(target).items()
+                if key not in saved or not torch.equal(saved[key], entry.data)
+            ]
+            copy_by_checkpoint_key(target, source)
+        return answer
 
 
 def described(model: torch.nn.Module) -> dict[str, Any]:
@@ -213,26 +227,37 @@ def described(model: torch.nn.Module) -> dict[str, Any]:
             for key, entry in pieces(model).items()
         },
         "norms": {
-            name: module.sequence_parallel
+            name: {
+                "sequence_parallel": bool(module.sequence_parallel),
+                "around_zero": module.zero_centered_gamma,
+            }
             for name, module in model.named_modules()
             if isinstance(module, te.LayerNorm | te.RMSNorm)
         },
     }
 
 
+def entries(model: torch.nn.Module) -> list[Any]:
+    """What a model puts into a checkpoint."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    return list(nested_values(model.sharded_state_dict()))
+
+
 def pieces(model: torch.nn.Module) -> dict[str, Any]:
-    """The tensors of a checkpoint of the model, by key; a layer that is stacked has its number."""
+    """The tensors of a checkpoint of the model, by key; one that is a part has its place."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
     found = {}
-    for entry in nested_values(model.sharded_state_dict()):
+    for entry in entries(model):
         parts = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
         for part in parts:
             if isinstance(part, ShardedTensor):
-                place = "".join(f"[{at}]" for at in part.global_offset[: part.prepend_axis_num])
-                found[f"{part.key}{place}"] = part
+                found[
+                    f"{part.key}{list(part.global_offset) if any(part.global_offset) else ''}"
+                ] = part
     return found
 
 
@@ -265,6 +290,8 @@ def stand_in_for_kernels() -> None:
     te.LayerNorm.forward = _layer_norm
     te.RMSNorm.forward = _rms_norm
     te.DotProductAttention.forward = _attention
+    # its recomputation asks for the random state of the GPU
+    torch.cuda.default_generators = (torch.default_generator,)
 
 
 def _affine(module: Any, x: Tensor) -> Any:

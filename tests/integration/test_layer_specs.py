@@ -6,7 +6,6 @@ import pytest
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
     TELayerNormColumnParallelLinear,
-    TENorm,
     TERowParallelLinear,
 )
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
@@ -59,7 +58,7 @@ if hasattr(MLP, "as_mlp_submodule"):
 def test_transformer_engine_gets_the_norm_that_was_in_its_mlp(slot) -> None:
     given = _transformer_engine_spec(slot)
     changed = _with_memory(given)
-    assert changed.pre_mlp_layernorm is TENorm
+    assert changed.pre_mlp_layernorm is compat.TransformerEngineNorm
     assert changed.mlp.module is MemoryMLP and "ffn" not in changed.mlp.params
     assert changed.sharded_state_dict_keys_map == {}
     # the given spec may serve other layers
