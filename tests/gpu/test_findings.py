@@ -104,7 +104,7 @@ def test_junit_counts(tmp_path: Path) -> None:
 
 def test_files_with_tests_for_a_gpu_are_found() -> None:
     found = tests.files()
-    assert {"tests/ops/test_row_adam.py", tests.LARGE} <= set(found)
+    assert {"tests/ops/test_row_adam.py", *tests.LARGE} <= set(found)
     assert "tests/test_layout.py" not in found
 
 

@@ -1,6 +1,6 @@
 """Part: the tests that are marked gpu.
 
-Tests of tables beyond 2**31 numbers run in a process of their own beside the others, as several
+Those that fill ten GB and more run one after the other, in a process beside the others, as several
 of them at once would not fit. In a dry run, where no test is marked so, others stand in for them.
 """
 
@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 from tests.gpu import report
 from tests.gpu.machine import ROOT
 
-LARGE = "tests/ops/test_large_tables.py"
+LARGE = ("tests/ops/test_large_tables.py", "tests/kernels/test_known_answers.py")
 # what in a file says that a test of it may be marked so: tests/conftest.py marks those of a device
 USES_A_DEVICE = re.compile(r"def \w+\([^)]*\bdevice\b|\bDEVICES\b|mark\.gpu\b")
 DRY_RUN = ("tests/reference/test_placement.py", "tests/reference/test_philox.py")
@@ -73,8 +73,8 @@ def run(found: report.Report) -> None:
     if found.dry_run:
         groups = {"stand-ins": [*DRY_RUN, "-m", "not slow and not gpu"]}
     else:
-        small = [name for name in files() if name != LARGE]
-        groups = {"gpu": [*small, "-m", "gpu", *parallel], "large tables": [LARGE, "-m", "gpu"]}
+        small = [name for name in files() if name not in LARGE]
+        groups = {"gpu": [*small, "-m", "gpu", *parallel], "large": [*LARGE, "-m", "gpu"]}
     running = {name: _start(found, name, words) for name, words in groups.items()}
     problems, counts = [], []
     for name, process in running.items():
