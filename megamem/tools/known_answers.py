@@ -128,9 +128,10 @@ def _topk(
     num_keys: int = 1024,
     tokens: int = 8192,
     heads: int = 4,
+    topk: int = 32,
 ) -> KnownAnswer:
-    """bf16, each head reads 32 rows. A scale divides tokens: sub-keys are what matters."""
-    key_dim, topk = 512, 32
+    """bf16. A scale divides tokens: sub-keys are what matters."""
+    key_dim = 512
 
     def checked(device: torch.device, scale: int) -> str | None:
         return look(device, max(4, tokens // scale), heads, num_keys, key_dim, topk)
@@ -140,7 +141,7 @@ def _topk(
         count = max(4, tokens // scale) * heads
         return 24 * count * (key_dim + topk) + 60 * heads * num_keys * key_dim + 3e9 / scale**0.5
 
-    name = f"product_topk, N={num_keys}, C={key_dim}, {case}"
+    name = f"product_topk, N={num_keys}, C={key_dim}, K={topk}, {case}"
     return KnownAnswer(name, "product_topk", checked, needs)
 
 
@@ -209,6 +210,8 @@ ANSWERS: tuple[KnownAnswer, ...] = (
     _topk("whole numbers", reads.topk_is_exact, num_keys=128),
     _topk("whole numbers", reads.topk_is_exact, num_keys=4096, tokens=2048),
     _topk("whole numbers", reads.topk_is_exact, num_keys=16384, tokens=1024, heads=1),
+    _topk("whole numbers", reads.topk_is_exact, tokens=1024, topk=64),
+    _topk("whole numbers", reads.topk_is_exact, tokens=1024, topk=128),
     _topk("normal", reads.topk_is_within_rounding, tokens=2048),
     _topk("all scores equal", reads.topk_breaks_ties, tokens=1024),
     _topk("one sub-key NaN", reads.topk_shows_nan, tokens=1024),

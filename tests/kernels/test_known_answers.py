@@ -19,7 +19,7 @@ from megamem.tools.known_answers import ANSWERS, KnownAnswer, run
 CPU = torch.device("cpu")
 SMALL, SMALLEST = 4096, 16384
 INTERPRETED = (
-    "product_topk, N=128, C=512, whole numbers",
+    "product_topk, N=128, C=512, K=32, whole numbers",
     "embedding_bag, R=1048576, V=2048, forward",
     "embedding_bag, R=262144, V=2048, backward into fp32",
     "row_dot, R=262144, V=2048, forward and backward",
