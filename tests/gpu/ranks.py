@@ -29,8 +29,8 @@ CORES_PER_RUN = 2
 CLOSE = (2e-5, 2e-3)
 # seven bits of weight, and picks that flip where two scores are near
 CLOSE_IN_BF16 = (5e-2, 1e-1)
-# from the line that says that a peer is lost until the process has left. What is registered to run at
-# exit is given up to ten; NCCL's destructors were seen to take a minute
+# from the line that says that a peer is lost until the process has left: what is registered to run
+# at exit is given up to ten; NCCL's destructors were seen to take a minute
 SECONDS_TO_LEAVE = 12.0
 
 TP2 = ("--tensor-model-parallel-size", 2)

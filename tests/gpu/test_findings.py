@@ -1,5 +1,6 @@
 """What the parts of tests/gpu.sh make of what they see."""
 
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -119,8 +120,9 @@ def test_a_wait_is_counted_with_its_line(device: str) -> None:
     assert none.count == 0
     assert sites.sites["elsewhere"] == 1
     (line,) = [site for site in sites.sites if site != "elsewhere"]
-    assert line.startswith("megamem/optimizer/table_optimizer.py:")
-    assert line.endswith(" zero_grad") and sites.count == 2
+    # the innermost one of ours, wherever in the package the buffer is emptied
+    assert re.fullmatch(r"megamem/\w+(/\w+)*\.py:\d+ (zero|zero_grad)", line)
+    assert sites.count == 2
 
 
 def test_an_exception_is_a_finding_and_keeps_the_rows(tmp_path: Path) -> None:
