@@ -25,6 +25,9 @@ import torch.distributed as dist
 SECONDS_TO_TIDY = 5.0
 """What functions that run at exit are given, such as those of wandb, before the process ends."""
 
+INTERRUPTED = 130
+"""What shells say of a process that Ctrl-C ended."""
+
 SIGNS = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|broken pipe|timed? ?out|no route to host"
     r"|unreachable|read error|remote process exited|socket error",
@@ -48,9 +51,9 @@ def end_process(error: BaseException, show: Callable[..., object]) -> None:
         status = error.code if isinstance(error.code, int) else status
         if status != 0:
             leave(status)
-    elif isinstance(error, Exception):
+    else:
         show_with(show, error)
-        leave(1)
+        leave(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def show_with(show: Callable[..., object], error: BaseException) -> None:

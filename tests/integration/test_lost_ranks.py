@@ -232,7 +232,7 @@ def test_the_exit_status_is_what_it_would_have_been(left, capsys) -> None:
     assert left.pop() == 1 and len(shown) == 1
     assert "ZeroDivisionError: of zero" in capsys.readouterr().err
     lost_ranks.end_process(KeyboardInterrupt(), show)
-    assert len(left) == 3
+    assert left.pop() == 130 and len(shown) == 2
 
 
 @pytest.mark.usefixtures("one_of_two")
