@@ -34,7 +34,6 @@ def run(found: report.Report) -> None:
         for record in records[read:]:
             found.add(**record)
         read = len(records)
-        found.summary = f"{read} cases so far"
         if status is not None:
             break
     summary = f"{read} cases right"

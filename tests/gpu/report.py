@@ -50,6 +50,8 @@ class Report:
     def add(self, **row: Any) -> None:
         """One more finding; also printed, for the log."""
         self.rows.append(row)
+        if self.summary.startswith(UNFINISHED):
+            self.summary = f"{UNFINISHED}; {len(self.rows)} rows so far"
         sys.stdout.write(f"{json.dumps(row)}\n")
         sys.stdout.flush()
         self._write()

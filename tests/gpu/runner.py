@@ -98,6 +98,11 @@ class Runner:
                         running.remove(one)
                         yield outcome
                 time.sleep(0.05)
+        except KeyboardInterrupt:
+            # what they have found so far is kept
+            while running:
+                yield running.pop(0).ended("interrupted")
+            raise
         finally:
             for one in running:
                 end_marked(MARK, one.mark)
@@ -135,13 +140,10 @@ class _Running:
         seconds, status = time.monotonic() - self.started, self.process.poll()
         if status is None and seconds < self.limit:
             return None
-        # also what a part left behind
-        end_marked(MARK, self.mark)
-        self.process.wait()
-        content = self._read()
         if status is None:
-            verdict = f"ended after {seconds:.0f} s"
-        elif content.get("skipped") and status == 0:
+            return self.ended(f"ended after {seconds:.0f} s")
+        content = self.ended("").content
+        if content.get("skipped") and status == 0:
             verdict = "skipped"
         elif content.get("ok") and status == 0:
             verdict = "passed"
@@ -150,6 +152,12 @@ class _Running:
         if verdict == "failed" and not (content.get("rows") or status == 1):
             verdict = f"failed: ended with status {status}"
         return Outcome(self.part, verdict, seconds, content)
+
+    def ended(self, verdict: str) -> Outcome:
+        """Kill it, and what it left behind."""
+        end_marked(MARK, self.mark)
+        self.process.wait()
+        return Outcome(self.part, verdict, time.monotonic() - self.started, self._read())
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import signal
 import subprocess
+import threading
 import time
 from importlib import util
 from pathlib import Path
@@ -118,6 +120,35 @@ def test_what_the_clock_leaves_out_is_named_and_has_no_result(tmp_path: Path, fa
     (outcome,) = runner.run([fakes["passes"]])
     assert outcome.verdict == "not reached: the time was over" and outcome.failed
     assert not outcome.summary and not (runner.work / "passes.json").exists()
+
+
+def test_an_interrupted_run_keeps_what_was_found(
+    tmp_path: Path, fakes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs = _part("hangs")
+    monkeypatch.setattr(command, "chosen", lambda _: [hangs, fakes["passes"]])
+    result = tmp_path / "work" / "hangs.json"
+
+    class Folder:
+        def __init__(self, **_: Any) -> None: ...
+        def __enter__(self) -> str:
+            result.parent.mkdir()
+            return str(result.parent)
+
+        def __exit__(self, *_: object) -> None: ...
+
+    def stop_soon() -> None:
+        while not result.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(command, "TemporaryDirectory", Folder)
+    threading.Thread(target=stop_soon, daemon=True).start()
+    assert command.main(["--cpu", "--out", str(tmp_path / "out")]) == 1
+    first, second = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert first["verdict"] == "interrupted" and first["summary"] == "2 rows so far"
+    assert second["verdict"] == "not reached: interrupted"
+    assert not _alive(first["rows"][0]["child"])
 
 
 def test_the_command_writes_records_and_one_table(
