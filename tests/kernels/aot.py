@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -33,6 +34,7 @@ from megamem.kernels.row_adam import update_rows_
 from megamem.kernels.row_gradient import row_gradient, sort_lookups
 from tests.kernels.races import Race, find_races
 
+TRITON = ".".join(triton.__version__.split(".")[:2])
 # what a program may take of a multiprocessor's shared memory, in KiB
 SHARED_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
 ARCHITECTURES = tuple(SHARED_KIB)
@@ -43,6 +45,14 @@ NO_RACE = {
 }
 # of kernel and instruction: why it may be approximate
 MAY_APPROXIMATE: dict[tuple[str, str], str] = {}
+# of the release of Triton, kernel, case and architecture: bytes that may spill, and why
+MAY_SPILL = {
+    ("3.6", "_merge_kernel", "gradient fp32 V=1000 += fp32", 80): (
+        8,
+        "ptxas gives the kernel 32 registers and needs one more; it runs once for rows that "
+        "several chunks share",
+    )
+}
 _APPROXIMATE = re.compile(r"\b(?:[a-z0-9]+\.approx|div\.full)[.\w]*")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -61,9 +71,10 @@ class Usage(NamedTuple):
     """Instructions of the PTX that round worse than IEEE arithmetic."""
 
     def faults(self) -> list[str]:
-        """What is wrong with it, NO_RACE and MAY_APPROXIMATE apart."""
+        """What is wrong with it, apart from what the tables above allow."""
         found = []
-        if self.spilled:
+        allowed, _ = MAY_SPILL.get((TRITON, self.kernel, self.case, self.arch), (0, ""))
+        if self.spilled > allowed:
             found.append(f"{self.spilled} bytes per thread do not fit into registers")
         if self.shared > SHARED_KIB[self.arch] * 1024:
             found.append(f"more than {SHARED_KIB[self.arch]} KiB of shared memory")
@@ -153,6 +164,7 @@ def _adam(
     width: int = 2048,
     moments: bool = True,
     few: bool = False,
+    sliced: bool = False,
 ) -> Callable[[int], None]:
     def run(tokens: int) -> None:
         num_rows = 2**20
@@ -182,6 +194,8 @@ def _adam(
             copy_rV=None if random else _meta(*table, dtype=BF16),
             seed=tokens if random else None,
             row_offset=tokens,
+            column_offset=1024 * tokens if sliced else 0,
+            row_squares_r=_meta(num_rows) if sliced else None,
             touched_r=_meta(num_rows, dtype=torch.bool) if few else None,
             clear_grads=few,
         )
@@ -223,9 +237,14 @@ MORE_CASES: dict[str, Callable[[int], None]] = {
     "top-k fp16 N=16 C=20 K=8": _topk(FP16, 16, 20, 8),
     "top-k bf16 N=1 C=256 K=1": _topk(BF16, 1, 256, 1),
     "adam fp32 + bf16 copy": _adam(FP32, touched=False),
+    "adam fp32 + bf16 copy V=1024, few": _adam(FP32, touched=False, width=1024, few=True),
     "adam bf16 random": _adam(BF16, touched=False),
+    "adam bf16 random, few": _adam(BF16, touched=False, few=True),
     "sgd bf16 random, touched": _adam(BF16, touched=True, moments=False),
     "adam bf16 random, moment per row": _adam(BF16, touched=False, row_wise=True),
+    "moment per row V=512, few": _adam(BF16, touched=False, row_wise=True, width=512, few=True),
+    "moment per row, slices, few": _adam(FP32, False, row_wise=True, few=True, sliced=True),
+    "sgd fp32 V=1000, few": _adam(FP32, touched=False, moments=False, width=1000, few=True),
     "adam fp32 touched V=72": _adam(FP32, touched=True, width=72),
 }
 
