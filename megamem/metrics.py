@@ -129,9 +129,13 @@ class TableMetrics:
     places: Tensor
     """[len(PLACES)] in the tensor that is summed."""
     received: Tensor
-    """[]; lookups that arrived here, which the table counts."""
+    """[]; lookups that arrived here."""
     bytes_sent: int = 0
     laps: list[list[tuple[str, Any]]] = field(default_factory=list)
+
+    def mark(self, rows_M: Tensor) -> None:
+        """Lookups arrived here; -1 is none."""
+        self.received += (rows_M >= 0).sum()
 
     def start(self) -> Callable[[str], None]:
         """Begin to time a pass; call what is returned with the name of each part that ended."""

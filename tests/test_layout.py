@@ -18,8 +18,12 @@ MAY_IMPORT = {
     "parallel": {"ops"},
     "checkpoint": {"parallel"},
     "metrics": {"parallel"},
-    "layers": {"config", "ops", "parallel", "checkpoint", "metrics"},
-    "optimizer": {"config", "ops", "parallel", "checkpoint"},
+    "row_gradient": set(),
+    "read_counter": set(),
+    "layers": {
+        *("config", "ops", "parallel", "checkpoint", "metrics", "row_gradient", "read_counter"),
+    },
+    "optimizer": {"config", "ops", "parallel", "checkpoint", "row_gradient", "read_counter"},
     "planner": {"config"},
     "integration": {
         *("config", "ops", "parallel", "layers", "optimizer", "checkpoint", "metrics", "planner"),

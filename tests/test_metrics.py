@@ -69,7 +69,6 @@ def _model(
     )
     metrics = Metrics(_watched(num_keys), "cpu")
     layer.metrics, table.metrics = metrics.layers[LAYER], metrics.tables[TABLE]
-    table.lookups_received = table.metrics.received
     return layer, metrics
 
 
@@ -241,7 +240,6 @@ def _ranks_report_what_one_process_does() -> None:
         expected = Metrics(_watched(9), "cpu")
         alone.metrics = expected.layers[LAYER]
         alone.values.metrics = expected.tables[TABLE]
-        alone.values.lookups_received = expected.tables[TABLE].received
         alone(x)
         _fill(alone, expected, squares=9.0)
         wanted = expected.report(1)

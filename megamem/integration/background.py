@@ -13,14 +13,12 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from torch import Tensor
 
 from megamem.config import MemoryConfig
 from megamem.integration.agreement import told_by_first
 from megamem.integration.memory_mlp import counters
 from megamem.integration.saved_model import has_counters, latest_folder
 from megamem.layers.value_table import ValueTable
-from megamem.optimizer.state import BATCHES, HITS
 
 logger = logging.getLogger("megamem")
 
@@ -38,7 +36,8 @@ def load_background(
         lambda: (has_counters(args, memory), given and str(latest_folder(given)))
     )
     for table in tables.values():
-        table.hits_in_checkpoint = counted is None or (counted and folder is None)
+        assert table.reads is not None
+        table.reads.in_checkpoint = counted is None or (counted and folder is None)
     if folder is not None:
         read_counters(tables, Path(folder))
     elif memory.memory_finetune_rows is not None and not counted and dist.get_rank() == 0:
@@ -57,6 +56,6 @@ def read_counters(tables: Mapping[str, ValueTable], folder: Path) -> None:
         wanted |= counters(name, table)
     found = dist_checkpointing.load(wanted, str(folder))
     for name, table in tables.items():
-        for counter in (HITS, BATCHES):
-            kept: Tensor = getattr(table, counter)
-            kept.copy_(found[f"{name}.{counter}"])
+        assert table.reads is not None
+        table.reads.counts.copy_(found[f"{name}.read_counts"])
+        table.reads.batches.copy_(found[f"{name}.batches"])

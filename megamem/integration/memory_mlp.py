@@ -107,7 +107,7 @@ class ValueTables(MegatronModule):
             weight, placement = f"{prefix}{name}.weight", f"{prefix}{name}.placement"
             entries[weight] = sharded_piece(weight, table.weight, *of_table)
             entries[placement] = same_everywhere(placement, table.placement, *of_table)
-            if table.hits_in_checkpoint:
+            if table.reads is not None and table.reads.in_checkpoint:
                 entries |= {f"{prefix}{key}": part for key, part in counters(name, table).items()}
         return entries
 
@@ -117,13 +117,13 @@ def counters(name: str, table: ValueTable) -> dict[str, Any]:
 
     Their keys are those of optimizer state, which whoever wants the model alone leaves out.
     """
-    if table.hits is None or table.batches is None:
+    if (reads := table.reads) is None:
         return {}
     shard, replica = table.shard, table.group.replica
-    hits, batches = state_key(name, HITS), state_key(name, BATCHES)
+    counts, batches = state_key(name, HITS), state_key(name, BATCHES)
     return {
-        f"{name}.{HITS}": sharded_piece(hits, table.hits, shard, replica, per_row=True),
-        f"{name}.{BATCHES}": same_everywhere(batches, table.batches, shard, replica),
+        f"{name}.read_counts": sharded_piece(counts, reads.counts, shard, replica, per_row=True),
+        f"{name}.batches": same_everywhere(batches, reads.batches, shard, replica),
     }
 
 

@@ -81,4 +81,5 @@ def table_group(args: argparse.Namespace, memory: MemoryConfig) -> dict[str, Any
 def scale_tables(chunk: nn.Module, factor: float | torch.Tensor) -> None:
     """Scale the gradients of a model chunk's tables, without touching them."""
     for table in find_tables([chunk]).values():
-        table.grad_factor = table.grad_factor * factor
+        assert table.gradient is not None
+        table.gradient.scale(factor)

@@ -113,7 +113,6 @@ class TrainingMetrics:
                 module.metrics = self.metrics.layers[module.layer]
         for name, table in find_tables(chunks).items():
             table.metrics = self.metrics.tables[name]
-            table.lookups_received = table.metrics.received
 
     def _log(self, args: argparse.Namespace, iteration: int) -> None:
         assert self.metrics is not None and self.optimizer is not None

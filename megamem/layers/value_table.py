@@ -22,6 +22,8 @@ from megamem.parallel.routing import (
     plan_routing,
 )
 from megamem.parallel.row_shard import TableShard
+from megamem.read_counter import ReadCounter
+from megamem.row_gradient import RowGradient
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,9 @@ class ValueTable(nn.Module):
 
     One table may serve several layers (`--memory-pool shared`).
 
-    By default autograd makes a dense gradient. An optimizer that sets `grad_buffer` gets the
-    gradients of touched rows added to it, and nothing per backward is as large as the table; the
-    gradient is then `grad_factor` times the buffer, and `touched_r` says which rows have one.
-
-    It may also keep, as a part of the model's state, `hits`: in how many of the training's
-    `batches` each row was read.
+    By default autograd makes a dense gradient. An optimizer hands the table a RowGradient, to which
+    the gradients of touched rows are added, so that nothing per backward is as large as the table,
+    and a ReadCounter, which is a part of the model's state.
     """
 
     def __init__(self, config: MemoryConfig, make: WeightFactory, group: MemoryGroup) -> None:
@@ -72,18 +71,15 @@ class ValueTable(nn.Module):
         )
         self.register_buffer("placement", torch.tensor([self.placement_seed], device=make.device))
         self.placement: Tensor
-        self.grad_buffer: Tensor | None = None
-        self.grad_factor: float | Tensor = 1.0
-        self.touched_r: Tensor | None = None
-        self.lookups_r: Tensor | None = None
-        self.register_buffer("hits", None)
-        self.register_buffer("batches", None)
-        self.hits: Tensor | None
-        self.batches: Tensor | None
-        # False until a checkpoint is loaded that has none, or not those that are wanted
-        self.hits_in_checkpoint = True
-        self.lookups_received: Tensor | None = None
+        self.gradient: RowGradient | None = None
+        self.reads: ReadCounter | None = None
         self.metrics: TableMetrics | None = None
+
+    def learn_with(self, gradient: RowGradient, reads: ReadCounter | None = None) -> None:
+        """Add gradients to one that an optimizer owns, from now on, and count what is read."""
+        self.gradient, self.reads = gradient, reads
+        for name, count in reads.state.items() if reads else ():
+            self.register_buffer(name, count)
 
     def launch(
         self,
@@ -159,37 +155,27 @@ class ValueTable(nn.Module):
 
     def _buffer(self) -> Tensor | None:
         """What the backward of this pass adds to, where there is a backward."""
-        return self.grad_buffer if torch.is_grad_enabled() else None
+        if self.gradient is None or not torch.is_grad_enabled():
+            return None
+        return self.gradient.buffer
 
     def _record(self, rows_M: Tensor) -> None:
         """Note what was read, where somebody asked for it, in passes that will be learnt from."""
         if not torch.is_grad_enabled():
             return
-        if self.touched_r is not None:
-            # row -1 stands for none; it marks the spare place at the end
-            self.touched_r[rows_M] = True
-        if self.lookups_r is not None:
-            places_M = rows_M.long().remainder(len(self.lookups_r))
-            self.lookups_r.scatter_add_(
-                0, places_M, self.lookups_r.new_ones(()).expand_as(places_M)
-            )
-        if self.lookups_received is not None:
-            self.lookups_received += (rows_M >= 0).sum()
-
-    def count_reads(self) -> None:
-        """Begin to count the batches of training, and those that read each row, from zero."""
-        self.hits = torch.zeros(self.shard.shape[0], dtype=torch.int32, device=self.weight.device)
-        self.batches = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
+        for watcher in (self.gradient, self.reads, self.metrics):
+            if watcher is not None:
+                watcher.mark(rows_M)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
     ) -> None:
-        """As of any module; a state without counters leaves them as they are."""
-        for name in ("hits", "batches"):
-            if (counter := getattr(self, name)) is not None:
-                state_dict.setdefault(prefix + name, counter)
+        """As of any module; a state without counts leaves them as they are."""
+        for name, count in self.reads.state.items() if self.reads else ():
+            state_dict.setdefault(prefix + name, count)
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
-        self.hits_in_checkpoint = True
+        if self.reads:
+            self.reads.in_checkpoint = True
 
     def extra_repr(self) -> str:
         (num_rows, width), (local_rows, local_width) = self.shard.global_shape, self.shard.shape

@@ -20,7 +20,7 @@ from torch import Tensor
 MASTER = "master"
 
 HITS, BATCHES = "hits", "batches"
-"""[r], batches of training that read each row, and [1], all of them: the table's own buffers."""
+"""[r], batches of training that read each row, and [1], all of them, as a checkpoint names them."""
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,8 @@ def _in_step(rank: str, step: str, fault: Callable[[Any], None]) -> None:
 def _nan(rank: str, step: str) -> None:
     def spoil(optimizer: Any) -> None:
         for table in optimizer.tables.values():
-            table.grad_buffer[0, 0] = float("nan")
-            table.touched_r[0] = True
+            table.gradient.buffer[0, 0] = float("nan")
+            table.gradient.touched_r[0] = True
 
     _in_step(rank, step, spoil)
 
@@ -72,7 +72,7 @@ def _nan_table(rank: str, step: str) -> None:
     def spoil(optimizer: Any) -> None:
         for table in optimizer.tables.values():
             # a row that is read, so that it will be again
-            row = table.touched_r.nonzero()[0]
+            row = table.gradient.touched_r.nonzero()[0]
             table.weight.data[row, 0] = float("nan")
 
     _in_step(rank, step, spoil)

@@ -16,6 +16,7 @@ from megamem.layers.memory import MemoryLayer
 from megamem.layers.value_table import ValueTable
 from megamem.parallel.memory_group import MemoryGroup, form, partition
 from megamem.parallel.row_shard import even_counts
+from megamem.row_gradient import RowGradient
 from tests.helpers.distributed import run_distributed
 
 HIDDEN, SEED = 16, 1234
@@ -129,7 +130,7 @@ def _matches_one_process(case: Case) -> None:
     tables = [module for module in many.table.modules() if isinstance(module, ValueTable)]
     for table in tables if case.buffer else []:
         table.weight.requires_grad_(False)
-        table.grad_buffer = torch.zeros_like(table.weight)
+        table.learn_with(RowGradient(table.weight, table.weight.dtype))
     counts = list(case.counts or even_counts(tokens, world))
 
     def mine(x: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ def _matches_one_process(case: Case) -> None:
     torch.testing.assert_close(part.grad, mine(whole.grad))
     for table in tables:
         if case.buffer:
-            table.weight.grad = table.grad_buffer
+            table.weight.grad = table.gradient.buffer
         if memory_group.replicas is not None:
             dist.all_reduce(table.weight.grad, group=memory_group.replicas)
     theirs = dict(alone.named_parameters())

@@ -13,6 +13,7 @@ from megamem.layers.memory import MemoryLayer
 from megamem.layers.value_table import ValueTable
 from megamem.ops import unplace_rows
 from megamem.parallel.memory_group import MemoryGroup
+from megamem.row_gradient import RowGradient
 from tests.helpers.distributed import run_distributed
 from tests.layers.test_memory import HIDDEN, Case, _all_cases, _config
 
@@ -122,13 +123,13 @@ def test_experts_learn_what_nothing_else_wants() -> None:
     _, table, layer = _build()
     for module in (table, table.u):
         module.weight.requires_grad_(False)
-        module.grad_buffer = torch.zeros_like(module.weight)
-        module.touched_r = torch.zeros(len(module.weight) + 1, dtype=torch.bool)
+        module.learn_with(RowGradient(module.weight, module.weight.dtype))
     x_TD = torch.randn(4, HIDDEN, dtype=torch.float64)
     row_ids_TL, weights_TL = (y.detach() for y in layer.keys(layer.query(x_TD)))
     table(row_ids_TL, weights_TL, [4], x_TD).sum().backward()
     for module in (table, table.u):
-        assert (module.grad_buffer.abs().sum(1) > 0).equal(module.touched_r[:-1])
+        gradient = module.gradient
+        assert (gradient.buffer.abs().sum(1) > 0).equal(gradient.touched_r)
 
 
 def _cases(world: int) -> list[Case]:

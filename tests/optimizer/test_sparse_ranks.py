@@ -42,8 +42,8 @@ def _build(config, group: MemoryGroup) -> tuple[ValueTable, TableOptimizer]:
     table.weight.requires_grad_(False)
     optimizer = _optimizer(table, config)
     if config.memory_finetune_rows is not None:
-        table.hits.copy_(HITS[table.shard.rows.local])
-        table.batches.fill_(BATCHES)
+        table.reads.counts.copy_(HITS[table.shard.rows.local])
+        table.reads.batches.fill_(BATCHES)
     return table, optimizer
 
 
@@ -73,8 +73,8 @@ def _matches(group: MemoryGroup, size: int, wire: str, kind: str, limit: int | N
         dist.all_reduce(low, dist.ReduceOp.MIN, group=group.replicas)
         dist.all_reduce(high, dist.ReduceOp.MAX, group=group.replicas)
         assert torch.equal(low, high)
-    assert torch.equal(many.hits, alone.hits[piece[0]])
-    assert torch.equal(many.batches, alone.batches)
+    assert torch.equal(many.reads.counts, alone.reads.counts[piece[0]])
+    assert torch.equal(many.reads.batches, alone.reads.batches)
     if limit is not None:
         total = optimizer.chosen["t"].clone()
         dist.all_reduce(total)

@@ -19,6 +19,8 @@ from megamem.optimizer.sparse_rows import choose_rows, rarity
 from megamem.optimizer.state import MASTER
 from megamem.parallel.memory_group import MemoryGroup
 from megamem.parallel.row_shard import RowShard
+from megamem.read_counter import ReadCounter
+from megamem.row_gradient import RowGradient
 from tests.optimizer.test_table_optimizer import (
     BETAS,
     DECAY,
@@ -78,8 +80,8 @@ def _background(table: ValueTable) -> tuple[list[int], int]:
     """Some rows read always, some never, some now and then."""
     batches = 8
     hits = [(0, 8, 3, 5)[row % 4] for row in range(len(table.weight))]
-    table.hits.copy_(torch.tensor(hits))
-    table.batches.fill_(batches)
+    table.reads.counts.copy_(torch.tensor(hits))
+    table.reads.batches.fill_(batches)
     return hits, batches
 
 
@@ -135,10 +137,10 @@ def test_only_chosen_rows_move_and_only_then(kind: str, microbatches: int, limit
         for name, state in optimizer.state[table.weight].items():
             others = [row for row in range(ROWS) if row not in rows]
             assert torch.equal(state[others], kept[name][others]), name
-        assert not table.grad_buffer.any() and not table.touched_r.any()
-        assert not table.lookups_r.any()
+        assert not table.gradient.buffer.any() and not table.gradient.touched_r.any()
+        assert not table.reads.lookups_r.any()
     torch.testing.assert_close(table.weight.detach(), _of_chosen(start, grads, chosen, kind))
-    assert table.hits.tolist() == hits and table.batches.tolist() == [batches]
+    assert table.reads.counts.tolist() == hits and table.reads.batches.tolist() == [batches]
     lookups = [
         sum((place_rows(pairs, NUM_KEYS, 0) == row).sum() for row in rows)
         for rows, (pairs, _, _) in zip(chosen, _batches(torch.float64), strict=True)
@@ -162,7 +164,7 @@ def test_a_bf16_table_and_its_master_stay_bit_for_bit(kind: str, random: bool) -
         before = [table.weight.detach().clone(), state.get(MASTER, torch.zeros(ROWS, 1)).clone()]
         _read(table, batch)
         optimizer.choose()
-        rows = table.touched_r[:-1].nonzero().squeeze(1).tolist()
+        rows = table.gradient.touched_r.nonzero().squeeze(1).tolist()
         assert len(rows) == 2
         optimizer.step()
         others = [row for row in range(ROWS) if row not in rows]
@@ -186,7 +188,7 @@ def test_training_counts_the_batches_that_read_a_row() -> None:
             continue
         optimizer.step()
         expected[place_rows(batch[0], NUM_KEYS, 0).unique()] += 1
-    assert table.hits.equal(expected) and table.batches.tolist() == [
+    assert table.reads.counts.equal(expected) and table.reads.batches.tolist() == [
         len(_batches(torch.float64)) - 1
     ]
     assert expected.unique().numel() > 2
@@ -200,11 +202,11 @@ def test_a_skipped_batch_leaves_no_lookups_and_a_nan_outside_the_choice_shows() 
     first, second, *_ = _batches(torch.float64)
     chosen = _expected_rows(1, hits, batches)
     _read(table, first)
-    table.grad_buffer[[row for row in range(ROWS) if row not in chosen[0]]] = float("nan")
+    table.gradient.buffer[[row for row in range(ROWS) if row not in chosen[0]]] = float("nan")
     assert not optimizer.squared_norm()["t"].isfinite()
     optimizer.zero_grad()
     before = table.weight.detach().clone()
-    table.grad_buffer.zero_()
+    table.gradient.buffer.zero_()
     _read(table, second)
     optimizer.choose()
     optimizer.step()
@@ -242,16 +244,19 @@ def test_a_state_without_counters_leaves_those_that_there_are() -> None:
     table, other = _table(config, torch.float64), _table(config, torch.float64)
     bare = other.state_dict()
     assert sorted(bare) == ["placement", "weight"]
-    table.count_reads()
+    table.learn_with(RowGradient(table.weight), ReadCounter(table.weight))
     _background(table)
     whole = {name: tensor.clone() for name, tensor in table.state_dict().items()}
-    table.hits_in_checkpoint = False
+    table.reads.in_checkpoint = False
     table.load_state_dict(bare)
-    assert table.hits_in_checkpoint
-    assert all(torch.equal(table.state_dict()[name], whole[name]) for name in ("hits", "batches"))
-    other.count_reads()
+    assert table.reads.in_checkpoint
+    names = ("read_counts", "batches")
+    assert all(torch.equal(table.state_dict()[name], whole[name]) for name in names)
+    other.learn_with(RowGradient(other.weight), ReadCounter(other.weight))
     other.load_state_dict(whole)
-    assert torch.equal(other.hits, table.hits) and other.batches.tolist() == [8]
+    assert torch.equal(other.reads.counts, table.reads.counts) and other.reads.batches.tolist() == [
+        8
+    ]
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_each_optimizer_is_its_reference(kind: str, microbatches: int) -> None:
         for part in range(microbatches):
             _read(table, batch, slice(part * 4 // microbatches, (part + 1) * 4 // microbatches))
         optimizer.step()
-        assert not table.grad_buffer.any() and not table.touched_r.any()
+        assert not table.gradient.buffer.any() and not table.gradient.touched_r.any()
     torch.testing.assert_close(table.weight.detach(), expected)
     assert optimizer.table_steps == STEPS
 
@@ -155,7 +155,7 @@ def test_a_scaled_gradient_is_a_gradient_times_the_scale(kind: str) -> None:
         table = _table(config, torch.float64)
         optimizer = _optimizer(table, config)
         for pairs, weights, grads in _batches(torch.float64):
-            table.grad_factor = factor
+            table.gradient.factor = factor
             _read(table, (pairs, weights, grads / (factor * scale)))
             optimizer.step(scale)
         results.append(table.weight.detach())
@@ -169,12 +169,12 @@ def test_the_norm_is_that_of_the_dense_gradient() -> None:
     optimizer = _optimizer(table, config)
     batch, dense = _batches(torch.float64)[0], _dense_gradients(torch.float64)[0]
     _read(table, batch)
-    table.grad_factor = torch.tensor(3.0)
+    table.gradient.factor = torch.tensor(3.0)
     squares = optimizer.squared_norm()["t"]
     torch.testing.assert_close(squares, 9 * dense.square().sum())
     assert optimizer.count_zeros() == (dense == 0).sum()
     optimizer.zero_grad()
-    assert not optimizer.squared_norm()["t"].any() and table.grad_factor == 1.0
+    assert not optimizer.squared_norm()["t"].any() and table.gradient.factor == 1.0
 
 
 def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_can_be_dropped() -> None:
@@ -187,7 +187,7 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_can_be_dropped() ->
     _read(table, (pairs, weights, grads))
     assert not optimizer.squared_norm()["t"].isfinite()
     optimizer.zero_grad()
-    assert torch.equal(table.weight, before) and not table.grad_buffer.any()
+    assert torch.equal(table.weight, before) and not table.gradient.buffer.any()
 
 
 def test_evaluation_leaves_no_trace() -> None:
@@ -197,7 +197,7 @@ def test_evaluation_leaves_no_trace() -> None:
     pairs, weights, _ = _batches(torch.float32)[0]
     with torch.no_grad():
         table(pairs, weights, [len(pairs)])
-    assert not table.touched_r.any()
+    assert not table.gradient.touched_r.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -261,9 +261,9 @@ def test_state_takes_the_bytes_the_planner_counts(kind: str, random: bool, dtype
     wide = sum(x.nbytes for x in state.values() if x.dim() == 2)
     narrow = sum(x.nbytes for x in state.values() if x.dim() == 1)
     assert wide == planned.optimizer * table.weight.numel()
-    assert narrow + table.hits.nbytes == planned.per_row * rows
+    assert narrow + table.reads.counts.nbytes == planned.per_row * rows
     assert table.weight.nbytes == planned.weights * table.weight.numel()
-    assert table.grad_buffer.nbytes == planned.gradient * table.weight.numel()
+    assert table.gradient.buffer.nbytes == planned.gradient * table.weight.numel()
 
 
 def test_ranks_without_a_table_have_an_optimizer_too() -> None:
