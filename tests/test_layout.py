@@ -8,7 +8,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megamem"
-MAX_LINES = 400
 
 MAY_IMPORT = {
     "config": set(),
@@ -48,9 +47,6 @@ BANNED = {
     r"[^\x00-\x7f]": ("ASCII only", set()),
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-ALL_FILES = sorted(
-    path for room in ("megamem", "examples", "tests") for path in (ROOT / room).rglob("*.py")
-)
 
 
 def _room(path: Path) -> str:
@@ -90,11 +86,6 @@ def test_file_says_nothing_banned(path: Path):
     for pattern, (reason, rooms) in BANNED.items():
         found = re.search(pattern, path.read_text())
         assert not found or _room(path) in rooms, f"{found[0]!r}: {reason}"
-
-
-@pytest.mark.parametrize("path", ALL_FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_file_is_short(path: Path):
-    assert len(path.read_text().splitlines()) <= MAX_LINES
 
 
 def test_no_arrow_points_back():

@@ -6,7 +6,10 @@ from pathlib import Path
 
 from megamem.__main__ import COMMANDS
 from megamem.config import MemoryConfig, flag
+from megamem.tools import markers
+from megamem.tools.bench_table import markdown, read_records
 from megamem.tools.flag_table import flag_table, rewrite
+from tests.bench import stage_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -18,6 +21,19 @@ def test_the_table_of_flags_is_what_the_settings_say() -> None:
     assert len(rows) == len(dataclasses.fields(MemoryConfig))
     for row, field in zip(rows, dataclasses.fields(MemoryConfig), strict=True):
         assert row.startswith(f"| `{flag(field.name)}` |") and len(row.split(" | ")[-1]) > 20
+
+
+def test_the_tables_of_measurements_are_what_the_records_say() -> None:
+    rewritten = stage_table.rewrite(README)
+    assert rewritten == README, "run: python -m tests.bench.stage_table README.md"
+    found = stage_table.records()
+    assert sum(row["stage"] in README for row in found[0]["rows"]) == len(found[0]["rows"]) > 5
+    records = [
+        r for path in sorted(stage_table.RESULTS.glob("*.jsonl")) for r in read_records(path)
+    ]
+    table = markers.rewrite(README, "bench", markdown(records).rstrip("\n"))
+    command = "python -m megamem bench --table tests/bench/results/*.jsonl --into README.md"
+    assert table == README, f"run: {command}"
 
 
 def test_every_subcommand_is_named() -> None:

@@ -1,0 +1,86 @@
+"""The README's tables of stages and of forms of ops, made from the records of runs on GPUs.
+
+python -m tests.bench.stage_table README.md     rewrites them there
+
+A record is a JSON file under results/ that holds `rows` with a stage and its ms: `stages.json` of
+`bash tests/gpu.sh`, or one written by hand, with the floor that bytes set, notes, and forms.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megamem.tools import markers
+from megamem.tools.bench_table import numbers
+
+RESULTS = Path(__file__).parent / "results"
+MARKER = "stages"
+
+
+def records(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """What every file of stages holds, the newest run first."""
+    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    staged = [record for record in found if any("stage" in row for row in record.get("rows", ()))]
+    return sorted(staged, key=lambda record: record["started"], reverse=True)
+
+
+def tables(found: list[dict[str, Any]]) -> str:
+    """Markdown: of each run its machine in a line, its stages, and its forms where it has some."""
+    return "\n\n".join(
+        part for record in found for part in (_stages(record), _forms(record)) if part
+    )
+
+
+def _stages(record: dict[str, Any]) -> str:
+    sizes = numbers(record["sizes"]) + "; " if "sizes" in record else ""
+    lines = [
+        f"{record['device']}, torch {record['torch']}, Triton {record['triton']}; {sizes}commit "
+        f"{record['commit']}; {record['command']}",
+        "",
+        "| stage | ms | floor by bytes, ms | |",
+        "|---|---:|---:|---|",
+    ]
+    for row in record["rows"]:
+        if "ms" in row and "stage" in row:
+            floor = row.get("floor_ms")
+            cells = (row["stage"], f"{row['ms']:g}", "" if floor is None else f"{floor:g}")
+            lines.append(f"| {' | '.join(cells)} | {row.get('note', '')} |")
+    return "\n".join(lines)
+
+
+def _forms(record: dict[str, Any]) -> str:
+    """One line a shape, one column a form."""
+    forms = record.get("forms", [])
+    if not forms:
+        return ""
+    names = list(dict.fromkeys((form["op"], form["form"]) for form in forms))
+    shapes = list(dict.fromkeys((form["op"], numbers(form["shape"])) for form in forms))
+    lines = [
+        "| op | shape | " + " | ".join(f"{form}, ms" for _, form in names) + " |",
+        "|---|---|" + "---:|" * len(names),
+    ]
+    for op, shape in shapes:
+        of = {
+            form["form"]: f"{form['ms']:g}"
+            for form in forms
+            if (form["op"], numbers(form["shape"])) == (op, shape)
+        }
+        times = " | ".join(of.get(form, "") for _, form in names)
+        lines.append(f"| `{op}` {forms[0]['dtype']} | {shape} | {times} |")
+    return "\n".join(lines)
+
+
+def rewrite(readme: str) -> str:
+    """The same text with the tables between its markers as they should be."""
+    return markers.rewrite(readme, MARKER, tables(records()))
+
+
+def main() -> None:
+    """Rewrite the tables in the file named on the command line."""
+    path = Path(sys.argv[1])
+    path.write_text(rewrite(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
