@@ -40,9 +40,18 @@ def _captures_memory(args: argparse.Namespace) -> bool:
     return names != {"attn"} or args.cuda_graph_impl != "transformer_engine"
 
 
-def _recomputes_norm_in_low_precision(args: argparse.Namespace) -> bool:
-    low = getattr(args, "fp8", None) or getattr(args, "fp4", None)
-    return bool(low) and "layernorm" in (getattr(args, "recompute_modules", None) or [])
+def _recomputes_in_low_precision(module: str) -> Callable[[argparse.Namespace], bool]:
+    def applies(args: argparse.Namespace) -> bool:
+        low = getattr(args, "fp8", None) or getattr(args, "fp4", None)
+        return bool(low) and module in (getattr(args, "recompute_modules", None) or [])
+
+    return applies
+
+
+def _recomputes_memory_in_low_precision(args: argparse.Namespace) -> bool:
+    """Unless a feed-forward stays: what Transformer Engine recomputes must hold layers of its."""
+    kept = getattr(args, "memory_keep_ffn", False)
+    return not kept and _recomputes_in_low_precision("mlp")(args)
 
 
 REFUSALS = (
@@ -84,9 +93,15 @@ REFUSALS = (
     ),
     Refusal(
         "--recompute-modules layernorm in fp8 or fp4",
-        _recomputes_norm_in_low_precision,
+        _recomputes_in_low_precision("layernorm"),
         "a memory layer has no linear_fc1 to keep the norm's input for",
         "drop layernorm from --recompute-modules",
+    ),
+    Refusal(
+        "--recompute-modules mlp in fp8 or fp4",
+        _recomputes_memory_in_low_precision,
+        "Transformer Engine recomputes only what holds layers of its own",
+        "drop mlp from --recompute-modules, or recompute all with --recompute-granularity full",
     ),
     Refusal(
         "--overlap-moe-expert-parallel-comm",

@@ -40,6 +40,12 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # noq
 
 from megamem.integration import cpu_hybrid, cpu_torch  # noqa: E402
 
+ALONE_AND_FUSED = (
+    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+)
+"""Keys of norms, and of the same norms inside the linear behind them."""
+
 SEEN_IN_FP8: set[str] = set()
 """Names of modules that ran where Transformer Engine computes in fp8."""
 
@@ -55,6 +61,10 @@ def main() -> None:
     from megamem.integration.launcher import attach
 
     attach()
+    from megatron.core.transformer.moe import moe_utils
+
+    # the scores of a router, which torch then computes
+    moe_utils.te_general_gemm = None
     for line in sys.stdin:
         with tempfile.NamedTemporaryFile("w+") as answer:
             # Megatron keeps a run in globals; a copy of this process has them to itself
@@ -89,6 +99,7 @@ class Model:
         twin: bool = False,
         train: bool = False,
         folder: str | None = None,
+        load: str | None = None,
     ) -> None:
         """Build it.
 
@@ -99,7 +110,8 @@ class Model:
             hybrid: of a pattern, as pretrain_hybrid.py builds it.
             twin: also build what the same flags with --transformer-impl local build.
             train: compute losses and gradients; of both, with the weights of the twin.
-            folder: save the model there as a checkpoint, and load it into the twin.
+            folder: save both there as checkpoints, and load each from that of the other.
+            load: first take the weights of the checkpoint in this folder.
         """
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
         if world == 1:
@@ -132,7 +144,7 @@ class Model:
                 # the spec of that name, which only knows Transformer Engine, in local layers
                 cpu_hybrid.supply_local_stack()
             self.twin = self._built(local)
-        self.train, self.folder = train, folder
+        self.train, self.folder, self.load = train, folder, load
 
     def _built(self, args: Any) -> torch.nn.Module:
         from megatron.core.process_groups_config import ProcessGroupCollection
@@ -149,6 +161,11 @@ class Model:
         answer: dict[str, Any] = {"model": described(self.model)}
         if self.twin is not None:
             answer["twin"] = described(self.twin)
+        if self.load:
+            from megatron.core import dist_checkpointing
+
+            wanted = {"model": self.model.sharded_state_dict()}
+            self.model.load_state_dict(dist_checkpointing.load(wanted, self.load)["model"])
         if self.folder:
             answer["loaded"] = self._through_a_checkpoint(Path(self.folder))
         if self.train:
@@ -198,7 +215,7 @@ class Model:
                     param.zero_()
             # as a run that goes on does
             state = dist_checkpointing.load(target.sharded_state_dict(), str(folder / name))
-            target.load_state_dict(state, strict=False)
+            target.load_state_dict(state)
             answer[name] = [
                 key
                 for key, entry in pieces(target).items()
@@ -266,7 +283,13 @@ def copy_by_checkpoint_key(source: torch.nn.Module, target: torch.nn.Module) -> 
     given = pieces(source)
     with torch.no_grad():
         for key, entry in pieces(target).items():
-            entry.data.copy_(given[key].data)
+            # Megatron's own layers save the norm before experts as if it were fused, and those of
+            # a hybrid model do so with none
+            names = [key]
+            for alone, fused in ALONE_AND_FUSED:
+                names += [key.replace(alone, fused), key.replace(fused, alone)]
+            name = next(name for name in names if name in given)
+            entry.data.copy_(given[name].data)
 
 
 def watch(model: torch.nn.Module) -> None:
