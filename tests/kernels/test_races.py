@@ -31,7 +31,7 @@ TTGIR = """
 #layout = #ttg.linear<{register = [], lane = [[1], [2], [4]], warp = [[8], [16]], block = []}>
 #loc = loc("kernel.py":1:0)
 module attributes {"ttg.num-warps" = 4 : i32, "ttg.threads-per-warp" = 32 : i32} {
-  tt.func public @kernel(%x: !tt.ptr<f32> loc("x"(#loc)), %n: i64 loc("n"(#loc))) {
+  tt.func public @kernel(%x: !tt.ptr<f32> loc("x"(#loc)), %y: !tt.ptr<f32>, %n: i64, %c: i1) {
     %range = tt.make_range {end = 32 : i32, start = 0 : i32} : tensor<32xi32, #layout> loc(#loc)
     %splat = tt.splat %x : !tt.ptr<f32> -> tensor<32x!tt.ptr<f32>, #layout> loc(#loc)
     %0 = tt.addptr %splat, %range : tensor<32x!tt.ptr<f32>, #layout>, tensor<32xi32, #layout>
@@ -41,11 +41,12 @@ module attributes {"ttg.num-warps" = 4 : i32, "ttg.threads-per-warp" = 32 : i32}
   } loc(#loc)
 } loc(#loc)
 """
+ARGUMENTS = ["x", "y", "n", "c"]
 LOAD = "%1 = tt.load"
 
 
 def test_a_store_by_the_thread_that_loaded_is_clean():
-    assert find_races(TTGIR, ["x", "n"]) == []
+    assert find_races(TTGIR, ARGUMENTS) == []
 
 
 @pytest.mark.parametrize(
@@ -70,18 +71,69 @@ def test_a_store_by_the_thread_that_loaded_is_clean():
 )
 def test_what_the_check_does_not_know_is_no_excuse(line, argument, message):
     store = "tt.store %x, %n : !tt.ptr<f32>"
-    races = find_races(TTGIR.replace(LOAD, f"{store}\n{line}\n{LOAD}"), ["x", "n"])
+    races = find_races(TTGIR.replace(LOAD, f"{store}\n{line}\n{LOAD}"), ARGUMENTS)
     assert any(race.argument == argument and message in race.message for race in races), races
-    assert not find_races(TTGIR.replace(LOAD, f"{store}\nttg.barrier all\n{LOAD}"), ["x", "n"])
+    assert not find_races(TTGIR.replace(LOAD, f"{store}\nttg.barrier all\n{LOAD}"), ARGUMENTS)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "tt.store POINTER, %n : !p",
+        """%p = scf.if %c -> (!p) {
+          scf.yield %y : !p
+        } else {
+          scf.yield POINTER : !p
+        }
+        tt.store %p, %n : !p""",
+        """%p:2 = scf.for %i = %n to %n step %n iter_args(%k = %n, %q = %y) -> (i64, !p) : i64 {
+          %r = tt.addptr POINTER, %k : !p, i64
+          scf.yield %k, %r : i64, !p
+        }
+        tt.store %p#1, %n : !p""",
+        """scf.for %i = %n to %n step %n iter_args(%q = POINTER) -> (!p) : i64 {
+          tt.store %q, %n : !p
+          scf.yield %y : !p
+        }""",
+        """%p = scf.while (%q = %y) : (!p) -> !p {
+          %r = arith.select %c, POINTER, %q : !p
+          scf.condition(%c) %r : !p
+        } do {
+        ^bb0(%q: !p):
+          scf.yield %q : !p
+        }
+        tt.store %p, %n : !p""",
+        """scf.while (%q = %y) : (!p) -> !p {
+          scf.condition(%c) %q : !p
+        } do {
+        ^bb0(%q: !p):
+          tt.store %q, %n : !p
+          scf.yield POINTER : !p
+        }""",
+        """%s = tt.splat POINTER : !p -> tensor<32x!p, #layout>
+        %t = ttg.convert_layout %s : tensor<32x!p, #layout> -> tensor<32x!p, #other>
+        %u = tt.bitcast %t : tensor<32x!p, #other> -> tensor<32x!p, #other>
+        tt.atomic_rmw fadd, acq_rel, gpu, %u, %n, %c : (tensor<32x!p, #other>, i32, i1) -> i32""",
+    ],
+    ids=["itself", "if", "for", "in a for", "while", "in a while", "converted"],
+)
+def test_a_pointer_is_followed_to_its_argument(lines):
+    def raced(pointer: str) -> set[str]:
+        text = lines.replace("POINTER", pointer).replace("!p", "!tt.ptr<f32>")
+        races = find_races(TTGIR.replace(LOAD, f"{text}\n{LOAD}"), ARGUMENTS)
+        return {race.argument for race in races}
+
+    assert "x" in raced("%x")
+    assert "x" not in raced("%y")
 
 
 def test_text_that_is_not_ttgir_is_refused():
     with pytest.raises(ValueError, match="not TTGIR"):
         find_races("module {}", [])
     with pytest.raises(ValueError, match="braces"):
-        find_races(TTGIR.replace("} loc(#loc)\n} loc", "} loc"), ["x", "n"])
+        find_races(TTGIR.replace("} loc(#loc)\n} loc", "} loc"), ARGUMENTS)
     with pytest.raises(ValueError, match="before it is defined"):
-        find_races(TTGIR.replace("%splat, %range", "%splat, %rang"), ["x", "n"])
+        find_races(TTGIR.replace("%splat, %range", "%splat, %rang"), ARGUMENTS)
 
 
 TYPE = "tensor<{}x!tt.ptr<f32>, {}>"
