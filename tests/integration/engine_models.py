@@ -53,18 +53,7 @@ SEEN_IN_FP8: set[str] = set()
 def main() -> None:
     """Answer jobs until standard input ends."""
     answers, sys.stdout = sys.stdout, sys.stderr
-    cpu_torch.redirect_tensors()
-    cpu_torch.stand_in_for_cuda()
-    stand_in_for_kernels()
-    # the tracker of random states forks the only generator there is, and puts it back
-    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
-    from megamem.integration.launcher import attach
-
-    attach()
-    from megatron.core.transformer.moe import moe_utils
-
-    # the scores of a router, which torch then computes
-    moe_utils.te_general_gemm = None
+    prepare()
     for line in sys.stdin:
         with tempfile.NamedTemporaryFile("w+") as answer:
             # Megatron keeps a run in globals; a copy of this process has them to itself
@@ -85,6 +74,22 @@ def main() -> None:
             answer.seek(0)
             answers.write(answer.read() + "\n")
             answers.flush()
+
+
+def prepare() -> None:
+    """Make this process one in which models can be built, and import Megatron."""
+    cpu_torch.redirect_tensors()
+    cpu_torch.stand_in_for_cuda()
+    stand_in_for_kernels()
+    # the tracker of random states forks the only generator there is, and puts it back
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    from megamem.integration.launcher import attach
+
+    attach()
+    from megatron.core.transformer.moe import moe_utils
+
+    # the scores of a router, which torch then computes
+    moe_utils.te_general_gemm = None
 
 
 class Model:

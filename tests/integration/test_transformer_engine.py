@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from megamem.checkpoint import SHARED, table_key
 from tests.helpers.megatron_runs import MOCK_DATA, MODEL, ROOT, SWITCHES, TRAINING, run_training
 
 pytestmark = [
@@ -239,7 +240,7 @@ def test_tensor_parallel_ranks_hold_what_they_would_of_megatrons_own_layers():
             here, all_of_it = shapes[name]
             assert [2 * here[0], *here[1:]] == all_of_it or [here[0], 2 * here[1]] == all_of_it
         linears = ("linear_qkv.weight", "linear_proj.weight", "fc1.weight", "fc2.weight")
-        tables = ("word_embeddings.weight", "tables.shared.weight")
+        tables = ("word_embeddings.weight", table_key(SHARED))
         assert all(name.endswith((*linears, *tables)) for name in cut), cut
         # under sequence parallelism a rank sees its own tokens only, so that the gradients of what
         # is not cut are summed; Megatron does so where this mark is
@@ -370,3 +371,23 @@ def test_every_command_line_of_the_gpu_part_builds_its_model(tmp_path):
     wrong = {row["name"]: row["verdict"] for row in found["rows"] if row["verdict"] != "passed"}
     assert not wrong and found["ok"] and done.returncode == 0, done.stderr[-3000:]
     assert len(found["rows"]) > 15
+
+
+WATCHED = """
+import json, sys
+from tests.gpu import engine_run
+from tests.integration import engine_models
+engine_models.prepare()
+engine_run.watch()
+engine_models.Model(json.loads(sys.argv[1]), train=True).found()
+"""
+
+
+def test_a_run_of_the_gpu_part_says_in_what_precision_it_computes():
+    flags = json.dumps(command_line(*MEMORY, "--bf16"))
+    command = [sys.executable, "-c", WATCHED, flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert re.findall("precision of .*", done.stdout) == [
+        "precision of linears: torch.bfloat16",
+        "precision of memories: torch.bfloat16, table torch.bfloat16, read-out torch.bfloat16",
+    ], done.stderr[-2000:]
