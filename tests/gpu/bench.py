@@ -23,7 +23,10 @@ def run(found: report.Report) -> None:
     words = ["--quick", "--min-ms", str(min_ms), "--json", str(path)]
     if (published := os.environ.get("PUBLISHED")) and not found.dry_run:
         words += ["--published", published]
-    process = subprocess.Popen([sys.executable, "-m", "megamem", "bench", *words], cwd=ROOT)
+    command = [sys.executable, "-m", "megamem", "bench", *words]
+    said = found.out / "bench_output.log"
+    with said.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
     read = 0
     while True:
         try:
@@ -36,12 +39,19 @@ def run(found: report.Report) -> None:
         read = len(records)
         if status is not None:
             break
+    problems = _problems(said.read_text())
     summary = f"{read} cases right"
-    if status != 0:
-        summary = f"megamem bench ended with {status} after {read} cases; see the log"
-    elif not found.dry_run:
+    if status != 0 and not problems:
+        problems = [f"megamem bench ended with {status}; see the log"]
+    elif not problems and not found.dry_run:
         summary += f"; {_slowest(found.rows)}"
-    found.finish(status == 0 and read > 0, summary)
+    found.finish(status == 0 and read > 0 and not problems, "; ".join([summary, *problems]))
+
+
+def _problems(said: str) -> list[str]:
+    """What bench found wrong, and what it left out because it did not fit."""
+    marks = ("megamem: error: ", "skipped: ")
+    return [line.strip() for line in said.splitlines() if line.strip().startswith(marks)]
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

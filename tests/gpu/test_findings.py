@@ -145,6 +145,14 @@ def test_a_rival_that_is_faster_is_named() -> None:
     )
 
 
+def test_a_case_that_bench_leaves_out_is_a_problem() -> None:
+    said = "adamw_  R=8\nskipped: adamw_ R=2: it takes 90 GiB\nmegamem: error: bag is wrong\n"
+    assert bench._problems(said) == [
+        "skipped: adamw_ R=2: it takes 90 GiB",
+        "megamem: error: bag is wrong",
+    ]
+
+
 def test_wheels_are_unpacked_side_by_side(tmp_path: Path) -> None:
     wheels, site = tmp_path / "wheels", tmp_path / "site"
     wheels.mkdir()
