@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.gpu.machine import ROOT
 
-SAYS = "synchronizing CUDA operation"
+SAYS = "called a synchronizing"
 # what makes a host wait for a GPU; a dry run on a CPU counts calls of them instead
 WAITS = ("_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "unique_consecutive")
 
