@@ -1,6 +1,8 @@
 """What all ranks must know alike before anything is allocated: flags, and what one of them read."""
 
+import json
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -8,18 +10,50 @@ import torch.distributed as dist
 
 from megamem.config import MemoryConfig, flag
 
+FLAGS, VERDICT = "megamem/flags/{}", "megamem/flags/verdict"
+"""Keys in the store that the ranks met at."""
+GRACE = timedelta(seconds=10)
 
-def differing_flags(memory: MemoryConfig | None) -> list[str]:
+
+def differing_flags(memory: MemoryConfig, patience: timedelta) -> list[str]:
     """A sentence for every flag that ranks disagree about, the same list on every rank.
 
-    Each rank must call this: ranks that disagree would otherwise wait for each other forever, or
-    mix up tables of different shapes.
+    Ranks that disagree would otherwise wait for each other forever, or mix up tables of different
+    shapes. The first rank compares what each put into the store. It is no collective, as ranks
+    without --memory-layers do not come here; these are found by their silence.
+
+    Args:
+        patience: how long to wait for the other ranks.
     """
     if not dist.is_initialized():
         return []
-    everybody: list[dict[str, Any]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everybody, (memory or MemoryConfig()).to_dict())
-    return describe(everybody)
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    store.set(FLAGS.format(rank), json.dumps(memory.to_dict()))
+    if rank != 0:
+        try:
+            # the first may have begun to wait a little later
+            store.wait([VERDICT], patience + min(patience, GRACE))
+        except RuntimeError:
+            return [silent([0], patience)]
+        return json.loads(store.get(VERDICT))
+    keys = [FLAGS.format(other) for other in range(dist.get_world_size())]
+    try:
+        store.wait(keys, patience)
+    except RuntimeError:  # each kind of store has a time-out of its own below this
+        found = [silent([n for n, key in enumerate(keys) if not store.check([key])], patience)]
+    else:
+        found = describe([json.loads(text) for text in store.multi_get(keys)])
+    store.set(VERDICT, json.dumps(found))
+    return found
+
+
+def silent(ranks: list[int], patience: timedelta) -> str:
+    """What is known of ranks that did not say how they were started."""
+    minutes = f"{patience.total_seconds() / 60:g}"
+    return (
+        f"--memory-layers is given here, but {_ranks(ranks)} did not say so within "
+        f"--distributed-timeout-minutes {minutes}; start every rank with the same flags."
+    )
 
 
 def told_by_first(look: Callable[[], Any]) -> Any:

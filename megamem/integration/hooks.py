@@ -1,8 +1,13 @@
 """Where megamem enters Megatron: eleven functions replaced at run time, none of its files changed.
 
+At start, by install():
+
     add_megatron_arguments             the --memory-* flags
-    validate_args                      what cannot work is refused
+    validate_args                      what cannot work is refused, the rest is installed
     core_transformer_config_from_args  the settings travel to the model
+
+Once the flags are known and name memory layers, by install_memory():
+
     GPTModel.__init__                  layer specs get memories, the model gets their tables
     HybridModel.__init__               the same where a pattern gives each feed-forward a layer
     get_megatron_optimizer             the tables' own optimizer joins Megatron's
@@ -16,7 +21,8 @@
 A spec slot or a documented hook would be better, and there is none: pretrain_gpt.py passes its own
 extra_args_provider, and a `--spec` can add no flags.
 
-Without --memory-layers every replacement calls what it replaced and does nothing else.
+Without --memory-layers, setup_model_and_optimizer refuses a checkpoint that holds memories, and
+nothing else is replaced once the flags are known.
 """
 
 import argparse
@@ -43,6 +49,7 @@ from megamem.integration.arguments import (
     add_memory_flags,
     idle_flags,
     settings_from_args,
+    timeout,
 )
 from megamem.integration.broken_tables import report_broken
 from megamem.integration.data_checks import check_data_prefixes
@@ -67,13 +74,21 @@ def install() -> None:
     replace_everywhere(arguments, "add_megatron_arguments", _add_flags)
     replace_everywhere(arguments, "validate_args", _validate)
     replace_everywhere(compat.CONFIG_ROOM, "core_transformer_config_from_args", _carry_settings)
+
+
+def install_memory() -> None:
+    """Replace what a run with memory layers needs; a second call changes nothing.
+
+    Raises:
+        MissingSymbolError: as of install().
+    """
     replace(GPTModel, "__init__", _build_memories)
     if compat.HybridModel is not None:
         replace(compat.HybridModel, "__init__", _build_memories)
     replace(training, "get_megatron_optimizer", _add_table_optimizer)
     replace(DistributedDataParallel, "scale_gradients", _scale_tables)
     replace(training, "num_floating_point_operations", _count_flops)
-    replace(training, "setup_model_and_optimizer", _compare_with_checkpoint)
+    replace(training, "setup_model_and_optimizer", _compare_with_ranks_and_checkpoint)
     replace(training, "train_step", _name_broken_tables)
     # training_log is not told of the model, so what is set up has to be remembered
     metrics = TrainingMetrics()
@@ -93,12 +108,14 @@ def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
         # a wrong flag of ours first: Megatron may stumble over its consequences
         MemoryConfig.from_args(args)
         args = original(args, *rest, **more) or args
-        ConfigurationError.collect(check_data_prefixes(args))
         settings = settings_from_args(args)
         if settings is None:
             if idle := idle_flags(MemoryConfig.from_args(args)):
                 logger.warning("%s without --memory-layers: memory is off", ", ".join(idle))
+            replace(training, "setup_model_and_optimizer", _refuse_memories)
             return args
+        install_memory()
+        ConfigurationError.collect(check_data_prefixes(args))
         # layers differ, so a checkpoint must not stack them on one axis
         args.hetereogenous_dist_checkpoint = True
         config = compat.CONFIG_ROOM.core_transformer_config_from_args(args)
@@ -111,8 +128,8 @@ def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
 def _carry_settings(original: Callable[..., Any]) -> Callable[..., Any]:
     def core_transformer_config_from_args(args: argparse.Namespace, *rest: Any, **more: Any) -> Any:
         config = original(args, *rest, **more)
-        settings = settings_from_args(args)
-        if settings is not None:
+        if getattr(args, "memory_layers", None):
+            settings = settings_from_args(args)
             config.hetereogenous_dist_checkpoint = True
             setattr(config, ATTRIBUTE, settings)
         return config
@@ -183,15 +200,30 @@ def _count_flops(original: Callable[..., Any]) -> Callable[..., Any]:
     return num_floating_point_operations
 
 
-def _compare_with_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+def _refuse_memories(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A run without memories does not load a checkpoint that holds some."""
+
+    def setup_model_and_optimizer(*rest: Any, **more: Any) -> Any:
+        args = get_args()
+        # one looks for all: a launcher ends the others with it
+        if not getattr(args, "memory_layers", None) and dist.get_rank() == 0:
+            ConfigurationError.collect(checkpoint_problems(args, None))
+        return original(*rest, **more)
+
+    return setup_model_and_optimizer
+
+
+def _compare_with_ranks_and_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     def setup_model_and_optimizer(*rest: Any, **more: Any) -> Any:
         args = get_args()
         settings = settings_from_args(args)
-        memory = settings.memory if settings else None
-        ConfigurationError.collect(differing_flags(memory))
+        if settings is None:
+            return original(*rest, **more)
+        memory = settings.memory
+        ConfigurationError.collect(differing_flags(memory, timeout(args)))
         # all raise together
         ConfigurationError.collect(told_by_first(lambda: checkpoint_problems(args, memory)))
-        if memory is not None and dist.get_rank() == 0:
+        if dist.get_rank() == 0:
             ranks = memory.memory_group_size or 1
             sys.stdout.write(f" > {reports.summary(memory, args.hidden_size, ranks)}\n")
         return original(*rest, **more)

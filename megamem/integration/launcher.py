@@ -241,6 +241,8 @@ def stop(message: str) -> NoReturn:
 def friendly_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The parser, whose errors are one line with a suggestion instead of a page of usage.
 
+    Only where a flag of ours is on the command line.
+
     Its --help works, too: Megatron 0.19 describes a flag with a bare percent sign, on which
     argparse ends in a traceback.
     """
@@ -250,7 +252,12 @@ def friendly_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         except (ValueError, TypeError, KeyError):
             action.help = str(action.help).replace("%", "%%")
 
+    original = parser.error
+
     def error(message: str) -> NoReturn:
+        # a run that has nothing to do with memory gets what Megatron says
+        if "--memory" not in " ".join((message, *sys.argv)):
+            original(message)
         stop(message + suggestion(message, parser._option_string_actions))
 
     parser.error = error  # type: ignore[method-assign]

@@ -153,6 +153,7 @@ def megatron() -> list[Finding]:
 
         try:
             hooks.install()
+            hooks.install_memory()
         except MissingSymbolError as error:
             failure = str(error)
     if failure:

@@ -139,15 +139,20 @@ def test_unknown_flags_get_a_suggestion(unknown, hint):
     assert launcher.suggestion(f"unrecognized arguments: {unknown}", FLAGS) == hint
 
 
-def test_other_parser_errors_get_none(no_megatron, capsys):
-    parser = argparse.ArgumentParser()
+@pytest.mark.parametrize("memory", [True, False])
+def test_other_parser_errors_get_none(memory, no_megatron, capsys, monkeypatch):
+    """And are as ever where no flag of ours is on the command line."""
+    words = ["--lr", "much", *(["--memory-layers"] if memory else [])]
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *words])
+    parser = argparse.ArgumentParser(prog="pretrain_gpt.py")
     parser.add_argument("--lr", type=float)
     launcher.friendly_parser(parser)
     with pytest.raises(SystemExit) as leaving:
-        parser.parse_args(["--lr", "much"])
+        parser.parse_args(words)
     assert leaving.value.code == 2
-    expected = "megamem: error: argument --lr: invalid float value: 'much'\n"
-    assert capsys.readouterr().err == expected
+    expected = "error: argument --lr: invalid float value: 'much'\n"
+    said = capsys.readouterr().err
+    assert said.endswith(expected) and said.startswith("megamem: error:" if memory else "usage:")
 
 
 def test_configuration_errors_have_no_traceback(no_megatron, script, capsys):

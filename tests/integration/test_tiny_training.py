@@ -215,3 +215,35 @@ def test_without_memory_layers_the_hooks_change_nothing(tmp_path: Path) -> None:
     assert hooks.keys() == none.keys() and len(none) > 20
     for name, tensor in none.items():
         assert torch.equal(hooks[name], tensor), name
+
+
+def test_memory_off_is_off(tmp_path: Path) -> None:
+    """Once the flags are known, only a checkpoint with memories is looked for, by one rank."""
+
+    def counts(kind: str, *flags: object) -> tuple[list[set[str]], list[int]]:
+        log = run_training(
+            kind,
+            2,
+            *("--train-iters", 2, *flags),
+            module="tests.helpers.counted",
+            environment={"COUNTED": kind},
+        )
+        calls = [set(line.split()) for line in re.findall(r"^calls: (.*)$", log.stdout, re.M)]
+        return calls, [int(n) for n in re.findall(r"^collectives: (\d+)$", log.stdout, re.M)]
+
+    bare_calls, bare = counts("bare")
+    calls, collectives = counts("hooked")
+    assert len(calls) == len(collectives) == 2 and min(collectives) > 5
+    assert collectives == bare
+    own = [found - ever for found, ever in zip(calls, bare_calls, strict=True)]
+    looking = {name for found in own for name in found if name.startswith("saved_model.")}
+    assert {name for found in own for name in found} - looking == {
+        "hooks.core_transformer_config_from_args",
+        "hooks.setup_model_and_optimizer",
+        "config.collect",
+    }
+    # the first rank's alone
+    assert sum(bool(found & looking) for found in own) == 1
+    # with memory on, the same counters see much
+    with_memory, more = counts("hooked", *MEMORY)
+    assert min(more) > max(bare) and all(len(found) > 40 for found in with_memory)
