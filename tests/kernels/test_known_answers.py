@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton import knobs
 
 from megamem import ops
 from megamem.tools import known_answers
@@ -34,7 +33,7 @@ by_name = pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: answer.n
 
 @pytest.fixture
 def on_the_twins(monkeypatch) -> None:
-    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from triton import knobs
 
 from megamem import ops
 from megamem.integration import hooks
@@ -90,7 +89,7 @@ def healthy(monkeypatch) -> None:
         monkeypatch.setattr(doctor, name, lambda device, good=good: good)
     monkeypatch.setattr(doctor, "used", lambda device: [])
     # interpreted, the known answers would take minutes
-    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 def test_one_problem_is_exit_status_1(healthy, monkeypatch, capsys) -> None:
@@ -234,7 +233,7 @@ def test_links_counts_pairs_of_gpus() -> None:
 
 def test_a_layer_that_is_wrong_in_one_gradient_is_found(monkeypatch) -> None:
     # the finding is the subject, not the kernels: interpreted, they would take minutes
-    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert doctor.layer_check(CPU).status == "ok"
     truth = {dtype: doctor.tiny_layer(CPU, dtype) for dtype in (torch.float32, torch.float64)}
     for name, ours in truth[torch.float32].items():
