@@ -13,6 +13,7 @@ import copy
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -206,6 +207,7 @@ class Model:
     def _through_a_checkpoint(self, folder: Path) -> dict[str, Any]:
         """Load each of the two from a checkpoint of the other, and say how they differ."""
         from megatron.core import dist_checkpointing
+        from torch.distributed.checkpoint.api import CheckpointException
 
         answer = {}
         for name, source, target in (
@@ -218,8 +220,13 @@ class Model:
             with torch.no_grad():
                 for param in (*target.parameters(), *source.parameters()):
                     param.zero_()
-            # as a run that goes on does
-            state = dist_checkpointing.load(target.sharded_state_dict(), str(folder / name))
+            try:
+                # as a run that goes on does
+                state = dist_checkpointing.load(target.sharded_state_dict(), str(folder / name))
+            except CheckpointException as error:
+                answer[name] = re.findall("Missing key.*", str(error))
+                copy_by_checkpoint_key(target, source)
+                continue
             target.load_state_dict(state)
             answer[name] = [
                 key

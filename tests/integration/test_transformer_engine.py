@@ -208,9 +208,13 @@ def test_loss_beside_experts_is_that_of_megatrons_own_layers():
         pytest.param((*MEMORY, "--memory-keep-ffn", *LLAMA), id="feed-forward that stays"),
     ],
 )
-def test_a_checkpoint_goes_over_to_megatrons_own_layers(flags, tmp_path):
-    found = build(*flags, twin=True, folder=str(tmp_path))
-    assert found["loaded"] == {"by Megatron's own": [], "by Transformer Engine's": []}
+def test_a_checkpoint_goes_over_as_that_of_a_dense_model_does(flags, tmp_path):
+    """To Megatron's own layers and back, where Megatron can: before 0.19 the way back is closed."""
+    (tmp_path / "dense").mkdir()
+    dense = build(twin=True, folder=str(tmp_path / "dense"))["loaded"]
+    loaded = build(*flags, twin=True, folder=str(tmp_path))["loaded"]
+    assert loaded["by Megatron's own"] == dense["by Megatron's own"] == []
+    assert dense["by Transformer Engine's"] or loaded["by Transformer Engine's"] == []
 
 
 @pytest.mark.parametrize("flags", [(), ("--qk-layernorm", *LLAMA)], ids=["usual", "all norms"])
