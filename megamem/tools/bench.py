@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -69,27 +69,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in (args.json, args.plot):
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if args.json:
-        Path(args.json).write_text("")
-    command = " ".join(("python -m megamem bench", *words))
+    torch.manual_seed(args.seed)
+    cases = list(_cases(args, device, published))
+    found = _measure_all(cases, args, device, " ".join(("python -m megamem bench", *words)))
+    if args.plot:
+        from megamem.tools.bench_plot import plot
+
+        plot(found.records, Path(args.plot))
+    for line in found.wrong:
+        sys.stderr.write(f"megamem: error: {line}\n")
+    return WRONG_RESULT if found.wrong else 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of the cases."""
+
+    records: list[Record] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """Cases for which there was no memory, and how much they take."""
+    wrong: list[str] = field(default_factory=list)
+    """Cases whose result is wrong, or that failed."""
+
+
+def _measure_all(
+    cases: list[Case], args: argparse.Namespace, device: torch.device, command: str
+) -> Found:
+    """Measure one case after the other, show and write what comes of them."""
     # a file has no width of its own
     console = Console(width=None if sys.stdout.isatty() else 160)
-    show = console.print
-    torch.manual_seed(args.seed)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     ceiling = copy_gbps(device)
-    show(f"{name}: a large copy moves {ceiling:.0f} GB/s, which is the ceiling below")
+    console.print(f"{name}: a large copy moves {ceiling:.0f} GB/s, which is the ceiling below")
     if device.type == "cpu":
-        show("No GPU: the twins in plain torch run, on small shapes; only ratios mean anything.")
-    records: list[Record] = []
-    wrong: list[str] = []
-    skipped: list[str] = []
-    cases = list(_cases(args, device, published))
+        console.print(
+            "No GPU: the twins in plain torch run, on small shapes; only ratios mean anything."
+        )
+    if args.json:
+        Path(args.json).write_text("")
+    found = Found()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
-            progress.update(task, description=f"{case.op} {numbers(case.shape)}")
             named = f"{case.op} {numbers(case.shape)} {case.distribution}"
+            progress.update(task, description=named)
             free = _free_bytes(device)
             try:
                 if case.memory > free:
@@ -97,32 +120,31 @@ def main(argv: Sequence[str] | None = None) -> int:
                     raise torch.OutOfMemoryError(f"it takes {needed}")
                 record = measure(case, device, name, ceiling, args.min_ms, command)
             except torch.OutOfMemoryError as error:
-                skipped.append(f"{named}: {first_line(error)}")
+                found.skipped.append(f"{named}: {first_line(error)}")
             except Exception as error:
-                wrong.append(f"{named} fails: {type(error).__name__}: {first_line(error)}")
+                found.wrong.append(f"{named} fails: {type(error).__name__}: {first_line(error)}")
             else:
-                if record.error <= MAX_RELATIVE_ERROR:
-                    records.append(record)
-                    if args.json:
-                        # at once, so that a run that is cut off leaves what it measured
-                        with Path(args.json).open("a") as file:
-                            file.write(json.dumps(asdict(record)) + "\n")
-                else:
-                    off = f"relative error {record.error:.1e}; it was not timed"
-                    wrong.append(f"{named} is wrong: {off}")
+                _keep(record, named, found, args.json)
             progress.advance(task)
-    show(rich_table(records))
-    for line in skipped:
-        show(f"skipped: {line}")
-    for line in failures(records):
-        show(f"could not: {line}")
-    if args.plot:
-        from megamem.tools.bench_plot import plot
+    console.print(rich_table(found.records))
+    for line in found.skipped:
+        console.print(f"skipped: {line}")
+    for line in failures(found.records):
+        console.print(f"could not: {line}")
+    return found
 
-        plot(records, Path(args.plot))
-    for line in wrong:
-        sys.stderr.write(f"megamem: error: {line}\n")
-    return WRONG_RESULT if wrong else 0
+
+def _keep(record: Record, named: str, found: Found, path: str | None) -> None:
+    # written so that NaN is wrong, too
+    if not record.error <= MAX_RELATIVE_ERROR:
+        error = f"relative error {record.error:.1e}"
+        found.wrong.append(f"{named} is wrong: {error}; it was not timed")
+        return
+    found.records.append(record)
+    if path:
+        # at once, so that a run that is cut off leaves what it measured
+        with Path(path).open("a") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
