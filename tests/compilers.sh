@@ -51,7 +51,8 @@ prepare() {
 failed=0
 results=()
 for pair in "${pairs[@]}"; do
-    name=torch-${pair%/*}-triton-${pair#*/}
+    torch=${pair%/*}
+    name=${torch:+torch-$torch-}triton-${pair#*/}
     say "$name"
     prepare "$pair" "$name"
     log=$root/.venv/compilers/$name.log
@@ -71,7 +72,7 @@ PYTHON
     verdict=passed
     "$python" -m tests.kernels.aot --all 2>&1 | tee "$log" || verdict=FAILED
     # torch of the usual pair is tested by tests/run.sh
-    if [ -n "${pair%/*}" ]; then
+    if [ -n "$torch" ]; then
         "$python" -m pytest -p no:cacheprovider -n 2 --dist loadfile -m "not gpu" "$@" 2>&1 |
             tee -a "$log" || verdict=FAILED
     fi
