@@ -44,6 +44,8 @@ def test_what_works_is_not_refused() -> None:
     _check()
     _check(cuda_graph_impl="none", mtp_num_layers=None, optimizer="adam", gtp_weight_remat_size=1)
     _check(cuda_graph_impl="transformer_engine", cuda_graph_modules=[SimpleNamespace(name="attn")])
+    _check(recompute_modules=["mlp", "layernorm"])
+    _check(fp8="hybrid", recompute_modules=["mlp"], memory_keep_ffn=True)
     _check(pipeline_model_parallel_size=2, memory={"memory_layers": [4, 7]})
     _check(pipeline_model_parallel_size=2, memory={"memory_pool": "layer"})
     _check(num_experts=4, moe_layer_freq=2, memory={"memory_keep_ffn": True, "memory_layers": [1]})
@@ -68,6 +70,7 @@ def test_a_form_that_does_not_exist_is_found_at_start(monkeypatch) -> None:
         ({"fp8_param_gather": True}, "--fp8-param-gather"),
         ({"fp4_param_gather": True}, "--fp4-param-gather"),
         ({"fp8": "hybrid", "recompute_modules": ["layernorm"]}, "--recompute-modules layernorm"),
+        ({"fp8": "hybrid", "recompute_modules": ["mlp"]}, "--recompute-modules mlp"),
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
         ({"delay_wgrad_compute": True}, "--delay-wgrad-compute"),
         ({"inference_fuse_tp_communication": True}, "--inference-fuse-tp-communication"),
