@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
-from triton import knobs
 
 from megamem.config import MemoryConfig
 from megamem.layers.init import WeightFactory
@@ -286,7 +285,7 @@ def test_ranks_together_report_what_one_process_does_and_the_bytes_they_send() -
 def test_recording_and_reporting_every_step_costs_little(num_keys: int, monkeypatch) -> None:
     """Under 2 % of a step of a model that is one memory layer and nothing else."""
     # interpreted kernels would make any cost look small
-    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     tokens, width = 512, 512

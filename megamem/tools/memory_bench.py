@@ -259,13 +259,12 @@ def _rank(rank: int, folder: str, mode: str, ranks: int, sizes: Sizes, on_gpu: b
         world_size=ranks,
         timeout=PATIENCE,
     )
-    try:
-        recorder = GpuPeaks() if on_gpu else CpuPeaks()
-        with recorder:
-            _step(mode, ranks, sizes, device, recorder)
-        Path(folder, f"{rank}.json").write_text(json.dumps(recorder.peaks()))
-    finally:
-        dist.destroy_process_group()
+    recorder = GpuPeaks() if on_gpu else CpuPeaks()
+    with recorder:
+        _step(mode, ranks, sizes, device, recorder)
+    Path(folder, f"{rank}.json").write_text(json.dumps(recorder.peaks()))
+    # not of a rank that fails: NCCL would wait there for those that wait for it
+    dist.destroy_process_group()
 
 
 def _step(
