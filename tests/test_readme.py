@@ -48,6 +48,20 @@ def test_every_link_leads_somewhere() -> None:
         assert (ROOT / link).exists(), link
 
 
+def test_every_script_that_is_named_exists() -> None:
+    """In the README, in what contributors read, and in workflows."""
+    pages = [ROOT / "README.md", *(ROOT / ".github").rglob("*.*")]
+    named = {
+        (page, path) for page in pages for path in re.findall(r"bash (\S+\.sh)", page.read_text())
+    }
+    assert len({path for _, path in named}) >= 5 and len({page for page, _ in named}) >= 4
+    for page, path in named:
+        assert (ROOT / path).exists(), f"{path}, named in {page}"
+    for page in (ROOT / ".github").glob("*.md"):
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{link}, named in {page}"
+
+
 def test_every_flag_named_in_the_text_exists() -> None:
     known = {flag(field.name) for field in dataclasses.fields(MemoryConfig)}
     for name in re.findall(r"`(--memory-[a-z-]+)", README):
