@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from megamem.checkpoint import SHARED, table_key
+from megamem.tools import doctor
 from tests.helpers.megatron_runs import MOCK_DATA, MODEL, ROOT, SWITCHES, TRAINING, run_training
 
 pytestmark = [
@@ -361,12 +362,11 @@ def test_the_cpu_runtime_trains_where_transformer_engine_is_installed():
 
 
 def test_doctor_names_its_release():
-    command = [sys.executable, "-m", "megamem", "doctor"]
-    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
-    line = next(line for line in said.splitlines() if "Transformer Engine" in line)
-    assert re.search(r"Transformer Engine\W+\d+\.\d+", line), line
+    finding = doctor.transformer_engine()
+    assert finding.status == "ok" and re.match(r"\d+\.\d+", finding.found), finding
 
 
+@hybrid_only
 def test_every_command_line_of_the_gpu_part_builds_its_model(tmp_path):
     """bash tests/gpu.sh te, where there is no GPU."""
     command = [sys.executable, "-m", "tests.gpu.transformer_engine", "--out", str(tmp_path)]
