@@ -222,9 +222,12 @@ def test_parts_run_in_the_order_of_their_worth() -> None:
 @pytest.mark.slow
 def test_a_whole_dry_run_passes(tmp_path: Path) -> None:
     """bash tests/run.sh tests/gpu -m slow; ten minutes on two cores."""
+    # the twins: in Triton's interpreter, which other tests use, sizes of these parts take hours
+    environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
     ran = subprocess.run(
         ["bash", "tests/gpu.sh", "--cpu", "--out", str(tmp_path)],
         cwd=ROOT,
+        env=environment,
         capture_output=True,
         text=True,
     )
