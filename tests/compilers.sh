@@ -77,7 +77,7 @@ PYTHON
             tee -a "$log" || verdict=FAILED
     fi
     [ $verdict = passed ] || failed=1
-    results+=("$(printf '%-30s %-7s %s' "$versions" "$verdict" "$(tail -n 1 "$log" | tr -d '=')")")
+    results+=("$(printf '%-30s %-7s %s' "$versions" "$verdict" "$(tail -n 1 "$log" | sed 's/^=* *//; s/ *=*$//')")")
 done
 say "compilers"
 printf '%s\n' "${results[@]}"

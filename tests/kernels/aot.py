@@ -312,7 +312,7 @@ def report(cases: dict[str, Callable[[int], None]], archs: Iterable[int], as_jso
     assert not knobs.runtime.interpret, "the interpreter compiles nothing"
     if not as_json:
         print(f"{'kernel':20} {'case':34} sm  warps registers shared spilled")
-    right = True
+    compiled, faults = 0, 0
     for arch in archs:
         for usage in compile_cases(cases, arch):
             if as_json:
@@ -322,9 +322,11 @@ def report(cases: dict[str, Callable[[int], None]], archs: Iterable[int], as_jso
             print(f"{name:20} {case:34} {'{:3} {:5} {:9} {:6} {:7}'.format(*numbers)}")
             for fault in usage.faults():
                 print(f"    {fault}")
-                right = False
             sys.stdout.flush()
-    return right
+            compiled, faults = compiled + 1, faults + len(usage.faults())
+    if not as_json:
+        print(f"{compiled} kernels compiled, {faults} faults found")
+    return faults == 0
 
 
 def main() -> None:
