@@ -8,7 +8,6 @@ from megamem.ops.row_adam import (
     rowwise_adamw_,
     sgd_,
     touched_adamw_,
-    touched_rowwise_adamw_,
     touched_sgd_,
 )
 from megamem.ops.row_dot import row_dot
@@ -27,7 +26,6 @@ __all__ = [
     "sgd_",
     "sparse_gradients",
     "touched_adamw_",
-    "touched_rowwise_adamw_",
     "touched_sgd_",
     "unplace_rows",
 ]

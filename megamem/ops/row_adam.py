@@ -2,7 +2,7 @@
 
                             every row          touched rows
     AdamW                   adamw_             touched_adamw_
-    a second moment of [r]  rowwise_adamw_     touched_rowwise_adamw_
+    a second moment of [r]  rowwise_adamw_
     SGD                     sgd_               touched_sgd_
 
 Weights in fp32 are the master weights, and `copy_rV` may receive their bf16 copy in the same pass.
@@ -160,25 +160,6 @@ def rowwise_adamw_(
     """adamw_ with one second moment per row, of the mean square of the row's gradient."""
     _check_row_moment(exp_avg_sq_r, weights_rV)
     adamw_(weights_rV, grads_rV, exp_avg_rV, exp_avg_sq_r, step=step, lr=lr, **options)
-
-
-def touched_rowwise_adamw_(
-    weights_rV: Tensor,
-    rows_E: Tensor,
-    grads_EV: Tensor,
-    exp_avg_rV: Tensor | None,
-    exp_avg_sq_r: Tensor,
-    touches_r: Tensor,
-    last_steps_r: Tensor,
-    *,
-    step: int,
-    lr: float,
-    **options: Unpack[AdamOptions],
-) -> None:
-    """touched_adamw_ with one second moment per row, of the mean square of the row's gradient."""
-    _check_row_moment(exp_avg_sq_r, weights_rV)
-    moments, counters = (exp_avg_rV, exp_avg_sq_r), (touches_r, last_steps_r)
-    touched_adamw_(weights_rV, rows_E, grads_EV, *moments, *counters, step=step, lr=lr, **options)
 
 
 def sgd_(

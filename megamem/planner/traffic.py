@@ -291,22 +291,9 @@ def forward_bytes(width: int, lookups: int, tokens: float, *, e: int = 2) -> flo
     return tokens * (lookups * width * e + width * e + LEAST_LOOKUP_BYTES * lookups)
 
 
-def replication_bytes(parameters: float, ranks: int, *, e: int = 2) -> float:
-    """The least a rank sends to keep replicas of the table equal: fp32 gradients out, weights back.
-
-    For many replicas, whose optimizers share the work.
-    """
-    return (4 + e) * parameters / ranks
-
-
 def all_reduce_bytes(bytes_held: float, ranks: int) -> float:
     """Sent by each of these ranks when they add up what each holds: out once, and back once."""
     return 2 * bytes_held * (ranks - 1) / ranks
-
-
-def widening_threshold(replication: float, sent_per_token: float, layers: int) -> float:
-    """Tokens per rank and step below which a wider group sends less than replicas do."""
-    return replication / (layers * sent_per_token)
 
 
 def divisors(number: int) -> list[int]:

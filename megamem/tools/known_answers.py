@@ -235,7 +235,7 @@ ANSWERS: tuple[KnownAnswer, ...] = (
     _dense("sgd_", "bf16 rounded at random, clearing", form=Form(BF16, first=False, second="")),
     _lazy("touched_adamw_", "fp32 master and bf16 copy", form=Form(copy=True)),
     _lazy("touched_adamw_", "fp32 alone", form=Form(), width=1024),
-    _lazy("touched_rowwise_adamw_", "bf16 rounded at random", form=ROW),
+    _lazy("touched_adamw_", "bf16 rounded at random, a moment per row", form=ROW),
     _lazy(
         "touched_sgd_", "fp32 master and bf16 copy", form=Form(copy=True, first=False, second="")
     ),

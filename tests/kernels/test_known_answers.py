@@ -173,7 +173,6 @@ WRONG = [
     ("adamw_", forgets_to_clear, "numbers of the gradients after the step"),
     ("adamw_", leaves_the_copy, "numbers of the bf16 copy"),
     ("touched_adamw_", reads_counters_after_the_store, "numbers of the weights"),
-    ("touched_rowwise_adamw_", reads_counters_after_the_store, "numbers of the weights"),
     ("product_topk", reads_garbage_from_the_third_block_on, "row ids"),
     ("product_topk", prefers_the_larger_row_of_a_tie, "row ids of equal scores"),
     ("product_topk", puts_nan_last, "scores of a sub-key that is NaN are not NaN"),

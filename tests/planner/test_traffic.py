@@ -12,12 +12,10 @@ from megamem.planner import (
 from megamem.planner.traffic import (
     LEAST,
     column_traffic,
-    replication_bytes,
     row_traffic,
     traffic,
-    widening_threshold,
 )
-from tests.planner.jobs import LOOKUPS, MILLION_ROWS, TOKENS, WIDTH
+from tests.planner.jobs import LOOKUPS, TOKENS, WIDTH
 
 KIB = 1024
 
@@ -114,21 +112,3 @@ def test_choose_mode(width: int, lookups: int, ranks: int, wire: str, mode: str)
     assert choice.mode == mode, choice
     cut = choice.column_ranks
     assert {"row": cut == 1, "column": cut == ranks, "2d": 1 < cut < ranks}[mode]
-
-
-@pytest.mark.parametrize(
-    ("million_rows", "gb", "ms", "column", "row"),
-    [
-        (1, "1.6", "36", "33k", "9k"),
-        (4, "6.4", "143", "133k", "37k"),
-        (16, "25.8", "573", "533k", "147k"),
-        (64, "103.1", "2291", "2130k", "588k"),
-    ],
-)
-def test_replicate_or_widen(million_rows: int, gb: str, ms: str, column: str, row: str) -> None:
-    sent = replication_bytes(million_rows * MILLION_ROWS * WIDTH, 8)
-    assert f"{sent / 1e9:.1f}" == gb
-    assert f"{sent / 45e9 * 1e3:.0f}" == ms
-    for printed, mode in ((column, column_traffic), (row, row_traffic)):
-        tokens = widening_threshold(sent, sum(mode(WIDTH, LOOKUPS, 8, packing=LEAST)), 3)
-        assert tokens == pytest.approx(1e3 * float(printed[:-1]), rel=1e-3, abs=500)
