@@ -35,6 +35,7 @@ from megamem.integration.patching import MissingSymbolError
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.value_table import ValueTable
+from megamem.ops import forms
 from megamem.ops.backend import use_triton
 from megamem.parallel.memory_group import MemoryGroup
 from megamem.tools import known_answers
@@ -185,14 +186,29 @@ def used(device: torch.device) -> list[Finding]:
         Finding("norms by", norms),
         Finding("optimizer by", f"{optimizer}; value tables by megamem's own"),
         kernels,
+        *selected_forms(),
     ]
+
+
+def selected_forms() -> list[Finding]:
+    """What the environment selects in place of the defaults; nothing where it selects nothing."""
+    name = "forms of ops"
+    try:
+        selected = forms.selected()
+    except ValueError as error:
+        return [Finding(name, str(error), "problem")]
+    if not selected:
+        return []
+    told = ", ".join(f"{op}={form}" for op, form in selected.items())
+    return [Finding(name, f"{told}, selected by {forms.ENVIRONMENT}", "note")]
 
 
 def transformer_engine() -> Finding:
     """Whether Transformer Engine is there and imports."""
     name = "Transformer Engine"
     if util.find_spec("transformer_engine") is None:
-        return Finding(name, "not installed; --transformer-impl local works without", "note")
+        advice = "--transformer-impl local works without; on GPUs --sequence-parallel then needs Apex"
+        return Finding(name, f"not installed; {advice}", "note")
     if failure := import_failure("transformer_engine.pytorch"):
         advice = "reinstall it for this torch and CUDA, or uninstall it"
         # without a GPU nobody will use it

@@ -281,3 +281,14 @@ def _collectives_and_problems_of_others() -> None:
 @pytest.mark.gloo
 def test_what_one_rank_finds_all_know() -> None:
     run_distributed(_collectives_and_problems_of_others, 2)
+
+
+def test_forms_that_were_selected_are_named(monkeypatch) -> None:
+    monkeypatch.delenv("MEGAMEM_FORMS", raising=False)
+    assert doctor.selected_forms() == []
+    monkeypatch.setenv("MEGAMEM_FORMS", "product_topk=torch")
+    (finding,) = doctor.selected_forms()
+    assert finding.found.startswith("product_topk=torch") and finding.status == "note"
+    monkeypatch.setenv("MEGAMEM_FORMS", "product_topk=fast")
+    (finding,) = doctor.selected_forms()
+    assert "no form 'fast'" in finding.found and finding.status == "problem"
