@@ -64,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--timeout", type=int, default=60, help="seconds that a rank waits for the others"
     )
+    parser.add_argument(
+        "--light",
+        action="store_true",
+        help="without known answers, which take a GPU's memory: for a health check beside a run",
+    )
     options = parser.parse_args(argv)
     for name, value in (("--mib", options.mib), ("--timeout", options.timeout)):
         if value is not None and value < 1:
@@ -71,7 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = own_device()
     findings = [*versions(), *megatron(), *used(device), *devices()]
-    findings += [layer_check(device), *answers_check(device)]
+    findings.append(layer_check(device))
+    if options.light:
+        findings.append(Finding("known answers", "not tried: --light", "note"))
+    else:
+        findings += answers_check(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         mib = options.mib or (64 if device.type == "cuda" else 4)
         findings, is_first = with_all_ranks(findings, device, mib * MIB, options.timeout)
@@ -207,7 +216,9 @@ def transformer_engine() -> Finding:
     """Whether Transformer Engine is there and imports."""
     name = "Transformer Engine"
     if util.find_spec("transformer_engine") is None:
-        advice = "--transformer-impl local works without; on GPUs --sequence-parallel then needs Apex"
+        advice = (
+            "--transformer-impl local works without; on GPUs --sequence-parallel then needs Apex"
+        )
         return Finding(name, f"not installed; {advice}", "note")
     if failure := import_failure("transformer_engine.pytorch"):
         advice = "reinstall it for this torch and CUDA, or uninstall it"

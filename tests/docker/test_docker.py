@@ -98,7 +98,8 @@ def test_user_is_not_root_and_checked_for_health(image):
     # nothing is installed after root has left
     assert "RUN" not in names[names.index("USER") :]
     (check,) = steps_of(image, "HEALTHCHECK")
-    assert commands(check) == [["megamem", "doctor"]]
+    # not the known answers: they would take memory from the run
+    assert commands(check) == [["megamem", "doctor", "--light"]]
 
 
 def test_what_is_copied_is_enough(image, tmp_path):
