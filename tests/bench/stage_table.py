@@ -2,8 +2,9 @@
 
 python -m tests.bench.stage_table README.md     rewrites them there
 
-A record is a JSON file under results/ that holds `rows` with a stage and its ms: `stages.json` of
-`bash tests/gpu.sh`, or one written by hand, with the floor that bytes set, notes, and forms.
+Records are JSON files under results/: the `results.json` of `bash tests/gpu.sh` under any name,
+which is a list of what its parts found, or one written by hand. Shown are those whose `rows` have a
+stage and its ms; those written by hand also have the floor that bytes set, notes, and forms.
 """
 
 import json
@@ -19,9 +20,18 @@ MARKER = "stages"
 
 
 def records(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """What every file of stages holds, the newest run first."""
-    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    staged = [record for record in found if any("stage" in row for row in record.get("rows", ()))]
+    """What of every file has stages, the newest run first; a dry run is none."""
+    contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [
+        part
+        for content in contents
+        for part in (content if isinstance(content, list) else [content])
+    ]
+    staged = [
+        record
+        for record in found
+        if any("stage" in row for row in record.get("rows", ())) and not record.get("dry_run")
+    ]
     return sorted(staged, key=lambda record: record["started"], reverse=True)
 
 
