@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megamem.config import ConfigurationError
-from megamem.integration import compat
+from megamem.megatron import compat
 
 BATCH_FIELDS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask")
 # settings that change what a batch or the loss is

@@ -10,7 +10,7 @@ Layers are counted from 0, here 3 is the second feed-forward; a memory takes the
 
 from pretrain_gpt import main
 
-from megamem.integration.compat import build_hybrid
+from megamem.megatron.compat import build_hybrid
 
 if __name__ == "__main__":
     main(build_hybrid)

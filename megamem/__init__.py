@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megamem.config import MemoryConfig
-    from megamem.integration.layer_specs import memory_layer_spec
     from megamem.layers.memory import MemoryLayer
     from megamem.layers.value_table import ValueTable
+    from megamem.megatron.model.layer_specs import memory_layer_spec
 
 __version__ = "0.1.0"
 
@@ -16,7 +16,7 @@ _HOMES = {
     "MemoryConfig": "megamem.config",
     "MemoryLayer": "megamem.layers.memory",
     "ValueTable": "megamem.layers.value_table",
-    "memory_layer_spec": "megamem.integration.layer_specs",
+    "memory_layer_spec": "megamem.megatron.model.layer_specs",
 }
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from megamem import __version__
+from megamem.errors import USER_ERROR, refuse
 
 # name -> the module that has its main(argv) -> exit status, and what it does
 COMMANDS = {
@@ -16,7 +17,6 @@ COMMANDS = {
     "doctor": ("megamem.tools.doctor", "say whether this machine is ready, and what it will use"),
     "patch": ("megamem.tools.patch", "give a Megatron-LM checkout memory layers for good"),
 }
-USER_ERROR = 2
 
 
 def usage() -> str:
@@ -52,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         known = ", ".join(COMMANDS)
-        sys.stderr.write(f"megamem: error: unknown command {name}{hint}; there is: {known}\n")
-        return USER_ERROR
+        return refuse(f"unknown command {name}{hint}; there is: {known}")
     module, _ = COMMANDS[name]
     return importlib.import_module(module).main(rest)
 

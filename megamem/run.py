@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from megamem.integration import launcher
+from megamem.megatron import launcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@
 #
 #   bash tests/matrix.sh                               all releases, all that depends on Megatron
 #   bash tests/matrix.sh 0.17.1 0.18.1                 these
-#   bash tests/matrix.sh 0.18.1 -- tests/integration -x    arguments for pytest behind --
+#   bash tests/matrix.sh 0.18.1 -- tests/megatron -x    arguments for pytest behind --
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,7 +19,7 @@ done
 [ $# -eq 0 ] || shift
 [ ${#releases[@]} -gt 0 ] || releases=(0.17.1 0.18.1 0.19.2)
 # kernels, planner and sums on ranks are the same whatever Megatron is
-[ $# -gt 0 ] || set -- tests/integration tests/examples tests/patches tests/tools tests/optimizer \
+[ $# -gt 0 ] || set -- tests/megatron tests/cpu tests/examples tests/patches tests/tools tests/optimizer \
     tests/checkpoint tests/test_metrics.py tests/test_main.py
 
 say() { printf '\n==> %s\n' "$*"; }

@@ -145,7 +145,7 @@ for release in "${releases[@]}"; do
     fi
     record=$home/releases/$release.log
     if PYTHONPATH=$home/releases/$release PATH=$base/bin:$PATH \
-        python -m pytest -p no:cacheprovider tests/integration/test_transformer_engine.py \
+        python -m pytest -p no:cacheprovider tests/megatron/test_transformer_engine.py \
         "$@" 2>&1 | tee "$record"; then
         verdict=passed
     else

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from pretrain_gpt import model_provider  # noqa: E402
 
-from megamem.integration import compat  # noqa: E402
+from megamem.megatron import compat  # noqa: E402
 
 
 def main() -> None:

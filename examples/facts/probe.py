@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from pretrain_gpt import model_provider  # noqa: E402
 
 from megamem.config import ConfigurationError  # noqa: E402
-from megamem.integration import compat  # noqa: E402
+from megamem.megatron import compat  # noqa: E402
 
 HELD_OUT = "held out (control)"
 BOTH = ("question", "unseen")

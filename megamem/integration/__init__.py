@@ -1,0 +1,1 @@
+"""The old home of what knows Megatron, kept for checkouts that an older megamem has patched."""

@@ -7,8 +7,8 @@ He 2024, "Mixture of a Million Experts": what a token x gets of its lookups is t
 u and v are tables of R rows as wide as the token. The owner of a row holds both of its halves, so a
 pass is that of a value table, but for the tokens, which travel to all owners beside their lookups:
 
-    x_TD  --bring-->  x_GD     u_row . x        row_dot of u's rows with the token of their bag
-                               bags             embedding_bag of v's rows by weight * gelu(...)
+    x_TD  --all_gather_tokens-->  x_GD    u_row . x    row_dot of u's rows with their bag's token
+                                          bags         embedding_bag of v's rows by weight * gelu
 
 and backward the gradient of x is summed home as bags are.
 """
@@ -26,7 +26,7 @@ from megamem.layers.value_table import Lookups, ValueTable
 from megamem.metrics import there_and_back
 from megamem.ops import row_dot
 from megamem.parallel.memory_group import MemoryGroup
-from megamem.parallel.routing import bring, tokens_of_bags
+from megamem.parallel.routing import all_gather_tokens, tokens_of_bags
 
 U = "u"
 """Name of the table of u, in that of v."""
@@ -60,12 +60,12 @@ class ExpertTable(ValueTable):
         """Send lookups, and the tokens that they are for."""
         assert x_TD is not None
         lookups = super().launch(row_ids_TL, weights_TL, token_counts)
-        return replace(lookups, brought=bring(lookups.plan, x_TD))
+        return replace(lookups, gathered=all_gather_tokens(lookups.plan, x_TD))
 
     def _weights(self, rows_M: Tensor, lookups: Lookups) -> Tensor:
         """weight * gelu(u . x)"""
-        assert lookups.brought is not None
-        x_GD = tokens_of_bags(lookups.plan, lookups.brought)
+        assert lookups.gathered is not None
+        x_GD = tokens_of_bags(lookups.plan, lookups.gathered)
         self.u._record(rows_M)
         dots_M = row_dot(
             self.u.weight,

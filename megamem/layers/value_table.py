@@ -34,7 +34,7 @@ class Lookups:
     weights_M: Tensor
     column_counts: list[int]
     """T of every column rank."""
-    brought: Tensor | None = None
+    gathered: Tensor | None = None
     """The tokens, on their way to all owners, where these look at them."""
 
 

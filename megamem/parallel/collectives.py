@@ -1,8 +1,8 @@
 """Collectives that autograd can cross. Every pair says what its backward sends.
 
 A group of None stands for this process alone. Counts are Python numbers that every rank knows:
-nothing here waits for the device. Where a Flight is given, an exchange only begins, and its result
-may be read after flight.wait().
+nothing here waits for the device. Where PendingCollectives are given, an exchange only begins, and
+its result may be read after pending.wait().
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ def group_rank(group: ProcessGroup | None) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
-class Flight:
-    """Exchanges under way."""
+class PendingCollectives:
+    """Exchanges that have begun and are still to be waited for."""
 
     def __init__(self) -> None:
         self._pending: list[tuple[Any, Tensor]] = []
@@ -43,7 +43,7 @@ def exchange(
     send: list[int],
     recv: list[int],
     group: ProcessGroup | None,
-    flight: Flight | None = None,
+    pending: PendingCollectives | None = None,
 ) -> Tensor:
     """Send `send[p]` leading rows of x to each rank p; return the `recv[p]` rows each sent here.
 
@@ -53,10 +53,10 @@ def exchange(
         return x
     x = x.contiguous()
     out = x.new_empty(sum(recv), *x.shape[1:])
-    wait = flight is None
+    wait = pending is None
     work = dist.all_to_all_single(out, x, recv, send, group=group, async_op=not wait)
-    if flight is not None:
-        flight.add(work, x)
+    if pending is not None:
+        pending.add(work, x)
     return out
 
 
@@ -65,7 +65,7 @@ def gather_padded(
     size: int,
     group: ProcessGroup | None,
     fill: float = 0,
-    flight: Flight | None = None,
+    pending: PendingCollectives | None = None,
 ) -> Tensor:
     """Every rank's x, filled up to `size` rows each: [W, size, ...]. No gradient."""
     padded = x.contiguous()
@@ -75,10 +75,10 @@ def gather_padded(
     if group is None:
         return padded.unsqueeze(0)
     out = x.new_empty(group_size(group), size, *x.shape[1:])
-    wait = flight is None
+    wait = pending is None
     work = dist.all_gather_into_tensor(out.flatten(0, 1), padded, group=group, async_op=not wait)
-    if flight is not None:
-        flight.add(work, padded)
+    if pending is not None:
+        pending.add(work, padded)
     return out
 
 
@@ -101,9 +101,9 @@ class _AllToAll(torch.autograd.Function):
     """Forward: all-to-all of rows. Backward: the same with the splits swapped."""
 
     @staticmethod
-    def forward(ctx, x, send, recv, group, flight):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, send, recv, group, pending):  # type: ignore[no-untyped-def]
         ctx.send, ctx.recv, ctx.group = send, recv, group
-        return exchange(x, send, recv, group, flight)
+        return exchange(x, send, recv, group, pending)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -114,9 +114,9 @@ class _GatherWeights(torch.autograd.Function):
     """Forward: all-gather at a fixed size. Backward: reduce-scatter."""
 
     @staticmethod
-    def forward(ctx, x, size, group, flight):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, size, group, pending):  # type: ignore[no-untyped-def]
         ctx.rows, ctx.group = len(x), group
-        return gather_padded(x, size, group, flight=flight)
+        return gather_padded(x, size, group, pending=pending)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -139,7 +139,7 @@ def _sum_home(bags_GV: Tensor, counts: list[int], group: ProcessGroup | None) ->
     return total.to(bags_GV.dtype)
 
 
-class _SumBagsHome(torch.autograd.Function):
+class _ReduceScatterBags(torch.autograd.Function):
     """Forward: reduce-scatter. Backward: all-gather."""
 
     @staticmethod
@@ -156,9 +156,9 @@ class _SpreadTokens(torch.autograd.Function):
     """Forward: all-gather at a fixed size. Backward: reduce-scatter."""
 
     @staticmethod
-    def forward(ctx, x, counts, group, flight):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, counts, group, pending):  # type: ignore[no-untyped-def]
         ctx.rows, ctx.counts, ctx.group = len(x), counts, group
-        return gather_padded(x, max(counts), group, flight=flight)
+        return gather_padded(x, max(counts), group, pending=pending)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -236,26 +236,29 @@ def all_to_all(
     send: list[int],
     recv: list[int],
     group: ProcessGroup | None,
-    flight: Flight | None = None,
+    pending: PendingCollectives | None = None,
 ) -> Tensor:
     """exchange() that autograd can cross."""
-    return _AllToAll.apply(x, send, recv, group, flight)
+    return _AllToAll.apply(x, send, recv, group, pending)
 
 
 def gather_weights(
-    x: Tensor, size: int, group: ProcessGroup | None, flight: Flight | None = None
+    x: Tensor, size: int, group: ProcessGroup | None, pending: PendingCollectives | None = None
 ) -> Tensor:
     """gather_padded() that autograd can cross: [W, size, ...]."""
-    return _GatherWeights.apply(x, size, group, flight)
+    return _GatherWeights.apply(x, size, group, pending)
 
 
-def sum_bags_home(bags_GV: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+def reduce_scatter_bags(bags_GV: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
     """Send rank p its `counts[p]` partial bags; return the sum of those that came home."""
-    return _SumBagsHome.apply(bags_GV, counts, group)
+    return _ReduceScatterBags.apply(bags_GV, counts, group)
 
 
 def spread_tokens(
-    x: Tensor, counts: list[int], group: ProcessGroup | None, flight: Flight | None = None
+    x: Tensor,
+    counts: list[int],
+    group: ProcessGroup | None,
+    pending: PendingCollectives | None = None,
 ) -> Tensor:
     """Every rank's tokens to all ranks, [W, max(counts), ...]; what they make of them is summed.
 
@@ -263,7 +266,7 @@ def spread_tokens(
         x: at most `counts[rank]` rows.
         counts: rows of every rank that are used; the rest is zero.
     """
-    return _SpreadTokens.apply(x, counts, group, flight)
+    return _SpreadTokens.apply(x, counts, group, pending)
 
 
 def join_columns(

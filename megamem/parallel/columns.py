@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megamem.parallel.collectives import Flight, gather_padded, gather_weights, join_padded
+from megamem.parallel.collectives import (
+    PendingCollectives,
+    gather_padded,
+    gather_weights,
+    join_padded,
+)
 
 
 def gather_lookups(
@@ -31,10 +36,10 @@ def gather_lookups(
     """
     if group is None:
         return row_ids_TL, weights_TL
-    size, flight = max(counts), Flight()
+    size, pending = max(counts), PendingCollectives()
     # rows of all but the largest tables fit in half the bytes
     row_ids_TL = row_ids_TL.to(torch.int32 if num_rows < 2**31 else torch.int64)
-    row_ids = gather_padded(row_ids_TL, size, group, flight=flight)
-    weights = gather_weights(weights_TL, size, group, flight)
-    flight.wait()
+    row_ids = gather_padded(row_ids_TL, size, group, pending=pending)
+    weights = gather_weights(weights_TL, size, group, pending)
+    pending.wait()
     return join_padded(row_ids, counts), join_padded(weights, counts)

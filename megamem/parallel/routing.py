@@ -7,7 +7,8 @@
     out_TV    = combine(plan, bags_GV)                   partial bags travel home and are summed
 
 Lookups travel from plan_routing to arrive; whoever has other work does it in between. Where an
-owner must see what asks, too, the tokens travel with them: bring, and after arrive tokens_of_bags.
+owner must see what asks, too, the tokens travel with them: all_gather_tokens, and after arrive
+tokens_of_bags.
 
 Two wire forms differ in how a lookup finds its owner:
 
@@ -27,14 +28,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megamem.parallel.collectives import (
-    Flight,
+    PendingCollectives,
     all_to_all,
     exchange,
     gather_padded,
     gather_weights,
     join_padded,
+    reduce_scatter_bags,
     spread_tokens,
-    sum_bags_home,
 )
 from megamem.parallel.row_shard import RowShard
 
@@ -53,7 +54,7 @@ class RoutingPlan:
     """Row ids as they travel: of the whole table in the form allgather, of the owner's shard in
     the form alltoall."""
     shard: RowShard
-    flight: Flight
+    pending: PendingCollectives
     """Lookups under way."""
     offsets: Tensor
     """[G + 1] where each bag's lookups start among the M."""
@@ -103,12 +104,12 @@ def _plan_allgather(
 ) -> RoutingPlan:
     world_size, lookups = len(token_counts), row_ids_TL.shape[1]
     num_bags = max(token_counts)
-    flight = Flight()
-    gathered = gather_padded(row_ids_TL, num_bags, group, fill=-1, flight=flight)
+    pending = PendingCollectives()
+    gathered = gather_padded(row_ids_TL, num_bags, group, fill=-1, pending=pending)
     return RoutingPlan(
         sent_M=gathered.flatten(),
         shard=shard,
-        flight=flight,
+        pending=pending,
         offsets=torch.arange(world_size * num_bags + 1, device=row_ids_TL.device) * lookups,
         bag_counts=[num_bags] * world_size,
         num_tokens=len(row_ids_TL),
@@ -139,12 +140,12 @@ def _plan_alltoall(
 
     # 2. which rows of its shard
     local_J = shard.local_on(owners_J, row_ids_J).to(id_dtype)
-    flight = Flight()
-    sent_M = exchange(local_J[order_J], send, recv, group, flight)
+    pending = PendingCollectives()
+    sent_M = exchange(local_J[order_J], send, recv, group, pending)
     return RoutingPlan(
         sent_M=sent_M,
         shard=shard,
-        flight=flight,
+        pending=pending,
         offsets=torch.cat((sizes_G.new_zeros(1), sizes_G.cumsum(0))),
         bag_counts=token_counts,
         num_tokens=num_tokens,
@@ -160,25 +161,25 @@ def dispatch(plan: RoutingPlan, weights_TL: Tensor) -> Tensor:
     """Send each lookup's weight where plan_routing sends its row id -> weights_M."""
     if plan.wire == "allgather":
         size = plan.bag_counts[0]
-        return gather_weights(weights_TL, size, plan.group, plan.flight).flatten()
+        return gather_weights(weights_TL, size, plan.group, plan.pending).flatten()
     assert plan.order_J is not None and plan.send is not None and plan.recv is not None
     weights_J = weights_TL.flatten()[plan.order_J]
-    return all_to_all(weights_J, plan.send, plan.recv, plan.group, plan.flight)
+    return all_to_all(weights_J, plan.send, plan.recv, plan.group, plan.pending)
 
 
-def bring(plan: RoutingPlan, x_TD: Tensor) -> Tensor:
+def all_gather_tokens(plan: RoutingPlan, x_TD: Tensor) -> Tensor:
     """Send every token to all owners; they arrive with the lookups. For tokens_of_bags."""
-    return spread_tokens(x_TD, plan.bag_counts, plan.group, plan.flight)
+    return spread_tokens(x_TD, plan.bag_counts, plan.group, plan.pending)
 
 
-def tokens_of_bags(plan: RoutingPlan, brought: Tensor) -> Tensor:
-    """What bring() sent, once it has arrived: the token of every bag -> x_GD."""
-    return join_padded(brought, plan.bag_counts)
+def tokens_of_bags(plan: RoutingPlan, gathered: Tensor) -> Tensor:
+    """What all_gather_tokens() sent, once it has arrived: the token of every bag -> x_GD."""
+    return join_padded(gathered, plan.bag_counts)
 
 
 def arrive(plan: RoutingPlan) -> Tensor:
     """Wait for the lookups -> row_ids_M, as rows of this rank's shard; -1 reads nothing."""
-    plan.flight.wait()
+    plan.pending.wait()
     if plan.wire == "alltoall":
         return plan.sent_M.long()
     row_ids_M = plan.sent_M.long()
@@ -189,4 +190,4 @@ def arrive(plan: RoutingPlan) -> Tensor:
 
 def combine(plan: RoutingPlan, bags_GV: Tensor) -> Tensor:
     """Send every partial bag home and add up what the owners returned -> out_TV."""
-    return sum_bags_home(bags_GV, plan.bag_counts, plan.group)[: plan.num_tokens]
+    return reduce_scatter_bags(bags_GV, plan.bag_counts, plan.group)[: plan.num_tokens]

@@ -20,6 +20,7 @@ import triton
 from rich.console import Console
 from rich.progress import Progress
 
+from megamem.errors import complain, refuse
 from megamem.tools import memory_bench
 from megamem.tools.bench_cases import (
     MAX_RELATIVE_ERROR,
@@ -46,7 +47,6 @@ OPS = ("bag", "topk", "adam", "dot")
 MARKER = "bench"
 """Of the table in a page."""
 WRONG_RESULT = 1
-USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,14 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.table:
         return _show_table([Path(path) for path in args.table], args.into)
     if args.into:
-        return _refuse("--into is for a --table; measure with --json first")
+        return refuse("--into is for a --table; measure with --json first")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     published = None
     if args.published:
         try:
             published = PublishedKernels.load(Path(args.published), device)
         except ValueError as error:
-            return _refuse(str(error))
+            return refuse(str(error))
     for path in (args.json, args.plot):
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         plot(found.records, Path(args.plot))
     for line in found.wrong:
-        sys.stderr.write(f"megamem: error: {line}\n")
+        complain(line)
     return WRONG_RESULT if found.wrong else 0
 
 
@@ -187,21 +187,16 @@ def _show_table(paths: list[Path], page: str | None) -> int:
         try:
             records += read_records(path)
         except (OSError, ValueError) as error:
-            return _refuse(f"{path} holds no records of --json: {error}")
+            return refuse(f"{path} holds no records of --json: {error}")
     if page is None:
         sys.stdout.write(markdown(records))
         return 0
     try:
         text = rewrite(Path(page).read_text(), MARKER, markdown(records).rstrip("\n"))
     except (OSError, ValueError) as error:
-        return _refuse(f"--into {page}: {error}")
+        return refuse(f"--into {page}: {error}")
     Path(page).write_text(text)
     return 0
-
-
-def _refuse(message: str) -> int:
-    sys.stderr.write(f"megamem: error: {message}\n")
-    return USER_ERROR
 
 
 def _cases(

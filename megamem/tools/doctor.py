@@ -30,14 +30,14 @@ from torch import Tensor
 
 from megamem import __version__
 from megamem.config import MemoryConfig
-from megamem.integration import lost_ranks
-from megamem.integration.patching import MissingSymbolError
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.value_table import ValueTable
+from megamem.megatron.reports import lost_ranks
 from megamem.ops import forms
 from megamem.ops.backend import use_triton
 from megamem.parallel.memory_group import MemoryGroup
+from megamem.patching import MissingSymbolError
 from megamem.tools import known_answers
 from megamem.tools.doctor_collectives import COLLECTIVES, MIB, collective_check
 from megamem.tools.doctor_finding import Finding, Status
@@ -157,13 +157,13 @@ def requirements() -> dict[str, Requirement]:
 def megatron() -> list[Finding]:
     """Whether Megatron imports, and still has every function that megamem replaces."""
     what = "megatron hooks"
-    failure = import_failure("megamem.integration.hooks")
+    failure = import_failure("megamem.megatron.patches")
     if not failure:
-        from megamem.integration import hooks
+        from megamem.megatron import patches
 
         try:
-            hooks.install()
-            hooks.install_memory()
+            patches.install()
+            patches.install_memory()
         except MissingSymbolError as error:
             failure = str(error)
     if failure:

@@ -35,6 +35,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from megamem.config import ConfigurationError, MemoryConfig
+from megamem.errors import refuse
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.value_table import ValueTable
@@ -48,7 +49,7 @@ from megamem.tools.memory_peaks import PHASES, CpuPeaks, GpuPeaks, leave_kernels
 LAYERS = 2
 MODES = ("row", "column")
 TOLERANCE = 0.1
-BEYOND_PLAN, USER_ERROR = 1, 2
+BEYOND_PLAN = 1
 PATIENCE = timedelta(minutes=10)
 
 
@@ -126,8 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     records.append(measure(mode, ranks, sizes, on_gpu=bool(gpus)))
                 progress.advance(task)
     except ConfigurationError as error:
-        sys.stderr.write(f"megamem: error: {error}\n")
-        return USER_ERROR
+        return refuse(error)
     console.print(rich_table(records))
     if left_out := [str(ranks) for ranks in args.ranks if gpus and ranks > gpus]:
         console.print(

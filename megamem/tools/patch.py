@@ -25,11 +25,11 @@ from typing import Literal
 from rich.console import Console
 
 from megamem.config import ConfigurationError
+from megamem.errors import refuse
 
 # installed, the patches lie inside the package; in a checkout, beside it
 HOMES = (Path(__file__).parents[1] / "patches", Path(__file__).parents[2] / "patches")
 SUMS = "SHA256SUMS"
-USER_ERROR = 2
 # git repeats a line of the file after the second @@; ours does not
 HUNK = re.compile(rb"@@ -(\d+),0 \+(\d+)(?:,(\d+))? @@\n")
 TARGET = re.compile(rb"^\+\+\+ b/(.+)$", re.MULTILINE)
@@ -119,8 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.check:
             write_all(changes)
     except ConfigurationError as error:
-        sys.stderr.write(f"megamem: error: {error}\n")
-        return USER_ERROR
+        return refuse(error)
     done = "restored" if args.reverse else "patched"
     can = f"can be {done}" if args.check else done
     console.print(f"Megatron-LM {version} in {args.megatron_dir}, patches for {series.release}:")

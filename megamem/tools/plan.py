@@ -21,12 +21,12 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from megamem.config import ConfigurationError, MemoryConfig
+from megamem.errors import refuse
 from megamem.planner import PRESETS, Cluster, Job, ModelShape, make_plan, preset
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.plan import Plan
 from megamem.tools.plan_tables import show_plan
 
-USER_ERROR = 2
 WIDTH_OF_A_FILE = 120
 
 # flags that change sizes in ways that the planner does not know
@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(words)
         plan = make_plan(job_from_args(args))
     except ConfigurationError as error:
-        sys.stderr.write(f"megamem: error: {error}\n")
-        return USER_ERROR
+        return refuse(error)
     show_plan(plan, console)
     if args.json:
         Path(args.json).write_text(json.dumps(as_json(plan), indent=2) + "\n")
@@ -74,8 +73,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         warnings.simplefilter("ignore")
         from megatron.training.arguments import add_megatron_arguments
 
-        from megamem.integration.arguments import add_memory_flags
-        from megamem.integration.launcher import suggestion
+        from megamem.errors import suggestion
+        from megamem.megatron.arguments import add_memory_flags
 
     add_memory_flags(parser)
     page = parser.format_help()

@@ -9,6 +9,7 @@ import triton
 from torch.nn import functional as F
 
 from megamem import ops
+from megamem.errors import USER_ERROR
 from megamem.tools import bench, bench_cases, bench_published, bench_steps, bench_table
 from megamem.tools.bench_published import PublishedKernels
 
@@ -100,9 +101,9 @@ def test_a_table_of_several_runs_goes_into_a_page(tmp_path, capsys):
     assert bench.main(words) == 0
     assert capsys.readouterr().out.strip() in text
     page.write_text("no markers")
-    assert bench.main([*words, "--into", str(page)]) == bench.USER_ERROR
+    assert bench.main([*words, "--into", str(page)]) == USER_ERROR
     assert "no <!-- bench: begin -->" in capsys.readouterr().err
-    assert bench.main(["--into", str(page)]) == bench.USER_ERROR
+    assert bench.main(["--into", str(page)]) == USER_ERROR
     assert "--into is for a --table" in capsys.readouterr().err
 
 
@@ -111,13 +112,13 @@ def test_a_file_without_records_makes_no_table(content, tmp_path, capsys):
     path = tmp_path / "records.json"
     path.write_text(content)
     for wrong in (path, tmp_path / "absent.json"):
-        assert bench.main(["--table", str(wrong)]) == bench.USER_ERROR
+        assert bench.main(["--table", str(wrong)]) == USER_ERROR
         streams = capsys.readouterr()
         assert not streams.out and f"{wrong} holds no records" in streams.err
 
 
 def test_published_kernels_come_from_a_checkout(tmp_path, capsys):
-    assert bench.main(["--device", "cpu", "--published", str(tmp_path)]) == bench.USER_ERROR
+    assert bench.main(["--device", "cpu", "--published", str(tmp_path)]) == USER_ERROR
     assert "needs a GPU" in capsys.readouterr().err
     gpu = torch.device("cuda")
     with pytest.raises(ValueError, match="name a checkout of"):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamem.integration import cpu_runtime
+from megamem.cpu import runtime as cpu_runtime
 from megamem.optimizer.state import SLOTS
 from megamem.parallel.collectives import group_rank
 from megamem.parallel.memory_group import form, partition

@@ -18,9 +18,9 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megamem.checkpoint import TABLES
-from megamem.integration.cpu_runtime import _norm_under_sequence_parallelism
-from megamem.integration.launcher import attach
-from megamem.integration.patching import replace
+from megamem.cpu.runtime import _norm_under_sequence_parallelism
+from megamem.megatron.launcher import attach
+from megamem.patching import replace
 
 # Transformer Engine's kernels, and others that want a GPU to be there
 LOCAL = (
@@ -58,7 +58,7 @@ def build(world: int, flags: list[str]) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megamem.integration import compat
+    from megamem.megatron import compat
 
     sys.argv = ["pretrain_gpt.py", *flags]
     args = compat.read_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})

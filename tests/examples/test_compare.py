@@ -203,7 +203,8 @@ def test_a_run_that_fails_shows_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # there is no corpus
     runner = Runner(tmp_path, "cpu", 1, time.monotonic() + PATIENCE, Console(quiet=True))
     with pytest.raises(
-        RunFailed, match=r"(?s)ended with 2; the end of .*train.log:.*no /.*facts_train.idx"
+        RunFailed,
+        match=r"(?s)ended with 1; the end of .*train.log:.*/corpus/tokenizer.model is invalid",
     ):
         runner.execute("main", [run])
 

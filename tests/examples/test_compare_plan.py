@@ -46,7 +46,7 @@ def _models(scale: scales.Scale) -> list[Model]:
 def _megatron_parser() -> argparse.ArgumentParser:
     from megatron.training.arguments import add_megatron_arguments
 
-    from megamem.integration.arguments import add_memory_flags
+    from megamem.megatron.arguments import add_memory_flags
 
     return add_memory_flags(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
 
@@ -77,7 +77,7 @@ def test_flops_are_equal_within_one_percent(scale: scales.Scale) -> None:
 def test_the_plan_counts_flops_as_the_run_reports_them(scale: scales.Scale) -> None:
     from megatron.training.training import num_floating_point_operations
 
-    from megamem.integration.reports import with_memory_flops
+    from megamem.megatron.reports.sizes import with_memory_flops
 
     runs = [_plan(scale).run("main", model, 1, MIDDLE) for model in _models(scale)]
     assert len(runs) > 20

@@ -10,6 +10,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from tests.helpers.megatron_runs import TrainingLog, run_training
+from tests.megatron.test_tiny_training import MEMORY
 
 TP2 = ("--tensor-model-parallel-size", 2)
 PP2 = ("--pipeline-model-parallel-size", 2)
@@ -102,7 +103,7 @@ def test_real_data_with_tensor_parallelism(datasets):
 def test_damaged_data_is_refused(datasets):
     prefix = datasets["test"]
     Path(f"{prefix}.bin").write_bytes(b"cut")
-    log = run_training("damaged", 1, data=("--data-path", prefix), check=False)
+    log = run_training("damaged", 1, *MEMORY, data=("--data-path", prefix), check=False)
     errors = [line for line in log.stdout.splitlines() if line.startswith("megamem: error")]
     assert log.returncode == 2 and len(errors) == 1, log.tail()
     assert f"--data-path {prefix}: the .bin file has 3 bytes" in errors[0]

@@ -9,7 +9,7 @@ precision of memories: torch.bfloat16, table torch.bfloat16, read-out torch.bflo
 import sys
 from typing import Any
 
-from megamem.integration.launcher import main
+from megamem.megatron.launcher import main
 
 LINEARS = "precision of linears"
 MEMORIES = "precision of memories"
@@ -20,7 +20,7 @@ def watch() -> None:
     from megatron.core.extensions.transformer_engine import TERowParallelLinear
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-    from megamem.integration.memory_mlp import MemoryMLP
+    from megamem.megatron.model.memory_mlp import MemoryMLP
 
     said: set[str] = set()
 

@@ -107,11 +107,11 @@ def _words(found: report.Report, sequences: int) -> tuple[object, ...]:
 
 def _wait_then_run() -> int:
     """In a rank: import what is slow to import, wait for the gate, then do as megamem.run does."""
-    from megamem.integration import launcher
+    from megamem.megatron import launcher
 
     command = launcher.parse(sys.argv[1:])
     if command.cpu:
-        from megamem.integration import cpu_runtime
+        from megamem.cpu import runtime as cpu_runtime
 
         # it must come before Megatron
         cpu_runtime.install(force=command.force_cpu)

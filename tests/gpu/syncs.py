@@ -118,7 +118,7 @@ def _counted(found: report.Report, name: str, flags: tuple[object, ...]) -> dict
 
 def _count_in_training() -> int:
     """In a rank: do as megamem.run does, and count in one step."""
-    from megamem.integration import launcher
+    from megamem.megatron import launcher
 
     original = launcher.run_as_main
 

@@ -1,7 +1,7 @@
 """What the part for Transformer Engine makes of runs.
 
 That their command lines are right is seen where Transformer Engine is installed, in
-tests/integration/test_transformer_engine.py.
+tests/megatron/test_transformer_engine.py.
 """
 
 import inspect

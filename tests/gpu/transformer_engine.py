@@ -298,7 +298,7 @@ def _built(report: Report) -> list[dict[str, Any]]:
             jobs.append(json.dumps(job))
             cases.append(case)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.engine_models"],
+        [sys.executable, "-m", "tests.megatron.engine_models"],
         input="\n".join(jobs),
         stdout=subprocess.PIPE,
         text=True,

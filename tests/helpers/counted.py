@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megamem.integration import launcher
+from megamem.megatron import launcher
 
 HOME = str(Path(launcher.__file__).parents[1])
 COLLECTIVES = (
@@ -27,7 +27,7 @@ collectives = 0
 def watch(frame: FrameType, event: str, _: Any) -> None:
     """Note every call into a file of megamem's."""
     path = frame.f_code.co_filename
-    if event == "call" and path.startswith(HOME) and "/cpu_" not in path:
+    if event == "call" and path.startswith(HOME) and "/cpu/" not in path:
         calls.add(f"{Path(path).stem}.{frame.f_code.co_name}")
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from megamem.integration.launcher import main
+from megamem.megatron.launcher import main
 
 
 def _kill_while_saving(count: str) -> None:
@@ -92,7 +92,7 @@ FAULTS = {
 
 def _install_after_hooks() -> None:
     """The fault goes in when the hooks do: not before the CPU runtime, nor after the script."""
-    from megamem.integration import launcher
+    from megamem.megatron import launcher
 
     run = launcher.run_as_main
 

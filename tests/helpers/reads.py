@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamem.integration.launcher import main
 from megamem.layers.value_table import Lookups, ValueTable
+from megamem.megatron.launcher import main
 from megamem.ops import place_rows
 from megamem.optimizer import TableOptimizer
 

@@ -181,13 +181,13 @@ def _run(request: Request) -> NoReturn:
 
 
 def _import() -> None:
-    from megamem.integration import cpu_runtime
+    from megamem.cpu import runtime as cpu_runtime
 
     cpu_runtime.install(force=True)
     from megatron.core.datasets import blended_megatron_dataset_builder, gpt_dataset  # noqa: F401
     from torch.utils import tensorboard  # noqa: F401
 
-    from megamem.integration import hooks  # noqa: F401
+    from megamem.megatron import patches  # noqa: F401
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Callable
 
-from megamem.integration import cpu_runtime
-from megamem.integration.launcher import (
+from megamem.cpu import runtime as cpu_runtime
+from megamem.megatron.launcher import (
     Command,
     parse,
     run_as_main,

@@ -5,10 +5,10 @@ import torch
 import torch.distributed as dist
 
 from megamem.config import MemoryConfig
-from megamem.integration import reports
 from megamem.layers.expert_table import make_table, table_names
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
+from megamem.megatron.reports import sizes
 from megamem.metrics import Metrics, Watched
 from megamem.parallel.memory_group import MemoryGroup, form, partition
 from megamem.planner import Layout, make_plan, preset
@@ -51,10 +51,10 @@ def test_counts_are_those_of_the_modules(pool: str) -> None:
     assert memory_layer_parameters(memory, 64) == own
     pools = 2 if pool == "layer" else 1
     assert table_parameters(memory) == pools * sum(p.numel() for p in table.parameters())
-    assert reports.table_parameters(memory) == table_parameters(memory)
+    assert sizes.table_parameters(memory) == table_parameters(memory)
     plain = MemoryConfig(memory_layers=[1, 2], memory_variant="memory").resolve(64)
     assert memory_flops_per_token(memory, 64) == memory_flops_per_token(plain, 64)
-    assert memory_flops_per_token(memory, 64) == reports.layer_flops_per_token(memory, 64)
+    assert memory_flops_per_token(memory, 64) == sizes.layer_flops_per_token(memory, 64)
 
 
 def test_a_rank_holds_two_tables_of_rows() -> None:

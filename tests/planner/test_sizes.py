@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from megamem.config import MemoryConfig
-from megamem.integration.reports import layer_flops_per_token
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.value_table import ValueTable
+from megamem.megatron.reports.sizes import layer_flops_per_token
 from megamem.parallel.memory_group import MemoryGroup
 from megamem.planner import (
     preset,

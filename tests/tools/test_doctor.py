@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megamem import ops
-from megamem.integration import hooks
-from megamem.integration.patching import MissingSymbolError
+from megamem.megatron import patches
+from megamem.patching import MissingSymbolError
 from megamem.tools import doctor, known_answers
 from megamem.tools.doctor import Finding
 from tests.helpers.distributed import run_distributed
@@ -170,7 +170,7 @@ def test_versions_are_held_against_what_megamem_asks_for() -> None:
 
 def test_a_megatron_without_a_function_is_a_problem() -> None:
     gone = MissingSymbolError("megatron.training.training.training_log does not exist")
-    with mock.patch.object(hooks, "install", side_effect=gone):
+    with mock.patch.object(patches, "install", side_effect=gone):
         (finding,) = doctor.megatron()
     assert finding.status == "problem"
     assert "training_log does not exist; install the release" in finding.found

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megamem.config import ConfigurationError, MemoryConfig
+from megamem.errors import refuse
 from megamem.tools.convert import torch_dist
 from megamem.tools.convert.export import REMARKS, export, reimport
 from megamem.tools.convert.lazy import LazyTensor
@@ -29,7 +30,6 @@ from megamem.tools.convert.reference_file import read_reference
 from megamem.tools.convert.safetensors import read_folder, write_folder
 from megamem.tools.convert.upcycle import upcycle
 
-USER_ERROR = 2
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GB = 10**9
 
@@ -46,12 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "export": _export,
             "import": _import,
         }[args.what](args, console)
-    except ConfigurationError as error:
-        sys.stderr.write(f"megamem: error: {error}\n")
-        return USER_ERROR
-    except OSError as error:
-        sys.stderr.write(f"megamem: error: {error}\n")
-        return USER_ERROR
+    except (ConfigurationError, OSError) as error:
+        return refuse(error)
     return 0
 
 
@@ -112,7 +108,7 @@ def _add_flags(parser: argparse.ArgumentParser, what: str, words: Sequence[str])
         add("--seed", type=int, default=1234, help="of the new weights; default: Megatron's")
         if what in words:
             # imports Megatron
-            from megamem.integration.arguments import add_memory_flags
+            from megamem.megatron.arguments import add_memory_flags
 
             add_memory_flags(parser)
 

@@ -1,0 +1,124 @@
+"""Megatron's flags on a CPU: those it needs are set, those it cannot honour are refused."""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megamem.cpu.hybrid import ON_CPU
+from megamem.hybrid_pattern import symbols
+from megamem.patching import require
+
+# the argument's name in args, the value that a CPU needs, and how a person writes it
+NEEDED: tuple[tuple[str, Any, str], ...] = (
+    ("distributed_backend", "gloo", "--distributed-backend gloo"),
+    ("transformer_impl", "local", "--transformer-impl local"),
+    ("apply_rope_fusion", False, "--no-rope-fusion"),
+    ("masked_softmax_fusion", False, "--no-masked-softmax-fusion"),
+    ("gradient_accumulation_fusion", False, "--no-gradient-accumulation-fusion"),
+    ("no_persist_layer_norm", True, "--no-persist-layer-norm"),
+    # weights drawn whole and then cut, so that they do not depend on the tensor-parallel size
+    ("use_cpu_initialization", True, "--use-cpu-initialization"),
+)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A flag that has no meaning on a CPU."""
+
+    dest: str
+    flag: str
+    reason: str
+    off: Sequence[Any] = (None, False)
+
+    def problem(self, args: argparse.Namespace) -> str | None:
+        """What to tell the user when the flag is on."""
+        value = getattr(args, self.dest, self.off[0])
+        if value in self.off:
+            return None
+        shown = self.flag if value is True else f"{self.flag} {value}"
+        return f"{shown} {self.reason}; with --cpu, drop it"
+
+
+NEEDS_TE = "needs Transformer Engine and a GPU"
+REFUSED = (
+    Refusal("context_parallel_size", "--context-parallel-size", NEEDS_TE, off=(1,)),
+    Refusal("fp8", "--fp8-format", NEEDS_TE),
+    Refusal("fp4", "--fp4-format", NEEDS_TE),
+    Refusal("tp_comm_overlap", "--tp-comm-overlap", NEEDS_TE),
+    Refusal("moe_grouped_gemm", "--moe-grouped-gemm", NEEDS_TE),
+    Refusal("cross_entropy_fusion_impl", "--cross-entropy-fusion-impl", NEEDS_TE, off=("native",)),
+    Refusal("use_precision_aware_optimizer", "--use-precision-aware-optimizer", NEEDS_TE),
+    Refusal("optimizer_cpu_offload", "--optimizer-cpu-offload", "moves state off a GPU"),
+    Refusal("use_torch_fsdp2", "--use-torch-fsdp2", "needs a GPU"),
+    Refusal("cuda_graph_impl", "--cuda-graph-impl", "needs a GPU", off=(None, "none")),
+    Refusal("enable_cuda_graph", "--enable-cuda-graph", "needs a GPU"),
+    Refusal("external_cuda_graph", "--external-cuda-graph", "needs a GPU"),
+)
+
+
+def adapt_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser, with a CPU's defaults, refusing what a CPU cannot do once it has parsed."""
+    actions = {action.dest: action for action in parser._actions}
+    absent = [flag for dest, _, flag in NEEDED if dest not in actions]
+    if absent:
+        raise RuntimeError(f"this Megatron does not know {', '.join(absent)}, which --cpu sets")
+    parser.set_defaults(**{dest: value for dest, value, _ in NEEDED})
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        parsed, rest = parse(args, namespace)
+        problems = find_problems(parsed)
+        if problems:
+            parser.error("; ".join(problems))
+        announce(tuple(flag for dest, _, flag in NEEDED if not _is_given(actions[dest], given)))
+        return parsed, rest
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+    return parser
+
+
+def find_problems(args: argparse.Namespace) -> list[str]:
+    """Each flag that contradicts a run on a CPU, with its fix."""
+    contrary = [
+        f"{flag.split()[0]} {getattr(args, dest)} needs a GPU; with --cpu, drop it or write {flag}"
+        for dest, value, flag in NEEDED
+        if getattr(args, dest) != value
+    ]
+    refused = [*filter(None, (refusal.problem(args) for refusal in REFUSED))]
+    pattern = getattr(args, "hybrid_layer_pattern", None) or ""
+    if strange := "".join(sorted(set(symbols(pattern)) - set(ON_CPU))):
+        refused.append(
+            f"--hybrid-layer-pattern {pattern} has layers ({strange}) that need kernels of a GPU; "
+            f"with --cpu, only these work: {' '.join(ON_CPU)}"
+        )
+    return [*contrary, *refused]
+
+
+@functools.cache  # Megatron reads the command line several times
+def announce(flags: tuple[str, ...]) -> None:
+    """One line, on the first rank, that names the flags --cpu has set."""
+    if flags and os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"megamem: --cpu sets {' '.join(flags)}\n")
+
+
+def _is_given(action: argparse.Action, given: Sequence[str]) -> bool:
+    names = tuple(action.option_strings)
+    return any(word in names or word.split("=", 1)[0] in names for word in given)
+
+
+def adapt_flags() -> None:
+    """Every parser that Megatron builds from here on is a CPU's."""
+    import megatron.training.arguments as arguments
+
+    from megamem.patching import replace
+
+    def make(add_megatron_arguments: Callable) -> Callable:
+        return lambda parser: adapt_parser(add_megatron_arguments(parser))
+
+    require(arguments, "add_megatron_arguments")
+    replace(arguments, "add_megatron_arguments", make)

@@ -1,0 +1,232 @@
+"""torch as Megatron expects to find it on a GPU, with every tensor in host memory.
+
+Megatron's training loop names the device "cuda", asks torch.cuda for streams, random states and
+memory figures, and compares the type names of tensors. Here "cuda" is redirected to the CPU where
+tensors are made or moved, and torch.cuda answers as an idle device without streams would.
+"""
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megamem.patching import replace, require
+
+CPU = torch.device("cpu")
+HOST_BYTES = 16 << 30  # what torch.cuda reports as device memory; only printed and divided by
+
+# A TorchFunctionMode would be shorter, but it is popped while autograd runs a backward function,
+# and recomputation under autograd makes tensors there.
+FACTORIES = (
+    *("tensor", "as_tensor", "empty", "zeros", "ones", "full", "rand", "randn", "randint"),
+    *("randperm", "arange", "linspace", "eye", "empty_strided", "empty_like", "zeros_like"),
+    *("ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
+)
+TENSOR_FACTORIES = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+
+
+def on_host(device: Any) -> Any:
+    """The device to use where `device` was asked for: the CPU for every name of a GPU."""
+    is_index = isinstance(device, int) and not isinstance(device, bool)
+    is_name = isinstance(device, str) and device.startswith("cuda")
+    is_device = isinstance(device, torch.device) and device.type == "cuda"
+    return CPU if is_index or is_name or is_device else device
+
+
+def redirect_tensors() -> None:
+    """From here on, tensors asked for on, or moved to, "cuda" are made on the CPU."""
+    for name in FACTORIES:
+        replace(torch, name, _with_host_device)
+    for name in TENSOR_FACTORIES:
+        replace(torch.Tensor, name, _with_host_device)
+    replace(torch.Tensor, "to", _to_host)
+    replace(torch.Tensor, "type", _type_named_as_cuda)
+    for owner, name in ((torch.Tensor, "cuda"), (torch.nn.Module, "cuda")):
+        replace(owner, name, lambda _: lambda self, *args, **kwargs: self)
+    replace(torch.Tensor, "pin_memory", lambda _: lambda self, *args, **kwargs: self)
+
+
+def _with_host_device(factory: Callable) -> Callable:
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = on_host(kwargs["device"])
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+def _to_host(to: Callable) -> Callable:
+    def to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and not isinstance(args[0], torch.dtype | torch.Tensor):
+            args = (on_host(args[0]), *args[1:])
+        if "device" in kwargs:
+            kwargs["device"] = on_host(kwargs["device"])
+        return to(self, *args, **kwargs)
+
+    return to_cpu
+
+
+def _type_named_as_cuda(tensor_type: Callable) -> Callable:
+    """Megatron's mixed-precision optimizers sort parameters by the name torch.cuda.FloatTensor."""
+
+    def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = tensor_type(self, *args, **kwargs)
+        if isinstance(result, str) and not result.startswith("torch.cuda."):
+            return "torch.cuda." + result.removeprefix("torch.")
+        return result
+
+    return cuda_type
+
+
+class Stream:
+    """A stream on which everything has already happened."""
+
+    cuda_stream = 0
+    stream_id = 0
+    device = CPU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        event = event or Event()
+        event.record()
+        return event
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class Event:
+    """An event that keeps the host's clock."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.time = 0.0
+
+    def record(self, *args: Any) -> None:
+        self.time = time.perf_counter()
+
+    def wait(self, *args: Any) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "Event") -> float:
+        return (end.time - self.time) * 1e3
+
+
+@contextlib.contextmanager
+def _nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+def _answer(value: Any) -> Callable:
+    return lambda *args, **kwargs: value
+
+
+def _cuda_answers() -> dict[str, Any]:
+    """Name in torch.cuda -> what stands there instead."""
+    stream = Stream()
+    properties = SimpleNamespace(
+        name="cpu", major=9, minor=0, total_memory=HOST_BYTES, multi_processor_count=1, warp_size=32
+    )
+    return {
+        "is_available": _answer(True),
+        "is_initialized": _answer(True),
+        "device_count": _answer(1),
+        "current_device": _answer(0),
+        "set_device": _answer(None),
+        "synchronize": _answer(None),
+        "empty_cache": _answer(None),
+        "ipc_collect": _answer(None),
+        "current_stream": _answer(stream),
+        "default_stream": _answer(stream),
+        "set_stream": _answer(None),
+        "stream": _nothing,
+        "device": _nothing,
+        "Stream": Stream,
+        "Event": Event,
+        "is_current_stream_capturing": _answer(False),
+        "get_device_capability": _answer((9, 0)),
+        "get_device_properties": _answer(properties),
+        "get_device_name": _answer("cpu"),
+        "memory_allocated": _answer(0),
+        "max_memory_allocated": _answer(0),
+        "memory_reserved": _answer(0),
+        "max_memory_reserved": _answer(0),
+        "reset_peak_memory_stats": _answer(None),
+        "memory_stats": lambda *args, **kwargs: defaultdict(int),
+        "mem_get_info": _answer((HOST_BYTES // 2, HOST_BYTES)),
+        # torch.manual_seed calls both of these, hence the generator and not torch.manual_seed
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
+        "manual_seed_all": _answer(None),
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "_lazy_call": lambda call, **kwargs: call(),
+        "_lazy_init": _answer(None),
+    }
+
+
+def stand_in_for_cuda() -> None:
+    """torch.cuda answers as one idle device; its random state is the CPU's."""
+    answers = _cuda_answers()
+    for name, value in answers.items():
+        require(torch.cuda, name)
+        setattr(torch.cuda, name, value)
+    for name in ("get_rng_state", "set_rng_state"):
+        require(torch.cuda.random, name)
+        setattr(torch.cuda.random, name, answers[name])
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, _answer(None))
+    torch.cuda.nvtx.range = _nothing
+    torch._C._cuda_setRNGState = answers["set_rng_state"]  # type: ignore[attr-defined]
+    # optimizers ask torch.accelerator (C++) for graph capture; it must keep saying "none here"
+    torch.accelerator.is_available = _answer(False)
+    torch.accelerator.current_stream = _answer(SimpleNamespace(is_capturing=_answer(False)))
+
+
+def accept_tensor_splits() -> None:
+    """all_to_all_single takes split sizes as tensors, which on a GPU Megatron turns into lists."""
+
+    def make(all_to_all_single: Callable) -> Callable:
+        def with_list_splits(
+            output: torch.Tensor,
+            input: torch.Tensor,
+            output_split_sizes: Any = None,
+            input_split_sizes: Any = None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            sizes = [
+                splits.tolist() if torch.is_tensor(splits) else splits
+                for splits in (output_split_sizes, input_split_sizes)
+            ]
+            return all_to_all_single(output, input, *sizes, *args, **kwargs)
+
+        return with_list_splits
+
+    replace(dist, "all_to_all_single", make)

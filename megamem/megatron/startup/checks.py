@@ -1,0 +1,308 @@
+"""What is refused at start-up, before anything is allocated, and what to do instead."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megamem.config import ConfigurationError, MemoryConfig
+from megamem.hybrid_pattern import stage_layers
+from megamem.megatron import compat
+from megamem.megatron.startup.group_checks import group_problems
+from megamem.ops import forms
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An option of Megatron's that memory layers do not work with."""
+
+    option: str
+    """As typed, with its value."""
+
+    applies: Callable[[argparse.Namespace], bool]
+    why: str
+    fix: str
+
+    def message(self) -> str:
+        return f"--memory-layers does not work with {self.option}: {self.why}; {self.fix}."
+
+
+def _given(name: str) -> Callable[[argparse.Namespace], bool]:
+    return lambda args: bool(getattr(args, name, None))
+
+
+def _captures_memory(args: argparse.Namespace) -> bool:
+    """CUDA graphs that would hold a memory layer; those of attention alone would not."""
+    if getattr(args, "cuda_graph_impl", "none") in (None, "none"):
+        return bool(getattr(args, "enable_cuda_graph", False))
+    parts = getattr(args, "cuda_graph_modules", None) or getattr(args, "cuda_graph_scope", None)
+    names = {str(getattr(part, "name", part)) for part in (parts or [])}
+    return names != {"attn"} or args.cuda_graph_impl != "transformer_engine"
+
+
+def _recomputes_in_low_precision(module: str) -> Callable[[argparse.Namespace], bool]:
+    def applies(args: argparse.Namespace) -> bool:
+        low = getattr(args, "fp8", None) or getattr(args, "fp4", None)
+        return bool(low) and module in (getattr(args, "recompute_modules", None) or [])
+
+    return applies
+
+
+def _recomputes_memory_in_low_precision(args: argparse.Namespace) -> bool:
+    """Unless a feed-forward stays: what Transformer Engine recomputes must hold layers of its."""
+    kept = getattr(args, "memory_keep_ffn", False)
+    return not kept and _recomputes_in_low_precision("mlp")(args)
+
+
+REFUSALS = (
+    Refusal(
+        "--mtp-num-layers",
+        _given("mtp_num_layers"),
+        "multi-token-prediction layers are built from the last decoder layer",
+        "drop it",
+    ),
+    Refusal(
+        "--use-megatron-fsdp",
+        _given("use_megatron_fsdp"),
+        "it would flatten the value table and gather it whole on every rank",
+        "use --use-distributed-optimizer, which leaves the table sharded by rows",
+    ),
+    Refusal(
+        "--use-torch-fsdp2",
+        _given("use_torch_fsdp2"),
+        "it would gather the value table whole on every rank",
+        "use --use-distributed-optimizer, which leaves the table sharded by rows",
+    ),
+    Refusal(
+        "--cuda-graph-impl",
+        _captures_memory,
+        "a memory layer cannot be captured",
+        "use --cuda-graph-impl transformer_engine with --cuda-graph-modules attn, or drop it",
+    ),
+    Refusal(
+        "--fp8-param-gather",
+        _given("fp8_param_gather"),
+        "the value table has no fp8 form",
+        "drop it; fp8 without it works, and leaves memory layers in bf16",
+    ),
+    Refusal(
+        "--fp4-param-gather",
+        _given("fp4_param_gather"),
+        "the value table has no fp4 form",
+        "drop it; fp4 without it works, and leaves memory layers in bf16",
+    ),
+    Refusal(
+        "--recompute-modules layernorm in fp8 or fp4",
+        _recomputes_in_low_precision("layernorm"),
+        "a memory layer has no linear_fc1 to keep the norm's input for",
+        "drop layernorm from --recompute-modules",
+    ),
+    Refusal(
+        "--recompute-modules mlp in fp8 or fp4",
+        _recomputes_memory_in_low_precision,
+        "Transformer Engine recomputes only what holds layers of its own",
+        "drop mlp from --recompute-modules, or recompute all with --recompute-granularity full",
+    ),
+    Refusal(
+        "--overlap-moe-expert-parallel-comm",
+        _given("overlap_moe_expert_parallel_comm"),
+        "it interleaves the layers of two microbatches",
+        "drop it",
+    ),
+    Refusal(
+        "--delay-wgrad-compute",
+        _given("delay_wgrad_compute"),
+        "a memory layer has no separate weight-gradient step",
+        "drop it",
+    ),
+    Refusal(
+        "--inference-fuse-tp-communication",
+        _given("inference_fuse_tp_communication"),
+        "it reaches into the linears of an MLP, which a memory does not have",
+        "drop it",
+    ),
+    Refusal(
+        "--transformer-impl inference_optimized",
+        lambda args: getattr(args, "transformer_impl", "") == "inference_optimized",
+        "its fused layers reach into the linears of an MLP, which a memory does not have",
+        "use transformer_engine or local",
+    ),
+    Refusal(
+        "--heterogeneous-layers-config-path",
+        _given("heterogeneous_layers_config_path"),
+        "its layers have configurations of their own",
+        "drop it",
+    ),
+    Refusal(
+        "--hybrid-layer-pattern",
+        lambda args: _given("hybrid_layer_pattern")(args) and compat.HybridModel is None,
+        "this release of Megatron-Core builds such models in another way",
+        "use Megatron-Core 0.18 or later, or describe the model by --num-layers",
+    ),
+    Refusal(
+        "hyper-connections",
+        lambda args: _given("enable_hyper_connections")(args) or _given("enable_mhc")(args),
+        "they replace the transformer layer that a memory sits in",
+        "drop them",
+    ),
+    Refusal(
+        "--tensor-parallel-num-weight-shards",
+        lambda args: getattr(args, "gtp_weight_remat_size", 1) > 1,
+        "it cuts weights that memory layers hold whole",
+        "drop it",
+    ),
+    Refusal(
+        "--optimizer other than adam and sgd",
+        lambda args: getattr(args, "optimizer", "adam") not in ("adam", "sgd"),
+        "it would orthogonalise the rows of the value table",
+        "use --optimizer adam",
+    ),
+    Refusal(
+        "--ckpt-format other than torch_dist",
+        lambda args: (
+            bool(getattr(args, "save", None) or getattr(args, "load", None))
+            and getattr(args, "ckpt_format", "torch_dist") != "torch_dist"
+        ),
+        "only torch_dist stores the value table by rows",
+        "use --ckpt-format torch_dist",
+    ),
+)
+"""In the order in which they are reported."""
+
+
+def check(args: argparse.Namespace, memory: MemoryConfig, config: Any) -> None:
+    """Refuse what cannot work, all of it in one error.
+
+    Args:
+        args: Megatron's, validated by Megatron.
+        memory: resolved.
+        config: the TransformerConfig made of args.
+
+    Raises:
+        ConfigurationError: names each flag, its value and the fix.
+    """
+    problems = [refusal.message() for refusal in REFUSALS if refusal.applies(args)]
+    too_deep = [layer for layer in memory.memory_layers if layer >= args.num_layers]
+    if too_deep:
+        problems.append(
+            f"--memory-layers {_words(too_deep)} is out of range: layers are counted "
+            f"from 0, and --num-layers {args.num_layers} ends at layer {args.num_layers - 1}."
+        )
+    problems += _pool_problems(args, memory, config) if not problems else []
+    problems += group_problems(args, memory)
+    problems += _pattern_problems(args, memory)
+    problems += _ffn_problems(args, memory)
+    problems += _optimizer_problems(args, memory)
+    problems += _finetune_problems(args, memory)
+    problems += _form_problems()
+    ConfigurationError.collect(problems)
+
+
+def _pool_problems(args: argparse.Namespace, memory: MemoryConfig, config: Any) -> list[str]:
+    """A shared table must lie where all its layers are."""
+    if memory.memory_pool != "shared":
+        return []
+    stages = {}
+    for pp_rank in range(args.pipeline_model_parallel_size):
+        for vp_stage in range(args.virtual_pipeline_model_parallel_size or 1):
+            virtual = vp_stage if args.virtual_pipeline_model_parallel_size else None
+            for layer in _layers_of(args, config, virtual, pp_rank):
+                stages[layer] = (pp_rank, virtual)
+    homes = {layer: stages[layer] for layer in sorted(memory.memory_layers)}
+    if len(set(homes.values())) == 1:
+        return []
+
+    def name(home: tuple[int, int | None]) -> str:
+        pp_rank, virtual = home
+        return f"stage {pp_rank}" + (f", virtual stage {virtual}" if virtual is not None else "")
+
+    where = "; ".join(f"layer {layer} on {name(home)}" for layer, home in homes.items())
+    return [
+        f"--memory-pool shared needs all --memory-layers on one pipeline stage, but "
+        f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} puts {where}; choose "
+        "layers of one stage, or give each its own table with --memory-pool layer."
+    ]
+
+
+def _layers_of(
+    args: argparse.Namespace, config: Any, vp_stage: int | None, pp_rank: int
+) -> list[int]:
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if pattern is None:
+        return compat.stage_layers(config, vp_stage, pp_rank)
+    return stage_layers(
+        pattern,
+        args.pipeline_model_parallel_size,
+        pp_rank,
+        vp_stage,
+        first=args.decoder_first_pipeline_num_layers,
+        last=args.decoder_last_pipeline_num_layers,
+    )
+
+
+def _pattern_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:
+    """A memory takes the place of a feed-forward, which not every layer of a hybrid model has."""
+    kinds = compat.feed_forwards(args)
+    wrong = [n for n in memory.memory_layers if n < len(kinds) and not kinds[n]]
+    if not wrong:
+        return []
+    there = [layer for layer, kind in enumerate(kinds) if kind]
+    return [
+        f"--memory-layers {_words(wrong)} is no feed-forward: --hybrid-layer-pattern "
+        f"{args.hybrid_layer_pattern}, counted from 0, has "
+        + (f"them at {_words(there)}; choose among these." if there else "none; add some (-).")
+    ]
+
+
+def _ffn_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:
+    if not memory.memory_keep_ffn:
+        return []
+    kinds = compat.feed_forwards(args)
+    mixed = [n for n in memory.memory_layers if n < len(kinds) and kinds[n] == "experts"]
+    if not mixed:
+        return []
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    chosen_by = "--hybrid-layer-pattern" if pattern else "--moe-layer-freq"
+    return [
+        f"--memory-keep-ffn keeps a feed-forward, but {chosen_by} makes layer {_words(mixed)} a "
+        "mixture of experts; drop --memory-keep-ffn or choose dense layers."
+    ]
+
+
+def _words(numbers: list[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
+def _optimizer_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:
+    problems = []
+    if memory.memory_lr_schedule == "constant" and memory.memory_lr is None:
+        problems.append(
+            "--memory-lr-schedule constant needs a rate to stay at; add --memory-lr, such as "
+            f"--memory-lr {getattr(args, 'lr', None) or 1e-3}."
+        )
+    if memory.memory_stochastic_rounding and not args.bf16:
+        problems.append(
+            "--memory-stochastic-rounding rounds to bf16, but the model is not in bf16; add --bf16 "
+            "or drop it."
+        )
+    return problems
+
+
+def _form_problems() -> list[str]:
+    """The environment is read at the first lookup; here, so that a wrong name costs no start."""
+    try:
+        forms.selected()
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _finetune_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:
+    """What would change without a step of any optimizer."""
+    rows = memory.memory_finetune_rows
+    if rows is None or not getattr(args, "moe_router_enable_expert_bias", False):
+        return []
+    return [
+        f"--memory-finetune-rows {rows} freezes the model, but --moe-router-enable-expert-bias "
+        "moves the experts' biases at every step; drop it."
+    ]

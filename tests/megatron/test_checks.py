@@ -1,0 +1,172 @@
+"""What is refused at start-up, each with the flag, its value and the fix."""
+
+import argparse
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megamem.config import ConfigurationError, MemoryConfig
+from megamem.megatron import compat
+from megamem.megatron.arguments import with_layout
+from megamem.megatron.startup import checks
+from tests.helpers.megatron_runs import run_training
+
+
+def _check(memory: dict | None = None, **given) -> None:
+    usual = {
+        "num_layers": 8,
+        "hidden_size": 64,
+        "pipeline_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+        "num_experts": None,
+        "lr": 1e-3,
+        "tensor_model_parallel_size": 1,
+        "world_size": 2,
+        "params_dtype": torch.float32,
+        "bf16": False,
+    }
+    args = argparse.Namespace(**{**usual, **given})
+    settings = MemoryConfig(**{"memory_layers": [2, 5], **(memory or {})}).resolve(64)
+    settings = with_layout(settings, args)
+    shape = TransformerConfig(
+        num_layers=8,
+        hidden_size=64,
+        num_attention_heads=4,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        pipeline_dtype=torch.float32,
+    )
+    checks.check(args, settings, shape)
+
+
+def test_what_works_is_not_refused() -> None:
+    _check()
+    _check(cuda_graph_impl="none", mtp_num_layers=None, optimizer="adam", gtp_weight_remat_size=1)
+    _check(cuda_graph_impl="transformer_engine", cuda_graph_modules=[SimpleNamespace(name="attn")])
+    _check(recompute_modules=["mlp", "layernorm"])
+    _check(fp8="hybrid", recompute_modules=["mlp"], memory_keep_ffn=True)
+    _check(pipeline_model_parallel_size=2, memory={"memory_layers": [4, 7]})
+    _check(pipeline_model_parallel_size=2, memory={"memory_pool": "layer"})
+    _check(num_experts=4, moe_layer_freq=2, memory={"memory_keep_ffn": True, "memory_layers": [1]})
+
+
+def test_a_form_that_does_not_exist_is_found_at_start(monkeypatch) -> None:
+    monkeypatch.setenv("MEGAMEM_FORMS", "product_topk=two_looks")
+    _check()
+    monkeypatch.setenv("MEGAMEM_FORMS", "product_topk=fastest")
+    with pytest.raises(ConfigurationError, match="no form 'fastest'; it has two_looks, torch"):
+        _check()
+
+
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
+        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
+        ({"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": []}, "--cuda-graph-impl"),
+        ({"fp8_param_gather": True}, "--fp8-param-gather"),
+        ({"fp4_param_gather": True}, "--fp4-param-gather"),
+        ({"fp8": "hybrid", "recompute_modules": ["layernorm"]}, "--recompute-modules layernorm"),
+        ({"fp8": "hybrid", "recompute_modules": ["mlp"]}, "--recompute-modules mlp"),
+        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
+        ({"delay_wgrad_compute": True}, "--delay-wgrad-compute"),
+        ({"inference_fuse_tp_communication": True}, "--inference-fuse-tp-communication"),
+        ({"transformer_impl": "inference_optimized"}, "--transformer-impl inference_optimized"),
+        ({"heterogeneous_layers_config_path": "x"}, "--heterogeneous-layers-config-path"),
+        ({"hybrid_layer_pattern": "M*-*-*-*-", "no_hybrid": True}, "--hybrid-layer-pattern"),
+        ({"enable_hyper_connections": True}, "hyper-connections"),
+        ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards"),
+        ({"optimizer": "muon"}, "--optimizer other than adam and sgd"),
+        ({"save": "x", "ckpt_format": "torch"}, "--ckpt-format other than torch_dist"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_options_of_megatron_that_do_not_work(monkeypatch, given: dict, option: str) -> None:
+    if given.pop("no_hybrid", False):  # as in 0.17
+        monkeypatch.setattr(compat, "HybridModel", None)
+    with pytest.raises(ConfigurationError, match=f"does not work with {option}.*: .+; .+"):
+        _check(**given)
+
+
+def test_every_refusal_is_tested() -> None:
+    marks = test_options_of_megatron_that_do_not_work.pytestmark
+    tested = next(mark.args[1] for mark in marks if mark.name == "parametrize")
+    for refusal in checks.REFUSALS:
+        assert any(refusal.option.startswith(option) for _, option in tested), refusal.option
+
+
+def test_layer_out_of_range() -> None:
+    with pytest.raises(ConfigurationError, match="--memory-layers 8 11 is out of range.*layer 7"):
+        _check(memory={"memory_layers": [3, 8, 11]})
+
+
+@pytest.mark.parametrize(
+    ("virtual", "where"),
+    [
+        (None, "layer 2 on stage 0; layer 5 on stage 1"),
+        (2, "layer 2 on stage 1, virtual stage 0; layer 5 on stage 0, virtual stage 1"),
+    ],
+)
+def test_a_shared_pool_stays_on_one_stage(virtual, where) -> None:
+    with pytest.raises(ConfigurationError, match=f"--memory-pool shared needs .*{where}.*layer"):
+        _check(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=virtual)
+
+
+def test_a_kept_feed_forward_is_dense() -> None:
+    with pytest.raises(ConfigurationError, match="--memory-keep-ffn .* makes layer 2 a mixture"):
+        _check(num_experts=4, moe_layer_freq=2, memory={"memory_keep_ffn": True})
+
+
+HYBRID = {
+    **{"hybrid_layer_pattern": "*-*-*-E*", "num_layers": 8},
+    **{"decoder_first_pipeline_num_layers": None, "decoder_last_pipeline_num_layers": None},
+}
+STAGES = {**HYBRID, "hybrid_layer_pattern": "*-*|-*-E*", "pipeline_model_parallel_size": 2}
+
+
+def test_memories_in_a_hybrid_model_take_the_place_of_feed_forwards(monkeypatch) -> None:
+    monkeypatch.setattr(compat, "HybridModel", object)  # also in 0.17, which has none
+    _check(**HYBRID, memory={"memory_layers": [1, 6]})
+    _check(**HYBRID, memory={"memory_layers": [1], "memory_keep_ffn": True})
+    _check(**STAGES, memory={"memory_layers": [3, 5]})
+    uneven = {**HYBRID, "pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 6}
+    _check(**uneven, memory={"memory_layers": [1, 5]})
+    with pytest.raises(ConfigurationError, match="--memory-layers 0 7 is no feed-forward: .* at 1"):
+        _check(**HYBRID, memory={"memory_layers": [0, 1, 7]})
+    with pytest.raises(ConfigurationError, match=r"\*\*\*, counted from 0, has none; add some"):
+        _check(**{**HYBRID, "hybrid_layer_pattern": "***"}, memory={"memory_layers": [2]})
+    with pytest.raises(ConfigurationError, match="layer 1 on stage 0; layer 3 on stage 1"):
+        _check(**STAGES, memory={"memory_layers": [1, 3]})
+    with pytest.raises(ConfigurationError, match="--hybrid-layer-pattern makes layer 6 a mixture"):
+        _check(**HYBRID, memory={"memory_layers": [6], "memory_keep_ffn": True})
+
+
+def test_a_constant_rate_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="--memory-lr-schedule constant .* --memory-lr"):
+        _check(memory={"memory_lr_schedule": "constant"})
+
+
+def test_everything_wrong_is_said_at_once() -> None:
+    with pytest.raises(ConfigurationError, match="2 settings cannot work") as raised:
+        _check(use_torch_fsdp2=True, memory={"memory_layers": [9]})
+    assert "--use-torch-fsdp2" in str(raised.value) and "--memory-layers 9" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--memory-layers", 4), "--memory-layers 4 is out of range"),
+        (("--memory-layers", 1, "--memory-heads", 0), "--memory-heads 0 must be at least 1"),
+    ],
+    ids=["checked with Megatron's arguments", "checked alone"],
+)
+def test_a_run_ends_with_one_line(flags, message) -> None:
+    log = run_training("refused", 1, *flags, check=False)
+    assert log.returncode == 2
+    said = [line for line in log.stdout.splitlines() if "megamem: error:" in line]
+    assert len(said) == 1 and message in said[0]
+    assert "Traceback" not in log.stdout

@@ -1,0 +1,61 @@
+"""The table's own learning rate and weight decay, as Megatron's scheduler hands them out."""
+
+import argparse
+
+import pytest
+import torch
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megamem.config import MemoryConfig
+from megamem.megatron.optimizer.with_tables import table_group
+
+ARGS = argparse.Namespace(lr=1e-3, min_lr=1e-4)
+
+
+def _rates(memory: MemoryConfig, style: str) -> list[tuple[float, float]]:
+    """(learning rate, weight decay) of the table at the end of warm-up, half-way and last."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    group: dict = {"params": [weight], **table_group(ARGS, memory)}
+    scheduler = OptimizerParamScheduler(
+        torch.optim.SGD([weight], lr=1.0),
+        init_lr=0.0,
+        max_lr=ARGS.lr,
+        min_lr=ARGS.min_lr,
+        lr_warmup_steps=10,
+        lr_decay_steps=110,
+        lr_decay_style=style,
+        start_wd=0.1,
+        end_wd=0.1,
+        wd_incr_steps=110,
+        wd_incr_style="constant",
+        wsd_decay_steps=50,
+        lr_wsd_decay_style="linear",
+    )
+    found = []
+    for steps in (10, 60, 110):
+        scheduler.num_steps = steps
+        found.append((scheduler.get_lr(group), scheduler.get_wd(group) * group.get("wd_mult", 1)))
+    return found
+
+
+@pytest.mark.parametrize("style", ["linear", "cosine", "WSD", "constant", "inverse-square-root"])
+def test_a_constant_rate_never_falls(style: str) -> None:
+    memory = MemoryConfig(memory_lr=5e-3, memory_lr_schedule="constant")
+    assert [rate for rate, _ in _rates(memory, style)] == pytest.approx([5e-3] * 3)
+
+
+@pytest.mark.parametrize("style", ["linear", "cosine", "WSD"])
+def test_a_scheduled_rate_is_the_models_times_a_factor(style: str) -> None:
+    table = _rates(MemoryConfig(memory_lr=5e-3), style)
+    model = _rates(MemoryConfig(), style)
+    assert [rate for rate, _ in table] == pytest.approx([5 * rate for rate, _ in model])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_weight_decay_is_the_tables_own(decay: float) -> None:
+    rates = _rates(MemoryConfig(memory_weight_decay=decay), "linear")
+    assert [found for _, found in rates] == [decay] * 3
+
+
+def test_without_settings_the_table_follows_the_model() -> None:
+    assert not {"max_lr", "min_lr", "start_wd", "end_wd"} & table_group(ARGS, MemoryConfig()).keys()

@@ -1,0 +1,74 @@
+"""Ranks that were started with different memory flags."""
+
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from megamem.config import MemoryConfig
+from megamem.megatron.startup.rank_consistency import describe, differing_flags
+from tests.helpers.distributed import run_distributed
+from tests.helpers.megatron_runs import run_training
+from tests.megatron.test_tiny_training import MEMORY
+
+
+def test_agreement_says_nothing() -> None:
+    assert describe([MemoryConfig(memory_layers=[1]).to_dict()] * 3) == []
+
+
+def test_every_difference_is_told_with_its_ranks() -> None:
+    base = MemoryConfig(memory_layers=[1, 2])
+    others = [MemoryConfig(memory_layers=[1], memory_lr=0.5).to_dict()] * 6
+    told = describe([base.to_dict(), *others])
+    assert told == [
+        "--memory-layers differs: 1 2 on rank 0, 1 on ranks 1, 2, 3, 4 and 2 more; "
+        "start every rank with the same flags.",
+        "--memory-lr differs: its default on rank 0, 0.5 on ranks 1, 2, 3, 4 and 2 more; "
+        "start every rank with the same flags.",
+    ]
+
+
+def _learns_of(silent_rank: int) -> None:
+    """Each rank but one asks; that one has no memory layers, and goes its way."""
+    rank = dist.get_rank()
+    if rank != silent_rank:
+        memory = MemoryConfig(memory_layers=[1])
+        (found,) = differing_flags(memory, timedelta(seconds=3))
+        assert found == (
+            f"--memory-layers is given here, but rank {silent_rank} did not say so within "
+            "--distributed-timeout-minutes 0.05; start every rank with the same flags."
+        )
+    # whoever holds the store stays until all are done with it
+    dist.barrier()
+
+
+def _agree() -> None:
+    patience = timedelta(seconds=60)
+    assert differing_flags(MemoryConfig(memory_layers=[1]), patience) == []
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("silent_rank", [0, 2])
+def test_a_rank_without_memory_layers_is_found_by_its_silence(silent_rank: int) -> None:
+    run_distributed(_learns_of, 3, silent_rank)
+
+
+@pytest.mark.gloo
+def test_ranks_that_agree_go_on() -> None:
+    run_distributed(_agree, 3)
+
+
+@pytest.mark.gloo
+def test_ranks_with_other_flags_end_with_one_line() -> None:
+    log = run_training(
+        "differing",
+        2,
+        *MEMORY,
+        check=False,
+        module="tests.helpers.faulty",
+        environment={"FAULT": "flag 1 --memory-topk 2"},
+    )
+    assert log.returncode != 0
+    said = [line for line in log.stdout.splitlines() if "megamem: error:" in line]
+    assert len(said) == 1
+    assert "--memory-topk differs: 4 on rank 0, 2 on rank 1" in said[0]

@@ -1,0 +1,126 @@
+"""FLOPs and parameters that a run reports, against Megatron's own count and torch's counter."""
+
+import argparse
+
+import pytest
+import torch
+from megatron.training.training import num_floating_point_operations
+from torch.utils.flop_counter import FlopCounterMode
+
+from megamem.config import MemoryConfig
+from megamem.layers.init import WeightFactory
+from megamem.layers.memory import MemoryLayer
+from megamem.layers.value_table import ValueTable
+from megamem.megatron.reports import sizes
+from megamem.parallel.memory_group import MemoryGroup
+
+HIDDEN, FFN, TOKENS = 64, 128, 2 * 32
+
+
+def _args(**given) -> argparse.Namespace:
+    usual = {
+        "num_layers": 4,
+        "hidden_size": HIDDEN,
+        "ffn_hidden_size": FFN,
+        "seq_length": 32,
+        "num_attention_heads": 4,
+        "kv_channels": 16,
+        "group_query_attention": False,
+        "num_query_groups": 4,
+        "swiglu": False,
+        "num_experts": None,
+        "moe_layer_freq": 1,
+        "moe_ffn_hidden_size": None,
+        "moe_router_topk": 2,
+        "moe_shared_expert_intermediate_size": None,
+        "moe_latent_size": None,
+        "mtp_num_layers": None,
+        "multi_latent_attention": False,
+        "padded_vocab_size": 128,
+        "hybrid_layer_pattern": None,
+        "attention_output_gate": False,
+        "experimental_attention_variant": None,
+        "linear_attention_freq": None,
+    }
+    return argparse.Namespace(**{**usual, **given})
+
+
+def _memory(**settings) -> MemoryConfig:
+    usual = {"memory_layers": [1, 2], "memory_num_keys": 16, "memory_topk": 4}
+    return MemoryConfig(**{**usual, **settings}).resolve(HIDDEN)
+
+
+def _counted(memory: MemoryConfig, args: argparse.Namespace) -> float:
+    return sizes.with_memory_flops(num_floating_point_operations, args, memory, 2)
+
+
+@pytest.mark.parametrize("variant", ["memory", "memory+"])
+def test_a_layer_counts_what_torch_counts(variant: str) -> None:
+    memory = _memory(memory_variant=variant)
+    # in fp64 the twins run, whose matrix products torch sees
+    make = WeightFactory(seed=0, name="table", dtype=torch.float64)
+    layer = MemoryLayer(
+        memory,
+        HIDDEN,
+        ValueTable(memory, make, MemoryGroup()),
+        layer=0,
+        group=None,
+        tokens_sharded=True,
+        seed=0,
+        dtype=torch.float64,
+    )
+    hidden = torch.randn(32, 2, HIDDEN, requires_grad=True, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        layer(hidden).sum().backward()
+    assert counter.get_total_flops() == TOKENS * sizes.layer_flops_per_token(memory, HIDDEN)
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_memories_stand_in_place_of_feed_forwards(swiglu: bool) -> None:
+    args, memory = _args(swiglu=swiglu), _memory()
+    dense = num_floating_point_operations(_args(swiglu=swiglu), 2)
+    feed_forward = 6 * HIDDEN * FFN * (3 if swiglu else 2) * TOKENS
+    memories = 2 * TOKENS * sizes.layer_flops_per_token(memory, HIDDEN)
+    assert _counted(memory, args) == pytest.approx(dense - 2 * feed_forward + memories)
+    kept = _memory(memory_keep_ffn=True)
+    assert _counted(kept, args) == pytest.approx(dense + memories)
+
+
+def test_a_memory_in_place_of_experts() -> None:
+    experts = {"num_experts": 4, "moe_layer_freq": [0, 1, 0, 1], "moe_ffn_hidden_size": 96}
+    args, memory = _args(**experts), _memory(memory_layers=[0, 1])
+    whole = num_floating_point_operations(_args(**experts), 2)
+    dense_ffn, expert_ffn = 6 * HIDDEN * FFN * 2, 6 * HIDDEN * 96 * 2 * 2
+    added = 2 * sizes.layer_flops_per_token(memory, HIDDEN)
+    expected = whole + TOKENS * (added - dense_ffn - expert_ffn)
+    assert _counted(memory, args) == pytest.approx(expected)
+
+
+def test_a_memory_in_a_hybrid_model() -> None:
+    hybrid = {
+        **{"hybrid_layer_pattern": "*-*-*E", "num_layers": 6, "moe_ffn_hidden_size": 96},
+        **{"mamba_state_dim": 128, "mamba_head_dim": 64, "mamba_num_groups": 8},
+        **{"mamba_num_heads": 8, "linear_key_head_dim": None, "linear_value_head_dim": None},
+        **{"linear_num_key_heads": None, "linear_num_value_heads": None},
+        **{"linear_conv_kernel_dim": None},
+    }
+    whole = num_floating_point_operations(_args(**hybrid), 2)
+    dense_ffn, expert_ffn = 6 * HIDDEN * FFN * 2, 6 * HIDDEN * 96 * 2 * 2
+    memory = _memory(memory_layers=[1, 5])
+    added = 2 * sizes.layer_flops_per_token(memory, HIDDEN)
+    expected = whole + TOKENS * (added - dense_ffn - expert_ffn)
+    assert _counted(memory, _args(**hybrid)) == pytest.approx(expected)
+
+
+def test_rows_are_parameters_and_no_flops() -> None:
+    few, many = _memory(memory_value_dim=64), _memory(memory_value_dim=64, memory_topk=16)
+    assert _counted(few, _args()) == _counted(many, _args())
+    assert sizes.table_parameters(few) == 256 * 64
+    assert sizes.table_parameters(_memory(memory_pool="layer")) == 2 * 256 * 64
+
+
+def test_summary_names_what_is_trained() -> None:
+    line = sizes.summary(_memory(memory_num_keys=1024), HIDDEN, ranks=4)
+    assert "layers 1, 2 are memory+: 4 heads x 4 rows" in line
+    assert "one shared table of 1,048,576 x 64 = 67.11 M parameters" in line
+    assert "16.78 M on each of 4 ranks" in line

@@ -1,0 +1,56 @@
+import argparse
+
+import pytest
+
+from megamem.config import MemoryConfig
+from megamem.megatron.startup.saved_model import checkpoint_problems, compare
+
+MEMORY = MemoryConfig(memory_layers=[1, 2], memory_num_keys=8, memory_topk=2).resolve(16)
+SAVED = {
+    "memory_values.shared.weight": (64, 16),
+    "decoder.layers.1.mlp.memory.keys.sub_keys": (2, 4, 8, 4),
+    "decoder.layers.2.mlp.memory.keys.sub_keys": (2, 4, 8, 4),
+}
+
+
+def _with(**settings) -> MemoryConfig:
+    return MemoryConfig(**{**MEMORY.to_dict(), **settings})
+
+
+def test_the_same_settings_fit() -> None:
+    assert compare(SAVED, MEMORY, "ckpt") == []
+    assert compare({"decoder.layers.0.x": (1,)}, None, "ckpt") == []
+
+
+@pytest.mark.parametrize(
+    ("saved", "memory", "message"),
+    [
+        (SAVED, None, "holds memory layers, but --memory-layers is not given"),
+        ({"decoder.x": (3,)}, MEMORY, "was saved without memory layers"),
+        (SAVED, _with(memory_num_keys=16), "asks for 256 rows, but --load ckpt holds 64"),
+        (SAVED, _with(memory_value_dim=24), "--memory-value-dim 24 differs from the width 16"),
+        (SAVED, _with(memory_pool="layer"), "has no table layer_1, layer_2"),
+        (SAVED, _with(memory_layers=[1, 3]), "--memory-layers 3 is no memory layer"),
+        (SAVED, _with(memory_heads=2), "sub-keys of --memory-heads 4"),
+        (SAVED, _with(memory_key_dim=32), "--memory-key-dim 8 in layer 1, but 4 and 32"),
+    ],
+)
+def test_other_settings_are_named(saved, memory, message) -> None:
+    problems = compare(saved, memory, "ckpt")
+    assert any(message in problem for problem in problems), problems
+
+
+def test_nothing_to_load_is_no_problem(tmp_path) -> None:
+    for load in (None, str(tmp_path / "absent"), str(tmp_path)):
+        assert checkpoint_problems(argparse.Namespace(load=load), MEMORY) == []
+
+
+def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path) -> None:
+    folder = tmp_path / "iter_0000005"
+    folder.mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (folder / ".metadata").write_bytes(b"not a pickle")
+    args = argparse.Namespace(load=str(tmp_path))
+    [problem] = checkpoint_problems(args, MEMORY)
+    assert "cannot be read" in problem and "--ckpt-step" in problem

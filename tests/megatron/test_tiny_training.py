@@ -1,0 +1,249 @@
+"""Megatron's own loop with memory layers: every parallel layout takes the steps of one process."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamem.checkpoint import SHARED, state_key, table_key
+from megamem.config import MemoryConfig
+from megamem.layers.init import WeightFactory
+from megamem.layers.value_table import ValueTable
+from megamem.parallel.memory_group import MemoryGroup
+from tests.helpers.checkpoints import saved_tensors
+from tests.helpers.megatron_runs import TrainingLog, run_training
+
+MEMORY = (
+    *("--memory-layers", 0, 1),
+    *("--memory-num-keys", 9),  # 81 rows: two ranks hold 40 and 41
+    *("--memory-heads", 2),
+    *("--memory-topk", 4),
+    *("--memory-lr", 3e-3),
+)
+TP2 = ("--tensor-model-parallel-size", 2)
+PP2 = ("--pipeline-model-parallel-size", 2)
+SP = ("--sequence-parallel",)
+DO = ("--use-distributed-optimizer",)
+OVERLAP = ("--overlap-grad-reduce",)
+WIDE = ("--memory-group-size", 2)  # under data parallelism: no replicas
+FULL = (
+    *("--recompute-granularity", "full"),
+    *("--recompute-method", "uniform"),
+    *("--recompute-num-layers", 1),
+)
+SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "mlp", "core_attn")
+
+pytestmark = pytest.mark.gloo
+
+
+@pytest.fixture(scope="module")
+def alone() -> TrainingLog:
+    return run_training("one process", 1, *MEMORY)
+
+
+def _same_steps(log: TrainingLog, other: TrainingLog) -> None:
+    # what is printed: six digits of the loss, four of the gradient norm
+    assert log.losses == pytest.approx(other.losses, rel=2e-6)
+    assert log.grad_norms == pytest.approx(other.grad_norms, abs=1.1e-3)
+
+
+def test_the_loss_falls_and_the_run_says_what_it_trains(alone: TrainingLog) -> None:
+    assert alone.iterations == [1, 2, 3, 4, 5]
+    assert alone.losses[-1] < alone.losses[0] - 0.1
+    assert "layers 0, 1 are memory+: 2 heads x 4 rows, one shared table of 81 x 64" in alone.stdout
+    feed_forward, attention, norms = 2 * 64 * 128, 4 * 64 * 64, 4 * 64
+    query, sub_keys, output = 64 * 64 + 64, 2 * 2 * 9 * 16, 2 * (64 * 64 + 64)
+    dense = 2 * (attention + norms + feed_forward)
+    memories = 2 * (attention + norms + query + sub_keys + output) + 81 * 64
+    # tied embeddings, and a last norm
+    expected = dense + memories + 128 * 64 + 2 * 64
+    assert alone.parameters == {(0, 0): expected}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param((*TP2, "--memory-wire", "alltoall"), id="tp, alltoall"),
+        pytest.param((*TP2, *SP, *SELECTIVE), id="tp, sequence parallel, selective recompute"),
+        pytest.param((*DO, *OVERLAP, "--overlap-param-gather"), id="dp, distributed optimizer"),
+        pytest.param((*OVERLAP, *FULL), id="dp, overlap, full recompute"),
+        pytest.param((*TP2, "--calculate-per-token-loss"), id="tp, per-token loss"),
+        pytest.param((*WIDE, *DO, *OVERLAP), id="rows over dp, distributed optimizer"),
+        pytest.param((*WIDE, "--memory-mode", "auto", *FULL), id="columns over dp, recompute"),
+        pytest.param((*WIDE, "--calculate-per-token-loss"), id="rows over dp, per-token loss"),
+        pytest.param((*TP2, "--memory-group-size", 1), id="replicas inside tp"),
+    ],
+)
+def test_two_ranks_take_the_steps_of_one(alone: TrainingLog, flags: tuple) -> None:
+    _same_steps(run_training("two ranks", 2, *MEMORY, *flags), alone)
+
+
+def test_a_pool_inside_one_stage_trains_under_pipeline_parallelism(alone: TrainingLog) -> None:
+    """Stages draw other dense weights than one process does, so only the fall is compared."""
+    log = run_training("pp", 2, *MEMORY, *PP2)
+    assert log.losses[-1] < log.losses[0] - 0.1
+    holders = sorted(log.parameters.values())
+    # the second stage has no memory, the first has all of it
+    assert sum(holders) > alone.parameters[0, 0]
+
+
+def test_virtual_stages_with_a_table_for_each_layer() -> None:
+    virtual = ("--num-layers-per-virtual-pipeline-stage", 1, "--memory-pool", "layer")
+    two = run_training("pp vp", 2, *MEMORY, *PP2, *virtual)
+    four = run_training("tp pp vp", 4, *MEMORY, *PP2, *virtual, *TP2, *SP)
+    assert two.losses[-1] < two.losses[0] - 0.1
+    _same_steps(four, two)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(("--memory-keep-ffn", "--memory-qk-norm"), id="ffn kept, q/k norm"),
+        pytest.param(
+            ("--memory-variant", "memory", "--memory-layers", 1, "--num-experts", 4)
+            + ("--moe-layer-freq", 2, "--moe-router-topk", 2),
+            id="plain memory among experts",
+        ),
+        pytest.param(
+            ("--memory-value-dim", 48, "--memory-heads", 1, "--normalization", "RMSNorm")
+            + ("--swiglu", "--untie-embeddings-and-output-weights"),
+            id="narrow rows in a Llama-shaped model",
+        ),
+    ],
+)
+def test_variants_under_tensor_parallelism(flags: tuple) -> None:
+    alone = run_training("one process", 1, *MEMORY, *flags)
+    assert alone.losses[-1] < alone.losses[0] - 0.1
+    _same_steps(run_training("tp sp", 2, *MEMORY, *flags, *TP2, *SP), alone)
+
+
+def test_bf16_with_the_distributed_optimizer(alone: TrainingLog) -> None:
+    log = run_training("bf16", 2, *MEMORY, *TP2, *SP, *DO, "--bf16")
+    # seven bits of weight, and picks that flip where two scores are near
+    assert log.losses == pytest.approx(alone.losses, rel=1e-2)
+
+
+def test_rows_across_and_columns_within_on_four_ranks(alone: TrainingLog) -> None:
+    both = ("--memory-mode", "2d", "--memory-group-size", 4)
+    _same_steps(run_training("2d", 4, *MEMORY, *TP2, *SP, *both), alone)
+
+
+@pytest.mark.parametrize("kind", ["lazy_adamw", "rowwise_adamw", "sgd"])
+def test_lean_optimizers_take_the_same_steps_on_columns(kind: str) -> None:
+    flags = ("--memory-optimizer", kind, "--memory-clip-grad", 0.01)
+    alone = run_training(kind, 1, *MEMORY, *flags)
+    assert alone.losses[-1] < alone.losses[0] - 0.1
+    _same_steps(run_training(kind, 2, *MEMORY, *flags, *WIDE, "--memory-mode", "column"), alone)
+
+
+def test_a_gradient_clipped_apart_is_not_in_the_models_norm(alone: TrainingLog) -> None:
+    apart = run_training("apart", 1, *MEMORY, "--memory-clip-grad", 1.0)
+    assert apart.losses[0] == alone.losses[0]
+    assert apart.grad_norms[0] < alone.grad_norms[0] - 5e-3
+
+
+def test_bf16_rounded_at_random_needs_no_fp32_copy(alone: TrainingLog, tmp_path: Path) -> None:
+    saving = ("--save", tmp_path, "--save-interval", 5)
+    flags = ("--bf16", "--memory-stochastic-rounding", *saving)
+    log = run_training("random rounding", 2, *MEMORY, *TP2, *flags)
+    assert log.losses == pytest.approx(alone.losses, rel=1e-2)
+    saved = saved_tensors(tmp_path / "iter_0000005")
+    assert saved[table_key(SHARED)].dtype == torch.bfloat16
+    assert state_key(SHARED, "exp_avg") in saved and state_key(SHARED, "master") not in saved
+
+
+def test_a_nan_on_one_rank_makes_all_ranks_skip_the_batch(alone: TrainingLog) -> None:
+    log = run_training(
+        "nan",
+        2,
+        *(*MEMORY, *WIDE),
+        module="tests.helpers.faulty",
+        environment={"FAULT": "nan 1 3"},
+    )
+    assert log.stdout.count("the gradient of value table shared is not finite") == 1
+    assert "rank 1: the gradient of value table shared" in log.stdout
+    assert log.skipped == [0, 0, 1, 0, 0]
+    # Megatron prints no loss of a batch that it skips
+    assert log.losses[:2] == pytest.approx(alone.losses[:2], rel=2e-6)
+    assert log.iterations == [1, 2, 4, 5] and log.losses[-1] < alone.losses[0] - 0.1
+
+
+@pytest.mark.parametrize("check", [True, False], ids=["Megatron stops", "Megatron skips"])
+def test_a_nan_in_one_ranks_table_is_named(tmp_path: Path, check: bool) -> None:
+    flags = () if check else ("--no-check-for-nan-in-loss-and-grad",)
+    log = run_training(
+        "nan in the table",
+        2,
+        *(*MEMORY, *WIDE, "--save", tmp_path, "--save-interval", 2, *flags),
+        module="tests.helpers.faulty",
+        environment={"FAULT": "nan-table 1 3"},
+        check=False,
+    )
+    said = re.findall(r"rank \d: value table shared is not finite.*", log.stdout)
+    # rank 1 holds 41 of the 81 rows, from row 40
+    assert said and all(line.startswith("rank 1:") for line in said)
+    assert re.search(r"in 1 of the 41 rows here, the first is row ([4-7]\d|80);", said[0])
+    if check:
+        # the batch after the one that broke it
+        assert log.returncode != 0 and log.iterations == [1, 2, 3]
+    else:
+        assert log.returncode == 0 and log.skipped == [0, 0, 0, 1, 1]
+
+
+def test_microbatches_add_up_to_the_batch(alone: TrainingLog) -> None:
+    _same_steps(run_training("accumulation", 1, *MEMORY, "--micro-batch-size", 1), alone)
+
+
+def test_a_table_without_rate_and_decay_keeps_its_initial_values(tmp_path: Path) -> None:
+    """So the rate is the table's own; and two ranks start from the rows of the one whole table."""
+    still = ("--memory-lr", 0, "--memory-weight-decay", 0)
+    log = run_training("still", 2, *MEMORY, *TP2, *still, "--save", tmp_path, "--save-interval", 5)
+    assert log.losses[-1] < log.losses[0] - 0.1
+    config = MemoryConfig(memory_layers=[0, 1], memory_num_keys=9, memory_topk=4).resolve(64)
+    start = ValueTable(config, WeightFactory(seed=1234, name="shared"), MemoryGroup()).weight
+    assert torch.equal(saved_tensors(tmp_path / "iter_0000005")[table_key(SHARED)], start)
+
+
+def test_without_memory_layers_the_hooks_change_nothing(tmp_path: Path) -> None:
+    """Bit for bit: what the checkpoint of a dense run holds, and under which names."""
+    saving = ("--train-iters", 3, "--save-interval", 3, "--save")
+    run_training("hooks", 2, *TP2, *saving, tmp_path / "hooks")
+    bare = "tests.helpers.without_hooks"
+    run_training("no hooks", 2, *TP2, *saving, tmp_path / "none", module=bare)
+    hooks, none = (saved_tensors(tmp_path / name / "iter_0000003") for name in ("hooks", "none"))
+    assert hooks.keys() == none.keys() and len(none) > 20
+    for name, tensor in none.items():
+        assert torch.equal(hooks[name], tensor), name
+
+
+def test_memory_off_is_off(tmp_path: Path) -> None:
+    """Once the flags are known, only a checkpoint with memories is looked for, by one rank."""
+
+    def counts(kind: str, *flags: object) -> tuple[list[set[str]], list[int]]:
+        log = run_training(
+            kind,
+            2,
+            *("--train-iters", 2, *flags),
+            module="tests.helpers.counted",
+            environment={"COUNTED": kind},
+        )
+        calls = [set(line.split()) for line in re.findall(r"^calls: (.*)$", log.stdout, re.M)]
+        return calls, [int(n) for n in re.findall(r"^collectives: (\d+)$", log.stdout, re.M)]
+
+    bare_calls, bare = counts("bare")
+    calls, collectives = counts("hooked")
+    assert len(calls) == len(collectives) == 2 and min(collectives) > 5
+    assert collectives == bare
+    own = [found - ever for found, ever in zip(calls, bare_calls, strict=True)]
+    looking = {name for found in own for name in found if name.startswith("saved_model.")}
+    assert {name for found in own for name in found} - looking == {
+        "patches.core_transformer_config_from_args",
+        "patches.setup_model_and_optimizer",
+        "config.collect",
+    }
+    # the first rank's alone
+    assert sum(bool(found & looking) for found in own) == 1
+    # with memory on, the same counters see much
+    with_memory, more = counts("hooked", *MEMORY)
+    assert min(more) > max(bare) and all(len(found) > 40 for found in with_memory)
