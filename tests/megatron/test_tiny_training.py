@@ -235,7 +235,8 @@ def test_memory_off_is_off(tmp_path: Path) -> None:
     calls, collectives = counts("hooked")
     assert len(calls) == len(collectives) == 2 and min(collectives) > 5
     assert collectives == bare
-    own = [found - ever for found, ever in zip(calls, bare_calls, strict=True)]
+    # ranks come in no order, and some of the launcher runs on one of them alone
+    own = [found - set().union(*bare_calls) for found in calls]
     looking = {name for found in own for name in found if name.startswith("saved_model.")}
     assert {name for found in own for name in found} - looking == {
         "patches.core_transformer_config_from_args",
