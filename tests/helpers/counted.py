@@ -49,15 +49,15 @@ def count_collectives() -> None:
 
 def count_from_initialization() -> None:
     """Begin to watch where Megatron, its arguments validated, sets its ranks up."""
-    from megatron.training import training
+    from megatron.training import initialize
 
-    initialize = training.initialize_megatron
+    distribute = initialize._initialize_distributed
 
-    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
+    def _initialize_distributed(*args: Any, **kwargs: Any) -> Any:
         sys.setprofile(watch)
-        return initialize(*args, **kwargs)
+        return distribute(*args, **kwargs)
 
-    training.initialize_megatron = initialize_megatron
+    initialize._initialize_distributed = _initialize_distributed
 
 
 def main() -> int:
