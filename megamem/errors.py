@@ -16,9 +16,9 @@ USER_ERROR = 2
 SECONDS_TO_READ = 3.0
 
 
-def complain(message: object) -> None:
-    """Say what is wrong, as every command of megamem does."""
-    sys.stderr.write(f"megamem: error: {message}\n")
+def complain(message: object, who: str = "") -> None:
+    """Say what is wrong, as every command of megamem does; `who` follows the word error."""
+    sys.stderr.write(f"megamem: error{who}: {message}\n")
     sys.stderr.flush()
 
 
@@ -39,8 +39,7 @@ def stop(message: str) -> NoReturn:
     else:
         time.sleep(SECONDS_TO_READ if local_rank == 0 else 2 * SECONDS_TO_READ)
         who = f" (rank {rank})"
-    sys.stderr.write(f"megamem: error{who}: {message}\n")
-    sys.stderr.flush()
+    complain(message, who)
     raise SystemExit(USER_ERROR)
 
 
