@@ -29,7 +29,8 @@ setup(
         "psutil",
         # megatron.training of 0.17 and 0.18 imports it without asking for it
         "pyyaml",
-        # pictures for TensorBoard
+        # pictures for TensorBoard, which encodes them with pillow
+        "matplotlib",
         "pillow",
         "rich",
         "tensorboard",
@@ -55,7 +56,6 @@ setup(
             "pycountry",
             "safetensors",
             "sentencepiece",
-            "matplotlib",
         ],
     },
     entry_points={"console_scripts": ["megamem = megamem.__main__:main"]},

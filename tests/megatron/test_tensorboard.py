@@ -1,32 +1,41 @@
-"""What a run writes for TensorBoard: event files read back, and the pictures' pixels."""
+"""What a run writes for TensorBoard and wandb: event files read back, and the pixels of the map."""
 
 import argparse
+import gc
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.artist import Artist
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from megamem.config import MemoryConfig
-from megamem.megatron.reports import tensorboard
 from megamem.megatron.reports.tensorboard import (
     TITLES,
-    UNREAD,
     Writers,
     console_line,
     is_measured,
     layout,
+)
+from megamem.megatron.reports.usage_pictures import (
+    REACH,
+    TICKS,
+    UsageMap,
+    load_levels,
     relative_load,
-    usage_histogram,
-    usage_map,
 )
 from tests.helpers.megatron_runs import TrainingLog, run_training
 
@@ -43,9 +52,15 @@ OF_TABLES = tuple(name for name in TITLES if name not in (*OF_LAYERS, *OF_FINETU
 # depend on where the table lies, or on the clock
 OF_LAYOUT = ("shard_load", "sent_megabytes", "lookup_ms", "exchange_ms")
 
+VIRIDIS = [
+    tuple(colour) for colour in matplotlib.colormaps["viridis"](range(256), bytes=True)[:, :3]
+]
+
 
 def _events(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
+    events = EventAccumulator(
+        str(folder), size_guidance={"images": 0, "scalars": 0, "histograms": 0}
+    )
     return events.Reload()
 
 
@@ -98,13 +113,22 @@ def test_every_number_of_every_layer_and_table_is_written(alone) -> None:
 def test_pictures_and_one_page_for_all(alone) -> None:
     _, folder = alone
     events = _events(folder)
-    pictures = {f"memory/usage_{kind}/layer_{n}" for kind in ("map", "histogram") for n in (0, 1)}
-    assert set(events.Tags()["images"]) == pictures
-    for name in pictures:
-        images = events.Images(name)
+    assert set(events.Tags()["images"]) == {f"memory/usage_map/layer_{n}" for n in (0, 1)}
+    loads = {f"memory/log2_relative_load/layer_{n}" for n in (0, 1)}
+    assert set(events.Tags()["histograms"]) == loads
+    for layer in (0, 1):
+        images = events.Images(f"memory/usage_map/layer_{layer}")
         assert [image.step for image in images] == [1, 2, 3, 4, 5]
         pixels = np.asarray(Image.open(io.BytesIO(images[-1].encoded_image_string)))
-        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 2
+        colours = {tuple(colour) for colour in pixels.reshape(-1, 3)}
+        # of the cells, and of the colour bar
+        assert len(colours & set(VIRIDIS)) > 16
+        histograms = events.Histograms(f"memory/log2_relative_load/layer_{layer}")
+        used = dict(_scalars(folder)[f"memory/rows_used/layer_{layer}"])
+        assert [event.step for event in histograms] == [1, 2, 3, 4, 5]
+        for event in histograms:
+            # a table of 81 rows has a cell for each
+            assert event.histogram_value.num == pytest.approx(81 * used[event.step] / 100)
     config = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     page = layout_pb2.Layout.FromString(config)
     shown = {chart.title for category in page.category for chart in category.chart}
@@ -199,11 +223,19 @@ class Wandb:
     def log(self, what: dict[str, Any], step: int) -> None:
         self.told.append((what, step))
 
-    def Image(self, pixels: Any) -> SimpleNamespace:
-        return SimpleNamespace(pixels=pixels)
+    def Image(self, figure: Figure) -> SimpleNamespace:
+        # as wandb does, which does not import it
+        assert figure != matplotlib.pyplot
+        return SimpleNamespace(pixels=_pixels(figure))
+
+    def Histogram(self, *, np_histogram: tuple[NDArray[Any], NDArray[Any]]) -> SimpleNamespace:
+        return SimpleNamespace(counts=np_histogram[0], edges=np_histogram[1])
 
 
-def test_wandb_gets_numbers_and_pictures() -> None:
+def test_wandb_gets_numbers_and_pictures(monkeypatch) -> None:
+    # as in a run that draws nothing else
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    monkeypatch.delattr(matplotlib, "pyplot", raising=False)
     wandb = Wandb()
     writers = Writers(None, wandb)
     writers.scalars({"memory/rows_used/layer_4": 12.5}, 7)
@@ -211,15 +243,40 @@ def test_wandb_gets_numbers_and_pictures() -> None:
     assert wandb.told[0] == ({"memory/rows_used/layer_4": 12.5}, 7)
     pictures, step = wandb.told[1]
     assert step == 7
-    assert set(pictures) == {"memory/usage_map/layer_4", "memory/usage_histogram/layer_4"}
-    assert pictures["memory/usage_map/layer_4"].pixels.shape[1] >= 256
+    assert set(pictures) == {"memory/usage_map/layer_4", "memory/log2_relative_load/layer_4"}
+    assert len(np.unique(pictures["memory/usage_map/layer_4"].pixels.reshape(-1, 3), axis=0)) > 256
+    assert pictures["memory/log2_relative_load/layer_4"].counts.tolist() == [81]
+    assert pictures["memory/log2_relative_load/layer_4"].edges.tolist() == [-0.25, 0.25]
 
 
 def test_a_layer_that_read_nothing_has_no_picture(tmp_path: Path) -> None:
     board = SummaryWriter(str(tmp_path))
     Writers(board, None).pictures(1, torch.zeros(9, 9), 9, 1)
     board.close()
-    assert not _events(tmp_path).Tags()["images"]
+    tags = _events(tmp_path).Tags()
+    assert not tags["images"] and not tags["histograms"]
+
+
+def test_pictures_leave_nothing_behind(tmp_path: Path) -> None:
+    """Also where no cycles are collected, as with --manual-gc: most of matplotlib is in cycles."""
+
+    def count() -> int:
+        kinds = (Artist, FigureCanvasAgg, RendererAgg)
+        return sum(issubclass(type(thing), kinds) for thing in gc.get_objects())
+
+    board = SummaryWriter(str(tmp_path))
+    writers = Writers(board, None)
+    gc.disable()
+    try:
+        writers.pictures(1, torch.ones(9, 9), 9, 1)
+        before = count()
+        for iteration in range(2, 6):
+            writers.pictures(1, torch.ones(9, 9), 9, iteration)
+        assert count() == before > 0
+    finally:
+        gc.enable()
+        board.close()
+    assert len(_events(tmp_path).Images("memory/usage_map/layer_1")) == 5
 
 
 def test_the_page_names_every_number_once() -> None:
@@ -234,23 +291,50 @@ def test_load_is_one_where_reads_are_even(num_keys: int) -> None:
     assert relative_load(3.0 * np.outer(keys_P, keys_P), num_keys) == pytest.approx(1)
 
 
-def test_the_map_shows_each_cell_where_it_is() -> None:
-    load = np.full((4, 4), 2.0**-6)
-    load[1, 2], load[3, 0] = 0.0, 2.0**6
-    pixels = usage_map(load)
-    cells = pixels[32:256:64, 32:256:64].astype(int)
-    assert tuple(cells[1, 2]) == UNREAD
-    brightness = cells.sum(-1)
-    assert brightness[3, 0] == brightness.max() > 3 * brightness[0, 0] > 0
+def _pixels(figure: Figure) -> NDArray[np.uint8]:
+    """Red, green and blue of a figure, the first row at the bottom as in its own coordinates."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[::-1, :, :3]
 
 
-def test_the_histogram_counts_each_cell_once() -> None:
-    load = np.array([[0.0] * 6 + [2.0**-9] * 3 + [1.0] * 12 + [2.0**3] * 6])
-    pixels = usage_histogram(load)
-    bars = {}
-    for colour in (UNREAD, tensorboard.BARS):
-        ink = (pixels[20:178] == colour).all(-1).sum(0)
-        bars |= {int(at): int(ink[at]) for at in np.flatnonzero(ink)}
-    heights = [bars[at] for at in sorted(bars) if at - 1 not in bars]
-    # in order: unread, at the low end what is below it, even, eight times
-    assert heights == pytest.approx([80, 40, 159, 80], abs=2)
+# a logarithm of zero would warn
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("num_keys", [4, 1024])
+def test_the_map_shows_each_cell_where_it_is(num_keys: int) -> None:
+    """Also where a cell stands for several sub-keys, which the axes count."""
+    load = np.full((4, 4), 2.0**-REACH)
+    load[1, 2], load[3, 0], load[0, 3] = 0.0, 2.0**REACH, 1.0
+    figure = UsageMap(num_keys).draw(load, "a title")
+    pixels = _pixels(figure)
+    expected = np.full((4, 4), 0)
+    expected[3, 0], expected[0, 3] = 255, 128
+    for first in range(4):
+        for second in range(4):
+            middle = [(place + 0.5) * num_keys / 4 - 0.5 for place in (second, first)]
+            column, row = figure.axes[0].transData.transform(middle).round().astype(int)
+            colour = (0, 0, 0) if (first, second) == (1, 2) else VIRIDIS[expected[first, second]]
+            assert tuple(pixels[row, column]) == colour, (first, second)
+
+
+def test_the_map_says_what_it_shows() -> None:
+    figure = UsageMap(4).draw(np.ones((4, 4)), "layer 3, iteration 7")
+    axes, bar = figure.axes
+    assert axes.get_title() == "layer 3, iteration 7"
+    assert axes.get_xlabel() == "sub-key of the second half"
+    assert axes.get_ylabel() == "sub-key of the first half"
+    labels = [label.get_text() for label in bar.get_yticklabels()]
+    assert dict(zip(bar.get_yticks(), labels, strict=True)) == TICKS
+    assert (bar.get_ylim(), TICKS[0]) == ((-REACH, REACH), "uniform")
+    for level, label in TICKS.items():
+        factor = 2.0**level
+        assert label in ("uniform", f"{factor:g}x", f"1/{1 / factor:g}")
+
+
+def test_the_histogram_counts_each_cell_that_was_read_once() -> None:
+    load = np.array([[0.0] * 6 + [2.0**-9] * 3 + [0.9] + [1.0] * 12 + [2.0**3.5] * 6])
+    levels, edges = load_levels(load)
+    counts, _ = np.histogram(levels, edges)
+    middles = (edges[1:] + edges[:-1]) / 2
+    found = {middle: count for middle, count in zip(middles, counts, strict=True) if count}
+    assert found == {-9: 3, 0: 13, 3.5: 6}

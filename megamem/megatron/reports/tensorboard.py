@@ -5,6 +5,7 @@ every --tensorboard-log-interval, a line and pictures every --log-interval.
 """
 
 import argparse
+import importlib
 import inspect
 import math
 import sys
@@ -15,8 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.training.global_vars import get_args, get_tensorboard_writer, get_wandb_writer
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from megamem.config import MemoryConfig
@@ -24,9 +23,8 @@ from megamem.layers.expert_table import table_names
 from megamem.layers.memory import MemoryLayer
 from megamem.megatron.arguments import settings_from_args
 from megamem.megatron.optimizer.chain import ChainWithTables, find_tables
+from megamem.megatron.reports.usage_pictures import UsageMap, load_levels, relative_load
 from megamem.metrics import Metrics, Report, Watched
-
-Pixels = NDArray[np.uint8]
 
 TITLES = {
     "rows_used": "rows used (%)",
@@ -161,6 +159,7 @@ class Writers:
 
     def __init__(self, board: Any, wandb: Any) -> None:
         self.board, self.wandb = board, wandb
+        self.usage_map: UsageMap | None = None
         if board is not None:
             board.add_custom_scalars(layout())
 
@@ -173,19 +172,24 @@ class Writers:
             self.wandb.log(scalars, iteration)
 
     def pictures(self, layer: int, usage_PP: Tensor, num_keys: int, iteration: int) -> None:
-        """The usage map and the histogram of a layer."""
+        """The usage map of a layer and the histogram of its cells; nothing if it read nothing."""
         if self.board is None and self.wandb is None or not usage_PP.any():
             return
         load_PP = relative_load(usage_PP.cpu().numpy(), num_keys)
-        images = {
-            f"memory/usage_map/layer_{layer}": usage_map(load_PP),
-            f"memory/usage_histogram/layer_{layer}": usage_histogram(load_PP),
-        }
+        levels_C, edges = load_levels(load_PP)
+        if self.usage_map is None:
+            self.usage_map = UsageMap(num_keys)
+        figure = self.usage_map.draw(load_PP, f"layer {layer}, iteration {iteration}")
+        map_name = f"memory/usage_map/layer_{layer}"
+        histogram_name = f"memory/log2_relative_load/layer_{layer}"
         if self.board is not None:
-            for name, image in images.items():
-                self.board.add_image(name, image, iteration, dataformats="HWC")
+            self.board.add_figure(map_name, figure, iteration)
+            self.board.add_histogram(histogram_name, levels_C, iteration, bins=edges)
         if self.wandb is not None:
-            shown = {name: self.wandb.Image(image) for name, image in images.items()}
+            # wandb.Image looks for matplotlib.pyplot without importing it
+            importlib.import_module("matplotlib.pyplot")
+            histogram = self.wandb.Histogram(np_histogram=np.histogram(levels_C, edges))
+            shown = {map_name: self.wandb.Image(figure), histogram_name: histogram}
             self.wandb.log(shown, iteration)
 
 
@@ -213,99 +217,3 @@ def console_line(scalars: dict[str, float]) -> str:
         if values:
             words.append(text.format(math.fsum(values) / len(values)))
     return f"memory: {' | '.join(words) or 'nothing was read'}"
-
-
-def relative_load(usage_PP: NDArray[Any], num_keys: int) -> NDArray[np.float64]:
-    """Reads of each cell over those of a uniform pick of rows -> [P, P]; 1 is uniform."""
-    side = len(usage_PP)
-    keys_P = np.bincount(np.arange(num_keys) * side // num_keys, minlength=side)
-    expected_PP = np.outer(keys_P, keys_P) * (usage_PP.sum() / num_keys**2)
-    return np.asarray(usage_PP / expected_PP, dtype=np.float64)
-
-
-# log2 of the relative load at the ends of the colours
-REACH = 6
-# unread, then from dark to light: as even steps of lightness, which also print in grey
-UNREAD = (0, 0, 0)
-COLOURS = np.array(
-    [(40, 20, 90), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], dtype=float
-)
-INK, PAPER, BARS = (30, 30, 30), (255, 255, 255), (87, 16, 110)
-MARKS = {-REACH: f"1/{2**REACH}", -REACH // 2: f"1/{2 ** (REACH // 2)}", 0: "uniform"} | {
-    REACH // 2: f"{2 ** (REACH // 2)}x",
-    REACH: f"{2**REACH}x",
-}
-
-
-def usage_map(load_PP: NDArray[np.float64]) -> Pixels:
-    """Sub-keys of the first half downwards, of the second across; colour is log2 of the load.
-
-    Never read is black; the strip below says what colours mean.
-
-    Returns:
-        [height, width, 3], at least 256 wide.
-    """
-    zoom = max(1, -(-256 // len(load_PP)))
-    cells = np.kron(_colours(load_PP), np.ones((zoom, zoom, 1), dtype=np.uint8))
-    width = cells.shape[1]
-    steps = np.exp2(np.linspace(-REACH, REACH, width))[None]
-    strip = np.repeat(_colours(steps), 12, axis=0)
-    canvas = Image.new("RGB", (width, len(cells) + 34), PAPER)
-    canvas.paste(Image.fromarray(cells), (0, 0))
-    canvas.paste(Image.fromarray(strip), (0, len(cells) + 4))
-    _label(ImageDraw.Draw(canvas), 0, width - 1, len(cells) + 18)
-    return np.asarray(canvas)
-
-
-def usage_histogram(load_PP: NDArray[np.float64]) -> Pixels:
-    """How many cells have what load, in half powers of two; the first bar is those never read.
-
-    A cell is a row where N <= 256.
-
-    Returns:
-        [height, width, 3]
-    """
-    read = load_PP[load_PP > 0]
-    edges = np.arange(-REACH - 0.25, REACH + 0.5, 0.5)
-    counts, _ = np.histogram(np.clip(np.log2(read), -REACH, REACH), edges)
-    unread = int(load_PP.size - read.size)
-    tallest = max(int(counts.max()), unread)
-
-    # as wide as TensorBoard shows it, so that the words stay legible
-    width, height, margin = 256, 200, 20
-    base, first, last = height - margin, 56, width - 14
-    canvas = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(canvas)
-
-    def bar(middle: float, count: int, colour: tuple[int, int, int]) -> None:
-        if count:
-            top = base - max(1, (base - margin) * count / tallest)
-            draw.rectangle((middle - 3, top, middle + 3, base), colour)
-
-    middle = (first + last) / 2
-    draw.line((middle, margin, middle, base), fill=(160, 160, 160))
-    bar(margin, unread, UNREAD)
-    for place, count in enumerate(counts):
-        bar(first + (last - first) * place / (len(counts) - 1), int(count), BARS)
-    draw.line((0, base, width, base), fill=INK)
-    draw.text((2, 4), f"cells by load; tallest bar {tallest:,} of {load_PP.size:,}", INK)
-    draw.text((2, base + 4), "unread", INK)
-    _label(draw, first, last, base + 4)
-    return np.asarray(canvas)
-
-
-def _label(draw: ImageDraw.ImageDraw, first: float, last: float, top: float) -> None:
-    for power, text in MARKS.items():
-        at = first + (last - first) * (power + REACH) / (2 * REACH)
-        anchor = "la" if at < 10 else "ra" if at > draw.im.size[0] - 10 else "ma"
-        draw.text((at, top), text, INK, anchor=anchor)
-
-
-def _colours(load: NDArray[np.float64]) -> Pixels:
-    with np.errstate(divide="ignore"):
-        level = (np.clip(np.log2(load), -REACH, REACH) + REACH) / (2 * REACH)
-    at = level * (len(COLOURS) - 1)
-    channels = [np.interp(at, np.arange(len(COLOURS)), channel) for channel in COLOURS.T]
-    pixels = np.stack(channels, axis=-1)
-    pixels[load <= 0] = UNREAD
-    return pixels.astype(np.uint8)
