@@ -33,6 +33,8 @@ setup(
         "matplotlib",
         "pillow",
         "rich",
+        # megamem convert
+        "safetensors>=0.4",
         "tensorboard",
     ],
     extras_require={
@@ -54,7 +56,6 @@ setup(
             "langcodes",
             "molmass",
             "pycountry",
-            "safetensors",
             "sentencepiece",
         ],
     },

@@ -154,6 +154,36 @@ def test_every_dtype_is_read_and_written_as_the_library_does(tmp_path: Path) -> 
             assert torch.equal(found[name].double(), tensor.double())
 
 
+def test_memory_holds_a_region_not_a_tensor(tmp_path: Path) -> None:
+    """Written and read, a table takes no memory of its own beside the pages of the file."""
+    rows, width, region_rows = 2**15, 512, 2**9
+    regions = [Region((start, 0), (region_rows, width)) for start in range(0, rows, region_rows)]
+
+    def number(region: Region) -> Tensor:
+        first = region.offsets[0]
+        return torch.arange(first, first + region_rows).float()[:, None].repeat(1, width)
+
+    table = LazyTensor((rows, width), torch.float32, tuple(regions), number)
+    beside: list[int] = []
+
+    def note(_: object) -> None:
+        status = Path("/proc/self/status").read_text()
+        kilobytes = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
+        assert kilobytes
+        beside.append(1024 * int(kilobytes[1]))
+
+    note("before")
+    write_file(tmp_path / "x.safetensors", {"table": table}, {}, note)
+    read = read_folder(tmp_path)[0]["table"]
+    note("read")
+    # touches every page, with nothing of its own
+    assert read.min() == 0 and read.max() == rows - 1
+    note("used")
+    assert torch.equal(read[[rows - 1, 7]][:, 5], torch.tensor([rows - 1.0, 7.0]))
+    assert len(beside) == len(regions) + 3
+    assert max(beside) - beside[0] < table.num_bytes / 4
+
+
 def _header(path: Path, header: object, numbers: bytes = bytes(16)) -> None:
     text = json.dumps(header).encode() if not isinstance(header, bytes) else header
     path.write_bytes(struct.pack("<Q", len(text)) + text + numbers)
@@ -168,6 +198,7 @@ def _header(path: Path, header: object, numbers: bytes = bytes(16)) -> None:
         {"x": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}},
         {"x": {"dtype": "F31", "shape": [4], "data_offsets": [0, 16]}},
         {"x": {"dtype": "F32", "shape": [4]}},
+        {"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "__metadata__": [1]},
         {"x": 3},
     ],
 )
@@ -178,6 +209,15 @@ def test_files_that_are_no_safetensors(
     assert main(["import", str(tmp_path), "--to", str(tmp_path / "to")]) == 2
     said = capsys.readouterr().err
     assert "is no safetensors file" in said and said.count("\n") == 1
+
+
+def test_numbers_need_not_be_aligned(tmp_path: Path) -> None:
+    """Not every writer pads its header."""
+    header = json.dumps({"x": {"dtype": "F64", "shape": [2], "data_offsets": [0, 16]}}).encode()
+    for padding in range(8):
+        numbers = struct.pack("<dd", 1.5, -2.0)
+        _header(tmp_path / "x.safetensors", header + b" " * padding, numbers)
+        assert read_folder(tmp_path)[0]["x"].tolist() == [1.5, -2.0]
 
 
 def test_folders_that_are_no_export(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -193,6 +233,8 @@ def test_folders_that_are_no_export(tmp_path: Path, capsys: pytest.CaptureFixtur
     refused("holds x, which another file has already")
     (tmp_path / INDEX).write_text("{}")
     refused("is no index")
+    (tmp_path / INDEX).write_text('{"weight_map": {"x": "c.safetensors"}}')
+    refused("c.safetensors is no safetensors file: No such file")
 
 
 def test_a_dense_checkpoint_has_nothing_to_export(

@@ -1,40 +1,43 @@
-"""Safetensors files, mapped into memory: a table larger than memory is read and written in place.
+"""Models as safetensors files, read by the safetensors library and written region by region.
 
-The format is 8 bytes of header length, a JSON header that names dtype, shape and place of every
-tensor, and the numbers. A model in several files has an index that says which holds what, as
-Hugging Face lays it out; a tensor is never cut.
+The library maps what it reads: a tensor is loaded where it is used, and memory need not hold it.
+What it writes must be whole tensors in memory, which a table may be too large for. write_file is
+for that alone: it writes a header and fills a mapped file (8 bytes of header length, a JSON header
+with dtype, shape and place of every tensor, then the numbers).
+
+A model in several files has an index that says which holds what, as Hugging Face lays it out; a
+tensor is never cut.
 """
 
 import json
-import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megamem.config import ConfigurationError
 from megamem.tools.convert.lazy import LazyTensor, Tensors
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
-LONGEST_HEADER = 100_000_000
+# what is written; the library reads others, too
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 ALIGNMENT = 8
 ROWS_AT_ONCE = 2**16
 
@@ -46,29 +49,12 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ConfigurationError: it is no safetensors file, or is cut short.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if not 2 <= length <= min(size - 8, LONGEST_HEADER):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-        remarks = header.pop("__metadata__", {})
-        mapped = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length :]
-        return {name: _view(mapped, name, entry) for name, entry in header.items()}, remarks
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        with safe_open(path, "pt") as file:
+            # unlike get_slice, this also lets rows be read in any order, and is no less lazy
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
         raise ConfigurationError(f"{path} is no safetensors file: {error}.") from error
-
-
-def _view(mapped: Tensor, name: str, entry: dict[str, Any]) -> Tensor:
-    dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-    start, stop = entry["data_offsets"]
-    if not 0 <= start <= stop <= len(mapped) or stop - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name} of {shape} {dtype} lies from {start} to {stop}")
-    raw = mapped[start:stop]
-    if raw.data_ptr() % dtype.itemsize:
-        # somebody else's header without padding
-        raw = raw.clone()
-    return raw.view(dtype).view(shape)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -157,7 +143,7 @@ def _shards(tensors: Tensors, shard_bytes: int) -> list[list[str]]:
 def write_file(
     path: Path, tensors: Tensors, remarks: dict[str, str], advance: Callable[[int], None]
 ) -> None:
-    """Write tensors region by region, each to its place."""
+    """Write tensors region by region, each to its place in the mapped file."""
     header: dict[str, Any] = {"__metadata__": remarks}
     end = 0
     # widest first, so that every tensor lies at a multiple of its item size
@@ -179,10 +165,11 @@ def write_file(
         return
     mapped = torch.from_file(str(path), shared=True, size=start + end, dtype=torch.uint8)[start:]
     for name, tensor in ordered:
-        _write_tensor(_view(mapped, name, header[name]), tensor, advance)
+        first, last = header[name]["data_offsets"]
+        _fill(mapped[first:last].view(tensor.dtype).view(tensor.shape), tensor, advance)
 
 
-def _write_tensor(target: Tensor, tensor: LazyTensor, advance: Callable[[int], None]) -> None:
+def _fill(target: Tensor, tensor: LazyTensor, advance: Callable[[int], None]) -> None:
     for region in tensor.regions:
         piece = tensor.read(region)
         if tensor.target_rows is None:
