@@ -220,12 +220,15 @@ def update_rows_(
     copy_rV: Tensor | None,
     seed: int | None,
     row_offset: int,
-    column_offset: int = 0,
-    row_squares_r: Tensor | None = None,
-    touched_r: Tensor | None = None,
-    clear_grads: bool = False,
+    column_offset: int,
+    row_squares_r: Tensor | None,
+    touched_r: Tensor | None,
+    clear_grads: bool,
 ) -> None:
-    """One step on all rows, or on those of a list, which may have counters of their own."""
+    """One step on all rows, or on those of a list, which may have counters of their own.
+
+    The keywords are the options of megamem.reference.row_adam.AdamOptions.
+    """
     num_rows, width = grads_EV.shape
     if num_rows == 0:
         return

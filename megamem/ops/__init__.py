@@ -4,6 +4,7 @@ from megamem.ops.embedding_bag import embedding_bag
 from megamem.ops.placement import place_rows, unplace_rows
 from megamem.ops.product_topk import product_topk
 from megamem.ops.row_adam import (
+    AdamOptions,
     adamw_,
     rowwise_adamw_,
     sgd_,
@@ -15,6 +16,7 @@ from megamem.ops.value_gradient import add_value_gradient_, sparse_gradients
 from megamem.reference.philox import random_rows
 
 __all__ = [
+    "AdamOptions",
     "adamw_",
     "add_value_gradient_",
     "embedding_bag",

@@ -11,8 +11,6 @@ on the device, for clipping times the inverse of the loss scale: no step waits f
 megamem.reference.row_adam has the arithmetic.
 """
 
-from typing import Any, TypedDict, Unpack
-
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
@@ -20,46 +18,10 @@ from torch.optim.adamw import adamw as torch_adamw
 from megamem.kernels.row_adam import update_rows_
 from megamem.ops.backend import use_triton
 from megamem.reference import row_adam as reference
-
-
-class SgdOptions(TypedDict, total=False):
-    """What every form takes beside `step` and `lr`; the reference says what each means."""
-
-    weight_decay: float
-    grad_scale: Tensor | None
-    copy_rV: Tensor | None
-    seed: int | None
-    row_offset: int
-    column_offset: int
-
-
-class AdamOptions(SgdOptions, total=False):
-    betas: tuple[float, float]
-    eps: float
-
-
-class DenseSgdOptions(SgdOptions, total=False):
-    touched_r: Tensor | None
-    clear_grads: bool
-
-
-class DenseAdamOptions(AdamOptions, DenseSgdOptions, total=False):
-    row_squares_r: Tensor | None
-
+from megamem.reference.row_adam import AdamOptions
 
 # numbers: 1 MB in fp32
 CACHED = 2**18
-
-DEFAULTS: dict[str, Any] = {
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "weight_decay": 0.0,
-    "grad_scale": None,
-    "copy_rV": None,
-    "seed": None,
-    "row_offset": 0,
-    "column_offset": 0,
-}
 
 
 def adamw_(
@@ -67,44 +29,36 @@ def adamw_(
     grads_rV: Tensor,
     exp_avg_rV: Tensor | None,
     exp_avg_sq: Tensor | None,
-    *,
-    step: int,
-    lr: float,
-    **options: Unpack[DenseAdamOptions],
+    options: AdamOptions,
 ) -> None:
     """One step of torch.optim.AdamW on every row.
 
     Args:
         exp_avg_rV: None for no first moment.
         exp_avg_sq: [r, V], or [r] for one number per row, or None.
-        step: counted from 1.
-        options: `touched_r` [r] names the rows that have a gradient (not 0), so that the others'
-            is not read; `clear_grads=True` zeroes the gradients that were read, in the same pass;
-            `row_squares_r` [r] are the mean squares of whole rows' gradients, where these are only
-            some of their columns.
+        options: gradients of rows that `touched_r` leaves out are not read, and `clear_grads`
+            zeroes those that were read in the same pass.
 
     Raises:
-        ValueError: tensors whose shapes, devices or dtypes do not fit, or an option out of range.
+        ValueError: tensors whose shapes, devices or dtypes do not fit.
     """
-    dense = {"touched_r": None, "clear_grads": False, "row_squares_r": None}
-    full: dict[str, Any] = {**DEFAULTS, **dense, **options}
-    full |= {"step": step, "lr": lr}
-    _check_state(weights_rV, grads_rV, exp_avg_rV, exp_avg_sq, full)
+    _check_state(weights_rV, grads_rV, exp_avg_rV, exp_avg_sq, options)
     if grads_rV.shape != weights_rV.shape:
         raise ValueError(
             f"gradients of shape {tuple(grads_rV.shape)} for weights of shape "
             f"{tuple(weights_rV.shape)}."
         )
-    _check_rows("touched_r", full["touched_r"], weights_rV, weights_rV.shape[:1])
+    _check_rows("touched_r", options.touched_r, weights_rV, weights_rV.shape[:1])
     state = (weights_rV, grads_rV, exp_avg_rV, exp_avg_sq)
     with torch.no_grad():
         if use_triton(weights_rV):
-            update_rows_(*state, **full)
-        elif _torch_has_it(*state, full):
+            # the kernel's arguments have the names of the options
+            update_rows_(*state, **vars(options))
+        elif _torch_has_it(*state, options):
             assert exp_avg_rV is not None and exp_avg_sq is not None
-            _by_torch_(weights_rV, grads_rV, exp_avg_rV, exp_avg_sq, full)
+            _by_torch_(weights_rV, grads_rV, exp_avg_rV, exp_avg_sq, options)
         else:
-            reference.adamw_(*state, **full)
+            reference.adamw_(*state, options)
 
 
 def touched_adamw_(
@@ -115,10 +69,7 @@ def touched_adamw_(
     exp_avg_sq: Tensor | None,
     touches_r: Tensor,
     last_steps_r: Tensor,
-    *,
-    step: int,
-    lr: float,
-    **options: Unpack[AdamOptions],
+    options: AdamOptions,
 ) -> None:
     """One step of AdamW on the touched rows, with a bias correction and a decay of their own.
 
@@ -126,10 +77,10 @@ def touched_adamw_(
     reference says what makes this differ from AdamW.
 
     Raises:
-        ValueError: tensors whose shapes, devices or dtypes do not fit, or an option out of range.
+        ValueError: tensors whose shapes, devices or dtypes do not fit, or options of the steps on
+            every row.
     """
-    full: dict[str, Any] = {**DEFAULTS, **options, "step": step, "lr": lr}
-    _check_touched(weights_rV, rows_E, grads_EV, exp_avg_rV, exp_avg_sq, full)
+    _check_touched(weights_rV, rows_E, grads_EV, exp_avg_rV, exp_avg_sq, options)
     if not len(touches_r) == len(last_steps_r) == len(weights_rV):
         raise ValueError(
             f"{len(touches_r)} touches and {len(last_steps_r)} last steps for "
@@ -137,14 +88,12 @@ def touched_adamw_(
         )
     _check_rows("touches_r", touches_r, weights_rV, weights_rV.shape[:1])
     _check_rows("last_steps_r", last_steps_r, weights_rV, weights_rV.shape[:1])
-    counters = (touches_r, last_steps_r)
+    moments, counters = (exp_avg_rV, exp_avg_sq), (touches_r, last_steps_r)
     with torch.no_grad():
         if use_triton(weights_rV):
-            state = (weights_rV, grads_EV, exp_avg_rV, exp_avg_sq)
-            update_rows_(*state, rows_E, *counters, **full)
+            update_rows_(weights_rV, grads_EV, *moments, rows_E, *counters, **vars(options))
         else:
-            moments = (exp_avg_rV, exp_avg_sq)
-            reference.touched_adamw_(weights_rV, rows_E, grads_EV, *moments, *counters, **full)
+            reference.touched_adamw_(weights_rV, rows_E, grads_EV, *moments, *counters, options)
 
 
 def rowwise_adamw_(
@@ -152,55 +101,44 @@ def rowwise_adamw_(
     grads_rV: Tensor,
     exp_avg_rV: Tensor | None,
     exp_avg_sq_r: Tensor,
-    *,
-    step: int,
-    lr: float,
-    **options: Unpack[DenseAdamOptions],
+    options: AdamOptions,
 ) -> None:
-    """adamw_ with one second moment per row, of the mean square of the row's gradient."""
+    """adamw_ with one second moment per row, of the mean square of the row's gradient.
+
+    Raises:
+        ValueError: as adamw_, and where the second moment is not one number per row.
+    """
     _check_row_moment(exp_avg_sq_r, weights_rV)
-    adamw_(weights_rV, grads_rV, exp_avg_rV, exp_avg_sq_r, step=step, lr=lr, **options)
+    adamw_(weights_rV, grads_rV, exp_avg_rV, exp_avg_sq_r, options)
 
 
-def sgd_(
-    weights_rV: Tensor,
-    grads_rV: Tensor,
-    *,
-    step: int,
-    lr: float,
-    **options: Unpack[DenseSgdOptions],
-) -> None:
+def sgd_(weights_rV: Tensor, grads_rV: Tensor, options: AdamOptions) -> None:
     """weights * (1 - lr * weight_decay) - lr * gradient, on every row.
 
-    Args:
-        step: counted from 1; only the random rounding depends on it.
+    Raises:
+        ValueError: as adamw_.
     """
-    adamw_(weights_rV, grads_rV, None, None, step=step, lr=lr, **options)
+    adamw_(weights_rV, grads_rV, None, None, options)
 
 
 def touched_sgd_(
-    weights_rV: Tensor,
-    rows_E: Tensor,
-    grads_EV: Tensor,
-    *,
-    step: int,
-    lr: float,
-    **options: Unpack[SgdOptions],
+    weights_rV: Tensor, rows_E: Tensor, grads_EV: Tensor, options: AdamOptions
 ) -> None:
     """weights * (1 - lr * weight_decay) - lr * gradient, on the touched rows; others do not decay.
 
     Args:
         rows_E: distinct rows, or -1 for none.
-        step: counted from 1; only the random rounding depends on it.
+
+    Raises:
+        ValueError: tensors whose shapes, devices or dtypes do not fit, or options of the steps on
+            every row.
     """
-    full: dict[str, Any] = {**DEFAULTS, **options, "step": step, "lr": lr}
-    _check_touched(weights_rV, rows_E, grads_EV, None, None, full)
+    _check_touched(weights_rV, rows_E, grads_EV, None, None, options)
     with torch.no_grad():
         if use_triton(weights_rV):
-            update_rows_(weights_rV, grads_EV, None, None, rows_E, **full)
+            update_rows_(weights_rV, grads_EV, None, None, rows_E, **vars(options))
         else:
-            del full["betas"], full["eps"]
-            reference.touched_sgd_(weights_rV, rows_E, grads_EV, **full)
+            reference.touched_sgd_(weights_rV, rows_E, grads_EV, options)
 
 
 def _torch_has_it(
@@ -208,14 +146,14 @@ def _torch_has_it(
     grads_rV: Tensor,
     exp_avg_rV: Tensor | None,
     exp_avg_sq: Tensor | None,
-    options: dict[str, Any],
+    options: AdamOptions,
 ) -> bool:
     """Whether torch's fused AdamW for CPUs, tens of times as fast as the reference, does this."""
     if exp_avg_rV is None or exp_avg_sq is None or exp_avg_sq.shape != weights_rV.shape:
         return False
     one_dtype = len({x.dtype for x in (weights_rV, grads_rV, exp_avg_rV, exp_avg_sq)}) == 1
     wide = weights_rV.dtype in (torch.float32, torch.float64)
-    return weights_rV.is_cpu and wide and one_dtype and options["copy_rV"] is None
+    return weights_rV.is_cpu and wide and one_dtype and options.copy_rV is None
 
 
 def _by_torch_(
@@ -223,9 +161,9 @@ def _by_torch_(
     grads_rV: Tensor,
     exp_avg_rV: Tensor,
     exp_avg_sq: Tensor,
-    options: dict[str, Any],
+    options: AdamOptions,
 ) -> None:
-    touched_r, scale = options["touched_r"], options["grad_scale"]
+    touched_r, scale = options.touched_r, options.grad_scale
     # in blocks that stay in a core's cache, as the gradient is copied
     block = max(1, CACHED // weights_rV.shape[1])
     for start in range(0, len(weights_rV), block):
@@ -242,17 +180,17 @@ def _by_torch_(
             [exp_avg_sq[rows]],
             max_exp_avg_sqs=[],
             # it counts the step itself
-            state_steps=[torch.tensor(options["step"] - 1.0)],
+            state_steps=[torch.tensor(options.step - 1.0)],
             fused=True,
             amsgrad=False,
-            beta1=options["betas"][0],
-            beta2=options["betas"][1],
-            lr=options["lr"],
-            weight_decay=options["weight_decay"],
-            eps=options["eps"],
+            beta1=options.betas[0],
+            beta2=options.betas[1],
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            eps=options.eps,
             maximize=False,
         )
-    if options["clear_grads"]:
+    if options.clear_grads:
         grads_rV[slice(None) if touched_r is None else touched_r.bool()] = 0
 
 
@@ -262,9 +200,14 @@ def _check_touched(
     grads_EV: Tensor,
     exp_avg_rV: Tensor | None,
     exp_avg_sq: Tensor | None,
-    options: dict[str, Any],
+    options: AdamOptions,
 ) -> None:
     _check_state(weights_rV, grads_EV, exp_avg_rV, exp_avg_sq, options)
+    if options.touched_r is not None or options.clear_grads or options.row_squares_r is not None:
+        raise ValueError(
+            "touched_r, clear_grads and row_squares_r are options of the steps on every row, not "
+            "of those on touched rows."
+        )
     _check_rows("rows_E", rows_E, weights_rV, rows_E.shape[:1])
     if grads_EV.shape != (len(rows_E), weights_rV.shape[1]):
         raise ValueError(
@@ -298,15 +241,15 @@ def _check_state(
     grads_EV: Tensor,
     exp_avg_rV: Tensor | None,
     exp_avg_sq: Tensor | None,
-    options: dict[str, Any],
+    options: AdamOptions,
 ) -> None:
     tensors = {
         "weights": weights_rV,
         "gradients": grads_EV,
         "first moment": exp_avg_rV,
         "second moment": exp_avg_sq,
-        "copy": options["copy_rV"],
-        "gradient scale": options["grad_scale"],
+        "copy": options.copy_rV,
+        "gradient scale": options.grad_scale,
     }
     for name, x in tensors.items():
         if x is None:
@@ -334,13 +277,5 @@ def _check_state(
             f"the second moment of shape {tuple(exp_avg_sq.shape)} for weights of shape "
             f"{tuple(weights_rV.shape)}: the same, or one number per row."
         )
-    if options["seed"] is not None and weights_rV.dtype != torch.bfloat16:
+    if options.seed is not None and weights_rV.dtype != torch.bfloat16:
         raise ValueError(f"weights of {weights_rV.dtype}: only bf16 is rounded at random.")
-    if options["column_offset"] % 8:
-        raise ValueError(f"column offset {options['column_offset']} is not a multiple of 8.")
-    if options["step"] < 1:
-        raise ValueError(f"step {options['step']}: steps are counted from 1.")
-    if options["lr"] * options["weight_decay"] >= 1:
-        raise ValueError(
-            f"lr {options['lr']} times weight decay {options['weight_decay']} must be below 1."
-        )

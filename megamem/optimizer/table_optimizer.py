@@ -1,14 +1,21 @@
 """Updates value tables where they lie, from gradient buffers of their own."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megamem.config import MemoryConfig
-from megamem.ops import adamw_, rowwise_adamw_, sgd_, touched_adamw_, touched_sgd_
+from megamem.ops import (
+    AdamOptions,
+    adamw_,
+    rowwise_adamw_,
+    sgd_,
+    touched_adamw_,
+    touched_sgd_,
+)
 from megamem.optimizer.sparse_rows import choose_rows, rarity
 from megamem.optimizer.state import MASTER, Slot, allocate, slots, wide
 from megamem.parallel.collectives import group_rank
@@ -175,16 +182,18 @@ class TableOptimizer(torch.optim.Optimizer):
             gradient, reads = self.gradients[name], self.reads[name]
             factor = torch.as_tensor(scale, device=weight_rv.device) * gradient.factor
             master_rv = state.get(MASTER)
-            options: dict[str, Any] = {
-                "step": self.table_steps,
-                "lr": float(group["lr"]),
-                "weight_decay": float(group["weight_decay"]),
-                "grad_scale": factor.reshape(1).to(wide(weight_rv.dtype)),
-                "copy_rV": None if master_rv is None else weight_rv.data,
-                "seed": self.options.seed if self._rounds(weight_rv) else None,
-                "row_offset": table.shard.offset[0],
-                "column_offset": table.shard.offset[1],
-            }
+            options = AdamOptions(
+                step=self.table_steps,
+                lr=float(group["lr"]),
+                weight_decay=float(group["weight_decay"]),
+                betas=self.options.betas,
+                eps=self.options.eps,
+                grad_scale=factor.reshape(1).to(wide(weight_rv.dtype)),
+                copy_rV=None if master_rv is None else weight_rv.data,
+                seed=self.options.seed if self._rounds(weight_rv) else None,
+                row_offset=table.shard.offset[0],
+                column_offset=table.shard.offset[1],
+            )
             if not self.finetunes:
                 reads.count_batch(gradient.touched_r)
             weights_rv = weight_rv.data if master_rv is None else master_rv
@@ -199,16 +208,13 @@ class TableOptimizer(torch.optim.Optimizer):
         gradient: RowGradient,
         weights_rv: Tensor,
         state: dict[str, Tensor],
-        options: dict[str, Any],
+        options: AdamOptions,
     ) -> None:
-        moments: Any
-        if self.kind != "sgd":
-            options |= {"betas": self.options.betas, "eps": self.options.eps}
         if self.kind == "lazy_adamw" or self.finetunes:
             for rows_E in gradient.touched_blocks():
                 grads_EV = gradient.take(rows_E)
                 if self.kind == "sgd":
-                    touched_sgd_(weights_rv, rows_E, grads_EV, **options)
+                    touched_sgd_(weights_rv, rows_E, grads_EV, options)
                 else:
                     if self.finetunes:
                         # a row that was not chosen lately was frozen: it has no decay to catch up
@@ -221,21 +227,21 @@ class TableOptimizer(torch.optim.Optimizer):
                         state["exp_avg_sq"],
                         state["touches"],
                         state["last_steps"],
-                        **options,
+                        options,
                     )
             return
         buffer_rv = gradient.buffer
-        options |= {"touched_r": gradient.touched_r, "clear_grads": True}
+        options = replace(options, touched_r=gradient.touched_r, clear_grads=True)
         if self.kind == "sgd":
-            sgd_(weights_rv, buffer_rv, **options)
+            sgd_(weights_rv, buffer_rv, options)
         elif self.kind == "rowwise_adamw":
             moments = state["exp_avg"], state["exp_avg_sq"]
             width, columns = table.shard.global_shape[1], table.group.columns
-            options["row_squares_r"] = gradient.mean_squares(width, columns)
-            rowwise_adamw_(weights_rv, buffer_rv, *moments, **options)
+            options = replace(options, row_squares_r=gradient.mean_squares(width, columns))
+            rowwise_adamw_(weights_rv, buffer_rv, *moments, options)
         else:
             moments = state["exp_avg"], state["exp_avg_sq"]
-            adamw_(weights_rv, buffer_rv, *moments, **options)
+            adamw_(weights_rv, buffer_rv, *moments, options)
 
     def _rounds(self, weight_rv: Tensor) -> bool:
         return self.rounds_randomly and weight_rv.dtype == torch.bfloat16

@@ -6,6 +6,7 @@ the running mean of the squares of its gradient.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,49 +14,83 @@ from torch import Tensor
 from megamem.reference.philox import philox
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdamOptions:
+    """What one step takes beside the table, its gradients and its state; SGD is a special case.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    step: int
+    """Counted from 1. In plain SGD only the random rounding depends on it."""
+
+    lr: float
+    weight_decay: float = 0.0
+    """Decoupled: the weights are multiplied by 1 - lr * weight_decay."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and of the second moment."""
+
+    eps: float = 1e-8
+    grad_scale: Tensor | None = None
+    """One number that multiplies the gradients, read on the device."""
+
+    copy_rV: Tensor | None = None
+    """Also receives the new weights, rounded to nearest."""
+
+    seed: int | None = None
+    """Of the random rounding of weights in bf16; without it they are rounded to nearest."""
+
+    row_offset: int = 0
+    column_offset: int = 0
+    """Place of the first element in the whole table, so that the rounding of an element does not
+    depend on how the table is cut; the column is a multiple of 8."""
+
+    touched_r: Tensor | None = None
+    """Steps on every row: where it is 0, the gradient is zero, whatever the gradients say."""
+
+    clear_grads: bool = False
+    """Steps on every row: leave zeros in the gradients of the touched rows."""
+
+    row_squares_r: Tensor | None = None
+    """Steps on every row: mean squares of the gradients of whole rows, before grad_scale, where the
+    gradients given are only some of their columns."""
+
+    def __post_init__(self) -> None:
+        if self.step < 1:
+            raise ValueError(f"step {self.step}: steps are counted from 1.")
+        if self.lr * self.weight_decay >= 1:
+            raise ValueError(
+                f"lr {self.lr} times weight decay {self.weight_decay} must be below 1."
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas}: each must be at least 0 and below 1.")
+        if self.column_offset % 8:
+            raise ValueError(f"column offset {self.column_offset} is not a multiple of 8.")
+
+
 def adamw_(
     weights_rV: Tensor,
     grads_rV: Tensor,
     exp_avg_rV: Tensor | None,
     exp_avg_sq: Tensor | None,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    grad_scale: Tensor | None = None,
-    copy_rV: Tensor | None = None,
-    seed: int | None = None,
-    row_offset: int = 0,
-    column_offset: int = 0,
-    row_squares_r: Tensor | None = None,
-    touched_r: Tensor | None = None,
-    clear_grads: bool = False,
+    options: AdamOptions,
 ) -> None:
     """One step of torch.optim.AdamW on every row, in fp32, whatever the dtypes.
 
     Args:
         weights_rV: rounded to nearest, or at random where a seed is given (bf16 only).
         exp_avg_sq: [r, V], or [r] for one number per row.
-        step: counted from 1.
-        grad_scale: one number that multiplies the gradients, read on the device.
-        copy_rV: what also receives the new weights, rounded to nearest.
-        seed: of the random rounding.
-        row_offset, column_offset: place of the first element in the whole table, so that the
-            rounding of an element does not depend on how the table is cut; the column a multiple
-            of 8.
-        row_squares_r: mean squares of the gradients of whole rows, before grad_scale, where these
-            are only some of their columns.
-        touched_r: rows where it is 0 have a gradient of zero, whatever `grads_rV` says.
-        clear_grads: leave zeros in the gradients of the touched rows.
     """
     rows_r = torch.arange(len(weights_rV), device=weights_rV.device)
     with_gradient_r1 = torch.ones_like(rows_r, dtype=torch.bool).unsqueeze(-1)
+    row_squares_r, touched_r = options.row_squares_r, options.touched_r
     if touched_r is not None:
         with_gradient_r1 = touched_r.bool().unsqueeze(-1)
-    corrections = [torch.tensor(1 - beta**step, dtype=torch.float64) for beta in betas]
-    decay = torch.tensor(1 - lr * weight_decay, dtype=torch.float64)
+        row_squares_r = None if row_squares_r is None else row_squares_r * touched_r
+    corrections = [torch.tensor(1 - b**options.step, dtype=torch.float64) for b in options.betas]
+    decay = torch.tensor(1 - options.lr * options.weight_decay, dtype=torch.float64)
     _update_rows_(
         weights_rV,
         rows_r,
@@ -64,18 +99,10 @@ def adamw_(
         exp_avg_sq,
         corrections,
         decay,
-        step,
-        lr,
-        betas,
-        eps,
-        grad_scale,
-        copy_rV,
-        seed,
-        row_offset,
-        column_offset,
-        row_squares_r if touched_r is None or row_squares_r is None else row_squares_r * touched_r,
+        options,
+        row_squares_r,
     )
-    if clear_grads:
+    if options.clear_grads:
         grads_rV.masked_fill_(with_gradient_r1, 0)
 
 
@@ -87,17 +114,7 @@ def touched_adamw_(
     exp_avg_sq: Tensor | None,
     touches_r: Tensor,
     last_steps_r: Tensor,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    grad_scale: Tensor | None = None,
-    copy_rV: Tensor | None = None,
-    seed: int | None = None,
-    row_offset: int = 0,
-    column_offset: int = 0,
+    options: AdamOptions,
 ) -> None:
     """One step of AdamW on the touched rows; the others are not read.
 
@@ -115,69 +132,27 @@ def touched_adamw_(
     rows_U, grads_UV = rows_E[present_E], grads_EV[present_E]
     touches_r[rows_U] += 1
     touches_U1 = touches_r[rows_U].double().unsqueeze(-1)
-    gaps_U1 = (step - last_steps_r[rows_U]).double().unsqueeze(-1)
-    last_steps_r[rows_U] = step
-    corrections = [-torch.expm1(touches_U1 * math.log(beta)) for beta in betas]
-    decay_U1 = torch.exp(gaps_U1 * math.log1p(-lr * weight_decay))
-    _update_rows_(
-        weights_rV,
-        rows_U,
-        grads_UV,
-        exp_avg_rV,
-        exp_avg_sq,
-        corrections,
-        decay_U1,
-        step,
-        lr,
-        betas,
-        eps,
-        grad_scale,
-        copy_rV,
-        seed,
-        row_offset,
-        column_offset,
-    )
+    gaps_U1 = (options.step - last_steps_r[rows_U]).double().unsqueeze(-1)
+    last_steps_r[rows_U] = options.step
+    corrections = [-torch.expm1(touches_U1 * math.log(beta)) for beta in options.betas]
+    decay_U1 = torch.exp(gaps_U1 * math.log1p(-options.lr * options.weight_decay))
+    moments = (exp_avg_rV, exp_avg_sq)
+    _update_rows_(weights_rV, rows_U, grads_UV, *moments, corrections, decay_U1, options)
 
 
 def touched_sgd_(
-    weights_rV: Tensor,
-    rows_E: Tensor,
-    grads_EV: Tensor,
-    *,
-    step: int,
-    lr: float,
-    weight_decay: float = 0.0,
-    grad_scale: Tensor | None = None,
-    copy_rV: Tensor | None = None,
-    seed: int | None = None,
-    row_offset: int = 0,
-    column_offset: int = 0,
+    weights_rV: Tensor, rows_E: Tensor, grads_EV: Tensor, options: AdamOptions
 ) -> None:
     """weights * (1 - lr * weight_decay) - lr * gradient on the touched rows; no state, no others.
 
     Args:
         rows_E: distinct rows, or -1 for none. Idle rows do not decay.
-        step: counted from 1; only the random rounding depends on it.
     """
     present_E = rows_E >= 0
-    _update_rows_(
-        weights_rV,
-        rows_E[present_E],
-        grads_EV[present_E],
-        None,
-        None,
-        [torch.ones(()), torch.ones(())],
-        torch.tensor(1 - lr * weight_decay, dtype=torch.float64),
-        step,
-        lr,
-        (0.0, 0.0),
-        0.0,
-        grad_scale,
-        copy_rV,
-        seed,
-        row_offset,
-        column_offset,
-    )
+    rows_U, grads_UV = rows_E[present_E], grads_EV[present_E]
+    no_corrections = [torch.ones(()), torch.ones(())]
+    decay = torch.tensor(1 - options.lr * options.weight_decay, dtype=torch.float64)
+    _update_rows_(weights_rV, rows_U, grads_UV, None, None, no_corrections, decay, options)
 
 
 def _update_rows_(
@@ -188,17 +163,10 @@ def _update_rows_(
     exp_avg_sq: Tensor | None,
     corrections: list[Tensor],
     decay: Tensor,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    grad_scale: Tensor | None,
-    copy_rV: Tensor | None,
-    seed: int | None,
-    row_offset: int,
-    column_offset: int,
+    options: AdamOptions,
     row_squares_r: Tensor | None = None,
 ) -> None:
+    (beta1, beta2), grad_scale, copy_rV = options.betas, options.grad_scale, options.copy_rV
     compute = torch.promote_types(weights_rV.dtype, torch.float32)
     first_correction, second_correction = (c.to(weights_rV.device, compute) for c in corrections)
     grads_UV = grads_UV.to(compute)
@@ -207,7 +175,7 @@ def _update_rows_(
     update_UV = grads_UV
     if exp_avg_rV is not None:
         old_UV = exp_avg_rV[rows_U].to(compute)
-        update_UV = old_UV + (grads_UV - old_UV) * (1 - betas[0])
+        update_UV = old_UV + (grads_UV - old_UV) * (1 - beta1)
         exp_avg_rV[rows_U] = update_UV.to(exp_avg_rV.dtype)
         update_UV = update_UV / first_correction
     if exp_avg_sq is not None:
@@ -217,15 +185,19 @@ def _update_rows_(
         if row_squares_r is not None:
             scale = 1.0 if grad_scale is None else grad_scale.to(compute)
             squares = row_squares_r[rows_U].to(compute) * scale**2
-        second = exp_avg_sq[rows_U].to(compute) * betas[1] + squares * (1 - betas[1])
+        second = exp_avg_sq[rows_U].to(compute) * beta2 + squares * (1 - beta2)
         exp_avg_sq[rows_U] = second.to(exp_avg_sq.dtype)
         second = second.unsqueeze(-1) if row_wise else second
-        update_UV = update_UV / ((second / second_correction).sqrt() + eps)
-    new_UV = weights_rV[rows_U].to(compute) * decay.to(weights_rV.device, compute) - lr * update_UV
-    if seed is None:
+        update_UV = update_UV / ((second / second_correction).sqrt() + options.eps)
+    decay = decay.to(weights_rV.device, compute)
+    new_UV = weights_rV[rows_U].to(compute) * decay - options.lr * update_UV
+    if options.seed is None:
         weights_rV[rows_U] = new_UV.to(weights_rV.dtype)
     else:
-        weights_rV[rows_U] = round_randomly(new_UV, rows_U + row_offset, step, seed, column_offset)
+        table_rows_U = rows_U + options.row_offset
+        weights_rV[rows_U] = round_randomly(
+            new_UV, table_rows_U, options.step, options.seed, options.column_offset
+        )
     if copy_rV is not None:
         copy_rV[rows_U] = new_UV.to(copy_rV.dtype)
 

@@ -33,7 +33,6 @@ def adam_cases(widths: list[int], rows: list[int], device: torch.device) -> Iter
 
 def _adam(kind: str, shape: dict[str, int], device: torch.device) -> Work:
     num_rows, width = shape.values()
-    options = {"step": 3, "lr": 1e-3, "weight_decay": 0.1}
     fp32, training = kind.startswith("fp32"), kind.endswith("training")
 
     def tables(count: int) -> list[Tensor | None]:
@@ -50,8 +49,16 @@ def _adam(kind: str, shape: dict[str, int], device: torch.device) -> Work:
     def step(op: Callable[..., None], state: list[Tensor | None], seed: int | None) -> None:
         *tensors, copy = state
         assert tensors[0] is not None
-        rows = {"touched_r": touched[: len(tensors[0])], "clear_grads": True} if training else {}
-        op(*tensors, copy_rV=copy, seed=seed, **options, **rows)
+        options = ops.AdamOptions(
+            step=3,
+            lr=1e-3,
+            weight_decay=0.1,
+            copy_rV=copy,
+            seed=seed,
+            touched_r=touched[: len(tensors[0])] if training else None,
+            clear_grads=training,
+        )
+        op(*tensors, options)
 
     seed = None if fp32 else 1
     state = tables(num_rows)
@@ -96,7 +103,7 @@ def _lazy(shape: dict[str, int], device: torch.device) -> Work:
         return [weights, rows, grads, *moments, *counters], copy
 
     def step(op: Callable[..., None], state: list[Tensor], copy: Tensor) -> None:
-        op(*state, copy_rV=copy, step=3, lr=1e-3, weight_decay=0.1)
+        op(*state, ops.AdamOptions(step=3, lr=1e-3, weight_decay=0.1, copy_rV=copy))
 
     state, copy = tables(num_rows)
 

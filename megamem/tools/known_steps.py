@@ -7,7 +7,7 @@ than the rounding that is allowed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -101,20 +101,18 @@ def dense_step_is_right(
     """A step on every row that clears the gradients it has read."""
     block = block_of(form, width, device)
     table = block.repeated(rows // BLOCK)
-    options = _options(form, device)
+    copy = None
     if form.copy:
-        options["copy_rV"] = torch.full_like(table.weights, torch.nan, dtype=torch.bfloat16)
+        copy = torch.full_like(table.weights, torch.nan, dtype=torch.bfloat16)
+    options = replace(_options(form, copy, device), touched_r=table.touched, clear_grads=True)
     moments = [m for m in (table.exp_avg, table.exp_avg_sq) if m is not None]
-    step = getattr(ops, op)
-    step(table.weights, table.grads, *moments, **options, touched_r=table.touched, clear_grads=True)
+    getattr(ops, op)(table.weights, table.grads, *moments, options)
     truth = block.exact()
     reference.adamw_(
         *(truth.weights, truth.grads, truth.exp_avg, truth.exp_avg_sq),
-        **_exact_options(device),
-        touched_r=truth.touched,
-        clear_grads=True,
+        replace(_exact_options(device), touched_r=truth.touched, clear_grads=True),
     )
-    return _differences(table, truth, options["copy_rV"])
+    return _differences(table, truth, copy)
 
 
 def touched_step_is_right(
@@ -123,9 +121,7 @@ def touched_step_is_right(
     """A step on touched rows, each with counters of its own."""
     block = block_of(form, width, device)
     table = block.repeated(rows // BLOCK)
-    options = _options(form, device)
-    if form.copy:
-        options["copy_rV"] = table.weights.bfloat16()
+    copy = table.weights.bfloat16() if form.copy else None
     chosen = table.touched.nonzero().squeeze(-1)
     grads = table.grads[chosen]
     # as sparse_gradients returns them: then slots of no row, whose gradients are undefined
@@ -134,7 +130,8 @@ def touched_step_is_right(
     lazy = op != "touched_sgd_"
     moments = [m for m in (table.exp_avg, table.exp_avg_sq) if m is not None]
     counters = [table.touches, table.last_steps] if lazy else []
-    getattr(ops, op)(table.weights, chosen, grads, *moments, *counters, **options)
+    options = _options(form, copy, device)
+    getattr(ops, op)(table.weights, chosen, grads, *moments, *counters, options)
     truth = block.exact()
     chosen = truth.touched.nonzero().squeeze(-1)
     grads = truth.grads[chosen]
@@ -143,28 +140,28 @@ def touched_step_is_right(
             *(truth.weights, chosen, grads),
             *(truth.exp_avg, truth.exp_avg_sq),
             *(truth.touches, truth.last_steps),
-            **_exact_options(device),
+            _exact_options(device),
         )
     else:
-        reference.touched_sgd_(truth.weights, chosen, grads, **_exact_options(device))
-    return _differences(table, truth, options["copy_rV"])
+        reference.touched_sgd_(truth.weights, chosen, grads, _exact_options(device))
+    return _differences(table, truth, copy)
 
 
-def _options(form: Form, device: torch.device) -> dict[str, Any]:
+def _options(form: Form, copy: Tensor | None, device: torch.device) -> ops.AdamOptions:
     """What every op takes; bf16 weights are rounded at random."""
-    return {
-        "step": STEP,
-        "lr": LR,
-        "weight_decay": WEIGHT_DECAY,
-        "grad_scale": torch.full((1,), SCALE, device=device),
-        "seed": 1 if form.weights == torch.bfloat16 else None,
-        "copy_rV": None,
-    }
+    return ops.AdamOptions(
+        step=STEP,
+        lr=LR,
+        weight_decay=WEIGHT_DECAY,
+        grad_scale=torch.full((1,), SCALE, device=device),
+        seed=1 if form.weights == torch.bfloat16 else None,
+        copy_rV=copy,
+    )
 
 
-def _exact_options(device: torch.device) -> dict[str, Any]:
+def _exact_options(device: torch.device) -> ops.AdamOptions:
     scale = torch.full((1,), SCALE, dtype=torch.float64, device=device)
-    return {"step": STEP, "lr": LR, "weight_decay": WEIGHT_DECAY, "grad_scale": scale}
+    return ops.AdamOptions(step=STEP, lr=LR, weight_decay=WEIGHT_DECAY, grad_scale=scale)
 
 
 def _differences(table: Table, truth: Table, copy: Tensor | None) -> str | None:

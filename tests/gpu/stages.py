@@ -123,16 +123,16 @@ def table_stages(
 def optimizer_stage(rows: int, width: int, device: torch.device) -> Iterator[Stage]:
     """AdamW of a table in bf16 with an fp32 copy, of which half the rows have a gradient."""
     weights, grads, exp_avg, exp_avg_sq = (torch.zeros(rows, width, device=device) for _ in "abcd")
-    options: dict[str, Any] = {
-        "step": 2,
-        "lr": 1e-3,
-        "weight_decay": 0.1,
-        "copy_rV": torch.empty(rows, width, device=device, dtype=torch.bfloat16),
-        "touched_r": torch.rand(rows, device=device) < 0.5,
+    options = ops.AdamOptions(
+        step=2,
+        lr=1e-3,
+        weight_decay=0.1,
+        copy_rV=torch.empty(rows, width, device=device, dtype=torch.bfloat16),
+        touched_r=torch.rand(rows, device=device) < 0.5,
         # a gradient of zero takes as long as any other
-        "clear_grads": True,
-    }
-    yield "AdamW step", lambda: ops.adamw_(weights, grads, exp_avg, exp_avg_sq, **options)
+        clear_grads=True,
+    )
+    yield "AdamW step", lambda: ops.adamw_(weights, grads, exp_avg, exp_avg_sq, options)
 
 
 def layer_stages(trained: TrainedLayer) -> Iterator[Stage]:

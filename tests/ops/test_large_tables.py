@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamem.kernels.row_gradient import sort_lookups
 from megamem.ops import (
+    AdamOptions,
     add_value_gradient_,
     embedding_bag,
     sparse_gradients,
@@ -102,15 +103,15 @@ def test_row_optimizers(device):
     counters = [_table(torch.int32, device, width=1) for _ in range(2)]
     tables[0][at] = start
     small = [start.clone(), *torch.zeros(2, *start.shape, dtype=torch.bfloat16, device=device)]
-    options = {"step": 3, "lr": 0.1, "weight_decay": 0.1}
+    options = AdamOptions(step=3, lr=0.1, weight_decay=0.1)
     with _Sizes(*tables, *counters) as made:
-        touched_adamw_(tables[0], at, grads, tables[1], tables[2], *counters, **options)
-        touched_sgd_(tables[0], at, grads, **options)
+        touched_adamw_(tables[0], at, grads, tables[1], tables[2], *counters, options)
+        touched_sgd_(tables[0], at, grads, options)
     assert made.largest < 1000
     small_counters = [torch.zeros(len(at), dtype=torch.int32, device=device) for _ in range(2)]
     every = torch.arange(len(at), device=device)
-    touched_adamw_(small[0], every, grads, small[1], small[2], *small_counters, **options)
-    touched_sgd_(small[0], every, grads, **options)
+    touched_adamw_(small[0], every, grads, small[1], small[2], *small_counters, options)
+    touched_sgd_(small[0], every, grads, options)
     for large, expected in zip(tables, small, strict=True):
         assert torch.equal(large[at], expected)
     assert (counters[0][at] == 1).all() and (counters[1][at] == 3).all()

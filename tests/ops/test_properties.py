@@ -6,7 +6,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megamem.ops import adamw_, embedding_bag, product_topk, sparse_gradients, touched_adamw_
+from megamem.ops import (
+    AdamOptions,
+    adamw_,
+    embedding_bag,
+    product_topk,
+    sparse_gradients,
+    touched_adamw_,
+)
 from megamem.reference.embedding_bag import embedding_bag as bag_reference
 from megamem.reference.product_topk import product_topk as topk_reference
 from tests.ops.batches import Batch
@@ -107,7 +114,6 @@ def test_touching_every_row_at_every_step_is_adamw(num_rows, blocks, lr, decay, 
     torch.manual_seed(num_rows)
     shape = (num_rows, 8 * blocks)
     start = torch.randn(shape, device=DEVICE)
-    options = {"lr": lr, "weight_decay": decay}
     states = []
     for touched in (False, True):
         state = [start.clone(), torch.zeros_like(start), torch.zeros_like(start)]
@@ -117,10 +123,11 @@ def test_touching_every_row_at_every_step_is_adamw(num_rows, blocks, lr, decay, 
         for step in range(1, steps + 1):
             grads = torch.randn(shape, device=DEVICE)
             weights, *moments = state
+            options = AdamOptions(step=step, lr=lr, weight_decay=decay)
             if touched:
-                touched_adamw_(weights, rows, grads, *moments, *counters, step=step, **options)
+                touched_adamw_(weights, rows, grads, *moments, *counters, options)
             else:
-                adamw_(weights, grads, *moments, step=step, **options)
+                adamw_(weights, grads, *moments, options)
         states.append(state)
     for a, b in zip(*states, strict=True):
         # a few last places per step, of the largest number a weight passed through

@@ -1,11 +1,12 @@
 """Row optimizers against torch.optim.AdamW and against their twins."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
-from megamem.ops import adamw_, row_adam, touched_adamw_
+from megamem.ops import AdamOptions, adamw_, row_adam, touched_adamw_
 from megamem.reference import row_adam as reference
 from megamem.reference.row_adam import round_randomly
 from tests.helpers.closeness import assert_as_good_as_torch
@@ -41,13 +42,14 @@ def test_equals_torch(shape, touched, device):
     counters = [torch.zeros(shape[0], dtype=torch.int32, device=device) for _ in range(2)]
     for step, grad in enumerate(grads, 1):
         # half the gradient, scaled back on the device, as clipping does
-        options = {"step": step, "grad_scale": torch.tensor([2.0], device=device), **HYPER}
+        scale = torch.tensor([2.0], device=device)
+        options = AdamOptions(step=step, grad_scale=scale, copy_rV=copy, **HYPER)
         if touched:
             rows = torch.randperm(shape[0], device=device)
             state = (weights, rows, grad[rows] / 2, first, second, *counters)
-            touched_adamw_(*state, copy_rV=copy, **options)
+            touched_adamw_(*state, options)
         else:
-            adamw_(weights, grad / 2, first, second, copy_rV=copy, **options)
+            adamw_(weights, grad / 2, first, second, options)
     for ours, torchs, true in zip((weights, first, second), in_torch, truth, strict=True):
         torch_error = (torchs.double() - true).abs().max()
         last_place = torch.finfo(torch.float32).eps * true.abs().max()
@@ -79,7 +81,6 @@ def test_equals_twin(second, touched, dtype, device):
     start = _state(num_rows, width, second, device)
     start[0] = start[0].to(dtype)
     seed = -5 if dtype == torch.bfloat16 else None
-    options = {**HYPER, "row_offset": 2**33}
 
     def run(op, compute, seed):
         state = [
@@ -93,11 +94,11 @@ def test_equals_twin(second, touched, dtype, device):
             rows = torch.tensor([4, -1, 0, step % 2 + 2, -1], device=device)
             grads = torch.randn(len(rows) if touched else num_rows, width, device=device)
             weights, first, second_moment, *counters = state
+            options = AdamOptions(step=step, seed=seed, row_offset=2**33, **HYPER)
             if touched:
-                moments = (first, second_moment, *counters)
-                op(weights, rows, grads, *moments, step=step, seed=seed, **options)
+                op(weights, rows, grads, first, second_moment, *counters, options)
             else:
-                op(weights, grads, first, second_moment, step=step, seed=seed, **options)
+                op(weights, grads, first, second_moment, options)
         return state
 
     ours_op, twin_op = (
@@ -126,7 +127,8 @@ def test_idle_rows_decay_when_next_touched(device):
     counters = [torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2)]
     rows = torch.zeros(1, dtype=torch.int64, device=device)
     zero = torch.zeros(1, 8, device=device)
-    touched_adamw_(weights, rows, zero, None, None, *counters, step=7, lr=0.1, weight_decay=0.5)
+    options = AdamOptions(step=7, lr=0.1, weight_decay=0.5)
+    touched_adamw_(weights, rows, zero, None, None, *counters, options)
     torch.testing.assert_close(weights, torch.full_like(weights, 0.95**7))
 
 
@@ -138,7 +140,7 @@ def test_decays_and_corrections_are_as_exact_as_torchs(device):
     step = int(gaps.max())
     grads = torch.ones(len(gaps), 8, device=device)
 
-    options = {**HYPER, "lr": 1e-2, "weight_decay": 5e-3, "betas": (0.9, 0.9999)}
+    options = AdamOptions(step=step, lr=1e-2, weight_decay=5e-3, betas=(0.9, 0.9999), eps=1e-6)
     results = []
     for op, compute in (
         (touched_adamw_, torch.float32),
@@ -147,7 +149,7 @@ def test_decays_and_corrections_are_as_exact_as_torchs(device):
     ):
         state = [torch.ones(len(gaps), 8, dtype=compute, device=device) for _ in range(3)]
         counters = [gaps - 1, step - gaps]
-        op(state[0], rows, grads.to(compute), *state[1:], *counters, step=step, **options)
+        op(state[0], rows, grads.to(compute), *state[1:], *counters, options)
         results.append(state[0])
     ours, torchs, truth = (x[:, 0].double() for x in results)
     # one rounding of the weight, one of the decay, two of the update
@@ -177,17 +179,18 @@ def test_kernel_rounds_with_the_bits_of_the_twin(device):
     torch.manual_seed(0)
     weights = torch.randn(7, 16, device=device).bfloat16()
     zero = torch.zeros(7, 16, device=device)
+    # halving and quartering make every product exact
+    options = AdamOptions(step=9, lr=0.5, weight_decay=2**-9, seed=1, row_offset=3)
     results = []
     for op, seed in product((adamw_, reference.adamw_), (1, 2**63 + 5)):
         x = weights.clone()
-        # halving and quartering make every product exact
-        op(x, zero, None, None, step=9, lr=0.5, weight_decay=2**-9, seed=seed, row_offset=3)
+        op(x, zero, None, None, replace(options, seed=seed))
         results.append(x)
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
     assert not torch.equal(results[0], results[1])
     # a shard rounds its rows as the whole table does
     shard = weights[4:].clone()
-    adamw_(shard, zero[4:], None, None, step=9, lr=0.5, weight_decay=2**-9, seed=1, row_offset=7)
+    adamw_(shard, zero[4:], None, None, replace(options, row_offset=7))
     assert torch.equal(shard, results[0][4:])
 
 
@@ -195,7 +198,8 @@ def test_no_rows(device):
     weights = torch.ones(3, 8, device=device)
     counters = [torch.zeros(3, dtype=torch.int32, device=device) for _ in range(2)]
     rows = torch.zeros(0, dtype=torch.int64, device=device)
-    touched_adamw_(weights, rows, weights[:0], None, None, *counters, step=1, lr=0.1)
+    options = AdamOptions(step=1, lr=0.1)
+    touched_adamw_(weights, rows, weights[:0], None, None, *counters, options)
     assert (weights == 1).all()
 
 
@@ -205,9 +209,7 @@ def test_no_rows(device):
         ({"exp_avg_sq": torch.zeros(8)}, "one number per row"),
         ({"exp_avg_rV": torch.zeros(3, 16)[:, ::2]}, "contiguous"),
         ({"grads_rV": torch.zeros(2, 8)}, "for weights of shape"),
-        ({"seed": 1}, "only bf16"),
-        ({"step": 0}, "counted from 1"),
-        ({"weight_decay": 20.0}, "below 1"),
+        ({"options": AdamOptions(step=1, lr=0.1, seed=1)}, "only bf16"),
     ],
 )
 def test_errors_for_people(change, message):
@@ -216,12 +218,28 @@ def test_errors_for_people(change, message):
         "grads_rV": torch.zeros(3, 8),
         "exp_avg_rV": torch.zeros(3, 8),
         "exp_avg_sq": torch.zeros(3),
-        "step": 1,
-        "lr": 0.1,
+        "options": AdamOptions(step=1, lr=0.1),
     }
     adamw_(**good)
     with pytest.raises(ValueError, match=message):
         adamw_(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 0}, "step 0: steps are counted from 1"),
+        ({"weight_decay": 10.0}, "lr 0.1 times weight decay 10.0 must be below 1"),
+        ({"betas": (1.0, 0.9)}, r"betas \(1.0, 0.9\): each must be at least 0 and below 1"),
+        ({"betas": (0.9, -0.1)}, "each must be at least 0 and below 1"),
+        ({"column_offset": 12}, "column offset 12 is not a multiple of 8"),
+    ],
+)
+def test_options_out_of_range(change, message):
+    good = {"step": 1, "lr": 0.1, "weight_decay": 9.0, "betas": (0.0, 0.9), "column_offset": 16}
+    AdamOptions(**good)
+    with pytest.raises(ValueError, match=message):
+        AdamOptions(**{**good, **change})
 
 
 @pytest.mark.parametrize("row_moment", [False, True], ids=["a moment each", "a moment per row"])
@@ -241,18 +259,14 @@ def test_columns_of_a_table_step_as_the_table_does(row_moment, device):
     whole, left, right = fresh(slice(None)), fresh(slice(0, cut)), fresh(slice(cut, None))
     scale = torch.tensor([0.5], device=device)
     for step, grad in enumerate(grads, 1):
-        options = {"step": step, "seed": 5, "row_offset": 11, "grad_scale": scale, **HYPER}
         squares = grad.square().mean(-1) if row_moment else None
-        adamw_(whole[0], grad, *whole[1:], row_squares_r=squares, **options)
+        options = AdamOptions(
+            step=step, seed=5, row_offset=11, grad_scale=scale, row_squares_r=squares, **HYPER
+        )
+        adamw_(whole[0], grad, *whole[1:], options)
         for part, columns in ((left, slice(0, cut)), (right, slice(cut, None))):
-            adamw_(
-                part[0],
-                grad[:, columns].contiguous(),
-                *part[1:],
-                row_squares_r=squares,
-                column_offset=columns.start,
-                **options,
-            )
+            of_part = replace(options, column_offset=columns.start)
+            adamw_(part[0], grad[:, columns].contiguous(), *part[1:], of_part)
     assert torch.equal(torch.cat((left[0], right[0]), 1), whole[0])
     assert torch.equal(torch.cat((left[1], right[1]), 1), whole[1])
     if row_moment:
@@ -265,7 +279,8 @@ def test_given_squares_are_those_that_would_be_taken(device):
     for squares in (None, grad.square().mean(-1)):
         state = [torch.ones_like(grad), torch.zeros_like(grad), torch.zeros(4, device=device)]
         scale = torch.tensor([3.0], device=device)
-        adamw_(state[0], grad, *state[1:], step=1, grad_scale=scale, row_squares_r=squares, **HYPER)
+        options = AdamOptions(step=1, grad_scale=scale, row_squares_r=squares, **HYPER)
+        adamw_(state[0], grad, *state[1:], options)
         states.append(state)
     for a, b in zip(*states, strict=True):
         torch.testing.assert_close(a, b)
@@ -288,10 +303,10 @@ def test_on_a_cpu_torch_takes_the_step_of_the_twin(is_cut, marked, clear, dtype,
     if touched is not None:
         ours[1][~touched] = torch.nan
     twin = [x.clone() for x in ours]
-    options = {"step": 3, "touched_r": touched, "clear_grads": clear, **HYPER}
-    options["grad_scale"] = torch.tensor([0.3], dtype=dtype)
-    adamw_(*ours, **options)
-    reference.adamw_(*twin, **options)
+    scale = torch.tensor([0.3], dtype=dtype)
+    options = AdamOptions(step=3, touched_r=touched, clear_grads=clear, grad_scale=scale, **HYPER)
+    adamw_(*ours, options)
+    reference.adamw_(*twin, options)
     assert len(taken) == (4 if is_cut else 1)
     for a, b in zip(ours, twin, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)
@@ -303,7 +318,9 @@ def test_what_torch_lacks_stays_with_the_twin(monkeypatch):
     monkeypatch.setattr(row_adam, "torch_adamw", None)
     weights, grads = torch.randn(3, 8), torch.randn(3, 8)
     for second, copy in ((torch.zeros(3), None), (None, None), (torch.zeros(3, 8), weights.half())):
-        adamw_(weights, grads, torch.zeros(3, 8), second, copy_rV=copy, step=1, **HYPER)
+        options = AdamOptions(copy_rV=copy, step=1, **HYPER)
+        adamw_(weights, grads, torch.zeros(3, 8), second, options)
     rounded = weights.bfloat16()
-    adamw_(rounded, grads, torch.zeros(3, 8), torch.zeros(3, 8), seed=1, step=1, **HYPER)
+    options = AdamOptions(seed=1, step=1, **HYPER)
+    adamw_(rounded, grads, torch.zeros(3, 8), torch.zeros(3, 8), options)
     assert rounded.isfinite().all()

@@ -1,9 +1,12 @@
 """The other row optimizers: plain SGD, one moment per row, gradients of few rows; bad input."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megamem.ops import (
+    AdamOptions,
     adamw_,
     rowwise_adamw_,
     sgd_,
@@ -13,7 +16,7 @@ from megamem.ops import (
 from megamem.reference import row_adam as reference
 from tests.helpers.closeness import assert_as_good_as_torch
 
-OPTIONS = {"step": 2, "lr": 0.25, "weight_decay": 0.5}
+OPTIONS = AdamOptions(step=2, lr=0.25, weight_decay=0.5)
 
 
 def _counters(num_rows, device):
@@ -35,13 +38,13 @@ def test_sgd(shape, touched, device):
     results = []
     for dense, sparse in ((sgd_, touched_sgd_), (reference.adamw_, reference.touched_sgd_)):
         weights = start.clone()
-        options = {**OPTIONS, "grad_scale": scale, "copy_rV": copy}
+        options = replace(OPTIONS, grad_scale=scale, copy_rV=copy)
         if touched:
-            sparse(weights, rows, grads[rows], **options)
+            sparse(weights, rows, grads[rows], options)
         elif dense is sgd_:
-            dense(weights, grads, **options)
+            dense(weights, grads, options)
         else:
-            dense(weights, grads, None, None, **options)
+            dense(weights, grads, None, None, options)
         results.append(weights)
         assert ((copy.float() - weights).abs() <= 2**-7 * weights.abs()).all()
     assert_as_good_as_torch("weights", *results, truth)
@@ -55,12 +58,13 @@ def test_sgd_rounds_bf16_at_random(device):
     weights = torch.ones(512, 8, dtype=torch.bfloat16, device=device)
     grads = torch.full((512, 8), 2.0**-9, device=device)
     rows = torch.arange(512, device=device)
-    touched_sgd_(weights, rows, grads, step=1, lr=1.0, seed=3)
+    options = AdamOptions(step=1, lr=1.0, seed=3)
+    touched_sgd_(weights, rows, grads, options)
     # between 1 - 2**-8 and 1, half way: a standard error of 2**-8 / 2 / 64
     assert abs(weights.double().mean().item() - (1 - 2.0**-9)) < 5 * 2**-8 / 2 / 64
     assert len(weights.unique()) == 2
     dense = torch.ones_like(weights)
-    sgd_(dense, grads, step=1, lr=1.0, seed=3)
+    sgd_(dense, grads, options)
     assert torch.equal(dense, weights)
 
 
@@ -72,12 +76,12 @@ def test_one_moment_per_row_by_name(device):
     for op in (rowwise_adamw_, adamw_):
         state = [start.clone(), torch.zeros_like(start), torch.zeros(4, device=device)]
         weights, *moments = state
-        op(weights, grads, *moments, **OPTIONS)
+        op(weights, grads, *moments, OPTIONS)
         states.append(state)
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
     # of touched rows the moment alone says that it is one per row
     weights, *moments = start.clone(), torch.zeros_like(start), torch.zeros(4, device=device)
-    touched_adamw_(weights, rows, grads[rows], *moments, *_counters(4, device), **OPTIONS)
+    touched_adamw_(weights, rows, grads[rows], *moments, *_counters(4, device), OPTIONS)
     torch.testing.assert_close(moments[1][rows], states[0][2][rows])
     # the moment is the mean of squares, times 1 - beta2
     torch.testing.assert_close(states[0][2], 1e-3 * grads.square().mean(-1))
@@ -96,7 +100,7 @@ def test_gradients_of_untouched_rows_are_neither_read_nor_cleared(row_moment, fl
         second = torch.ones(5, device=device) if row_moment else torch.ones_like(start)
         state = [start.clone(), torch.ones_like(start), second]
         weights, *moments = state
-        op(weights, grads, *moments, **OPTIONS, **options)
+        op(weights, grads, *moments, replace(OPTIONS, **options))
         return state
 
     truth = run(adamw_, zeros.clone())
@@ -115,12 +119,12 @@ def test_a_cpu_steps_on_the_twin(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     weights, grads = torch.ones(3, 8), torch.ones(3, 8)
     rows = torch.tensor([1, -1])
-    sgd_(weights, grads, step=1, lr=0.5)
-    touched_sgd_(weights, rows, grads[:2], step=1, lr=0.5)
+    options = AdamOptions(step=1, lr=0.5)
+    sgd_(weights, grads, options)
+    touched_sgd_(weights, rows, grads[:2], options)
     assert weights[:, 0].tolist() == [0.5, 0.0, 0.5]
-    touched_adamw_(
-        weights, rows, grads[:2], None, torch.zeros(3), *_counters(3, "cpu"), step=1, lr=0.5
-    )
+    moments = (None, torch.zeros(3))
+    touched_adamw_(weights, rows, grads[:2], *moments, *_counters(3, "cpu"), options)
     torch.testing.assert_close(weights[:, 0], torch.tensor([0.5, -0.5, 0.5]))
 
 
@@ -132,8 +136,7 @@ GOOD = {
     "exp_avg_sq": torch.zeros(3),
     "touches_r": torch.zeros(3, dtype=torch.int32),
     "last_steps_r": torch.zeros(3, dtype=torch.int32),
-    "step": 1,
-    "lr": 0.1,
+    "options": AdamOptions(step=1, lr=0.1),
 }
 
 
@@ -148,9 +151,6 @@ GOOD = {
         ({"grads_EV": torch.zeros(2, 8, device="meta")}, "gradients on meta"),
         ({"grads_EV": torch.zeros(2, 8, dtype=torch.int32)}, "floating point"),
         ({"weights_rV": torch.zeros(3, 12), "exp_avg_rV": None}, "multiple of 8"),
-        ({"grad_scale": torch.ones(2)}, "one number is needed"),
-        ({"grad_scale": torch.ones(1, device="meta")}, "gradient scale on meta"),
-        ({"copy_rV": torch.zeros(2, 8)}, "the copy of shape"),
     ],
 )
 def test_errors_for_people(change, message):
@@ -159,11 +159,30 @@ def test_errors_for_people(change, message):
         touched_adamw_(**{**GOOD, **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad_scale": torch.ones(2)}, "one number is needed"),
+        ({"grad_scale": torch.ones(1, device="meta")}, "gradient scale on meta"),
+        ({"copy_rV": torch.zeros(2, 8)}, "the copy of shape"),
+        ({"touched_r": torch.ones(3, dtype=torch.bool)}, "not of those on touched rows"),
+        ({"clear_grads": True}, "not of those on touched rows"),
+        ({"row_squares_r": torch.ones(3)}, "not of those on touched rows"),
+    ],
+)
+def test_errors_about_options_of_touched_rows(change, message):
+    options = replace(GOOD["options"], **change)
+    with pytest.raises(ValueError, match=message):
+        touched_adamw_(**{**GOOD, "options": options})
+    with pytest.raises(ValueError, match=message):
+        touched_sgd_(GOOD["weights_rV"], GOOD["rows_E"], GOOD["grads_EV"], options)
+
+
 def test_errors_of_the_dense_forms():
     weights, grads = torch.zeros(3, 8), torch.zeros(3, 8)
     with pytest.raises(ValueError, match="touched_r .* integers"):
-        sgd_(weights, grads, step=1, lr=0.1, touched_r=torch.zeros(2, dtype=torch.bool))
+        sgd_(weights, grads, replace(OPTIONS, touched_r=torch.zeros(2, dtype=torch.bool)))
     with pytest.raises(ValueError, match="one number per row is needed"):
-        rowwise_adamw_(weights, grads, None, torch.zeros(3, 8), step=1, lr=0.1)
+        rowwise_adamw_(weights, grads, None, torch.zeros(3, 8), OPTIONS)
     with pytest.raises(ValueError, match="rows_E"):
-        touched_sgd_(weights, torch.zeros(2, 1, dtype=torch.int64), grads[:2], step=1, lr=0.1)
+        touched_sgd_(weights, torch.zeros(2, 1, dtype=torch.int64), grads[:2], OPTIONS)
