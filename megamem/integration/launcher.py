@@ -1,4 +1,4 @@
-"""What the seam of a patched checkout imports; it lives in megamem.megatron.launcher now."""
+"""What the seam of an older megamem imports; `megamem patch` renews such seams."""
 
 from megamem.megatron.launcher import attach
 

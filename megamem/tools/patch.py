@@ -1,26 +1,27 @@
 """`megamem patch`: gives the training scripts of a Megatron-LM checkout memory layers for good.
 
-    megamem patch --megatron-dir DIR              open the seam
+    megamem patch --megatron-dir DIR              insert the seam, or renew that of an older megamem
     megamem patch --megatron-dir DIR --check      would that work? Nothing is written
-    megamem patch --megatron-dir DIR --reverse    close it again
+    megamem patch --megatron-dir DIR --reverse    take the seam out again
 
-A patch is a file of patches/<release>/ that only inserts lines. The SHA256SUMS beside it pins the
-files as Megatron released them, so a line number is all the context an insertion needs. A tree that
-differs is left as it was.
+The patches for a release lie in patches/<release>/, and `git apply` applies them. The SHA256SUMS
+beside them pins the files as Megatron released them, so a patch needs no lines of context. A tree
+whose files are not these, with or without the seam, is left as it was.
 """
 
 import argparse
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
@@ -29,107 +30,62 @@ from megamem.errors import refuse
 
 # installed, the patches lie inside the package; in a checkout, beside it
 HOMES = (Path(__file__).parents[1] / "patches", Path(__file__).parents[2] / "patches")
-SUMS = "SHA256SUMS"
-# git repeats a line of the file after the second @@; ours does not
-HUNK = re.compile(rb"@@ -(\d+),0 \+(\d+)(?:,(\d+))? @@\n")
-TARGET = re.compile(rb"^\+\+\+ b/(.+)$", re.MULTILINE)
 WITHOUT_PATCH = "or leave the tree as it is and start the script through `python -m megamem.run`"
-
-State = Literal["as released", "patched", "changed"]
-
-
-@dataclass(frozen=True)
-class Insertion:
-    """Lines that a patch puts into a file."""
-
-    after: int
-    """Lines of the file that stay before them."""
-
-    lines: tuple[bytes, ...]
-    """Each with its line end."""
-
-
-@dataclass(frozen=True)
-class Patch:
-    """The insertions that one patch file makes into one file."""
-
-    name: str
-    path: str
-    insertions: tuple[Insertion, ...]
-
-    def apply(self, content: bytes) -> bytes:
-        """The file with the insertions."""
-        lines, pieces, done = _lines(content), [], 0
-        for insertion in self.insertions:
-            pieces += [*lines[done : insertion.after], *insertion.lines]
-            done = insertion.after
-        return b"".join([*pieces, *lines[done:]])
-
-    def reverse(self, content: bytes) -> bytes | None:
-        """The file without the insertions, or None where they are not what stands there."""
-        lines = _lines(content)
-        for insertion in self.insertions:
-            # those before are gone by now, so this one starts where it was put
-            end = insertion.after + len(insertion.lines)
-            if tuple(lines[insertion.after : end]) != insertion.lines:
-                return None
-            del lines[insertion.after : end]
-        return b"".join(lines)
+# what a seam says -> what it said before megamem.integration became megamem.megatron
+OLD_SEAM = {
+    b"# its patches must be in place before the imports": b"# its hooks must precede the imports",
+    b"from megamem.megatron.launcher import": b"from megamem.integration.launcher import",
+}
 
 
 @dataclass(frozen=True)
 class Series:
-    """The patches for one line of releases, in order, and the files they were made for."""
+    """The patches for one line of releases, and the files they were made for."""
 
     release: str
-    patches: tuple[Patch, ...]
+    patches: bytes
+    """The patch files, one after the other."""
     sums: dict[str, str]
     """Path in the tree -> sha256 of the file as released."""
 
-    def apply(self, path: str, content: bytes) -> bytes:
-        """A released file with all its insertions."""
-        for patch in self.patches:
-            content = patch.apply(content) if patch.path == path else content
-        return content
-
-    def reverse(self, path: str, content: bytes) -> bytes | None:
-        """The released file behind a patched one, or None where this is not one."""
-        for patch in reversed(self.patches):
-            if patch.path == path:
-                found = patch.reverse(content)
-                if found is None:
-                    return None
-                content = found
-        return content if _sha256(content) == self.sums[path] else None
-
-    def state(self, path: str, content: bytes) -> State:
-        """What became of a file since its release."""
-        if _sha256(content) == self.sums[path]:
-            return "as released"
-        return "changed" if self.reverse(path, content) is None else "patched"
+    def without_seam(self, path: str, content: bytes) -> bytes | None:
+        """The file as released, or None where it differs from that in more than a seam."""
+        old_patches = self.patches
+        for new, old in OLD_SEAM.items():
+            old_patches = old_patches.replace(new, old)
+        candidates = [{path: content}] + [
+            git_apply(patches, {path: content}, "--reverse", f"--include={path}")
+            for patches in (self.patches, old_patches)
+        ]
+        for files in candidates:
+            if files and hashlib.sha256(files[path]).hexdigest() == self.sums[path]:
+                return files[path]
+        return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Patch, check or restore a checkout; return the exit status."""
     args = _parser().parse_args(argv)
-    console = Console(highlight=False, soft_wrap=True)
+    tree: Path = args.megatron_dir
     try:
-        version, series = find_release(args.megatron_dir)
-        changes = plan(args.megatron_dir, version, series, reverse=args.reverse)
+        version, series = find_release(tree)
+        done, contents = plan(tree, version, series, reverse=args.reverse)
         if not args.check:
-            write_all(changes)
+            replace_files({tree / path: content for path, content in contents.items()})
     except ConfigurationError as error:
         return refuse(error)
-    done = "restored" if args.reverse else "patched"
-    can = f"can be {done}" if args.check else done
-    console.print(f"Megatron-LM {version} in {args.megatron_dir}, patches for {series.release}:")
-    for path in changes:
-        name = str(path.relative_to(args.megatron_dir))
-        patches = ", ".join(patch.name for patch in series.patches if patch.path == name)
-        console.print(f"  {name}: {can} ({patches})")
+    except OSError as error:
+        return refuse(
+            f"the scripts in --megatron-dir {tree} cannot be replaced ({error}); all are as they "
+            f"were. Make the tree writable, {WITHOUT_PATCH}"
+        )
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"Megatron-LM {version} in {tree}, patches for {series.release}:")
+    for path in contents:
+        console.print(f"  {path}: {'can be ' if args.check else ''}{done}")
     if not args.check and not args.reverse:
         console.print("Its scripts take --memory-* flags now; --help lists them.")
-        if not _importable_from(args.megatron_dir):
+        if not _importable_from(tree):
             console.print(
                 "megamem itself is not installed in this Python, and the scripts do without it "
                 f"until it is: {sys.executable} -m pip install {Path(__file__).parents[2]}"
@@ -138,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def find_release(tree: Path) -> tuple[str, Series]:
-    """The release that a tree holds, and the patches for it.
+    """The version of Megatron-LM that a tree holds, and the patches for it.
 
     Raises:
         ConfigurationError: the tree is none of Megatron-LM, or no patches fit its release.
@@ -154,10 +110,9 @@ def find_release(tree: Path) -> tuple[str, Series]:
     version = ".".join(numbers.get(part, "?") for part in ("MAJOR", "MINOR", "PATCH"))
     release = f"core_v{version.rpartition('.')[0]}.x"
     if release not in known:
-        names = ", ".join(sorted(known))
         raise ConfigurationError(
             f"--megatron-dir {tree} holds Megatron-LM {version}, and there are patches for "
-            f"{names} only; check out one of these, {WITHOUT_PATCH}"
+            f"{', '.join(sorted(known))} only; check out one of these, {WITHOUT_PATCH}"
         )
     return version, read_series(known[release])
 
@@ -174,156 +129,120 @@ def available() -> dict[str, Path]:
 
 
 def read_series(folder: Path) -> Series:
-    """The patches of a folder, in the order of their names.
+    """The patches of a folder, in the order of their names."""
+    patches = b"".join(path.read_bytes() for path in sorted(folder.glob("*.patch")))
+    sums = (line.split() for line in (folder / "SHA256SUMS").read_text().splitlines())
+    return Series(folder.name, patches, {path: digest for digest, path in sums})
+
+
+def plan(
+    tree: Path, version: str, series: Series, *, reverse: bool
+) -> tuple[str, dict[str, bytes]]:
+    """What is done to the tree, in a word, and the new contents of the files it is done to.
 
     Raises:
-        ValueError: a patch does more than insert, or touches a file that is not pinned.
-    """
-    patches = tuple(parse_patch(path) for path in sorted(folder.glob("*.patch")))
-    lines = (folder / SUMS).read_text().splitlines()
-    sums = {path: digest for digest, path in (line.split() for line in lines)}
-    if unpinned := {patch.path for patch in patches} ^ sums.keys():
-        raise ValueError(f"{folder}: {SUMS} and the patches differ in {sorted(unpinned)}")
-    return Series(folder.name, patches, sums)
-
-
-def parse_patch(path: Path) -> Patch:
-    """Read a patch made with `git diff -U0` that only inserts.
-
-    Raises:
-        ValueError: it has context or removes lines, or its line numbers do not add up.
-    """
-    head, *hunks = re.split(rb"^(?=@@ )", path.read_bytes(), flags=re.MULTILINE)
-    targets = TARGET.findall(head)
-    if len(targets) != 1:
-        raise ValueError(f"{path}: one patch is for one file, not {len(targets)}")
-    insertions: list[Insertion] = []
-    for hunk in hunks:
-        title, *lines = _lines(hunk)
-        if other := [line for line in lines if not line.startswith(b"+")]:
-            raise ValueError(f"{path}: only insertions, not {other[0].decode().rstrip()!r}")
-        match = HUNK.match(title)
-        before = sum(len(insertion.lines) for insertion in insertions)
-        if not match or (int(match[2]), int(match[3] or 1)) != (
-            int(match[1]) + before + 1,
-            len(lines),
-        ):
-            raise ValueError(f"{path}: {title.decode().strip()} does not describe what follows")
-        insertions.append(Insertion(int(match[1]), tuple(line[1:] for line in lines)))
-    if not insertions:
-        raise ValueError(f"{path}: no insertion found")
-    return Patch(path.name, targets[0].decode(), tuple(insertions))
-
-
-def plan(tree: Path, version: str, series: Series, *, reverse: bool) -> dict[Path, bytes]:
-    """The files to write and what goes into them; all of them or none.
-
-    Raises:
-        ConfigurationError: a file is not what the patches were made for.
+        ConfigurationError: a file is not what the patches were made for, or nothing is to be done.
     """
     paths = sorted(series.sums)
-    if missing := [path for path in paths if not (tree / path).is_file()]:
+    found = {path: (tree / path).read_bytes() for path in paths if (tree / path).is_file()}
+    stripped = {path: series.without_seam(path, content) for path, content in found.items()}
+    released = {path: content for path, content in stripped.items() if content is not None}
+    restore = f"git -C {shlex.quote(str(tree))} checkout --"
+    if other := [path for path in paths if path not in released]:
+        known = [f"{path} is missing" for path in other if path not in found]
+        known += [
+            f"{path} mentions megamem" for path in other if b"megamem" in found.get(path, b"")
+        ]
+        if any(b"\r\n" in found.get(path, b"") for path in other):
+            known.append("for LF line ends, clone with core.autocrlf=false")
+        hint = f" ({', '.join(known)})" if known else ""
         raise ConfigurationError(
-            f"--megatron-dir {tree} has no {', '.join(missing)}, which Megatron-LM {version} has; "
-            "check the release out whole"
+            f"{', '.join(other)} in --megatron-dir {tree} is not as Megatron-LM {version} released "
+            f"it{hint}; restore it (`{restore} {' '.join(other)}` does, and drops what was "
+            f"changed), {WITHOUT_PATCH}"
         )
-    contents = {path: (tree / path).read_bytes() for path in paths}
-    states = {path: series.state(path, contents[path]) for path in paths}
-    wanted: State = "patched" if reverse else "as released"
-    restore = f"`git -C {tree} checkout -- {' '.join(p for p in paths if states[p] != wanted)}`"
-    if changed := [path for path in paths if states[path] == "changed"]:
-        partly = [path for path in changed if _has_insertion(series, path, contents[path])]
-        why = f"; of the patch, {', '.join(partly)} has a part" if partly else ""
+    patched = [path for path in paths if found[path] != released[path]]
+    if patched and patched != paths:
         raise ConfigurationError(
-            f"{', '.join(changed)} in {tree} is not as Megatron-LM {version} released it{why}; "
-            f"restore it ({restore} does, and drops what was changed), {WITHOUT_PATCH}"
+            f"--megatron-dir {tree} is half patched: of {', '.join(paths)} only "
+            f"{', '.join(patched)} has the seam; `{restore} {' '.join(patched)}` makes them alike"
         )
-    if all(state == wanted for state in states.values()):
-        turn = series.reverse if reverse else series.apply
-        changes = {tree / path: turn(path, contents[path]) for path in paths}
-        return {path: content for path, content in changes.items() if content is not None}
-    if len(set(states.values())) == 1:
-        found, undo = (
-            ("not patched", "") if reverse else ("patched already", "; --reverse undoes it")
-        )
-        raise ConfigurationError(f"{tree} is {found}, so there is nothing to do{undo}")
-    listed = ", ".join(f"{path} is {states[path]}" for path in paths)
-    raise ConfigurationError(f"{tree} is half patched: {listed}; {restore} makes them alike")
+    wanted = released if reverse else git_apply(series.patches, released)
+    assert wanted is not None, f"the patches for {series.release} do not fit the files they pin"
+    contents = {path: wanted[path] for path in paths if wanted[path] != found[path]}
+    if not contents:
+        state = "not patched" if reverse else "patched already (--reverse undoes it)"
+        raise ConfigurationError(f"--megatron-dir {tree} is {state}, so there is nothing to do")
+    if reverse:
+        return "restored", contents
+    return "renewed, as its seam is an older megamem's" if patched else "patched", contents
 
 
-def _has_insertion(series: Series, path: str, content: bytes) -> bool:
-    """Whether any inserted block stands somewhere in the file."""
-    blocks = [
-        b"".join(insertion.lines)
-        for patch in series.patches
-        if patch.path == path
-        for insertion in patch.insertions
-    ]
-    return any(block in content for block in blocks)
+def git_apply(patches: bytes, files: dict[str, bytes], *options: str) -> dict[str, bytes] | None:
+    """The files as `git apply` leaves copies of them, or None where the patches do not fit.
 
-
-def write_all(changes: dict[Path, bytes]) -> None:
-    """Replace every file, or, where one cannot be, none.
+    In the tree itself git would skip files without a word where another repository surrounds it,
+    refuse links, drop permissions, and leave a part done where it fails to write.
 
     Raises:
-        ConfigurationError: the tree cannot be written to.
+        ConfigurationError: git is not installed.
+        OSError: git fails, for example where no space is left.
     """
-    staged: list[tuple[Path, Path, Path]] = []
-    temporary: list[Path] = []
-    try:
+    if not shutil.which("git"):
+        raise ConfigurationError(
+            f"megamem patch needs git, and there is none on PATH; install git, {WITHOUT_PATCH}"
+        )
+    with TemporaryDirectory() as home:
+        folder = Path(home)
+        for path, content in files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+        # neither a repository around the folder nor a setting such as core.autocrlf takes part
+        alone = {"GIT_CEILING_DIRECTORIES": str(folder.parent), "HOME": home}
+        alone |= {"XDG_CONFIG_HOME": home, "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1"}
+        kept = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
+        git = ["git", "apply", "--unidiff-zero", *options]
+        ran = subprocess.run(git, cwd=folder, env=kept | alone, input=patches, capture_output=True)
+        if ran.returncode == 1:
+            return None
+        if ran.returncode:
+            said = " ".join(ran.stderr.decode(errors="replace").split())
+            raise OSError(f"git apply ended with status {ran.returncode} {said}".rstrip())
+        return {path: (folder / path).read_bytes() for path in files}
+
+
+def replace_files(contents: dict[Path, bytes]) -> None:
+    """Give all files their new contents, or, where one cannot be replaced, none.
+
+    Raises:
+        OSError: one cannot be replaced.
+    """
+    with ExitStack() as cleanup, ExitStack() as undo:
+        staged: list[tuple[Path, Path, Path]] = []
         # all that needs space is written first: from here on files only change their names
-        for path, content in changes.items():
-            home = path.resolve()
-            temporary.append(new := _beside(home, content))
-            temporary.append(old := _beside(home, home.read_bytes()))
-            staged.append((home, new, old))
-        for home, new, _ in staged:
-            os.replace(new, home)
-    except BaseException as error:
-        for home, new, old in staged:
-            if not new.exists():
-                os.replace(old, home)
-        if isinstance(error, OSError):
-            raise ConfigurationError(
-                f"the files cannot be replaced ({error}); all are as they were. Make the tree "
-                f"writable, {WITHOUT_PATCH}"
-            ) from error
-        raise
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
-
-
-def _beside(path: Path, content: bytes) -> Path:
-    """A new file with this content in the folder of path, with path's mode and owner."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.copymode(path, name)
-        if os.geteuid() == 0:
-            os.chown(name, path.stat().st_uid, path.stat().st_gid)
-    except BaseException:
-        os.unlink(name)
-        raise
-    return Path(name)
+        for path, content in contents.items():
+            # the scripts of a checkout may be links
+            script = path.resolve()
+            folder = TemporaryDirectory(prefix=".megamem-patch-", dir=script.parent)
+            home = Path(cleanup.enter_context(folder))
+            new, old = home / "new", home / "old"
+            shutil.copy2(script, old)
+            new.write_bytes(content)
+            shutil.copymode(script, new)
+            if os.geteuid() == 0:
+                for file in (new, old):
+                    os.chown(file, script.stat().st_uid, script.stat().st_gid)
+            staged.append((script, new, old))
+        for script, new, old in staged:
+            undo.callback(os.replace, old, script)
+            os.replace(new, script)
+        undo.pop_all()
 
 
 def _importable_from(tree: Path) -> bool:
     """Whether a script of the tree finds megamem, which may lie in the working directory only."""
     question = "import importlib.util, sys; sys.exit(importlib.util.find_spec('megamem') is None)"
     return subprocess.run([sys.executable, "-c", question], cwd=tree).returncode == 0
-
-
-def _lines(content: bytes) -> list[bytes]:
-    """The lines as git counts them, each with its end."""
-    return re.findall(rb"[^\n]*\n|[^\n]+", content)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """The patch command on checkouts in miniature: what it changes, and what it leaves alone."""
 
 import os
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -9,15 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from megamem.config import ConfigurationError
 from megamem.tools import patch
-from tests.patches.trees import RELEASE, Tree, insert, write_series, write_tree
+from tests.patches.trees import RELEASE, SEAM, Tree, insert, write_series, write_tree
 
 SCRIPT = "".join(f"line {number}\n" for number in range(1, 30))
-SEAM = "import seam\n\nseam.open()\n"
+NOBODY = 65534
 
 
 @pytest.fixture
@@ -43,21 +41,49 @@ def run(tree: Path, *words: str) -> int:
     return patch.main(["--megatron-dir", str(tree), *words])
 
 
-def test_patched_and_restored(tree, capsys):
-    (tree.root / "pretrain_gpt.py").chmod(0o755)
+def git(folder: Path, *words: str) -> None:
+    settings = ("-c", "user.name=x", "-c", "user.email=x@y", "-c", "core.autocrlf=false")
+    subprocess.run(["git", *settings, *words], cwd=folder, check=True, capture_output=True)
+
+
+def give_to_nobody(*paths: Path) -> None:
+    """Only root can; whoever else runs the tests owns the files and is no root."""
+    for path in paths:
+        if os.geteuid() == 0:
+            os.chown(path, NOBODY, NOBODY)
+
+
+def goes_there_and_back(tree: Tree) -> None:
     assert run(tree.root) == 0
     assert tree.read() == tree.patched != tree.released
-    assert (tree.root / "pretrain_gpt.py").stat().st_mode & 0o777 == 0o755
+    assert run(tree.root, "--reverse") == 0
+    assert tree.read() == tree.released
+
+
+def is_refused(tree: Tree, capsys, *words: str) -> str:
+    """What is said, in one line, of a tree that stays as it is."""
+    before = tree.everything()
+    capsys.readouterr()
+    assert run(tree.root, *words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("megamem: error: ") and said.count("\n") == 1
+    assert tree.everything() == before
+    return said
+
+
+def test_patched_and_restored(tree, capsys):
+    assert run(tree.root) == 0
+    assert tree.read() == tree.patched != tree.released
     said = capsys.readouterr().out
     assert f"Megatron-LM 0.19.2 in {tree.root}, patches for {RELEASE}:" in said
-    assert "pretrain_gpt.py: patched (0001-pretrain_gpt.patch)" in said
-    assert "deep/pretrain.py: patched (0002-pretrain.patch)" in said
+    assert "  pretrain_gpt.py: patched\n" in said and "  deep/pretrain.py: patched\n" in said
 
     assert run(tree.root, "--reverse") == 0
     assert tree.read() == tree.released
     assert "pretrain_gpt.py: restored" in capsys.readouterr().out
     # no temporary file stays behind
     assert len(tree.everything()) == 3
+    assert not list(tree.root.rglob(".*"))
 
 
 @pytest.mark.parametrize("words", [["--check"], ["--check", "--reverse"]])
@@ -71,6 +97,46 @@ def test_check_writes_nothing(tree, capsys, words):
     assert " can be " in capsys.readouterr().out
 
 
+def test_an_old_seam_is_renewed(tree, capsys):
+    tree.write(tree.old)
+    assert tree.read() == tree.old != tree.patched
+    assert run(tree.root, "--check") == 0
+    said = capsys.readouterr().out
+    assert "pretrain_gpt.py: can be renewed, as its seam is an older megamem's\n" in said
+    assert tree.read() == tree.old
+
+    assert run(tree.root) == 0
+    said = capsys.readouterr().out
+    assert "deep/pretrain.py: renewed, as its seam is an older megamem's\n" in said
+    assert tree.read() == tree.patched
+    assert "patched already" in is_refused(tree, capsys)
+
+
+def test_only_an_old_seam_is_renewed(tree, capsys):
+    tree.write(tree.patched | {"deep/pretrain.py": tree.old["deep/pretrain.py"]})
+    assert run(tree.root) == 0
+    assert tree.read() == tree.patched
+    said = capsys.readouterr().out
+    assert "deep/pretrain.py: renewed" in said and "pretrain_gpt.py" not in said
+
+
+@pytest.mark.parametrize("new", [[], ["pretrain_gpt.py"]], ids=["all old", "one old"])
+def test_an_old_seam_is_taken_out(tree, capsys, new):
+    contents = tree.old | {path: tree.patched[path] for path in new}
+    tree.write(contents)
+    assert run(tree.root, "--check", "--reverse") == 0
+    assert tree.read() == contents
+    assert run(tree.root, "--reverse") == 0
+    assert tree.read() == tree.released
+    assert "pretrain_gpt.py: restored\n" in capsys.readouterr().out
+
+
+def test_an_old_seam_in_one_file_only_is_half_a_patch(tree, capsys):
+    tree.write({"pretrain_gpt.py": tree.old["pretrain_gpt.py"]})
+    assert "is half patched" in is_refused(tree, capsys)
+    assert "is half patched" in is_refused(tree, capsys, "--reverse")
+
+
 def test_a_link_is_followed(tree, tmp_path):
     script = tree.root / "pretrain_gpt.py"
     script.rename(tmp_path / "elsewhere.py")
@@ -78,6 +144,82 @@ def test_a_link_is_followed(tree, tmp_path):
     assert run(tree.root) == 0
     assert script.is_symlink()
     assert (tmp_path / "elsewhere.py").read_bytes() == tree.patched["pretrain_gpt.py"]
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o640, 0o444])
+def test_permissions_are_kept(tree, mode):
+    script = tree.root / "pretrain_gpt.py"
+    script.chmod(mode)
+    give_to_nobody(script)
+    owner = script.stat().st_uid
+    for words in ([], ["--reverse"]):
+        assert run(tree.root, *words) == 0
+        assert (script.stat().st_mode & 0o777, script.stat().st_uid) == (mode, owner)
+
+
+def _in_no_repository(tree: Tree, monkeypatch) -> None:
+    pass
+
+
+def _in_another_repository(tree: Tree, monkeypatch) -> None:
+    git(tree.root.parent, "init")
+
+
+def _ignored_by_another_repository(tree: Tree, monkeypatch) -> None:
+    git(tree.root.parent, "init")
+    (tree.root.parent / ".gitignore").write_text("*\n")
+
+
+def _is_a_repository(tree: Tree, monkeypatch) -> None:
+    git(tree.root, "init")
+    git(tree.root, "add", ".")
+    git(tree.root, "commit", "-m", "released")
+
+
+def _below_a_hook_of_another_repository(tree: Tree, monkeypatch) -> None:
+    git(tree.root.parent, "init", "other")
+    monkeypatch.setenv("GIT_DIR", str(tree.root.parent / "other" / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", "/")
+
+
+def _temporary_files_in_a_repository(tree: Tree, monkeypatch) -> None:
+    git(tree.root.parent, "init")
+    (tree.root.parent / "temporary").mkdir()
+    # git looks at the folder, not at its other name
+    (tree.root.parent / "link").symlink_to("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(tree.root.parent / "link"))
+
+
+def _own_settings(tree: Tree, monkeypatch) -> None:
+    home = tree.root.parent / "home"
+    (home / "git").mkdir(parents=True)
+    (home / ".gitconfig").write_text("[core]\nautocrlf = true\n[apply]\nwhitespace = error-all\n")
+    (home / "git" / "attributes").write_text("* text eol=crlf\n")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home))
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", "core.autocrlf")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "true")
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        _in_no_repository,
+        _in_another_repository,
+        _ignored_by_another_repository,
+        _is_a_repository,
+        _below_a_hook_of_another_repository,
+        _temporary_files_in_a_repository,
+        _own_settings,
+    ],
+)
+def test_no_repository_and_no_setting_takes_part(tree, monkeypatch, put):
+    put(tree, monkeypatch)
+    goes_there_and_back(tree)
+    tree.write(tree.old)
+    assert run(tree.root) == 0
+    assert tree.read() == tree.patched
 
 
 def _not_megatron(tree: Tree) -> None:
@@ -101,14 +243,23 @@ def _script_changed(tree: Tree) -> None:
     path.write_bytes(path.read_bytes() + b"\n")
 
 
+def _other_line_ends(tree: Tree) -> None:
+    tree.write({"pretrain_gpt.py": tree.released["pretrain_gpt.py"].replace(b"\n", b"\r\n")})
+
+
 def _patched_already(tree: Tree) -> None:
-    assert run(tree.root) == 0
+    tree.write(tree.patched)
 
 
 def _patched_and_changed(tree: Tree) -> None:
     _patched_already(tree)
     path = tree.root / "pretrain_gpt.py"
     path.write_bytes(path.read_bytes().replace(b"line 9\n", b"line nine\n"))
+
+
+def _old_seam_and_changed(tree: Tree) -> None:
+    tree.write(tree.old)
+    _script_changed(tree)
 
 
 def _one_hunk_only(tree: Tree) -> None:
@@ -126,61 +277,62 @@ def _one_file_only(tree: Tree) -> None:
         (_not_megatron, "is not a Megatron-LM checkout: it has no megatron/core/package_info.py"),
         (_unknown_release, "holds Megatron-LM 0.16.2, and there are patches for core_v0.19.x only"),
         (_no_version, "holds Megatron-LM ?.?.?, and there are"),
-        (_script_missing, "has no deep/pretrain.py, which Megatron-LM 0.19.2 has"),
-        (_script_changed, "deep/pretrain.py in {root} is not as Megatron-LM 0.19.2 released it; "),
-        (_patched_already, "{root} is patched already, so there is nothing to do"),
-        (_patched_and_changed, "released it; of the patch, pretrain_gpt.py has a part; restore it"),
-        (_one_hunk_only, "released it; of the patch, pretrain_gpt.py has a part; restore it"),
+        (
+            _script_missing,
+            "deep/pretrain.py in --megatron-dir {root} is not as Megatron-LM 0.19.2 released it "
+            "(deep/pretrain.py is missing); restore it (`git -C {root} checkout -- deep/pre",
+        ),
+        (_script_changed, "deep/pretrain.py in --megatron-dir {root} is not as Megatron-LM 0.19"),
+        (_other_line_ends, "released it (for LF line ends, clone with core.autocrlf=false); rest"),
+        (_patched_already, "{root} is patched already (--reverse undoes it), so there is nothing"),
+        (_patched_and_changed, "released it (pretrain_gpt.py mentions megamem); restore it"),
+        (_old_seam_and_changed, "released it (deep/pretrain.py mentions megamem, for LF"),
+        (_one_hunk_only, "released it (pretrain_gpt.py mentions megamem); restore it"),
         (
             _one_file_only,
-            "{root} is half patched: deep/pretrain.py is as released, pretrain_gpt.py is patched; "
-            "`git -C {root} checkout -- pretrain_gpt.py` makes them alike",
+            "{root} is half patched: of deep/pretrain.py, pretrain_gpt.py only pretrain_gpt.py has "
+            "the seam; `git -C {root} checkout -- pretrain_gpt.py` makes them alike",
         ),
     ],
 )
 def test_anything_else_is_refused_and_left_alone(tree, capsys, spoil, message, words):
     spoil(tree)
-    before = tree.everything()
-    capsys.readouterr()
-    assert run(tree.root, *words) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("megamem: error: ") and said.count("\n") == 1
-    assert message.format(root=tree.root) in said
-    assert tree.everything() == before
+    assert message.format(root=tree.root) in is_refused(tree, capsys, *words)
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda tree: None, "{root} is not patched, so there is nothing to do"),
-        (_script_changed, "deep/pretrain.py in {root} is not as"),
+        (_script_changed, "deep/pretrain.py in --megatron-dir {root} is not as"),
         (_one_file_only, "{root} is half patched"),
-        (_patched_and_changed, "pretrain_gpt.py in {root} is not as"),
+        (_patched_and_changed, "pretrain_gpt.py in --megatron-dir {root} is not as"),
     ],
 )
 def test_reverse_refuses_too(tree, capsys, spoil, message):
     spoil(tree)
-    before = tree.everything()
-    capsys.readouterr()
-    assert run(tree.root, "--reverse") == 2
-    assert message.format(root=tree.root) in capsys.readouterr().err
-    assert tree.everything() == before
+    assert message.format(root=tree.root) in is_refused(tree, capsys, "--reverse")
 
 
-def test_the_command_that_an_error_names_mends_the_tree(tree, capsys):
-    def git(*words: str) -> None:
-        name = ("-c", "user.name=x", "-c", "user.email=x@y", "-c", "core.autocrlf=false")
-        subprocess.run(["git", *name, *words], cwd=tree.root, check=True, capture_output=True)
-
-    git("init")
-    git("add", ".")
-    git("commit", "-m", "released")
-    _patched_and_changed(tree)
-    capsys.readouterr()
-    assert run(tree.root, "--check") == 2
-    command = capsys.readouterr().err.split("(`")[1].split("`")[0]
-    subprocess.run(command, shell=True, check=True, capture_output=True)
+@pytest.mark.parametrize("spoil", [_patched_and_changed, _one_file_only, _script_missing])
+def test_the_command_that_an_error_names_mends_the_tree(tree, capsys, spoil):
+    _is_a_repository(tree, None)
+    spoil(tree)
+    if spoil is _patched_and_changed:
+        tree.write({"deep/pretrain.py": tree.released["deep/pretrain.py"]})
+    said = is_refused(tree, capsys, "--check")
+    subprocess.run(said.split("`")[1], shell=True, check=True, capture_output=True)
     assert tree.read() == tree.released
+
+
+@pytest.fixture
+def public_tree(tree, monkeypatch) -> Iterator[Tree]:
+    """The tree and its patches where everybody may read, as pytest's own folders are private."""
+    with tempfile.TemporaryDirectory() as public:
+        shutil.copytree(tree.root.parent, public, dirs_exist_ok=True)
+        os.chmod(public, 0o755)
+        monkeypatch.setattr(patch, "HOMES", (Path(public) / "patches",))
+        yield Tree(Path(public) / "Megatron-LM", tree.released, tree.patched)
 
 
 @contextmanager
@@ -189,30 +341,37 @@ def unprivileged() -> Iterator[None]:
     if os.geteuid() != 0:
         yield
         return
-    os.seteuid(65534)
+    os.seteuid(NOBODY)
     try:
         yield
     finally:
         os.seteuid(0)
 
 
-def test_read_only_tree(tree, capsys):
-    # pytest's own folders are private
-    with tempfile.TemporaryDirectory() as public:
-        os.chmod(public, 0o755)
-        root = Path(public) / "Megatron-LM"
-        shutil.copytree(tree.root, root)
-        folders = [root, *(path for path in root.rglob("*") if path.is_dir())]
-        for folder in folders:
-            folder.chmod(0o555)
-        _, series = patch.find_release(root)
-        changes = patch.plan(root, "0.19.2", series, reverse=False)
-        refused = pytest.raises(ConfigurationError, match="cannot be replaced.*Permission denied")
-        with unprivileged(), refused:
-            patch.write_all(changes)
-        assert {path: (root / path).read_bytes() for path in tree.released} == tree.released
-        for folder in folders:
-            folder.chmod(0o755)
+@pytest.mark.parametrize("closed", [".", "deep"])
+def test_read_only_folder(public_tree, capsys, closed):
+    give_to_nobody(public_tree.root, public_tree.root / "deep")
+    (public_tree.root / closed).chmod(0o555)
+    try:
+        with unprivileged():
+            said = is_refused(public_tree, capsys)
+            # whether the patches are in can be asked all the same
+            assert run(public_tree.root, "--check") == 0
+    finally:
+        (public_tree.root / closed).chmod(0o755)
+    assert f"--megatron-dir {public_tree.root} cannot be replaced" in said
+    assert "Permission denied" in said and "Make the tree writable" in said
+
+
+def test_read_only_file(public_tree, monkeypatch):
+    # it starts this Python, which nobody need not be allowed to
+    monkeypatch.setattr(patch, "_importable_from", lambda root: True)
+    script = public_tree.root / "pretrain_gpt.py"
+    script.chmod(0o444)
+    give_to_nobody(script, public_tree.root, public_tree.root / "deep")
+    with unprivileged():
+        goes_there_and_back(public_tree)
+    assert script.stat().st_mode & 0o777 == 0o444
 
 
 @pytest.mark.parametrize(
@@ -229,36 +388,62 @@ def test_a_failure_half_way_is_rolled_back(tree, capsys, monkeypatch, fails, err
         replace(old, new)
 
     monkeypatch.setattr(patch.os, "replace", failing)
+    (tree.root / "deep/pretrain.py").chmod(0o751)
     before = tree.everything()
     if error is KeyboardInterrupt:
         with pytest.raises(KeyboardInterrupt):
             run(tree.root)
+        assert tree.everything() == before
     else:
-        assert run(tree.root) == 2
-        assert str(error) in capsys.readouterr().err
-    assert tree.everything() == before
-    assert len(calls) == 2 * fails - 1
+        assert str(error) in is_refused(tree, capsys)
+    assert len(calls) == 2 * fails
+    assert (tree.root / "deep/pretrain.py").stat().st_mode & 0o777 == 0o751
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tree, capsys, monkeypatch):
-    calls = []
+    copy, calls = shutil.copy2, []
 
-    def fsync(handle):
-        calls.append(handle)
-        if len(calls) == 3:
+    def full(old, new):
+        calls.append(new)
+        if len(calls) == 2:
             raise OSError(28, "No space left on device")
+        copy(old, new)
 
-    monkeypatch.setattr(patch.os, "fsync", fsync)
-    before = tree.everything()
-    assert run(tree.root) == 2
-    assert "No space left on device" in capsys.readouterr().err
-    assert tree.everything() == before
+    monkeypatch.setattr(patch.shutil, "copy2", full)
+    assert "No space left on device" in is_refused(tree, capsys)
+    assert len(calls) == 2
+
+
+def test_git_without_space_leaves_nothing(tree, capsys):
+    """A limit on the size of files lets the script be copied, but not the longer patched one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(SCRIPT) + 10, hard))
+    try:
+        said = is_refused(tree, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "git apply ended with status " in said
+
+
+def test_without_git(tree, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for words in ([], ["--check"], ["--reverse"]):
+        assert "megamem patch needs git, and there is none on PATH; install git, or" in is_refused(
+            tree, capsys, *words
+        )
+
+
+def test_a_git_that_fails_is_quoted(tree, capsys, monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "git").write_text("#!/bin/sh\necho fatal: no >&2\nexit 128\n")
+    (tmp_path / "bin" / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert "git apply ended with status 128 fatal: no" in is_refused(tree, capsys)
 
 
 def test_missing_patches_are_named(tree, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(patch, "HOMES", (tmp_path / "gone",))
-    assert run(tree.root) == 2
-    assert f"the patches are missing: {tmp_path / 'gone'} do not exist" in capsys.readouterr().err
+    assert f"the patches are missing: {tmp_path / 'gone'} do not exist" in is_refused(tree, capsys)
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -273,55 +458,3 @@ def test_importable_means_for_a_script_of_the_tree(tree, monkeypatch):
     assert patch._importable_from(tree.root)
     monkeypatch.setattr(patch.sys, "executable", "/usr/bin/false")
     assert not patch._importable_from(tree.root)
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ("--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n", "only insertions, not '-a'"),
-        ("--- a/x\n+++ b/x\n@@ -1,2 +1,3 @@\n a\n+b\n c\n", "only insertions, not ' a'"),
-        ("--- a/x\n+++ b/x\n@@ -1,0 +2,2 @@\n+b\n", "@@ -1,0 +2,2 @@ does not describe"),
-        ("--- a/x\n+++ b/x\n@@ -1,0 +3 @@\n+b\n", "does not describe what follows"),
-        ("--- a/x\n+++ b/x\n@@ -1,0 +2 @@ def f():\n+b\n", "does not describe what follows"),
-        ("--- a/x\n+++ b/x\n", "no insertion found"),
-        ("--- a/x\n+++ b/x\n--- a/y\n+++ b/y\n@@ -1,0 +2 @@\n+b\n", "one file, not 2"),
-        ("", "one file, not 0"),
-    ],
-)
-def test_a_patch_that_does_more_than_insert_is_none(tmp_path, body, message):
-    path = tmp_path / "0001.patch"
-    path.write_text(f"Words.\n\ndiff --git a/x b/x\n{body}")
-    with pytest.raises(ValueError) as caught:
-        patch.parse_patch(path)
-    assert message in str(caught.value)
-    assert not isinstance(caught.value, ConfigurationError)
-
-
-def test_every_patched_file_is_pinned(tree, tmp_path):
-    folder = tmp_path / "patches" / RELEASE
-    (folder / "SHA256SUMS").write_text("")
-    with pytest.raises(ValueError, match="differ in"):
-        patch.read_series(folder)
-
-
-@given(
-    lines=st.lists(st.sampled_from(["a", "b", "", "+c", "@@ -1 @@", "--- d", "e\rf"]), min_size=1),
-    blocks=st.lists(st.tuples(st.integers(0, 40), st.sampled_from(["x\n", "a\n", "\n", "y\nz\n"]))),
-    ended=st.booleans(),
-)
-def test_any_insertions_of_git_go_in_and_out(lines, blocks, ended):
-    old = "\n".join(lines) + "\n"
-    # past an end without a newline git has to change the last line
-    places = {min(after, len(lines) if ended else len(lines) - 1): text for after, text in blocks}
-    new = insert(old, *places.items())
-    if not ended:
-        old, new = old.removesuffix("\n"), new.removesuffix("\n")
-    if old == new:
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = write_series(Path(scratch), Path(scratch), {"x.py": (old, new)})
-        series = patch.read_series(folder)
-    assert series.apply("x.py", old.encode()) == new.encode()
-    assert series.reverse("x.py", new.encode()) == old.encode()
-    assert series.state("x.py", new.encode()) == "patched"
-    assert series.state("x.py", old.encode()) == "as released"

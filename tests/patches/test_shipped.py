@@ -17,13 +17,15 @@ import megatron.core
 import pytest
 
 from megamem.config import MemoryConfig, flag
+from megamem.megatron import patches
 from megamem.tools import patch
 from tests.helpers.megatron_runs import MODEL, SCRIPT, SWITCHES, TRAINING, launch, run_training
-from tests.patches.trees import insert, write_series, write_tree
+from tests.patches.trees import OLD_SEAM, SEAM, insert, write_series, write_tree
 
 ROOT = Path(__file__).parents[2]
 RELEASES = ("core_v0.17.x", "core_v0.18.x", "core_v0.19.x")
-SERIES = [patch.read_series(ROOT / "patches" / release) for release in RELEASES]
+PATCHES = sorted((ROOT / "patches").glob("*/*.patch"))
+NAMES = [f"{path.parent.name}-{path.stem}" for path in PATCHES]
 CHECKOUTS = [
     Path(word) for word in os.environ.get("MEGATRON_LM_PATH", "").split(os.pathsep) if word
 ]
@@ -34,16 +36,10 @@ HELPERS = "megatron/core/datasets"
 WANTS_A_GPU_FIRST = megatron.core.__version__.startswith("0.17.")
 
 
-def inserted(series: patch.Series) -> str:
-    """The seam: what a series puts into pretrain_gpt.py."""
-    blocks = [
-        b"".join(insertion.lines)
-        for found in series.patches
-        if found.path == "pretrain_gpt.py"
-        for insertion in found.insertions
-    ]
-    assert len(blocks) == 1
-    return blocks[0].decode()
+def inserted(found: Path) -> str:
+    """What a patch file puts into a script."""
+    lines = found.read_text().splitlines(keepends=True)
+    return "".join(line[1:] for line in lines if re.match(r"\+(?!\+\+ )", line))
 
 
 def test_every_supported_release_has_patches():
@@ -51,36 +47,54 @@ def test_every_supported_release_has_patches():
     assert patch.available()[RELEASES[0]].parent == ROOT / "patches"
 
 
-@pytest.mark.parametrize("series", SERIES, ids=RELEASES)
-def test_a_patch_opens_a_seam_and_no_more(series):
-    for found in series.patches:
-        lines = [line for insertion in found.insertions for line in insertion.lines]
-        assert 0 < len(lines) <= 20
-        compile(b"".join(lines), found.name, "exec")
-        text = (ROOT / "patches" / series.release / found.name).read_text()
-        assert text.isascii()
-        # says why a hook would not do, and what would make it needless
-        for part in ("Subject: ", "\nReason: ", "\nRetired by: ", "\nMade for: core_v0."):
-            assert part in text
+@pytest.mark.parametrize("found", PATCHES, ids=NAMES)
+def test_a_patch_opens_a_seam_and_no_more(found):
+    text = found.read_text()
+    assert inserted(found) == SEAM
+    assert text.isascii() and all(len(line) <= 100 for line in SEAM.splitlines())
+    # git repeats a line of Megatron's after the second @@; ours does not
+    assert len(re.findall("^@@ .*", text, re.MULTILINE)) == 1
+    assert re.search(r"^@@ -\d+,0 \+\d+,7 @@$", text, re.MULTILINE)
+    # says why a hook would not do, and what would make it needless
+    for part in ("Subject: ", "\nReason: ", "\nRetired by: ", "\nMade for: core_v0."):
+        assert part in text
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_patched_file_is_pinned_and_patched_once(release):
+    series = patch.read_series(ROOT / "patches" / release)
+    git = ["git", "apply", "--numstat"]
+    counts = subprocess.run(git, input=series.patches, capture_output=True, check=True).stdout
+    assert sorted(counts.decode().splitlines()) == [f"7\t0\t{path}" for path in sorted(series.sums)]
     assert "pretrain_gpt.py" in series.sums
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in series.sums.values())
 
 
-@pytest.mark.parametrize("series", SERIES, ids=RELEASES)
-def test_readme_gives_the_reason_for_every_patch(series):
+@pytest.mark.parametrize("found", PATCHES, ids=NAMES)
+def test_readme_gives_the_reason_for_every_patch(found):
     readme = (ROOT / "patches" / "README.md").read_text()
-    for found in series.patches:
-        assert f"`{found.name}`" in readme and f"`{series.release}`" in readme
+    assert f"| `{found.parent.name}` | `{found.name}` |" in readme
+    assert f"**`{found.name}`**" in readme
+    assert f"```python\n{SEAM.rstrip()}\n```" in readme
 
 
 def test_without_megamem_the_seam_does_nothing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     names = dict(vars(sys))
-    for series in SERIES:
-        seam = {}
-        exec(inserted(series), seam)
-        assert seam.keys() == {"importlib", "__builtins__"}
+    seam = {}
+    exec(SEAM, seam)
+    assert seam.keys() == {"importlib", "__builtins__"}
     assert vars(sys) == names
+
+
+@pytest.mark.parametrize("seam", [SEAM, OLD_SEAM], ids=["new", "old"])
+def test_every_seam_finds_megamem(monkeypatch, seam):
+    """Checkouts that an older megamem has patched import its launcher by the old name."""
+    installed = []
+    monkeypatch.setattr(patches, "install", lambda: installed.append(True))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    exec(seam, {})
+    assert installed == [True]
 
 
 @pytest.fixture
@@ -88,7 +102,7 @@ def patched_tree(tmp_path, monkeypatch) -> Path:
     """A checkout whose pretrain_gpt.py is the script of examples/, patched by the command."""
     old = SCRIPT.read_text()
     before = old[: old.index("import torch\n")].count("\n") + 1
-    new = insert(old, (before, inserted(SERIES[-1])))
+    new = insert(old, (before, SEAM))
     write_series(tmp_path / "patches", tmp_path / "scratch", {"pretrain_gpt.py": (old, new)})
     monkeypatch.setattr(patch, "HOMES", (tmp_path / "patches",))
     root = write_tree(tmp_path / "Megatron-LM", {"pretrain_gpt.py": old})
@@ -148,29 +162,50 @@ def checkout(request, tmp_path) -> Path:
 
 
 def test_real_checkout_there_and_back(checkout):
-    version, series = patch.find_release(checkout)
-    released = {path: (checkout / path).read_bytes() for path in series.sums}
-    git = ["git", "apply", "--unidiff-zero"]
-    files = [str(ROOT / "patches" / series.release / found.name) for found in series.patches]
-    # git reads the same patches, and means the same by them
-    subprocess.run([*git, "--check", *files], cwd=checkout, check=True)
-    subprocess.run([*git, *files], cwd=checkout, check=True)
-    by_git = {path: (checkout / path).read_bytes() for path in series.sums}
-    subprocess.run([*git, "--reverse", *files], cwd=checkout, check=True)
-    assert patch.main(["--megatron-dir", str(checkout)]) == 0
-    assert {path: (checkout / path).read_bytes() for path in series.sums} == by_git != released
-    for path in series.sums:
-        compile(by_git[path], path, "exec")
-    assert patch.main(["--megatron-dir", str(checkout), "--reverse"]) == 0
-    assert {path: (checkout / path).read_bytes() for path in series.sums} == released
+    _, series = patch.find_release(checkout)
+
+    def read() -> dict[str, bytes]:
+        return {path: (checkout / path).read_bytes() for path in series.sums}
+
+    def git_apply(folder: Path) -> dict[str, bytes]:
+        """What git by itself makes of the scripts with the patches in a folder."""
+        git = ["git", "apply", "--unidiff-zero"]
+        files = [str(path) for path in sorted(folder.glob("*.patch"))]
+        subprocess.run([*git, *files], cwd=checkout, check=True)
+        found = read()
+        subprocess.run([*git, "--reverse", *files], cwd=checkout, check=True)
+        return found
+
+    released = read()
+    new = git_apply(ROOT / "patches" / series.release)
+    old_patches = checkout.parent / "old"
+    old_patches.mkdir()
+    for path in (ROOT / "patches" / series.release).glob("*.patch"):
+        lines = ("".join(f"+{line}" for line in seam.splitlines(True)) for seam in (SEAM, OLD_SEAM))
+        (old_patches / path.name).write_text(path.read_text().replace(*lines))
+    old = git_apply(old_patches)
+    assert len({tuple(state.items()) for state in (released, new, old)}) == 3
+    for path, content in new.items():
+        compile(content, path, "exec")
+
+    for before, words, after in (
+        (released, [], new),
+        (new, ["--reverse"], released),
+        (old, [], new),
+        (old, ["--reverse"], released),
+    ):
+        for path, content in before.items():
+            (checkout / path).write_bytes(content)
+        assert patch.main(["--megatron-dir", str(checkout), *words]) == 0
+        assert read() == after
 
 
 def test_no_line_of_a_real_checkout_is_carried(checkout):
-    _, series = patch.find_release(checkout)
-    for found in series.patches:
-        theirs = {line.strip() for line in (checkout / found.path).read_text().splitlines()}
-        text = (ROOT / "patches" / series.release / found.name).read_text()
-        ours = {line.lstrip("+").strip() for line in text.splitlines()}
+    release = patch.find_release(checkout)[1].release
+    for found in (path for path in PATCHES if path.parent.name == release):
+        script = re.search(r"^\+\+\+ b/(.+)$", found.read_text(), re.MULTILINE)[1]
+        theirs = {line.strip() for line in (checkout / script).read_text().splitlines()}
+        ours = {line.lstrip("+").strip() for line in found.read_text().splitlines()}
         assert theirs & ours <= {"", "import importlib.util"}
 
 

@@ -7,6 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RELEASE = "core_v0.19.x"
+# what patches insert now, and what those of megamem.integration inserted
+SEAM = """\
+import importlib.util
+
+if importlib.util.find_spec("megamem"):  # its patches must be in place before the imports below
+    from megamem.megatron.launcher import attach
+
+    attach()
+
+"""
+OLD_SEAM = """\
+import importlib.util
+
+if importlib.util.find_spec("megamem"):  # its hooks must precede the imports below
+    from megamem.integration.launcher import attach
+
+    attach()
+
+"""
 VERSION = "MAJOR = 0\nMINOR = {minor}\nPATCH = {patch}\nPRE_RELEASE = ''\n"
 
 
@@ -17,6 +36,17 @@ class Tree:
     root: Path
     released: dict[str, bytes]
     patched: dict[str, bytes]
+
+    @property
+    def old(self) -> dict[str, bytes]:
+        """The files as an older megamem's patches left them."""
+        seams = SEAM.encode(), OLD_SEAM.encode()
+        return {path: content.replace(*seams) for path, content in self.patched.items()}
+
+    def write(self, contents: dict[str, bytes]) -> None:
+        """Give files other contents."""
+        for path, content in contents.items():
+            (self.root / path).write_bytes(content)
 
     def read(self) -> dict[str, bytes]:
         """What the patched files hold now."""
