@@ -3,21 +3,48 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megamem.config import MemoryConfig
+    from megamem.config import ConfigurationError, MemoryConfig
     from megamem.layers.memory import MemoryLayer
-    from megamem.layers.value_table import ValueTable
+    from megamem.layers.memory_pool import MemoryPool
+    from megamem.megatron.arguments import add_memory_flags, spec_from_args
     from megamem.megatron.model.layer_specs import memory_layer_spec
+    from megamem.optimizer import StepOptions, TableOptimizer
+    from megamem.parallel.memory_group import MemoryGroup
+    from megamem.resolution import resolve
+    from megamem.spec import MemorySpec
 
 __version__ = "0.1.0"
 
-__all__ = ["MemoryConfig", "MemoryLayer", "ValueTable", "__version__", "memory_layer_spec"]
-
 _HOMES = {
+    "ConfigurationError": "megamem.config",
     "MemoryConfig": "megamem.config",
+    "MemoryGroup": "megamem.parallel.memory_group",
     "MemoryLayer": "megamem.layers.memory",
-    "ValueTable": "megamem.layers.value_table",
+    "MemoryPool": "megamem.layers.memory_pool",
+    "MemorySpec": "megamem.spec",
+    "StepOptions": "megamem.optimizer",
+    "TableOptimizer": "megamem.optimizer",
+    "add_memory_flags": "megamem.megatron.arguments",
     "memory_layer_spec": "megamem.megatron.model.layer_specs",
+    "resolve": "megamem.resolution",
+    "spec_from_args": "megamem.megatron.arguments",
 }
+
+__all__ = [
+    "ConfigurationError",
+    "MemoryConfig",
+    "MemoryGroup",
+    "MemoryLayer",
+    "MemoryPool",
+    "MemorySpec",
+    "StepOptions",
+    "TableOptimizer",
+    "__version__",
+    "add_memory_flags",
+    "memory_layer_spec",
+    "resolve",
+    "spec_from_args",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,11 @@
-"""The one place a megamem setting is declared.
+"""The one place a setting of memory layers is declared.
 
-Command-line flags, checkpoint metadata and layer constructors all read MemoryConfig; nothing else
-in the package adds an argument or a default.
+Command-line flags are made from MemoryConfig; nothing else in the package adds an argument or a
+default. What the settings mean for one model on its ranks is a MemorySpec (megamem.resolution).
 """
 
 from argparse import Namespace
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 MAX_NUM_KEYS = 46340
@@ -181,11 +181,6 @@ class MemoryConfig:
                 f"--memory-column-ranks {self.memory_column_ranks} says how --memory-mode 2d cuts "
                 f"rows, but the mode is {self.memory_mode}; use 2d or drop it."
             )
-        if self.memory_variant == "peer" and self.memory_mode in ("column", "2d"):
-            found.append(
-                f"--memory-mode {self.memory_mode} cuts rows, but --memory-variant peer needs a "
-                "whole row to decide what it adds; use --memory-mode row."
-            )
         sparse, rows = ("sgd", "lazy_adamw"), self.memory_finetune_rows
         if rows is not None and self.memory_optimizer not in sparse:
             found.append(
@@ -217,63 +212,6 @@ class MemoryConfig:
     @property
     def enabled(self) -> bool:
         return bool(self.memory_layers)
-
-    @property
-    def num_rows(self) -> int:
-        """R, the rows of one value table."""
-        return self.memory_num_keys**2
-
-    @property
-    def num_tables(self) -> int:
-        """Tables of one pool: the values, and of peer what decides how much of each is added."""
-        return 2 if self.memory_variant == "peer" else 1
-
-    @property
-    def lookups_per_token(self) -> int:
-        """L = H * K."""
-        return self.memory_heads * self.memory_topk
-
-    @property
-    def key_dim(self) -> int:
-        """Q of a resolved config."""
-        assert self.memory_key_dim is not None, "resolve() first"
-        return self.memory_key_dim
-
-    @property
-    def value_dim(self) -> int:
-        """V of a resolved config."""
-        assert self.memory_value_dim is not None, "resolve() first"
-        return self.memory_value_dim
-
-    def resolve(self, hidden_size: int) -> "MemoryConfig":
-        """The same settings with every width filled in for a model of this hidden size.
-
-        Raises:
-            ConfigurationError: the widths that follow from hidden_size cannot work.
-        """
-        if self.memory_value_dim is None and hidden_size % 8:
-            raise ConfigurationError(
-                f"--hidden-size {hidden_size} is not a multiple of 8, which a row of the value "
-                "table must be: choose another, or (memory+ only) set --memory-value-dim."
-            )
-        value_dim = self.memory_value_dim or hidden_size
-        if self.memory_variant != "memory+" and value_dim != hidden_size:
-            raise ConfigurationError(
-                f"--memory-value-dim {value_dim} differs from --hidden-size {hidden_size}, but "
-                f"--memory-variant {self.memory_variant} has no projection between them; use "
-                "memory+ or drop --memory-value-dim."
-            )
-        key_dim = self.memory_key_dim or (
-            value_dim // 2 if self.memory_variant == "memory+" else 256
-        )
-        # of the modes that auto may choose from, peer has one
-        peer = self.memory_variant == "peer" and self.memory_mode == "auto"
-        return replace(
-            self,
-            memory_value_dim=value_dim,
-            memory_key_dim=key_dim,
-            memory_mode="row" if peer else self.memory_mode,
-        )
 
     @classmethod
     def from_args(cls, args: Namespace) -> "MemoryConfig":

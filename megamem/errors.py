@@ -69,13 +69,14 @@ def friendly_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def suggestion(message: str, known: Iterable[str]) -> str:
+def suggestion(message: str, known: Iterable[str], *, of_script: bool = True) -> str:
     """What an unknown flag was probably meant to be, in brackets; empty when nothing is near."""
     _, found, words = message.partition("unrecognized arguments:")
     if not found:
         return ""
     unknown = [word.split("=", 1)[0] for word in words.split() if re.match("--?[a-zA-Z]", word)]
-    if "--cpu" in unknown:
+    # the launcher's flag, among those of the script that it runs
+    if of_script and "--cpu" in unknown:
         return " (--cpu goes before the script's path)"
     flags = list(known)
     near = [difflib.get_close_matches(flag, flags, n=1, cutoff=0.7) for flag in unknown]

@@ -38,27 +38,6 @@ def test_all_problems_come_in_one_error() -> None:
     assert "--memory-key-dim 3" in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("settings", "hidden_size", "widths"),
-    [
-        ({}, 768, (768, 384)),
-        ({"memory_value_dim": 64}, 100, (64, 32)),
-        ({"memory_variant": "memory"}, 2048, (2048, 256)),
-        ({"memory_key_dim": 512}, 64, (64, 512)),
-    ],
-)
-def test_widths_follow_from_the_hidden_size(settings, hidden_size, widths) -> None:
-    config = MemoryConfig(**settings).resolve(hidden_size)
-    assert (config.value_dim, config.key_dim) == widths
-
-
-def test_widths_that_cannot_follow_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="--hidden-size 100 is not a multiple of 8"):
-        MemoryConfig().resolve(100)
-    with pytest.raises(ConfigurationError, match="--memory-value-dim 64 differs"):
-        MemoryConfig(memory_variant="memory", memory_value_dim=64).resolve(128)
-
-
 def test_from_args_reads_every_field_and_leaves_the_rest() -> None:
     given = {f.name: getattr(MemoryConfig(), f.name) for f in dataclasses.fields(MemoryConfig)}
     given |= {"memory_layers": [3], "memory_heads": 7, "memory_wire": "alltoall"}
@@ -67,7 +46,5 @@ def test_from_args_reads_every_field_and_leaves_the_rest() -> None:
     assert MemoryConfig.from_args(argparse.Namespace()) == MemoryConfig()
 
 
-def test_derived_numbers() -> None:
-    config = MemoryConfig(memory_num_keys=100, memory_heads=3, memory_topk=5)
-    assert (config.num_rows, config.lookups_per_token, config.enabled) == (10_000, 15, False)
+def test_a_flag_is_named_after_its_field() -> None:
     assert flag("memory_num_keys") == "--memory-num-keys"

@@ -11,35 +11,38 @@ PACKAGE = ROOT / "megamem"
 
 MAY_IMPORT = {
     "config": set(),
+    "spec": set(),
     "reference": set(),
     "kernels": set(),
     "ops": {"reference", "kernels"},
-    "parallel": {"ops"},
+    "parallel": {"spec", "ops"},
     "checkpoint": {"parallel"},
     "metrics": {"parallel"},
     "row_gradient": set(),
     "read_counter": set(),
     "layers": {
-        *("config", "ops", "parallel", "checkpoint", "metrics", "row_gradient", "read_counter"),
+        *("spec", "ops", "parallel", "checkpoint", "metrics", "row_gradient", "read_counter"),
     },
-    "optimizer": {"config", "ops", "parallel", "checkpoint", "row_gradient", "read_counter"},
-    "planner": {"config"},
+    # the only place where a spec is made
+    "resolution": {"config", "spec", "layers", "parallel"},
+    "optimizer": {"spec", "ops", "parallel", "checkpoint", "row_gradient", "read_counter"},
+    "planner": {"config", "spec", "layers", "parallel"},
     "patching": set(),
     "hybrid_pattern": set(),
     "errors": set(),
     "cpu": {"config", "patching", "hybrid_pattern"},
     "megatron": {
-        *("config", "ops", "parallel", "layers", "optimizer", "checkpoint", "metrics", "planner"),
-        *("cpu", "errors", "patching", "hybrid_pattern"),
+        *("config", "spec", "resolution", "ops", "parallel", "layers", "optimizer", "checkpoint"),
+        *("metrics", "planner", "cpu", "errors", "patching", "hybrid_pattern"),
     },
     # for checkouts that an older megamem has patched
     "integration": {"megatron"},
     "tools": {
-        *("reference", "ops", "config", "layers", "optimizer", "checkpoint", "planner"),
-        *("parallel", "megatron", "patching", "errors"),
+        *("reference", "ops", "config", "spec", "resolution", "layers", "optimizer", "checkpoint"),
+        *("planner", "parallel", "megatron", "patching", "errors"),
     },
     "run": {"megatron"},
-    "__main__": {"errors"},
+    "__main__": {"config", "errors"},
 }
 MEGATRON = {
     "megatron.core": {"checkpoint", "layers", "optimizer", "megatron", "cpu", "tools"},

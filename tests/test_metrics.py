@@ -15,9 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from megamem.config import MemoryConfig
-from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
-from megamem.layers.value_table import ValueTable
+from megamem.layers.memory_pool import MemoryPool
 from megamem.metrics import (
     MAP_SIDE,
     SAMPLED_ROWS,
@@ -27,7 +26,9 @@ from megamem.metrics import (
     kl_from_uniform,
 )
 from megamem.parallel.memory_group import MemoryGroup
+from megamem.resolution import resolve
 from tests.helpers.distributed import run_distributed
+from tests.helpers.pools import on_group, read
 
 HIDDEN, HEADS, TOPK, LAYER, TABLE = 16, 2, 4, 3, "shared"
 
@@ -52,22 +53,13 @@ def _model(
         memory_heads=HEADS,
         memory_topk=TOPK,
         **settings,
-    ).resolve(HIDDEN)
-    make = WeightFactory(seed=0, name=TABLE, dtype=torch.float64)
-    table = ValueTable(config, make, group or MemoryGroup())
-    layer = MemoryLayer(
-        config,
-        HIDDEN,
-        table,
-        layer=LAYER,
-        group=None,
-        tokens_sharded=True,
-        seed=0,
-        tokens_vary=group is not None,
-        dtype=torch.float64,
     )
+    group = group or MemoryGroup()
+    spec = resolve(config, HIDDEN, seed=0, tokens_vary=group.world_size > 1)
+    pool = MemoryPool(on_group(spec, group), TABLE, group, dtype=torch.float64)
+    layer = MemoryLayer(pool.spec, pool, layer=LAYER, dtype=torch.float64)
     metrics = Metrics(_watched(num_keys), "cpu")
-    layer.metrics, table.metrics = metrics.layers[LAYER], metrics.tables[TABLE]
+    layer.metrics, pool.values.metrics = metrics.layers[LAYER], metrics.tables[TABLE]
     return layer, metrics
 
 
@@ -150,7 +142,7 @@ def test_only_passes_that_are_learnt_from_are_counted_and_each_once() -> None:
 
 
 def _fill(layer: nn.Module, metrics: Metrics, squares: float = 0.0) -> None:
-    table = layer.values
+    table = layer.pool.values
     metrics.tables[TABLE].fill(table.weight, table.shard, squares)
 
 
@@ -161,7 +153,7 @@ def test_a_report_ends_a_window() -> None:
     first = metrics.report(1, gradient_scale=0.5)
     assert first is not None
     assert first.scalars[f"memory/grad_norm/{TABLE}"] == 2.0
-    norms_R = layer.values.weight.detach().norm(dim=1)
+    norms_R = layer.pool.values.weight.detach().norm(dim=1)
     row_norm = norms_R.square().mean().sqrt().item()
     assert first.scalars[f"memory/row_norm/{TABLE}"] == pytest.approx(row_norm)
     assert first.scalars[f"memory/shard_load/{TABLE}"] == 1.0
@@ -226,7 +218,7 @@ def _bytes_are_those_on_the_wire() -> None:
         weights_TL = weights_TL.requires_grad_()
         counted = Wire()
         with mock.patch.multiple(dist, **{name: getattr(counted, name) for name in TRULY}):
-            layer.values(rows_TL, weights_TL, [5, 7]).sum().backward()
+            read(layer.pool, rows_TL, weights_TL, [5, 7]).sum().backward()
         assert counted.bytes > 0
         assert metrics.tables[TABLE].bytes_sent == counted.bytes, (mode, wire)
 
@@ -238,7 +230,7 @@ def _ranks_report_what_one_process_does() -> None:
     with mock.patch.object(dist, "is_initialized", return_value=False):
         expected = Metrics(_watched(9), "cpu")
         alone.metrics = expected.layers[LAYER]
-        alone.values.metrics = expected.tables[TABLE]
+        alone.pool.values.metrics = expected.tables[TABLE]
         alone(x)
         _fill(alone, expected, squares=9.0)
         wanted = expected.report(1)
@@ -264,7 +256,7 @@ def _ranks_report_what_one_process_does() -> None:
     if rank == 0:
         metrics.layers[LAYER].record(*_lookups(9))
         metrics.tables[TABLE].received += 320
-        metrics.tables[TABLE].fill(alone.values.weight, alone.values.shard)
+        metrics.tables[TABLE].fill(alone.pool.values.weight, alone.pool.values.shard)
     report = metrics.report(1)
     assert report.usage[LAYER].sum() == 320 and not report.usage[1].any()
     assert report.scalars[f"memory/shard_load/{TABLE}"] == 1.0
@@ -289,9 +281,10 @@ def test_recording_and_reporting_every_step_costs_little(num_keys: int, monkeypa
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     tokens, width = 512, 512
-    config = MemoryConfig(memory_layers=[0], memory_num_keys=num_keys).resolve(width)
-    table = ValueTable(config, WeightFactory(seed=0, name=TABLE), MemoryGroup())
-    layer = MemoryLayer(config, width, table, layer=0, group=None, tokens_sharded=True, seed=0)
+    config = MemoryConfig(memory_layers=[0], memory_num_keys=num_keys)
+    spec = resolve(config, width, seed=0)
+    pool = MemoryPool(spec, TABLE)
+    layer, table = MemoryLayer(spec, pool), pool.values
     metrics = Metrics(
         Watched(layers=[0], tables=[TABLE], num_keys=num_keys, heads=4, topk=32), "cpu"
     )

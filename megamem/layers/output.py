@@ -3,33 +3,37 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megamem.config import MemoryConfig
 from megamem.layers.init import WeightFactory
 from megamem.layers.linear import ReplicatedLinear
+from megamem.spec import MemorySpec
 
 
-class GatedOutput(nn.Module):
-    """Memory+: out = W2 (read-out * silu(W1 x)). Both weights N(0, hidden**-0.5), biases zero."""
+class Output(nn.Module):
+    """The read-out is the output."""
 
-    def __init__(self, config: MemoryConfig, hidden_size: int, make: WeightFactory) -> None:
+    def gate_of(self, x_TD: Tensor) -> Tensor | None:
+        """What the output needs of the token alone, computed while the lookups travel."""
+        return None
+
+    def forward(self, out_TV: Tensor, gate_TV: Tensor | None) -> Tensor:
+        """y_TD of the read-out and what gate_of() returned."""
+        return out_TV
+
+
+class GatedOutput(Output):
+    """W2 (read-out * silu(W1 x)). Both weights N(0, hidden**-0.5), biases zero."""
+
+    def __init__(self, spec: MemorySpec, make: WeightFactory) -> None:
         super().__init__()
-        std, width = hidden_size**-0.5, config.value_dim
-        self.gate = ReplicatedLinear(make.normal("gate", width, hidden_size, std=std), make)
-        self.proj = ReplicatedLinear(make.normal("proj", hidden_size, width, std=std), make)
+        hidden, width = spec.hidden_size, spec.value_dim
+        std = hidden**-0.5
+        self.gate = ReplicatedLinear(make.normal("gate", width, hidden, std=std), make)
+        self.proj = ReplicatedLinear(make.normal("proj", hidden, width, std=std), make)
 
     def gate_of(self, x_TD: Tensor) -> Tensor:
         """gate_TV, which needs no read-out."""
         return F.silu(self.gate(x_TD))
 
-    def forward(self, out_TV: Tensor, gate_TV: Tensor) -> Tensor:
+    def forward(self, out_TV: Tensor, gate_TV: Tensor | None) -> Tensor:
+        assert gate_TV is not None
         return self.proj(out_TV * gate_TV)
-
-
-class PlainOutput(nn.Module):
-    """Memory and PEER: the read-out is the output."""
-
-    def gate_of(self, x_TD: Tensor) -> None:
-        """None: nothing is gated."""
-
-    def forward(self, out_TV: Tensor, gate_TV: None) -> Tensor:
-        return out_TV

@@ -2,11 +2,11 @@
 
 from torch import Tensor, nn
 
-from megamem.config import MemoryConfig
 from megamem.layers.init import WeightFactory
 from megamem.layers.linear import ReplicatedRMSNorm
 from megamem.ops import product_topk
 from megamem.parallel.collectives import reduce_gradient
+from megamem.spec import MemorySpec
 
 
 class ProductKeys(nn.Module):
@@ -16,16 +16,14 @@ class ProductKeys(nn.Module):
     keys' gain starts at C**-0.5, so that scores start with a variance near one at any width.
     """
 
-    def __init__(self, config: MemoryConfig, make: WeightFactory) -> None:
+    def __init__(self, spec: MemorySpec, make: WeightFactory) -> None:
         super().__init__()
-        self.topk, self.gradient_group = config.memory_topk, make.gradient_group
-        heads, num_keys, half = config.memory_heads, config.memory_num_keys, config.key_dim // 2
+        self.topk, self.gradient_group = spec.topk, make.gradient_group
+        half = spec.key_dim // 2
         self.sub_keys = make.uniform(
-            "sub_keys", 2, heads, num_keys, half, bound=config.key_dim**-0.5
+            "sub_keys", 2, spec.heads, spec.num_keys, half, bound=spec.key_dim**-0.5
         )
-        self.norm = (
-            ReplicatedRMSNorm(half, make, gain=half**-0.5) if config.memory_qk_norm else None
-        )
+        self.norm = ReplicatedRMSNorm(half, make, gain=half**-0.5) if spec.qk_norm else None
 
     def forward(self, query_THQ: Tensor) -> tuple[Tensor, Tensor]:
         """The rows each token reads, and in fp32 (fp64 for fp64 queries) how much of each.

@@ -4,9 +4,9 @@ import math
 
 from torch import Tensor, nn
 
-from megamem.config import MemoryConfig
 from megamem.layers.init import WeightFactory
 from megamem.layers.linear import ReplicatedLinear, ReplicatedRMSNorm
+from megamem.spec import MemorySpec
 
 
 class Query(nn.Module):
@@ -15,15 +15,13 @@ class Query(nn.Module):
     Xavier uniform, as the published layer.
     """
 
-    def __init__(self, config: MemoryConfig, hidden_size: int, make: WeightFactory) -> None:
+    def __init__(self, spec: MemorySpec, make: WeightFactory) -> None:
         super().__init__()
-        self.heads = config.memory_heads
-        width = config.memory_heads * config.key_dim
-        xavier = math.sqrt(6 / (hidden_size + width))
-        self.linear = ReplicatedLinear(
-            make.uniform("query", width, hidden_size, bound=xavier), make
-        )
-        self.norm = ReplicatedRMSNorm(config.key_dim, make) if config.memory_qk_norm else None
+        self.heads = spec.heads
+        hidden, width = spec.hidden_size, spec.heads * spec.key_dim
+        xavier = math.sqrt(6 / (hidden + width))
+        self.linear = ReplicatedLinear(make.uniform("query", width, hidden, bound=xavier), make)
+        self.norm = ReplicatedRMSNorm(spec.key_dim, make) if spec.qk_norm else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         query_THQ = self.linear(x_TD).unflatten(-1, (self.heads, -1))

@@ -1,4 +1,4 @@
-"""The table of values that memory layers read, spread over the ranks of a memory group."""
+"""One table of rows, of which this rank holds some rows or columns."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,70 +6,76 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megamem.config import MemoryConfig
 from megamem.layers.init import WeightFactory
-from megamem.metrics import TableMetrics, sent_bytes, untimed
-from megamem.ops import embedding_bag, place_rows, unplace_rows
-from megamem.parallel.collectives import group_rank, join_columns
-from megamem.parallel.columns import gather_lookups
+from megamem.metrics import TableMetrics, there_and_back
+from megamem.ops import embedding_bag, row_dot, unplace_rows
+from megamem.parallel.collectives import group_rank
 from megamem.parallel.memory_group import MemoryGroup
-from megamem.parallel.routing import (
-    RoutingPlan,
-    arrive,
-    choose_wire,
-    combine,
-    dispatch,
-    plan_routing,
-)
+from megamem.parallel.routing import RoutingPlan
 from megamem.parallel.row_shard import TableShard
 from megamem.read_counter import ReadCounter
 from megamem.row_gradient import RowGradient
+from megamem.spec import MemorySpec
 
 
 @dataclass(frozen=True)
-class Lookups:
-    """What a table was asked, on its way to the rows."""
+class Arrived:
+    """Lookups at the rank that holds their rows."""
 
     plan: RoutingPlan
+    rows_M: Tensor
+    """Of this rank's piece; -1 reads nothing."""
     weights_M: Tensor
-    column_counts: list[int]
-    """T of every column rank."""
-    gathered: Tensor | None = None
-    """The tokens, on their way to all owners, where these look at them."""
+    x_GD: Tensor | None
+    """The token of every bag, where the variant looks at them."""
+
+
+def initial_rows(
+    spec: MemorySpec, std: float, make: WeightFactory, shard: TableShard
+) -> nn.Parameter:
+    """A piece of a table before training, N(0, std).
+
+    A pair of sub-keys starts with the same row, wherever that row is placed.
+    """
+    return make.normal(
+        "values",
+        *shard.shape,
+        std=std,
+        piece=shard,
+        name_rows=lambda rows: unplace_rows(rows, spec.num_keys, spec.placement_seed),
+    )
 
 
 class ValueTable(nn.Module):
-    """R rows of width V, initialised N(0, V**-0.5), of which this rank holds [r, v].
-
-    One table may serve several layers (`--memory-pool shared`).
+    """R rows of width V, initialised N(0, std), of which this rank holds [r, v].
 
     By default autograd makes a dense gradient. An optimizer hands the table a RowGradient, to which
     the gradients of touched rows are added, so that nothing per backward is as large as the table,
     and a ReadCounter, which is a part of the model's state.
     """
 
-    def __init__(self, config: MemoryConfig, make: WeightFactory, group: MemoryGroup) -> None:
+    def __init__(
+        self, spec: MemorySpec, name: str, std: float, make: WeightFactory, group: MemoryGroup
+    ) -> None:
+        """Draw this rank's piece.
+
+        Args:
+            spec: of the run.
+            name: of the table in the model and in checkpoints.
+            std: standard deviation of the initial rows.
+            make: draws them.
+            group: the ranks that hold the other pieces.
+        """
         super().__init__()
-        self.group = group
+        self.name, self.group = name, group
         self.shard = TableShard.cut(
-            (config.num_rows, config.value_dim),
+            (spec.num_rows, spec.value_dim),
             row=(group_rank(group.rows), group.row_ranks),
             column=(group_rank(group.columns), group.column_ranks),
         )
-        self.wire = choose_wire(config.memory_wire, group.row_ranks)
-        self.num_keys, self.placement_seed = config.memory_num_keys, config.memory_placement_seed
-        self.check_row_ids = config.memory_check_row_ids
-        self.lookups_per_token = config.lookups_per_token
-        std = config.memory_value_init_std
-        self.weight = make.normal(
-            "values",
-            *self.shard.shape,
-            std=config.value_dim**-0.5 if std is None else std,
-            piece=self.shard,
-            # a pair of sub-keys starts with the same row, wherever that row is placed
-            name_rows=lambda rows: unplace_rows(rows, self.num_keys, self.placement_seed),
-        )
-        self.register_buffer("placement", torch.tensor([self.placement_seed], device=make.device))
+        self.check_row_ids = spec.check_row_ids or None
+        self.weight = initial_rows(spec, std, make, self.shard)
+        self.register_buffer("placement", torch.tensor([spec.placement_seed], device=make.device))
         self.placement: Tensor
         self.gradient: RowGradient | None = None
         self.reads: ReadCounter | None = None
@@ -81,77 +87,34 @@ class ValueTable(nn.Module):
         for name, count in reads.state.items() if reads else ():
             self.register_buffer(name, count)
 
-    def launch(
-        self,
-        row_ids_TL: Tensor,
-        weights_TL: Tensor,
-        token_counts: list[int],
-        x_TD: Tensor | None = None,
-    ) -> Lookups:
-        """Send lookups to the ranks that hold their rows; returns while they travel.
-
-        Args:
-            row_ids_TL: pairs of sub-keys, i * N + j.
-            weights_TL: how much of each.
-            token_counts: T of every member of the group.
-            x_TD: the tokens, at which this table does not look.
-        """
-        group = self.group
-        rows_TL = place_rows(row_ids_TL, self.num_keys, self.placement_seed)
-        by_row_rank = torch.tensor(token_counts).view(group.row_ranks, group.column_ranks)
-        column_counts = by_row_rank[group_rank(group.rows)].tolist()
-        rows_XL, weights_XL = gather_lookups(
-            rows_TL, weights_TL, self.shard.rows.num_rows, column_counts, group.columns
-        )
-        plan = plan_routing(
-            rows_XL, self.shard.rows, group.rows, by_row_rank.sum(1).tolist(), self.wire
-        )
-        return Lookups(plan, dispatch(plan, weights_XL), column_counts)
-
-    def collect(self, lookups: Lookups) -> Tensor:
-        """Wait for the lookups, sum every token's rows by weight, send them home -> out_TV."""
-        plan, metrics = lookups.plan, self.metrics if torch.is_grad_enabled() else None
-        end_of = metrics.start() if metrics else untimed
-        rows_M = arrive(plan)
-        end_of("exchange")
-        self._record(rows_M)
-        bags_Gv = embedding_bag(
+    def bag(self, arrived: Arrived, weights_M: Tensor) -> Tensor:
+        """The sum of each bag's rows by weight -> bags_Gv."""
+        self._mark(arrived.rows_M)
+        return embedding_bag(
             self.weight,
-            rows_M,
-            self._weights(rows_M, lookups),
-            plan.offsets,
-            check_row_ids=self.check_row_ids or None,
+            arrived.rows_M,
+            weights_M,
+            arrived.plan.offsets,
+            check_row_ids=self.check_row_ids,
             add_value_grad_to=self._buffer(),
         )
-        end_of("lookup")
-        sums_Xv = combine(plan, bags_Gv)
-        out_TV = join_columns(sums_Xv, lookups.column_counts, self.shard.widths, self.group.columns)
-        end_of("exchange")
-        if metrics:
-            metrics.bytes_sent += sent_bytes(
-                plan,
-                lookups.weights_M,
-                bags_Gv,
-                lookups=self.lookups_per_token,
-                column_counts=lookups.column_counts,
-                width=self.shard.global_shape[1],
-                column_rank=group_rank(self.group.columns),
-            )
-        return out_TV
 
-    def forward(
-        self,
-        row_ids_TL: Tensor,
-        weights_TL: Tensor,
-        token_counts: list[int],
-        x_TD: Tensor | None = None,
-    ) -> Tensor:
-        """launch() and collect() -> out_TV."""
-        return self.collect(self.launch(row_ids_TL, weights_TL, token_counts, x_TD))
-
-    def _weights(self, rows_M: Tensor, lookups: Lookups) -> Tensor:
-        """How much of each row its bag gets, once the lookups have arrived -> weights_M."""
-        return lookups.weights_M
+    def dot(self, arrived: Arrived) -> Tensor:
+        """The product of each lookup's row with the token of its bag -> dots_M."""
+        assert arrived.x_GD is not None
+        self._mark(arrived.rows_M)
+        dots_M = row_dot(
+            self.weight,
+            arrived.x_GD,
+            arrived.rows_M,
+            arrived.plan.offsets,
+            check_row_ids=self.check_row_ids,
+            add_value_grad_to=self._buffer(),
+        )
+        if self.metrics is not None and torch.is_grad_enabled():
+            token_bytes = arrived.x_GD.shape[1] * arrived.x_GD.element_size()
+            self.metrics.bytes_sent += there_and_back(arrived.plan, token_bytes)
+        return dots_M
 
     def _buffer(self) -> Tensor | None:
         """What the backward of this pass adds to, where there is a backward."""
@@ -159,8 +122,8 @@ class ValueTable(nn.Module):
             return None
         return self.gradient.buffer
 
-    def _record(self, rows_M: Tensor) -> None:
-        """Note what was read, where somebody asked for it, in passes that will be learnt from."""
+    def _mark(self, rows_M: Tensor) -> None:
+        """Note what is read, where somebody asked for it, in passes that will be learnt from."""
         if not torch.is_grad_enabled():
             return
         for watcher in (self.gradient, self.reads, self.metrics):
@@ -180,6 +143,6 @@ class ValueTable(nn.Module):
     def extra_repr(self) -> str:
         (num_rows, width), (local_rows, local_width) = self.shard.global_shape, self.shard.shape
         return (
-            f"rows={num_rows}, width={width}, on {self.group.row_ranks} x "
-            f"{self.group.column_ranks} ranks, here {local_rows} x {local_width}, wire={self.wire}"
+            f"{self.name}: rows={num_rows}, width={width}, on {self.group.row_ranks} x "
+            f"{self.group.column_ranks} ranks, here {local_rows} x {local_width}"
         )

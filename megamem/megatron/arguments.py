@@ -1,65 +1,77 @@
-"""The --memory-* flags, generated from MemoryConfig, and the way from a command line to a model."""
+"""The --memory-* flags, made from MemoryConfig, and the way from a command line to a MemorySpec."""
 
 import argparse
 import dataclasses
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 
-import torch
 from megatron.training.argument_utils import ArgumentGroupFactory
+from torch import nn
 
 from megamem.config import MemoryConfig, flag
-from megamem.megatron.model.layer_specs import MemorySettings
-from megamem.planner import choose_mode
+from megamem.resolution import resolve
+from megamem.spec import MemorySpec
 
 GPUS_PER_NODE = 8
 """Where the launcher does not say."""
 
 ATTRIBUTE = "megamem"
-"""Where a TransformerConfig carries MemorySettings, and nothing where memory is off."""
+"""Where a TransformerConfig carries the MemorySpec, and nothing where memory is off."""
 
 
 def add_memory_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """One flag for each field of MemoryConfig, its docstring as help."""
+    """One flag for each field of MemoryConfig, its docstring as help; returns the parser.
+
+    Fit for the `extra_args_provider` of Megatron's `initialize_megatron` and
+    `parse_and_validate_args`.
+    """
     ArgumentGroupFactory(MemoryConfig).build_group(parser, "memory")
     return parser
 
 
-def settings_from_args(args: argparse.Namespace) -> MemorySettings | None:
+def spec_from_args(args: argparse.Namespace) -> MemorySpec | None:
     """What the command line asks for, or None where memory is off.
 
+    Args:
+        args: Megatron's, validated by Megatron.
+
     Raises:
-        ConfigurationError: the flags cannot work with each other or with the hidden size.
+        ConfigurationError: the flags cannot work with each other, the hidden size or the ranks.
     """
-    memory = MemoryConfig.from_args(args)
-    if not memory.enabled:
+    config = MemoryConfig.from_args(args)
+    if not config.enabled:
         return None
-    memory = with_layout(memory.resolve(args.hidden_size), args)
-    return MemorySettings(
-        memory=memory, seed=args.seed, tokens_vary=tokens_vary(args), timeout=timeout(args)
+    return resolve(
+        config,
+        args.hidden_size,
+        tensor_ranks=args.tensor_model_parallel_size,
+        stage_ranks=args.world_size // args.pipeline_model_parallel_size,
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", GPUS_PER_NODE)),
+        number_bytes=args.params_dtype.itemsize,
+        seed=args.seed,
+        tokens_vary=tokens_vary(args),
+        # as long as Megatron's own collectives wait
+        timeout=timedelta(minutes=args.distributed_timeout_minutes),
     )
 
 
-def with_layout(memory: MemoryConfig, args: argparse.Namespace) -> MemoryConfig:
-    """The same settings with a group size, and a mode and column ranks in place of auto."""
-    tensor_ranks = args.tensor_model_parallel_size
-    size = memory.memory_group_size or tensor_ranks
-    mode, columns = memory.memory_mode, memory.memory_column_ranks
-    if mode == "auto":
-        choice = choose_mode(
-            memory.value_dim,
-            memory.lookups_per_token,
-            size,
-            ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", GPUS_PER_NODE)),
-            wire=memory.memory_wire,
-            e=2 if args.params_dtype != torch.float32 else 4,
-        )
-        mode, columns = choice.mode, choice.column_ranks if choice.mode == "2d" else None
-    elif mode == "2d":
-        columns = columns or min(tensor_ranks, size)
-    return dataclasses.replace(
-        memory, memory_mode=mode, memory_group_size=size, memory_column_ranks=columns
-    )
+_made: tuple[argparse.Namespace, MemorySpec | None] | None = None
+
+
+def run_spec(args: argparse.Namespace) -> MemorySpec | None:
+    """spec_from_args() of a run's arguments, made at the first call with them."""
+    global _made
+    if _made is None or _made[0] is not args:
+        _made = (args, spec_from_args(args))
+    return _made[1]
+
+
+def spec_of_model(chunks: Iterable[nn.Module]) -> MemorySpec | None:
+    """The spec that a model was built with, or None for one without memories."""
+    configs = [getattr(chunk, "config", None) for chunk in chunks]
+    found = (getattr(config, ATTRIBUTE, None) for config in configs)
+    return next((spec for spec in found if spec is not None), None)
 
 
 def tokens_vary(args: argparse.Namespace) -> bool:
@@ -69,16 +81,11 @@ def tokens_vary(args: argparse.Namespace) -> bool:
     return wide and any(bool(getattr(args, name, None)) for name in packs)
 
 
-def timeout(args: argparse.Namespace) -> timedelta:
-    """How long a collective may wait for a rank: as long as Megatron's own."""
-    return timedelta(minutes=args.distributed_timeout_minutes)
-
-
-def idle_flags(memory: MemoryConfig) -> list[str]:
+def idle_flags(config: MemoryConfig) -> list[str]:
     """Flags that were given but do nothing, as no layer is to become a memory."""
     default = MemoryConfig()
     return [
         flag(f.name)
-        for f in dataclasses.fields(memory)
-        if not memory.enabled and getattr(memory, f.name) != getattr(default, f.name)
+        for f in dataclasses.fields(config)
+        if not config.enabled and getattr(config, f.name) != getattr(default, f.name)
     ]

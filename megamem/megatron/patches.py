@@ -4,7 +4,7 @@ At start, by install():
 
     add_megatron_arguments             the --memory-* flags
     validate_args                      what cannot work is refused, the rest is installed
-    core_transformer_config_from_args  the settings travel to the model
+    core_transformer_config_from_args  the spec travels to the model
 
 Once the flags are known and name memory layers, by install_memory():
 
@@ -48,18 +48,19 @@ from megamem.megatron.arguments import (
     ATTRIBUTE,
     add_memory_flags,
     idle_flags,
-    settings_from_args,
-    timeout,
+    run_spec,
+    spec_of_model,
 )
 from megamem.megatron.model.hybrid import memory_stack_spec
 from megamem.megatron.model.layer_specs import memory_layer_spec
 from megamem.megatron.model.memory_mlp import ValueTables
-from megamem.megatron.optimizer.with_tables import scale_tables, with_tables
+from megamem.megatron.optimizer.background import load_background
+from megamem.megatron.optimizer.chain import find_tables
+from megamem.megatron.optimizer.with_memory import scale_tables, with_memory
 from megamem.megatron.reports import sizes
 from megamem.megatron.reports.broken_tables import report_broken
 from megamem.megatron.reports.tensorboard import TrainingMetrics
 from megamem.megatron.startup import checks
-from megamem.megatron.startup.data_checks import check_data_prefixes
 from megamem.megatron.startup.rank_consistency import broadcast_from_rank0, differing_flags
 from megamem.megatron.startup.saved_model import checkpoint_problems
 from megamem.patching import replace, replace_everywhere
@@ -75,7 +76,7 @@ def install() -> None:
     """
     replace_everywhere(arguments, "add_megatron_arguments", _add_flags)
     replace_everywhere(arguments, "validate_args", _validate)
-    replace_everywhere(compat.CONFIG_ROOM, "core_transformer_config_from_args", _carry_settings)
+    replace_everywhere(compat.CONFIG_ROOM, "core_transformer_config_from_args", _carry_spec)
 
 
 def install_memory() -> None:
@@ -110,30 +111,27 @@ def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
         # a wrong flag of ours first: Megatron may stumble over its consequences
         MemoryConfig.from_args(args)
         args = original(args, *rest, **more) or args
-        settings = settings_from_args(args)
-        if settings is None:
+        spec = run_spec(args)
+        if spec is None:
             if idle := idle_flags(MemoryConfig.from_args(args)):
                 logger.warning("%s without --memory-layers: memory is off", ", ".join(idle))
             replace(training, "setup_model_and_optimizer", _refuse_memories)
             return args
         install_memory()
-        ConfigurationError.collect(check_data_prefixes(args))
         # layers differ, so a checkpoint must not stack them on one axis
         args.hetereogenous_dist_checkpoint = True
-        config = compat.CONFIG_ROOM.core_transformer_config_from_args(args)
-        checks.check(args, settings.memory, config)
+        checks.check(spec, args)
         return args
 
     return validate_args
 
 
-def _carry_settings(original: Callable[..., Any]) -> Callable[..., Any]:
+def _carry_spec(original: Callable[..., Any]) -> Callable[..., Any]:
     def core_transformer_config_from_args(args: argparse.Namespace, *rest: Any, **more: Any) -> Any:
         config = original(args, *rest, **more)
         if getattr(args, "memory_layers", None):
-            settings = settings_from_args(args)
             config.hetereogenous_dist_checkpoint = True
-            setattr(config, ATTRIBUTE, settings)
+            setattr(config, ATTRIBUTE, run_spec(args))
         return config
 
     return core_transformer_config_from_args
@@ -149,23 +147,23 @@ def _build_memories(original: Callable[..., Any]) -> Callable[..., Any]:
         bound.apply_defaults()
         given = bound.arguments
         config = given["config"]
-        settings = getattr(config, ATTRIBUTE, None)
-        if settings is None:
+        spec = getattr(config, ATTRIBUTE, None)
+        if spec is None:
             return original(self, *rest, **more)
         groups = given["pg_collection"] or ProcessGroupCollection.use_mpu_process_groups()
         here = {"pg_collection": groups, "vp_stage": given["vp_stage"]}
         if hybrid:
             pattern = given["hybrid_layer_pattern"]
-            given["hybrid_stack_spec"], tables = memory_stack_spec(
-                config, given["hybrid_stack_spec"], settings, pattern, **here
+            given["hybrid_stack_spec"], pools = memory_stack_spec(
+                config, given["hybrid_stack_spec"], spec, pattern, **here
             )
         else:
-            given["transformer_layer_spec"], tables = memory_layer_spec(
-                config, given["transformer_layer_spec"], settings, **here
+            given["transformer_layer_spec"], pools = memory_layer_spec(
+                config, given["transformer_layer_spec"], spec, **here
             )
         original(*bound.args, **bound.kwargs)
-        if tables:
-            self.add_module(TABLES, ValueTables(config, tables))
+        if pools:
+            self.add_module(TABLES, ValueTables(config, pools))
 
     return __init__
 
@@ -173,11 +171,12 @@ def _build_memories(original: Callable[..., Any]) -> Callable[..., Any]:
 def _add_table_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_megatron_optimizer(config: Any, chunks: Any, *rest: Any, **more: Any) -> Any:
         optimizer = original(config, chunks, *rest, **more)
-        args = get_args()
-        settings = settings_from_args(args)
-        if settings is None:
+        spec = spec_of_model(chunks)
+        if spec is None:
             return optimizer
-        return with_tables(optimizer, config, chunks, args, settings.memory)
+        optimizer = with_memory(optimizer, config, chunks, spec)
+        load_background(spec, get_args(), find_tables(chunks))
+        return optimizer
 
     return get_megatron_optimizer
 
@@ -194,10 +193,10 @@ def _count_flops(original: Callable[..., Any]) -> Callable[..., Any]:
     def num_floating_point_operations(
         args: argparse.Namespace, batch_size: int, *rest: Any, **more: Any
     ) -> float:
-        settings = settings_from_args(args)
-        if settings is None:
+        spec = run_spec(args)
+        if spec is None:
             return original(args, batch_size, *rest, **more)
-        return sizes.with_memory_flops(original, args, settings.memory, batch_size, *rest, **more)
+        return sizes.with_memory_flops(original, spec, args, batch_size, *rest, **more)
 
     return num_floating_point_operations
 
@@ -209,7 +208,7 @@ def _refuse_memories(original: Callable[..., Any]) -> Callable[..., Any]:
         args = get_args()
         # one looks for all: a launcher ends the others with it
         if not getattr(args, "memory_layers", None) and dist.get_rank() == 0:
-            ConfigurationError.collect(checkpoint_problems(args, None))
+            ConfigurationError.collect(checkpoint_problems(None, args))
         return original(*rest, **more)
 
     return setup_model_and_optimizer
@@ -218,16 +217,14 @@ def _refuse_memories(original: Callable[..., Any]) -> Callable[..., Any]:
 def _compare_with_ranks_and_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     def setup_model_and_optimizer(*rest: Any, **more: Any) -> Any:
         args = get_args()
-        settings = settings_from_args(args)
-        if settings is None:
+        spec = run_spec(args)
+        if spec is None:
             return original(*rest, **more)
-        memory = settings.memory
-        ConfigurationError.collect(differing_flags(memory, timeout(args)))
+        ConfigurationError.collect(differing_flags(spec, args))
         # all raise together
-        ConfigurationError.collect(broadcast_from_rank0(lambda: checkpoint_problems(args, memory)))
+        ConfigurationError.collect(broadcast_from_rank0(lambda: checkpoint_problems(spec, args)))
         if dist.get_rank() == 0:
-            ranks = memory.memory_group_size or 1
-            sys.stdout.write(f" > {sizes.summary(memory, args.hidden_size, ranks)}\n")
+            sys.stdout.write(f" > {sizes.summary(spec)}\n")
         return original(*rest, **more)
 
     return setup_model_and_optimizer

@@ -1,13 +1,12 @@
 """Updates value tables where they lie, from gradient buffers of their own."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from megamem.config import MemoryConfig
 from megamem.ops import (
     AdamOptions,
     adamw_,
@@ -23,11 +22,13 @@ from megamem.parallel.memory_group import MemoryGroup
 from megamem.parallel.row_shard import TableShard
 from megamem.read_counter import ReadCounter
 from megamem.row_gradient import RowGradient
+from megamem.spec import MemorySpec
 
 
 class Table(Protocol):
     """What the optimizer needs of a layers.ValueTable."""
 
+    name: str
     weight: Any
     shard: TableShard
     group: MemoryGroup
@@ -70,29 +71,29 @@ class TableOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, tables: Mapping[str, Table], config: MemoryConfig, options: StepOptions, **group: Any
+        self, tables: Iterable[Table], spec: MemorySpec, options: StepOptions, **group: Any
     ) -> None:
         """Allocate gradients, counts and state, and hand the tables what is theirs to fill.
 
         Args:
-            tables: by name; there may be none, as on a pipeline stage without memory layers.
-            config: which optimizer.
+            tables: of this rank; there may be none, as on a pipeline stage without memory layers.
+            spec: which optimizer.
             options: of the run.
             group: what the parameter group holds beside the weights: lr, weight_decay, ...
         """
-        self.tables, self.options = tables, options
-        self.kind = config.memory_optimizer
-        self.rounds_randomly = config.memory_stochastic_rounding
+        self.tables, self.options = {table.name: table for table in tables}, options
+        self.kind = spec.optimizer
+        self.rounds_randomly = spec.stochastic_rounding
         self.table_steps = 0
-        self.limit = config.memory_finetune_rows
+        self.limit = spec.finetune_rows
         self.rarity: dict[str, Tensor] = {}
         self.chosen: dict[str, Tensor] = {}
         self.has_chosen = False
         self.gradients: dict[str, RowGradient] = {}
         self.reads: dict[str, ReadCounter] = {}
-        weights = [table.weight for table in tables.values()]
+        weights = [table.weight for table in self.tables.values()]
         super().__init__([{"params": weights, **group}], defaults={"lr": 0.0, "weight_decay": 0.0})
-        for name, table in tables.items():
+        for name, table in self.tables.items():
             weight_rv = table.weight
             dtype = options.buffer_dtype or torch.float32
             if weight_rv.dtype == torch.float64:
@@ -105,7 +106,7 @@ class TableOptimizer(torch.optim.Optimizer):
     @property
     def finetunes(self) -> bool:
         """Only chosen rows are trained."""
-        return self.limit is not None
+        return self.limit > 0
 
     def slots_of(self, table: Table) -> dict[str, Slot]:
         """Name -> slot of a table's state."""
@@ -133,7 +134,7 @@ class TableOptimizer(torch.optim.Optimizer):
         `chosen` then adds up, for each table, how many those were, their lookups and all lookups,
         of which the ranks of a memory group hold parts; replicas and columns count once.
         """
-        if self.limit is None:
+        if not self.finetunes:
             return
         self.has_chosen = True
         for name, table in self.tables.items():

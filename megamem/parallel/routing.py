@@ -38,8 +38,7 @@ from megamem.parallel.collectives import (
     spread_tokens,
 )
 from megamem.parallel.row_shard import RowShard
-
-Wire = Literal["alltoall", "allgather"]
+from megamem.spec import Wire
 
 # at 8 ranks a fixed size costs 33 KiB per token against 28.7 KiB, and no wait; beyond, it grows
 # with the number of ranks (2048-wide bf16 rows, 128 lookups)

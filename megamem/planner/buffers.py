@@ -6,8 +6,9 @@ lookups that arrive at a rank, H heads, Q query width, D hidden size.
 
 import math
 
+from megamem.layers.variants import variant_of
+from megamem.parallel.traffic import widest_slice
 from megamem.planner.job import Job, Layout, layout_wire
-from megamem.planner.traffic import widest_slice
 
 # int64 row ids, fp32 weights
 ROW_ID_BYTES, WEIGHT_BYTES = 8, 4
@@ -39,29 +40,28 @@ def lookup_buffers(job: Job, layout: Layout) -> float:
 def kept_bytes(job: Job, layout: Layout) -> float:
     """Of one memory layer and microbatch, from its forward to its backward.
 
-    A token: the layer's input, its queries, its rows and their weights; of memory+ the read-out,
-    the gate before and after silu, and their product. And the lookups that arrived here; of PEER
-    with three numbers more, the product with u, its gelu, and that times the weight, and the tokens
-    that they are for.
+    A token: the layer's input, its queries, its rows and their weights, and what the variant's
+    output keeps. And the lookups that arrived here, with what the variant's read-out keeps of each,
+    and the tokens that they are for where it looks at them.
     """
-    memory, tokens, e = job.memory, job.microbatch_tokens, job.number_bytes
-    queries = memory.memory_heads * memory.key_dim
-    numbers = job.shape.hidden_size + queries
-    if memory.memory_variant == "memory+":
-        numbers += 4 * memory.value_dim
+    spec, tokens, e = job.spec, job.microbatch_tokens, job.number_bytes
+    queries = spec.heads * spec.key_dim
+    variant = variant_of(spec)
+    numbers = spec.hidden_size + queries
+    numbers += variant.kept_widths * spec.value_dim
     kept = tokens * numbers * e
-    if memory.memory_qk_norm:
+    if spec.qk_norm:
         # queries before and after, and as many sub-keys as all tokens share
-        kept += (tokens + memory.memory_num_keys) * queries * e
-    lookups = memory.lookups_per_token * tokens
+        kept += (tokens + spec.num_keys) * queries * e
+    lookups = spec.lookups_per_token * tokens
     kept += lookups * (ROW_ID_BYTES + WEIGHT_BYTES)
     alone = layout.group_size == 1
     kept += arrived_lookups(job, layout) * (ROW_ID_BYTES + (0 if alone else WEIGHT_BYTES))
     kept += layout.group_size * tokens * ROW_ID_BYTES
-    if memory.memory_variant == "peer":
-        kept += 3 * arrived_lookups(job, layout) * WEIGHT_BYTES
-        # alone, the layer's input itself
-        kept += 0 if alone else layout.group_size * tokens * memory.value_dim * e
+    kept += variant.kept_per_lookup * arrived_lookups(job, layout) * WEIGHT_BYTES
+    if variant.reads_tokens and not alone:
+        # alone, they are the layer's input itself
+        kept += layout.group_size * tokens * spec.value_dim * e
     if layout.row_ranks > 1 and layout_wire(job, layout) == "alltoall":
         kept += lookups * layout.column_ranks * ORDER_BYTES
     return kept
@@ -73,16 +73,16 @@ def passing_bytes(job: Job, layout: Layout) -> float:
     Forward, the scores and candidates of as many tokens as are scored at once beside a copy of the
     sub-keys, then the partial sums of all tokens that are read here, as sent and as arrived, and
     their total in fp32. Backward, the gradients of read-out and gate, those of the partial sums,
-    and the lookups sorted by row; PEER's tables take their turns, u after v.
+    and the lookups sorted by row; several tables of a pool take their turns.
     """
-    memory, tokens, e = job.memory, job.microbatch_tokens, job.number_bytes
-    width = widest_slice(memory.value_dim, layout.column_ranks)
+    spec, tokens, e = job.spec, job.microbatch_tokens, job.number_bytes
+    width = widest_slice(spec.value_dim, layout.column_ranks)
     sums = layout.group_size * tokens * width * e
     total = layout.column_ranks * tokens * width * (4 + e)
-    read_out = tokens * memory.value_dim * e
-    gradients = 2 * read_out if memory.memory_variant == "memory+" else read_out
-    lookups = memory.lookups_per_token * tokens
-    half = memory.key_dim // 2
+    read_out = tokens * spec.value_dim * e
+    gradients = variant_of(spec).gradient_widths * read_out
+    lookups = spec.lookups_per_token * tokens
+    half = spec.key_dim // 2
     return max(
         scored_bytes(job),
         2 * sums + total,
@@ -93,11 +93,11 @@ def passing_bytes(job: Job, layout: Layout) -> float:
 
 def scored_bytes(job: Job) -> float:
     """While the best sub-keys are chosen; for K rows twice the next power of two are candidates."""
-    memory = job.memory
-    a_token = 2 * memory.memory_heads * memory.memory_num_keys * 4
+    spec = job.spec
+    a_token = 2 * spec.heads * spec.num_keys * 4
     tokens = min(job.microbatch_tokens, max(1, SCORE_BYTES // a_token))
-    candidates = 2 * memory.memory_heads * 2 * max(8, 2 ** (memory.memory_topk - 1).bit_length())
-    sub_keys = memory.memory_heads * memory.memory_num_keys * memory.key_dim * job.number_bytes
+    candidates = 2 * spec.heads * 2 * max(8, 2 ** (spec.topk - 1).bit_length())
+    sub_keys = spec.heads * spec.num_keys * spec.key_dim * job.number_bytes
     return tokens * (a_token + candidates * CANDIDATE_BYTES) + sub_keys
 
 
@@ -105,7 +105,7 @@ def arrived_lookups(job: Job, layout: Layout) -> float:
     """M: at a fixed size a place is kept for lookups that went elsewhere."""
     fixed = layout_wire(job, layout) == "allgather"
     senders = layout.group_size if fixed else layout.column_ranks
-    return job.memory.lookups_per_token * job.microbatch_tokens * senders
+    return job.spec.lookups_per_token * job.microbatch_tokens * senders
 
 
 def sorted_bytes(lookups: float, width: int, *, weights: bool) -> float:

@@ -2,6 +2,14 @@
 
 from dataclasses import dataclass
 
+from megamem.layers.variants import variant_of
+from megamem.parallel.traffic import (
+    Traffic,
+    all_reduce_bytes,
+    expected_unique,
+    forward_bytes,
+    widest_slice,
+)
 from megamem.planner.buffers import lookup_buffers
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.job import Job, Layout, layout_traffic
@@ -11,13 +19,6 @@ from megamem.planner.sizes import (
     stage_parameters,
 )
 from megamem.planner.states import TableState
-from megamem.planner.traffic import (
-    Traffic,
-    all_reduce_bytes,
-    expected_unique,
-    forward_bytes,
-    widest_slice,
-)
 
 GRADIENT_BYTES = 4
 MOMENTS_BYTES = 8
@@ -137,15 +138,15 @@ def layout_cost(job: Job, layout: Layout) -> LayoutCost:
 
 def rank_share(job: Job, layout: Layout) -> Share:
     """What falls to one rank of the stage with most memory layers."""
-    memory, microbatches = job.memory, job.cluster.microbatches
-    layers, own_tables = max(job.stage_memories), memory.memory_pool == "layer"
-    rows = -(-memory.num_rows // layout.row_ranks)
-    picks = memory.lookups_per_token * job.microbatch_tokens * layout.column_ranks
+    spec, microbatches = job.spec, job.cluster.microbatches
+    layers, own_tables = max(job.stage_memories), spec.pool == "layer"
+    rows = -(-spec.num_rows // layout.row_ranks)
+    picks = spec.lookups_per_token * job.microbatch_tokens * layout.column_ranks
     readers = (1 if own_tables else layers) * (job.cluster.stage_ranks // layout.group_size)
     return Share(
-        tables=memory.num_tables * (layers if own_tables else 1),
+        tables=len(variant_of(spec).tables) * (layers if own_tables else 1),
         rows=rows,
-        width=widest_slice(memory.value_dim, layout.column_ranks),
+        width=widest_slice(spec.value_dim, layout.column_ranks),
         picks=picks,
         calls=layers * microbatches,
         touched=expected_unique(rows, picks),
@@ -171,7 +172,7 @@ def dense_bytes(job: Job) -> float:
     parameters = max(
         stage_parameters(
             job.shape,
-            job.memory,
+            job.spec,
             cluster.tensor_model_parallel_size,
             cluster.pipeline_model_parallel_size,
         )
@@ -195,9 +196,9 @@ def backward_bytes(
 
 def step_flops(job: Job) -> float:
     """Matrix FLOPs of a step on one rank, if all ranks share them evenly."""
-    per_token = dense_flops_per_token(job.shape, job.memory)
-    memories = len(job.memory.memory_layers)
-    per_token += memories * memory_flops_per_token(job.memory, job.shape.hidden_size)
+    per_token = dense_flops_per_token(job.shape, job.spec)
+    memories = len(job.spec.layers)
+    per_token += memories * memory_flops_per_token(job.spec)
     return per_token * job.cluster.batch * job.shape.seq_length / job.cluster.world_size
 
 
@@ -205,16 +206,20 @@ def _step_seconds(
     job: Job, layout: Layout, share: Share, sent: Traffic, replica_bytes: float, gpu: str
 ) -> StepSeconds:
     hardware, state, e = HARDWARE[gpu], job.state, job.number_bytes
-    memory, cluster, tokens = job.memory, job.cluster, job.microbatch_tokens
-    moved = forward_bytes(memory.value_dim, memory.lookups_per_token, tokens, e=e)
-    # what every rank of the group sums for these tokens is written and read again
+    spec, cluster, tokens = job.spec, job.cluster, job.microbatch_tokens
+    variant = variant_of(spec)
+    read = forward_bytes(spec.value_dim, spec.lookups_per_token, tokens, e=e)
+    # what every rank of the group sums for these tokens is written and read again, and where these
+    # travel to the rows, the gradients of the tokens as well
     sums = (layout.group_size - 1) * tokens * share.width * e
-    moved += sums + backward_bytes(share.touched, share.width, state, e=e)
-    if memory.memory_variant == "peer":
-        # u is read for the products and for the tokens' gradients; its own gradient needs tokens
-        # alone; and of every token there is one more sum
-        moved += 2 * forward_bytes(memory.value_dim, memory.lookups_per_token, tokens, e=e)
-        moved += sums + backward_bytes(share.touched, share.width, state, e=0)
+    moved = sums * (2 if variant.reads_tokens else 1)
+    for use in variant.tables:
+        if use.read == "bag":
+            moved += read + backward_bytes(share.touched, share.width, state, e=e)
+        else:
+            # rows are read for the products and for the tokens' gradients; their own gradient
+            # needs the tokens alone
+            moved += 2 * read + backward_bytes(share.touched, share.width, state, e=0)
     stepped = share.touched_by_step if state.touched_only else share.rows
     within_node = cluster.stage_ranks <= cluster.gpus_per_node
     return StepSeconds(

@@ -2,21 +2,16 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from megamem.config import ConfigurationError, MemoryConfig
+from megamem.config import ConfigurationError
+from megamem.layers.variants import variant_of
+from megamem.parallel.routing import choose_wire
+from megamem.parallel.traffic import Traffic, divisors, mode_problem, traffic
 from megamem.planner.hardware import HARDWARE, Hardware
 from megamem.planner.sizes import ModelShape, stage_layers
-from megamem.planner.states import Optimizer, TableState, table_state
-from megamem.planner.traffic import (
-    Mode,
-    Traffic,
-    Wire,
-    choose_mode,
-    choose_wire,
-    divisors,
-    mode_problem,
-    traffic,
-)
+from megamem.planner.states import TableState, table_state
+from megamem.spec import Layout, MemorySpec, Optimizer, Wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,57 +75,31 @@ class Cluster:
         return self.batch // (self.micro_batch_size * self.data_parallel)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the table lies: over which ranks, and how they share it."""
-
-    mode: Mode
-    group_size: int
-    column_ranks: int
-    """Ranks over which the columns of a row are cut."""
-
-    @property
-    def row_ranks(self) -> int:
-        """Ranks over which the rows are cut."""
-        return self.group_size // self.column_ranks
-
-    def __str__(self) -> str:
-        if self.mode == "2d":
-            return f"2d {self.row_ranks} x {self.column_ranks}"
-        return f"{self.mode} over {self.group_size}"
-
-    @property
-    def flags(self) -> str:
-        """What to add to a command line for this layout."""
-        cut = f" --memory-column-ranks {self.column_ranks}" if self.mode == "2d" else ""
-        return f"--memory-mode {self.mode} --memory-group-size {self.group_size}{cut}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """Everything a plan depends on."""
 
     shape: ModelShape
-    memory: MemoryConfig
-    """Resolved."""
+    spec: MemorySpec
+    """With the layout that was asked for."""
     cluster: Cluster
     gpu: str = "h100"
+    wire: Literal["auto", "alltoall", "allgather"] = "auto"
+    """Of --memory-wire."""
     fill: float = 0.6
     """Share of a GPU's memory that model and optimizer state may take; activations get the rest."""
 
     def with_optimizer(self, name: Optimizer, stochastic_rounding: bool = False) -> "Job":
         """The same job with another optimizer for the table."""
-        memory = replace(
-            self.memory, memory_optimizer=name, memory_stochastic_rounding=stochastic_rounding
-        )
-        return replace(self, memory=memory)
+        spec = replace(self.spec, optimizer=name, stochastic_rounding=stochastic_rounding)
+        return replace(self, spec=spec)
 
     @property
     def state(self) -> TableState:
         return table_state(
-            self.memory.memory_optimizer,
+            self.spec.optimizer,
             half_precision=self.cluster.half_precision,
-            stochastic_rounding=self.memory.memory_stochastic_rounding,
+            stochastic_rounding=self.spec.stochastic_rounding,
         )
 
     @property
@@ -158,7 +127,7 @@ class Job:
         """Pipeline stage -> memory layers on it."""
         stages, layers = self.cluster.pipeline_model_parallel_size, self.shape.num_layers
         return [
-            sum(layer in stage_layers(layers, stages, stage) for layer in self.memory.memory_layers)
+            sum(layer in stage_layers(layers, stages, stage) for layer in self.spec.layers)
             for stage in range(stages)
         ]
 
@@ -168,80 +137,41 @@ def group_sizes(cluster: Cluster) -> list[int]:
     return divisors(cluster.stage_ranks)
 
 
-def asked_layout(job: Job) -> Layout:
-    """The layout that the --memory-* flags ask for.
-
-    Raises:
-        ConfigurationError: the group does not divide the stage, or rows cannot be cut so.
-    """
-    memory, cluster = job.memory, job.cluster
-    size = memory.memory_group_size or cluster.tensor_model_parallel_size
-    sizes = group_sizes(cluster)
-    if size not in sizes:
-        raise ConfigurationError(
-            f"--memory-group-size {size} does not divide the {cluster.stage_ranks} ranks of a "
-            f"pipeline stage; use one of {', '.join(map(str, sizes))}."
-        )
-    mode = memory.memory_mode
-    if mode == "auto":
-        choice = choose_mode(
-            memory.value_dim,
-            memory.lookups_per_token,
-            size,
-            ranks_per_node=cluster.gpus_per_node,
-            column_ranks=memory.memory_column_ranks,
-            wire=memory.memory_wire,
-            e=job.number_bytes,
-            link=job.hardware.link,
-            network=job.hardware.network,
-        )
-        return Layout(choice.mode, size, choice.column_ranks)
-    neighbours = memory.memory_column_ranks or cluster.tensor_model_parallel_size
-    column_ranks = {"row": 1, "column": size, "2d": neighbours}[mode]
-    if problem := mode_problem(mode, memory.value_dim, size, column_ranks):
-        raise ConfigurationError(problem)
-    return Layout(mode, size, column_ranks)
-
-
 def layouts(job: Job) -> list[Layout]:
     """Every group size in every mode that can cut the rows; 2d with its best cut."""
     found = []
-    width = job.memory.value_dim
     for size in group_sizes(job.cluster):
-        found.append(Layout("row", size, 1))
-        if job.memory.memory_variant == "peer":
+        found.append(Layout("row", size))
+        if not variant_of(job.spec).cuts_rows:
             continue
-        if size > 1 and mode_problem("column", width, size, size) is None:
-            found.append(Layout("column", size, size))
-        cuts = [
-            cut
-            for cut in divisors(math.gcd(size, job.cluster.gpus_per_node))
-            if 1 < cut < size and mode_problem("2d", width, size, cut) is None
-        ]
-        if cuts:
-            options = [Layout("2d", size, cut) for cut in cuts]
+        whole = Layout("column", size, size)
+        if size > 1 and mode_problem(whole, job.spec.value_dim) is None:
+            found.append(whole)
+        cuts = divisors(math.gcd(size, job.cluster.gpus_per_node))
+        options = [Layout("2d", size, cut) for cut in cuts if 1 < cut < size]
+        options = [one for one in options if mode_problem(one, job.spec.value_dim) is None]
+        if options:
             found.append(min(options, key=lambda option: _exchange_seconds(job, option)))
     return found
 
 
 def layout_wire(job: Job, layout: Layout) -> Wire:
     """How lookups reach the ranks that hold their rows."""
-    wanted = job.memory.memory_wire
-    return choose_wire(layout.row_ranks) if wanted == "auto" else wanted
+    return choose_wire(job.wire, layout.row_ranks)
 
 
 def layout_traffic(job: Job, layout: Layout) -> Traffic:
     """Bytes that a layout sends per token and memory layer."""
-    memory, size = job.memory, layout.group_size
+    spec, size = job.spec, layout.group_size
     return traffic(
         layout.mode,
-        memory.value_dim,
-        memory.lookups_per_token,
+        spec.value_dim,
+        spec.lookups_per_token,
         size,
         column_ranks=layout.column_ranks,
         ranks_per_node=min(size, job.cluster.gpus_per_node),
         wire=layout_wire(job, layout),
-        tokens=memory.memory_variant == "peer",
+        tokens=variant_of(spec).reads_tokens,
         e=job.number_bytes,
     )
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from megamem.config import ConfigurationError
 from megamem.planner.cost import LayoutCost, layout_cost, rank_bytes
 from megamem.planner.hardware import HARDWARE
-from megamem.planner.job import Job, asked_layout, layouts
+from megamem.planner.job import Job, layouts
 from megamem.planner.sizes import stage_layers, table_parameters, total_parameters
-from megamem.planner.states import OPTIMIZERS, Optimizer
+from megamem.planner.states import OPTIMIZERS
+from megamem.spec import Optimizer
 
 GB = 1e9
 KIB = 1024
@@ -39,7 +40,7 @@ def make_plan(job: Job) -> Plan:
         ConfigurationError: the layers cannot be placed, or no layout fits the GPUs.
     """
     check_layers(job)
-    asked = layout_cost(job, asked_layout(job))
+    asked = layout_cost(job, job.spec.layout)
     costs = [layout_cost(job, layout) for layout in layouts(job)]
     fitting = [cost for cost in costs if fits(job, cost)]
     if not fitting:
@@ -47,7 +48,7 @@ def make_plan(job: Job) -> Plan:
     best = min(fitting, key=lambda c: (c.seconds[job.gpu].table, c.layout.group_size))
     return Plan(
         job=job,
-        parameters=total_parameters(job.shape, job.memory),
+        parameters=total_parameters(job.shape, job.spec),
         costs=costs,
         asked=asked,
         recommended=best,
@@ -55,9 +56,7 @@ def make_plan(job: Job) -> Plan:
         gpus_needed={
             name: {
                 gpu: gpus_needed(
-                    replace(job, gpu=gpu).with_optimizer(
-                        name, job.memory.memory_stochastic_rounding
-                    )
+                    replace(job, gpu=gpu).with_optimizer(name, job.spec.stochastic_rounding)
                 )
                 for gpu in HARDWARE
             }
@@ -76,7 +75,7 @@ def check_layers(job: Job) -> None:
     Raises:
         ConfigurationError: there are none, or beyond the model, or of one pool on two stages.
     """
-    memory, layers = job.memory, job.memory.memory_layers
+    spec, layers = job.spec, job.spec.layers
     stages = job.cluster.pipeline_model_parallel_size
     if not layers:
         raise ConfigurationError(
@@ -98,7 +97,7 @@ def check_layers(job: Job) -> None:
         for stage in range(stages)
         if (found := sorted(set(layers) & set(stage_layers(job.shape.num_layers, stages, stage))))
     }
-    if memory.memory_pool == "shared" and len(places) > 1:
+    if spec.pool == "shared" and len(places) > 1:
         told = ", ".join(f"{found} on stage {stage}" for stage, found in places.items())
         raise ConfigurationError(
             f"--memory-layers {' '.join(map(str, layers))} share one table but lie on several "
@@ -121,9 +120,9 @@ def gpus_needed(job: Job) -> int | None:
     cluster, stages = job.cluster, job.cluster.pipeline_model_parallel_size
     unit = stages * cluster.tensor_model_parallel_size * cluster.context_parallel_size
     # weights and optimizer state alone are a bound
-    state: float = table_parameters(job.memory) * (job.state.weights + job.state.optimizer)
-    if job.memory.memory_pool == "layer":
-        state *= max(job.stage_memories) / len(job.memory.memory_layers)
+    state: float = table_parameters(job.spec) * (job.state.weights + job.state.optimizer)
+    if job.spec.pool == "layer":
+        state *= max(job.stage_memories) / len(job.spec.layers)
     world = gpus_for_bytes(state, job.room) * stages
     while True:
         step = math.lcm(unit, cluster.gpus_per_node) if world > cluster.gpus_per_node else unit
@@ -183,14 +182,14 @@ def _nothing_fits(job: Job, leanest: LayoutCost) -> str:
         options.append(f"--world-size {more} (with other GPUs: {', '.join(others)})")
     leaner = [
         job.with_optimizer(name, rounding)
-        for rounding in sorted({job.memory.memory_stochastic_rounding, job.cluster.half_precision})
+        for rounding in sorted({job.spec.stochastic_rounding, job.cluster.half_precision})
         for name in OPTIMIZERS
     ]
     for other in leaner:
         if _fits_somehow(other):
-            memory = other.memory
-            rounding = " --memory-stochastic-rounding" if memory.memory_stochastic_rounding else ""
-            options.append(f"--memory-optimizer {memory.memory_optimizer}{rounding}")
+            spec = other.spec
+            rounding = " --memory-stochastic-rounding" if spec.stochastic_rounding else ""
+            options.append(f"--memory-optimizer {spec.optimizer}{rounding}")
             break
     if not options:
         options.append("a smaller --memory-num-keys, or a wider --tensor-model-parallel-size")

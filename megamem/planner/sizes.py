@@ -1,8 +1,13 @@
 """How many parameters and FLOPs a model has, dense parts and memories, in closed form."""
 
+import functools
+import math
 from dataclasses import dataclass, replace
 
-from megamem.config import ConfigurationError, MemoryConfig
+from megamem.config import ConfigurationError
+from megamem.layers.init import WeightFactory
+from megamem.layers.variants import table_names, variant_of
+from megamem.spec import MemorySpec
 
 FORWARD_AND_BACKWARD = 3
 MULTIPLY_AND_ADD = 2
@@ -138,53 +143,57 @@ def dense_parts(shape: ModelShape, tp: int = 1) -> Parameters:
     )
 
 
-def memory_layer_parameters(memory: MemoryConfig, hidden_size: int) -> int:
+def memory_layer_parameters(spec: MemorySpec) -> int:
     """Numbers in one memory layer, the value table not among them.
 
-    Query, sub-keys, the gains of q/k norm, and of memory+ gate and projection.
+    Query, sub-keys, the gains of q/k norm, and what the variant's output has.
     """
-    query = (hidden_size + 1) * memory.memory_heads * memory.key_dim
-    sub_keys = memory.memory_heads * memory.memory_num_keys * memory.key_dim
-    gains = memory.key_dim + memory.key_dim // 2 if memory.memory_qk_norm else 0
-    gated = memory.memory_variant == "memory+"
-    output = 2 * hidden_size * memory.value_dim + memory.value_dim + hidden_size if gated else 0
-    return query + sub_keys + gains + output
+    query = (spec.hidden_size + 1) * spec.heads * spec.key_dim
+    sub_keys = spec.heads * spec.num_keys * spec.key_dim
+    gains = spec.key_dim + spec.key_dim // 2 if spec.qk_norm else 0
+    return query + sub_keys + gains + sum(math.prod(shape) for shape in output_shapes(spec))
 
 
-def table_parameters(memory: MemoryConfig) -> int:
-    """Numbers in all tables of the model; PEER has two in a pool."""
-    pools = 1 if memory.memory_pool == "shared" else len(memory.memory_layers)
-    return pools * memory.num_tables * memory.num_rows * memory.value_dim
+@functools.cache
+def output_shapes(spec: MemorySpec) -> list[tuple[int, ...]]:
+    """The shape of each weight of a layer's output, of which none is allocated."""
+    make = WeightFactory(seed=0, name="shapes", device="meta")
+    return [tuple(weight.shape) for weight in variant_of(spec).output(spec, make).parameters()]
 
 
-def total_parameters(shape: ModelShape, memory: MemoryConfig | None) -> dict[str, int]:
+def table_parameters(spec: MemorySpec) -> int:
+    """Numbers in all tables of the model."""
+    return len(table_names(spec)) * spec.num_rows * spec.value_dim
+
+
+def total_parameters(shape: ModelShape, spec: MemorySpec | None) -> dict[str, int]:
     """Part of the model -> its parameters, and their sum under `total`."""
     parts = dense_parts(shape)
-    places = len(memory.memory_layers) if memory else 0
-    kept = shape.num_layers if memory and memory.memory_keep_ffn else shape.num_layers - places
+    places = len(spec.layers) if spec else 0
+    kept = shape.num_layers if spec and spec.keep_ffn else shape.num_layers - places
     found = {
         "embeddings": parts.embeddings + parts.output,
         "attention and norms": shape.num_layers * parts.layer + parts.final_norm,
         "feed-forwards": kept * parts.ffn,
     }
-    if memory:
-        found["memory layers"] = places * memory_layer_parameters(memory, shape.hidden_size)
-        found["value table"] = table_parameters(memory)
+    if spec:
+        found["memory layers"] = places * memory_layer_parameters(spec)
+        found["value table"] = table_parameters(spec)
     return found | {"total": sum(found.values())}
 
 
-def stage_parameters(shape: ModelShape, memory: MemoryConfig, tp: int, pp: int) -> list[int]:
+def stage_parameters(shape: ModelShape, spec: MemorySpec, tp: int, pp: int) -> list[int]:
     """Pipeline stage -> parameters on each of its ranks, the value table not among them.
 
     A memory layer's own weights are whole on every rank.
     """
     parts = dense_parts(shape, tp)
-    own = memory_layer_parameters(memory, shape.hidden_size)
+    own = memory_layer_parameters(spec)
     stages = []
     for stage in range(pp):
         layers = stage_layers(shape.num_layers, pp, stage)
-        places = sum(layer in layers for layer in memory.memory_layers)
-        ffns = len(layers) if memory.memory_keep_ffn else len(layers) - places
+        places = sum(layer in layers for layer in spec.layers)
+        ffns = len(layers) if spec.keep_ffn else len(layers) - places
         count = len(layers) * parts.layer + ffns * parts.ffn + places * own
         if stage == 0:
             count += parts.embeddings
@@ -205,26 +214,26 @@ def stage_layers(num_layers: int, pp: int, stage: int) -> range:
     return range(stage * num_layers // pp, (stage + 1) * num_layers // pp)
 
 
-def memory_flops_per_token(memory: MemoryConfig, hidden_size: int) -> int:
+def memory_flops_per_token(spec: MemorySpec) -> int:
     """Matrix FLOPs of one memory layer, forward and backward; reading the table is none.
 
     Nor are PEER's products of u with the token: they take L * D multiply-adds, as the sum of a bag
     does, at the pace at which rows are read, and are counted with neither variant.
     """
-    query = hidden_size * memory.memory_heads * memory.key_dim
-    scores = memory.memory_heads * memory.memory_num_keys * memory.key_dim
-    output = 2 * hidden_size * memory.value_dim if memory.memory_variant == "memory+" else 0
+    query = spec.hidden_size * spec.heads * spec.key_dim
+    scores = spec.heads * spec.num_keys * spec.key_dim
+    output = sum(math.prod(shape) for shape in output_shapes(spec) if len(shape) == 2)
     return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * (query + scores + output)
 
 
-def dense_flops_per_token(shape: ModelShape, memory: MemoryConfig) -> int:
+def dense_flops_per_token(shape: ModelShape, spec: MemorySpec | None) -> int:
     """Matrix FLOPs of everything but the memories, forward and backward; causal attention."""
     without_norms = replace(shape, add_bias_linear=False, add_qkv_bias=False)
     width, inner = shape.attention_width, shape.ffn_width * (3 if shape.swiglu else 2)
     attention = shape.hidden_size * (without_norms.qkv_width + width)
     # scores and their product with the values, over half of the sequence on average
     attention += width * shape.seq_length
-    ffns = shape.num_layers - (0 if memory.memory_keep_ffn else len(memory.memory_layers))
+    ffns = shape.num_layers - (0 if spec is None or spec.keep_ffn else len(spec.layers))
     matrices = shape.num_layers * attention + ffns * shape.hidden_size * inner
     matrices += shape.padded_vocab_size * shape.hidden_size
     return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * matrices

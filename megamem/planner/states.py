@@ -4,9 +4,9 @@ One place for these figures: the optimizer's own tests compare themselves with i
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
-Optimizer = Literal["adamw", "lazy_adamw", "rowwise_adamw", "sgd"]
+from megamem.spec import Optimizer
+
 OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "lazy_adamw", "rowwise_adamw", "sgd")
 
 HITS = 4

@@ -20,7 +20,8 @@ import triton
 from rich.console import Console
 from rich.progress import Progress
 
-from megamem.errors import complain, refuse
+from megamem.config import ConfigurationError
+from megamem.errors import complain
 from megamem.tools import memory_bench
 from megamem.tools.bench_cases import (
     MAX_RELATIVE_ERROR,
@@ -49,29 +50,29 @@ MARKER = "bench"
 WRONG_RESULT = 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run the benchmark; return its exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if "--memory" in words:
-        return memory_bench.main([word for word in words if word != "--memory"])
-    args = _parser().parse_args(words)
+    if args.memory:
+        return memory_bench.run(args)
     if args.table:
         return _show_table([Path(path) for path in args.table], args.into)
     if args.into:
-        return refuse("--into is for a --table; measure with --json first")
+        raise ConfigurationError("--into is for a --table; measure with --json first")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     published = None
     if args.published:
         try:
             published = PublishedKernels.load(Path(args.published), device)
         except ValueError as error:
-            return refuse(str(error))
+            raise ConfigurationError(str(error)) from error
     for path in (args.json, args.plot):
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
+            # before minutes have gone into it
+            Path(path).touch()
     torch.manual_seed(args.seed)
     cases = list(_cases(args, device, published))
-    found = _measure_all(cases, args, device, " ".join(("python -m megamem bench", *words)))
+    found = _measure_all(cases, args, device)
     if args.plot:
         from megamem.tools.bench_plot import plot
 
@@ -92,9 +93,7 @@ class Found:
     """Cases whose result is wrong, or that failed."""
 
 
-def _measure_all(
-    cases: list[Case], args: argparse.Namespace, device: torch.device, command: str
-) -> Found:
+def _measure_all(cases: list[Case], args: argparse.Namespace, device: torch.device) -> Found:
     """Measure one case after the other, show and write what comes of them."""
     # a file has no width of its own
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -118,7 +117,7 @@ def _measure_all(
                 if case.memory > free:
                     needed = f"{case.memory / 2**30:.0f} GiB of {free / 2**30:.0f} GiB free"
                     raise torch.OutOfMemoryError(f"it takes {needed}")
-                record = measure(case, device, name, ceiling, args.min_ms, command)
+                record = measure(case, device, name, ceiling, args.min_ms, args.command)
             except torch.OutOfMemoryError as error:
                 found.skipped.append(f"{named}: {first_line(error)}")
             except Exception as error:
@@ -147,38 +146,29 @@ def _keep(record: Record, named: str, found: Found, path: str | None) -> None:
             file.write(json.dumps(asdict(record)) + "\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megamem bench", description=main.__doc__)
-    parser.add_argument(
-        "--memory", action="store_true", help="measure what ranks hold instead; has its own --help"
-    )
-    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
-    parser.add_argument(
-        "--quick", action="store_true", help="one size of each op, that of a layer of 2048"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of tables and queries")
-    parser.add_argument("--min-ms", type=float, default=200, help="time spent on each timing")
-    parser.add_argument("--json", metavar="FILE", help="write one record per line")
-    parser.add_argument("--plot", metavar="FILE", help="draw the roofline as a PNG")
-    parser.add_argument(
-        "--published",
-        metavar="DIR",
-        help="also time the bag kernels in this checkout of facebookresearch/memory",
-    )
-    parser.add_argument(
-        "--table",
-        nargs="+",
-        metavar="FILE",
-        help="measure nothing: turn --json files into Markdown",
-    )
-    parser.add_argument(
-        "--into",
-        metavar="PAGE",
-        help=f"with --table: put it between the markers {MARKER!r} of this page",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    return parser
+def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Those of `megamem bench`, or, where --memory is among the words, of that."""
+    add = parser.add_argument
+    add("--memory", action="store_true", help="measure what ranks hold instead; has its own --help")
+    if "--memory" in words:
+        parser.description = memory_bench.__doc__
+        memory_bench.add_flags(parser)
+        return
+    parser.set_defaults(command=" ".join(("python -m megamem bench", *words)))
+    add("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
+    add("--ops", nargs="+", choices=OPS, default=OPS)
+    add("--quick", action="store_true", help="one size of each op, that of a layer of 2048")
+    add("--dtype", choices=DTYPES, default="bf16", help="of tables and queries")
+    add("--min-ms", type=float, default=200, help="time spent on each timing")
+    add("--json", metavar="FILE", help="write one record per line")
+    add("--plot", metavar="FILE", help="draw the roofline as a PNG")
+    published = "also time the bag kernels in this checkout of facebookresearch/memory"
+    add("--published", metavar="DIR", help=published)
+    table = "measure nothing: turn --json files into Markdown"
+    add("--table", nargs="+", metavar="FILE", help=table)
+    into = f"with --table: put it between the markers {MARKER!r} of this page"
+    add("--into", metavar="PAGE", help=into)
+    add("--seed", type=int, default=0)
 
 
 def _show_table(paths: list[Path], page: str | None) -> int:
@@ -187,14 +177,14 @@ def _show_table(paths: list[Path], page: str | None) -> int:
         try:
             records += read_records(path)
         except (OSError, ValueError) as error:
-            return refuse(f"{path} holds no records of --json: {error}")
+            raise ConfigurationError(f"{path} holds no records of --json: {error}") from error
     if page is None:
         sys.stdout.write(markdown(records))
         return 0
     try:
         text = rewrite(Path(page).read_text(), MARKER, markdown(records).rstrip("\n"))
     except (OSError, ValueError) as error:
-        return refuse(f"--into {page}: {error}")
+        raise ConfigurationError(f"--into {page}: {error}") from error
     Path(page).write_text(text)
     return 0
 
@@ -329,7 +319,3 @@ def _free_bytes(device: torch.device) -> float:
     torch.cuda.empty_cache()
     # what allocating needs to round up and to keep
     return 0.85 * torch.cuda.mem_get_info(device)[0]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -29,15 +29,14 @@ from rich.table import Table
 from torch import Tensor
 
 from megamem import __version__
-from megamem.config import MemoryConfig
-from megamem.layers.init import WeightFactory
+from megamem.config import ConfigurationError, MemoryConfig
 from megamem.layers.memory import MemoryLayer
-from megamem.layers.value_table import ValueTable
+from megamem.layers.memory_pool import MemoryPool
 from megamem.megatron.reports import lost_ranks
 from megamem.ops import forms
 from megamem.ops.backend import use_triton
-from megamem.parallel.memory_group import MemoryGroup
 from megamem.patching import MissingSymbolError
+from megamem.resolution import resolve
 from megamem.tools import known_answers
 from megamem.tools.doctor_collectives import COLLECTIVES, MIB, collective_check
 from megamem.tools.doctor_finding import Finding, Status
@@ -53,26 +52,23 @@ CPU_SCALE = 4096
 """What sizes of the known answers are divided by where there is no GPU."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Examine this machine, or under torchrun all of them; 1 if something is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="megamem doctor", description=(__doc__ or "").partition("\n\n")[2], allow_abbrev=False
-    )
-    parser.add_argument(
-        "--mib", type=int, help="size of a collective on each rank; default 64, on CPUs 4"
-    )
-    parser.add_argument(
-        "--timeout", type=int, default=60, help="seconds that a rank waits for the others"
-    )
-    parser.add_argument(
+def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Those of `megamem doctor`."""
+    add = parser.add_argument
+    add("--mib", type=int, help="size of a collective on each rank; default 64, on CPUs 4")
+    add("--timeout", type=int, default=60, help="seconds that a rank waits for the others")
+    add(
         "--light",
         action="store_true",
         help="without known answers, which take a GPU's memory: for a health check beside a run",
     )
-    options = parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Examine this machine, or under torchrun all of them; 1 if something is wrong."""
     for name, value in (("--mib", options.mib), ("--timeout", options.timeout)):
         if value is not None and value < 1:
-            parser.error(f"{name} {value} must be at least 1")
+            raise ConfigurationError(f"{name} {value} must be at least 1")
 
     device = own_device()
     findings = [*versions(), *megatron(), *used(device), *devices()]
@@ -308,27 +304,16 @@ def layer_check(device: torch.device) -> Finding:
 def tiny_layer(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Name -> output and gradients of a layer whose weights and input are the same every time."""
     hidden = 64
-    config = MemoryConfig(
-        memory_layers=[0], memory_num_keys=32, memory_heads=2, memory_topk=8
-    ).resolve(hidden)
-    make = WeightFactory(seed=1, name="doctor", device=device, dtype=dtype)
-    layer = MemoryLayer(
-        config,
-        hidden,
-        ValueTable(config, make, MemoryGroup()),
-        layer=0,
-        group=None,
-        tokens_sharded=True,
-        seed=1,
-        device=device,
-        dtype=dtype,
-    )
+    config = MemoryConfig(memory_layers=[0], memory_num_keys=32, memory_heads=2, memory_topk=8)
+    spec = resolve(config, hidden, seed=1)
+    pool = MemoryPool(spec, "doctor", device=device, dtype=dtype)
+    layer = MemoryLayer(spec, pool, device=device, dtype=dtype)
     torch.manual_seed(1)
     x_SBD = torch.randn(32, 2, hidden).to(device, dtype).requires_grad_()
     out_SBD = layer(x_SBD)
     out_SBD.square().sum().backward()
     assert x_SBD.grad is not None
-    values_grad, keys_grad = layer.values.weight.grad, layer.keys.sub_keys.grad
+    values_grad, keys_grad = pool.values.weight.grad, layer.keys.sub_keys.grad
     assert values_grad is not None and keys_grad is not None
     return {
         "output": out_SBD.detach(),

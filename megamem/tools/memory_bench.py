@@ -20,12 +20,12 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -34,16 +34,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from megamem.config import ConfigurationError, MemoryConfig
-from megamem.errors import refuse
-from megamem.layers.init import WeightFactory
+from megamem.config import MemoryConfig
 from megamem.layers.memory import MemoryLayer
-from megamem.layers.value_table import ValueTable
+from megamem.layers.memory_pool import MemoryPool
 from megamem.optimizer import StepOptions, TableOptimizer
 from megamem.parallel.memory_group import form, partition
-from megamem.planner import OPTIMIZERS, Cluster, Job, Layout, ModelShape
+from megamem.planner import OPTIMIZERS, Cluster, Job, ModelShape
 from megamem.planner.cost import rank_bytes
 from megamem.planner.sizes import memory_layer_parameters
+from megamem.resolution import resolve
+from megamem.spec import Layout, MemorySpec
 from megamem.tools.memory_peaks import PHASES, CpuPeaks, GpuPeaks, leave_kernels_out
 
 LAYERS = 2
@@ -67,7 +67,7 @@ class Sizes:
     heads: int
     topk: int
     optimizer: str = "adamw"
-    wire: str = "auto"
+    wire: Literal["auto", "alltoall", "allgather"] = "auto"
 
 
 GPU_SIZES = Sizes(num_keys=1024, width=1024, key_dim=512, tokens=8192, heads=4, topk=32)
@@ -108,9 +108,11 @@ class Record:
         return (peak - held) / self.planned["buffers"]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run the benchmark; return its exit status, not 0 where a peak is off the plan."""
-    args = _parser().parse_args(list(sys.argv[1:] if argv is None else argv))
+    if args.json:
+        # before minutes have gone into it
+        Path(args.json).touch()
     gpus = torch.cuda.device_count() if args.device != "cpu" else 0
     sizes = _sizes(args, GPU_SIZES if gpus else CPU_SIZES)
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -118,16 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         (mode, ranks) for ranks in args.ranks for mode in args.modes if ranks > 1 or mode == "row"
     ]
     records = []
-    try:
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("", total=len(cases))
-            for mode, ranks in cases:
-                progress.update(task, description=f"{mode} over {ranks}")
-                if not gpus or ranks <= gpus:
-                    records.append(measure(mode, ranks, sizes, on_gpu=bool(gpus)))
-                progress.advance(task)
-    except ConfigurationError as error:
-        return refuse(error)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(cases))
+        for mode, ranks in cases:
+            progress.update(task, description=f"{mode} over {ranks}")
+            if not gpus or ranks <= gpus:
+                records.append(measure(mode, ranks, sizes, on_gpu=bool(gpus)))
+            progress.advance(task)
     console.print(rich_table(records))
     if left_out := [str(ranks) for ranks in args.ranks if gpus and ranks > gpus]:
         console.print(
@@ -138,12 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return BEYOND_PLAN if any(abs(r.ratio - 1) > TOLERANCE for r in records) else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="megamem bench --memory",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of `megamem bench --memory`."""
     add = parser.add_argument
     add("--ranks", nargs="+", type=int, default=[1, 2, 4], help="sizes of the memory group")
     add("--modes", nargs="+", choices=MODES, default=MODES)
@@ -160,7 +155,6 @@ def _parser() -> argparse.ArgumentParser:
     ):
         add(f"--{name}", type=int, help=meaning)
     add("--json", metavar="FILE", help="write the records")
-    return parser
 
 
 def _sizes(args: argparse.Namespace, default: Sizes) -> Sizes:
@@ -196,29 +190,28 @@ def job_of(mode: str, ranks: int, sizes: Sizes) -> tuple[Job, Layout]:
         seq_length=sizes.tokens,
     )
     cluster = Cluster(world_size=ranks, half_precision=True)
-    column_ranks = ranks if mode == "column" else 1
-    return Job(shape=shape, memory=_config(mode, ranks, sizes), cluster=cluster), Layout(
-        "column" if mode == "column" else "row", ranks, column_ranks
-    )
+    spec = _spec(mode, ranks, sizes)
+    return Job(shape=shape, spec=spec, cluster=cluster, wire=sizes.wire), spec.layout
 
 
-def _config(mode: str, ranks: int, sizes: Sizes) -> MemoryConfig:
+def _spec(mode: str, ranks: int, sizes: Sizes) -> MemorySpec:
     settings: dict[str, Any] = {"memory_mode": mode, "memory_group_size": ranks}
     settings |= {"memory_optimizer": sizes.optimizer, "memory_wire": sizes.wire}
-    return MemoryConfig(
+    config = MemoryConfig(
         memory_layers=list(range(LAYERS)),
         memory_num_keys=sizes.num_keys,
         memory_key_dim=sizes.key_dim,
         memory_heads=sizes.heads,
         memory_topk=sizes.topk,
         **settings,
-    ).resolve(sizes.width)
+    )
+    return resolve(config, sizes.width, seed=0)
 
 
 def planned_bytes(job: Job, layout: Layout) -> dict[str, float]:
     """Part -> bytes on the fullest rank."""
     parts = rank_bytes(job, layout)
-    own = LAYERS * memory_layer_parameters(job.memory, job.shape.hidden_size)
+    own = LAYERS * memory_layer_parameters(job.spec)
     return {
         "weights": parts.weights,
         "gradients": parts.gradients,
@@ -271,26 +264,14 @@ def _step(
     mode: str, ranks: int, sizes: Sizes, device: torch.device, phase: Callable[[str], None]
 ) -> None:
     """Build a table and its layers, and make one step, naming the phases as they begin."""
-    config = _config(mode, ranks, sizes)
+    spec = _spec(mode, ranks, sizes)
     group = form(partition([list(range(ranks))], ranks, ranks if mode == "column" else 1))
     place: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
-    table = ValueTable(config, WeightFactory(seed=0, name="table", **place), group)
+    pool = MemoryPool(spec, group=group, **place)
     # as in a run: no gradient of it is autograd's
-    table.weight.requires_grad_(False)
-    layers = [
-        MemoryLayer(
-            config,
-            sizes.width,
-            table,
-            layer=n,
-            group=group.members,
-            tokens_sharded=True,
-            seed=0,
-            **place,
-        )
-        for n in range(LAYERS)
-    ]
-    optimizer = TableOptimizer({"table": table}, config, StepOptions(), lr=1e-3, weight_decay=0.1)
+    pool.tables.requires_grad_(False)
+    layers = [MemoryLayer(spec, pool, layer=n, group=group.members, **place) for n in range(LAYERS)]
+    optimizer = TableOptimizer(pool, spec, StepOptions(), lr=1e-3, weight_decay=0.1)
     for layer in layers:
         for weight in layer.parameters():
             # where Megatron sums gradients there is room for them all the time
@@ -336,7 +317,3 @@ def as_json(record: Record) -> dict[str, Any]:
         "ratio": record.ratio,
         "buffers_ratio": record.buffers_ratio,
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,15 +16,16 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
 from megamem.config import ConfigurationError, MemoryConfig
-from megamem.errors import refuse
 from megamem.planner import PRESETS, Cluster, Job, ModelShape, make_plan, preset
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.plan import Plan
+from megamem.resolution import resolve
+from megamem.spec import MemorySpec
 from megamem.tools.plan_tables import show_plan
 
 WIDTH_OF_A_FILE = 120
@@ -45,15 +46,10 @@ UNPLANNED = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Plan; return the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+def run(args: argparse.Namespace) -> int:
+    """Print the plan, and write it for --json."""
+    plan = make_plan(job_from_args(args))
     console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
-    try:
-        args = parse(words)
-        plan = make_plan(job_from_args(args))
-    except ConfigurationError as error:
-        return refuse(error)
     show_plan(plan, console)
     if args.json:
         Path(args.json).write_text(json.dumps(as_json(plan), indent=2) + "\n")
@@ -61,19 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The command line; a --preset's flags first, so that others overrule them.
-
-    Raises:
-        ConfigurationError: a flag is unknown, or its value is none that it can have.
-    """
-    parser = _own_flags()
+def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """The planner's own flags, the memory's and Megatron's; those of a --preset as defaults."""
+    _add_own_flags(parser)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         # Megatron says at import what it lacks for training
         warnings.simplefilter("ignore")
         from megatron.training.arguments import add_megatron_arguments
 
-        from megamem.errors import suggestion
         from megamem.megatron.arguments import add_memory_flags
 
     add_memory_flags(parser)
@@ -81,27 +72,17 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add_megatron_arguments(parser)
     # a page of Megatron's hundreds of flags would hide the planner's own
     parser.format_help = lambda: page  # type: ignore[method-assign]
-
-    def error(message: str) -> NoReturn:
-        raise ConfigurationError(message + suggestion(message, parser._option_string_actions))
-
-    parser.error = error  # type: ignore[method-assign]
     chosen = parser.parse_args(words).preset
     if chosen:
         parser.set_defaults(**_preset_flags(chosen))
-    return parser.parse_args(words)
 
 
-def _own_flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="megamem plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="All other flags are Megatron's: --num-layers --hidden-size --ffn-hidden-size "
-        "--num-attention-heads --vocab-size --seq-length --micro-batch-size --global-batch-size "
-        "--tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size "
-        "--bf16 ...; those that change no size are ignored.",
+def _add_own_flags(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "All other flags are Megatron's: --num-layers --hidden-size --ffn-hidden-size\n"
+        "--num-attention-heads --vocab-size --seq-length --micro-batch-size --global-batch-size\n"
+        "--tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size\n"
+        "--bf16 ...; those that change no size are ignored."
     )
     add = parser.add_argument
     add("--world-size", "--num-gpus", type=int, help="ranks of the run; default: one model's worth")
@@ -121,7 +102,6 @@ def _own_flags() -> argparse.ArgumentParser:
         "distributed optimizer",
     )
     add("--json", metavar="FILE", help="write the plan")
-    return parser
 
 
 def _preset_flags(name: str) -> dict[str, Any]:
@@ -178,8 +158,25 @@ def job_from_args(args: argparse.Namespace) -> Job:
         half_precision=bool(args.bf16 or args.fp16),
         use_distributed_optimizer=args.use_distributed_optimizer,
     )
-    memory = MemoryConfig.from_args(args).resolve(shape.hidden_size)
-    return Job(shape=shape, memory=memory, cluster=cluster, gpu=args.gpu, fill=args.fill)
+    hardware = HARDWARE[args.gpu]
+    spec = resolve(
+        MemoryConfig.from_args(args),
+        shape.hidden_size,
+        tensor_ranks=tp,
+        stage_ranks=cluster.stage_ranks,
+        ranks_per_node=args.gpus_per_node,
+        number_bytes=2 if cluster.half_precision else 4,
+        link=hardware.link,
+        network=hardware.network,
+    )
+    return Job(
+        shape=shape,
+        spec=spec,
+        cluster=cluster,
+        gpu=args.gpu,
+        wire=args.memory_wire,
+        fill=args.fill,
+    )
 
 
 def shape_from_args(args: argparse.Namespace) -> ModelShape:
@@ -240,7 +237,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         costs[str(cost.layout)] = record
     return {
         "model": asdict(plan.job.shape),
-        "memory": plan.job.memory.to_dict(),
+        "memory": _plain(plan.job.spec),
         "cluster": asdict(plan.job.cluster),
         "gpu": plan.job.gpu,
         "fill": plan.job.fill,
@@ -254,5 +251,5 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _plain(spec: MemorySpec) -> dict[str, Any]:
+    return asdict(spec) | {"timeout": spec.timeout.total_seconds()}

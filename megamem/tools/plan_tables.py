@@ -18,7 +18,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     show(_needed(plan))
     state = job.state
     show(
-        f"{job.memory.memory_optimizer} keeps {state.total} bytes per table parameter: weights "
+        f"{job.spec.optimizer} keeps {state.total} bytes per table parameter: weights "
         f"{state.weights}, fp32 copy {state.master}, gradient {state.gradient}, moments "
         f"{state.moments}" + (f"; and {state.per_row} per row." if state.per_row else "."),
     )

@@ -9,10 +9,13 @@ import triton
 from torch.nn import functional as F
 
 from megamem import ops
+from megamem.__main__ import INTERRUPTED, parse
 from megamem.errors import USER_ERROR
 from megamem.tools import bench, bench_cases, bench_published, bench_steps, bench_table
 from megamem.tools.bench_published import PublishedKernels
+from tests.helpers.commands import command
 
+run_bench = command("bench")
 RESULTS = sorted((Path(__file__).parent / "results").glob("*.jsonl"))
 MEASURED = {"embedding_bag", "product_topk", "adamw_", "touched_adamw_", "row_dot"}
 FIELDS = {
@@ -47,7 +50,7 @@ def small_and_on_the_twins(monkeypatch):
 def test_writes_a_record_of_each_case_and_a_picture(tmp_path, capsys):
     files = (tmp_path / "results" / "records.json", tmp_path / "pictures" / "roofline.png")
     options = ["--device", "cpu", "--quick", "--min-ms", "1"]
-    assert bench.main([*options, "--json", str(files[0]), "--plot", str(files[1])]) == 0
+    assert run_bench([*options, "--json", str(files[0]), "--plot", str(files[1])]) == 0
     records = [json.loads(line) for line in files[0].read_text().splitlines()]
     assert {r["op"].split()[0] for r in records} == MEASURED
     for r in records:
@@ -59,7 +62,7 @@ def test_writes_a_record_of_each_case_and_a_picture(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "only ratios mean anything" in printed and "zipf 1.0" in printed
 
-    assert bench.main(["--table", str(files[0])]) == 0
+    assert run_bench(["--table", str(files[0])]) == 0
     caption, _, heading, rule, *rows = capsys.readouterr().out.splitlines()
     assert "a large copy 10 GB/s" in caption and f"--json {files[0]}" in caption
     assert f"torch {torch.__version__}, Triton {triton.__version__}; commit" in caption
@@ -90,7 +93,7 @@ def test_a_table_of_several_runs_goes_into_a_page(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- bench: begin -->\nold\n<!-- bench: end -->\nafter\n")
     words = ["--table", str(first), str(other)]
-    assert bench.main([*words, "--into", str(page)]) == 0
+    assert run_bench([*words, "--into", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("before\n<!-- bench: begin -->\n") and "old" not in text
     assert text.endswith("\n<!-- bench: end -->\nafter\n")
@@ -98,12 +101,12 @@ def test_a_table_of_several_runs_goes_into_a_page(tmp_path, capsys):
     assert (
         "Could not: theirs: NotImplementedError: not in bf16 (in embedding_bag forward T=" in text
     )
-    assert bench.main(words) == 0
+    assert run_bench(words) == 0
     assert capsys.readouterr().out.strip() in text
     page.write_text("no markers")
-    assert bench.main([*words, "--into", str(page)]) == USER_ERROR
+    assert run_bench([*words, "--into", str(page)]) == USER_ERROR
     assert "no <!-- bench: begin -->" in capsys.readouterr().err
-    assert bench.main(["--into", str(page)]) == USER_ERROR
+    assert run_bench(["--into", str(page)]) == USER_ERROR
     assert "--into is for a --table" in capsys.readouterr().err
 
 
@@ -112,13 +115,13 @@ def test_a_file_without_records_makes_no_table(content, tmp_path, capsys):
     path = tmp_path / "records.json"
     path.write_text(content)
     for wrong in (path, tmp_path / "absent.json"):
-        assert bench.main(["--table", str(wrong)]) == USER_ERROR
+        assert run_bench(["--table", str(wrong)]) == USER_ERROR
         streams = capsys.readouterr()
         assert not streams.out and f"{wrong} holds no records" in streams.err
 
 
 def test_published_kernels_come_from_a_checkout(tmp_path, capsys):
-    assert bench.main(["--device", "cpu", "--published", str(tmp_path)]) == USER_ERROR
+    assert run_bench(["--device", "cpu", "--published", str(tmp_path)]) == USER_ERROR
     assert "needs a GPU" in capsys.readouterr().err
     gpu = torch.device("cuda")
     with pytest.raises(ValueError, match="name a checkout of"):
@@ -153,7 +156,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
         ops, "embedding_bag", lambda *args, **options: 1.1 * right(*args, **options)
     )
     options = ["--device", "cpu", "--quick", "--min-ms", "1", "--ops", "bag"]
-    assert bench.main(options) == bench.WRONG_RESULT
+    assert run_bench(options) == bench.WRONG_RESULT
     streams = capsys.readouterr()
     assert "embedding_bag forward" in streams.err and "was not timed" in streams.err
     assert "GB/s" in streams.out and "uniform" not in streams.out
@@ -175,8 +178,7 @@ def test_a_case_that_runs_out_of_memory_is_skipped_and_a_cut_off_run_leaves_its_
         return measure(case, *rest)
 
     monkeypatch.setattr(bench, "measure", limited)
-    with pytest.raises(KeyboardInterrupt):
-        bench.main(options)
+    assert run_bench(options) == INTERRUPTED
     assert len(path.read_text().splitlines()) == 2
 
 
@@ -187,7 +189,7 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path, 
     monkeypatch.setattr(ops, "sparse_gradients", fail)
     path = tmp_path / "records.json"
     options = ["--device", "cpu", "--quick", "--min-ms", "1", "--ops", "bag", "adam"]
-    assert bench.main([*options, "--json", str(path)]) == bench.WRONG_RESULT
+    assert run_bench([*options, "--json", str(path)]) == bench.WRONG_RESULT
     failed = capsys.readouterr().err
     assert "sparse backward T=64" in failed and "fails: RuntimeError: ptxas went away" in failed
     kept = [record.op for record in bench_table.read_records(path)]
@@ -237,7 +239,7 @@ def test_where_torch_has_no_backward_in_bf16_its_rival_is_in_fp32(monkeypatch):
 
 
 def test_a_quick_run_on_a_gpu_of_80_gb_measures_every_op_at_the_size_of_a_real_run():
-    args = bench._parser().parse_args(["--quick"])
+    args = parse("bench", ["--quick"])
     cases = list(bench._cases(args, torch.device("cuda"), None))
     assert {case.op.split()[0] for case in cases} == MEASURED
     for case in cases:
@@ -249,7 +251,7 @@ def test_a_quick_run_on_a_gpu_of_80_gb_measures_every_op_at_the_size_of_a_real_r
 
 def test_cases_too_large_for_the_memory_are_named(monkeypatch, capsys):
     monkeypatch.setattr(bench, "_free_bytes", lambda device: 0)
-    assert bench.main(["--device", "cpu", "--quick", "--ops", "adam"]) == 0
+    assert run_bench(["--device", "cpu", "--quick", "--ops", "adam"]) == 0
     assert "skipped: adamw_ fp32" in (said := capsys.readouterr().out)
     assert "it takes 0 GiB of 0 GiB free" in said
 
@@ -269,4 +271,4 @@ def test_skewed_rows_follow_their_law():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_quick_run_on_a_gpu(monkeypatch):
     monkeypatch.undo()
-    assert bench.main(["--quick", "--min-ms", "20"]) == 0
+    assert run_bench(["--quick", "--min-ms", "20"]) == 0

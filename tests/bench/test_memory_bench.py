@@ -7,7 +7,9 @@ import pytest
 
 from megamem.tools import memory_bench
 from megamem.tools.memory_bench import PHASES, Record, Sizes, measure
+from tests.helpers.commands import command
 
+run_bench = command("bench")
 # small, but with lookups that weigh something beside the table
 SMALL = {"num_keys": 64, "width": 128, "key_dim": 32, "tokens": 64, "heads": 2, "topk": 16}
 
@@ -57,7 +59,7 @@ def test_exact_sizes_hold_less() -> None:
 def test_on_the_command_line(tmp_path, capsys, monkeypatch) -> None:
     path = tmp_path / "peaks.json"
     words = [f"--{name.replace('_', '-')}={size}" for name, size in SMALL.items()]
-    status = memory_bench.main(["--device=cpu", "--ranks=1", *words, f"--json={path}"])
+    status = run_bench(["--memory", "--device=cpu", "--ranks=1", *words, f"--json={path}"])
     (record,) = json.loads(path.read_text())
     assert record["sizes"]["num_keys"] == 64 and record["measured"].keys() == set(PHASES)
     assert record["planned"]["weights"] == 2 * 64**2 * 128
@@ -66,5 +68,5 @@ def test_on_the_command_line(tmp_path, capsys, monkeypatch) -> None:
     within = abs(record["ratio"] - 1) <= memory_bench.TOLERANCE
     assert status == (0 if within else memory_bench.BEYOND_PLAN)
     # columns of 8 over 32 ranks: there are too few
-    assert memory_bench.main(["--device=cpu", "--ranks=1", "--topk=65", *words[:-1]]) == 2
+    assert run_bench(["--memory", "--device=cpu", "--ranks=1", "--topk=65", *words[:-1]]) == 2
     assert "--memory-topk 65" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def watch() -> None:
     def memory_forward(self: Any, *rest: Any, **more: Any) -> Any:
         out = memory(self, *rest, **more)
         dtypes = " ".join(sorted({str(p.dtype) for p in self.memory.parameters()}))
-        tables = {str(p.dtype) for p in self.memory.values.parameters()}
+        tables = {str(p.dtype) for p in self.memory.pool.tables.parameters()}
         say(MEMORIES, f"{dtypes}, table {' '.join(sorted(tables))}, read-out {out[0].dtype}")
         return out
 

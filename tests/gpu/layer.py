@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from megamem.config import MemoryConfig
-from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
-from megamem.layers.value_table import ValueTable
+from megamem.layers.memory_pool import MemoryPool
 from megamem.optimizer.table_optimizer import StepOptions, TableOptimizer
-from megamem.parallel.memory_group import MemoryGroup
+from megamem.resolution import resolve
 
 
 @dataclass(frozen=True)
@@ -55,21 +54,11 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> TrainedLaye
         memory_num_keys=sizes.num_keys,
         memory_heads=sizes.heads,
         memory_topk=sizes.topk,
-    ).resolve(sizes.hidden)
-    make = WeightFactory(seed=1, name="shared", device=device, dtype=dtype)
-    table = ValueTable(config, make, MemoryGroup())
-    layer = MemoryLayer(
-        config,
-        sizes.hidden,
-        table,
-        layer=0,
-        group=None,
-        tokens_sharded=True,
-        seed=1,
-        device=device,
-        dtype=dtype,
     )
-    optimizer = TableOptimizer({"shared": table}, config, StepOptions(), lr=1e-3, weight_decay=0.1)
+    spec = resolve(config, sizes.hidden, seed=1)
+    pool = MemoryPool(spec, device=device, dtype=dtype)
+    layer = MemoryLayer(spec, pool, device=device, dtype=dtype)
+    optimizer = TableOptimizer(pool, spec, StepOptions(), lr=1e-3, weight_decay=0.1)
     shape = (sizes.tokens, 1, sizes.hidden)
     generator = torch.Generator(device).manual_seed(1)
     hidden, grad = (

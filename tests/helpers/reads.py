@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamem.layers.value_table import Lookups, ValueTable
+from megamem.layers.memory_pool import Lookups, MemoryPool
 from megamem.megatron.launcher import main
 from megamem.ops import place_rows
 from megamem.optimizer import TableOptimizer
@@ -31,13 +31,13 @@ def reads(folder: Path) -> list[Counter[int]]:
 
 
 def _install() -> None:
-    launch, step = ValueTable.launch, TableOptimizer.step
+    launch, step = MemoryPool.launch, TableOptimizer.step
     seen: list[Tensor] = []
     steps = 0
 
-    def watched(self: ValueTable, row_ids_TL: Tensor, *rest: Any) -> Lookups:
+    def watched(self: MemoryPool, row_ids_TL: Tensor, *rest: Any) -> Lookups:
         if torch.is_grad_enabled():
-            rows = place_rows(row_ids_TL.detach(), self.num_keys, self.placement_seed)
+            rows = place_rows(row_ids_TL.detach(), self.spec.num_keys, self.spec.placement_seed)
             seen.append(rows.flatten().clone())
         return launch(self, row_ids_TL, *rest)
 
@@ -49,7 +49,7 @@ def _install() -> None:
         steps += 1
         step(self, *rest)
 
-    ValueTable.launch = watched  # type: ignore[method-assign]
+    MemoryPool.launch = watched  # type: ignore[method-assign]
     TableOptimizer.step = counted  # type: ignore[method-assign]
 
 

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from tests.helpers.distributed import run_distributed
-from tests.layers.test_memory import Case, _all_cases, _config
+from tests.layers.test_memory import Case, _all_cases, _spec
 
 # ten blocks of columns: uneven over 4 and 8 ranks
 WORLD, WIDTH = 8, 80
@@ -16,7 +16,7 @@ SHAPES = [(8, 1), (8, 8), (8, 2), (8, 4), (4, 1), (4, 4), (4, 2), (2, 1), (2, 2)
 def _cases() -> list[Case]:
     cases = [
         Case(
-            _config(memory_wire=wire, memory_value_dim=WIDTH),
+            _spec(memory_wire=wire, memory_value_dim=WIDTH),
             sharded,
             group_size=size,
             column_ranks=columns,
@@ -29,7 +29,7 @@ def _cases() -> list[Case]:
     uneven = {"counts": tuple(range(WORLD)), "recompute": True, "buffer": True}
     return cases + [
         Case(
-            _config(memory_value_dim=WIDTH),
+            _spec(memory_value_dim=WIDTH),
             True,
             group_size=size,
             column_ranks=columns,

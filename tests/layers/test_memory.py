@@ -1,5 +1,6 @@
 """W ranks equal one: outputs, every gradient, one optimizer step, in float64."""
 
+from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
@@ -10,20 +11,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megamem.config import MemoryConfig
-from megamem.layers.expert_table import make_table
-from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
-from megamem.layers.value_table import ValueTable
+from megamem.layers.memory_pool import MemoryPool
 from megamem.parallel.memory_group import MemoryGroup, form, partition
 from megamem.parallel.row_shard import even_counts
+from megamem.resolution import resolve
 from megamem.row_gradient import RowGradient
+from megamem.spec import Layout, MemorySpec
 from tests.helpers.distributed import run_distributed
 
 HIDDEN, SEED = 16, 1234
 
 
 class Case(NamedTuple):
-    config: MemoryConfig
+    spec: MemorySpec
     tokens_sharded: bool
     recompute: bool = False
     counts: tuple[int, ...] | None = None
@@ -33,7 +34,7 @@ class Case(NamedTuple):
     vary: bool = False
 
 
-def _config(**settings) -> MemoryConfig:
+def _spec(**settings) -> MemorySpec:
     base = {
         "memory_layers": [0, 1],
         "memory_num_keys": 9,  # 81 rows: even over 1 and 3 ranks only
@@ -42,7 +43,7 @@ def _config(**settings) -> MemoryConfig:
         "memory_key_dim": 10,
         "memory_value_dim": 40,  # five blocks of columns: uneven over 2, 3 and 4 ranks
     }
-    return MemoryConfig(**{**base, **settings}).resolve(HIDDEN)
+    return resolve(MemoryConfig(**{**base, **settings}), HIDDEN, seed=SEED)
 
 
 class Model(nn.Module):
@@ -50,27 +51,26 @@ class Model(nn.Module):
 
     def __init__(
         self,
-        config: MemoryConfig,
+        spec: MemorySpec,
         tokens_sharded: bool = True,
         recompute: bool = False,
         *,
         group=None,
         memory_group: MemoryGroup | None = None,
-        vary: bool = False,
     ) -> None:
         super().__init__()
-        make = WeightFactory(seed=SEED, name="table", dtype=torch.float64)
-        self.table = make_table(config, make, memory_group or MemoryGroup())
+        group_of_table = memory_group or MemoryGroup()
+        layout = Layout("row", group_of_table.world_size, group_of_table.column_ranks)
+        spec = replace(spec, layout=layout)
+        self.pool = MemoryPool(spec, "table", group_of_table, dtype=torch.float64)
+        self.table = self.pool.tables
         self.layers = nn.ModuleList(
             MemoryLayer(
-                config,
-                HIDDEN,
-                self.table,
+                spec,
+                self.pool,
                 layer=n,
                 group=group,
                 tokens_sharded=tokens_sharded,
-                seed=SEED,
-                tokens_vary=vary,
                 dtype=torch.float64,
             )
             for n in range(2)
@@ -108,7 +108,7 @@ def _matches_one_process(case: Case) -> None:
     hidden = torch.randn(tokens, batch, HIDDEN, generator=generator, dtype=torch.float64)
     grad = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
 
-    alone = Model(case.config)
+    alone = Model(case.spec)
     start = {name: weight.detach().clone() for name, weight in alone.table.named_parameters()}
     whole = hidden.clone().requires_grad_()
     expected = alone(whole)
@@ -116,19 +116,17 @@ def _matches_one_process(case: Case) -> None:
 
     memory_group = _memory_group(case)
     many = Model(
-        case.config,
+        replace(case.spec, tokens_vary=case.vary),
         case.tokens_sharded,
         case.recompute,
         group=dist.group.WORLD if world > 1 else None,
         memory_group=memory_group,
-        vary=case.vary,
     )
-    shard = many.table.shard
+    shard = many.pool.values.shard
     piece = (shard.rows.local, shard.columns)
     for name, weight in many.table.named_parameters():
         assert torch.equal(weight, start[name][piece]), f"a shard of {name} starts otherwise"
-    tables = [module for module in many.table.modules() if isinstance(module, ValueTable)]
-    for table in tables if case.buffer else []:
+    for table in many.pool if case.buffer else []:
         table.weight.requires_grad_(False)
         table.learn_with(RowGradient(table.weight, table.weight.dtype))
     counts = list(case.counts or even_counts(tokens, world))
@@ -146,7 +144,7 @@ def _matches_one_process(case: Case) -> None:
 
     torch.testing.assert_close(out, mine(expected))
     torch.testing.assert_close(part.grad, mine(whole.grad))
-    for table in tables:
+    for table in many.pool:
         if case.buffer:
             table.weight.grad = table.gradient.buffer
         if memory_group.replicas is not None:
@@ -178,31 +176,29 @@ def _all_cases(cases: list[Case]) -> None:
 def _cases(world: int) -> list[Case]:
     wires, sharded = ("alltoall", "allgather"), (False, True)
     cases = [
-        Case(_config(memory_wire=wire, memory_qk_norm=norm), tokens_sharded, recompute)
+        Case(_spec(memory_wire=wire, memory_qk_norm=norm), tokens_sharded, recompute)
         for wire, tokens_sharded, norm, recompute in product(
             wires, sharded, (False, True), (False, True)
         )
     ]
     # ranks with unequal tokens, one of them with none
     counts = tuple(range(world)) if world > 1 else (3,)
-    cases += [Case(_config(memory_wire=wire), True, counts=counts) for wire in wires]
+    cases += [Case(_spec(memory_wire=wire), True, counts=counts) for wire in wires]
     # fewer tokens than ranks; plain memory; one head; k = N; a table smaller than the group
     cases += [
-        Case(_config(memory_wire=wire, memory_variant="memory", memory_value_dim=None), s)
+        Case(_spec(memory_wire=wire, memory_variant="memory", memory_value_dim=None), s)
         for wire, s in product(wires, sharded)
     ]
+    cases += [Case(_spec(memory_wire=wire, memory_heads=1, memory_topk=9), True) for wire in wires]
     cases += [
-        Case(_config(memory_wire=wire, memory_heads=1, memory_topk=9), True) for wire in wires
-    ]
-    cases += [
-        Case(_config(memory_wire=wire, memory_num_keys=1, memory_topk=1), True) for wire in wires
+        Case(_spec(memory_wire=wire, memory_num_keys=1, memory_topk=1), True) for wire in wires
     ]
     # a gradient buffer in autograd's place; lengths that only the ranks themselves know
     cases += [
-        Case(_config(memory_wire=wire), s, recompute, buffer=True)
+        Case(_spec(memory_wire=wire), s, recompute, buffer=True)
         for wire, s, recompute in product(wires, sharded, (False, True))
     ]
-    cases += [Case(_config(memory_wire=wire), True, counts=counts, vary=True) for wire in wires]
+    cases += [Case(_spec(memory_wire=wire), True, counts=counts, vary=True) for wire in wires]
     # columns, both, and groups that leave replicas
     shapes = [
         (size, columns)
@@ -212,9 +208,9 @@ def _cases(world: int) -> list[Case]:
     ]
     for size, columns in shapes:
         for wire, s in product(wires, sharded):
-            cases.append(Case(_config(memory_wire=wire), s, group_size=size, column_ranks=columns))
+            cases.append(Case(_spec(memory_wire=wire), s, group_size=size, column_ranks=columns))
         cases.append(
-            Case(_config(), True, True, counts, size, columns, buffer=True, vary=size == world)
+            Case(_spec(), True, True, counts, size, columns, buffer=True, vary=size == world)
         )
     return cases
 

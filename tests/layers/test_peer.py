@@ -6,67 +6,61 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamem.config import MemoryConfig
-from megamem.layers.expert_table import ExpertTable, table_names
-from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
+from megamem.layers.memory_pool import MemoryPool
 from megamem.layers.value_table import ValueTable
+from megamem.layers.variants import table_names
+from megamem.layers.variants.peer import U
 from megamem.ops import unplace_rows
-from megamem.parallel.memory_group import MemoryGroup
 from megamem.row_gradient import RowGradient
+from megamem.spec import MemorySpec
 from tests.helpers.distributed import run_distributed
-from tests.layers.test_memory import HIDDEN, Case, _all_cases, _config
+from tests.layers.test_memory import HIDDEN, Case, _all_cases, _spec
 
 PEER = {"memory_variant": "peer", "memory_value_dim": None}
 SILENT = {"memory_value_init_std": 0.0}
 
 
-def _build(**settings) -> tuple[MemoryConfig, ExpertTable, MemoryLayer]:
-    config = _config(**PEER, **settings)
-    make = WeightFactory(seed=3, name="t", dtype=torch.float64)
-    table = ExpertTable(config, make, MemoryGroup())
-    layer = MemoryLayer(
-        config,
-        HIDDEN,
-        table,
-        layer=0,
-        group=None,
-        tokens_sharded=True,
-        seed=3,
-        dtype=torch.float64,
-    )
-    return config, table, layer
+def _build(**settings) -> tuple[MemoryPool, MemoryLayer]:
+    spec = _spec(**PEER, **settings)
+    pool = MemoryPool(spec, "t", dtype=torch.float64)
+    return pool, MemoryLayer(spec, pool, dtype=torch.float64)
 
 
-def _by_definition(config: MemoryConfig, u_RD: Tensor, v_RD: Tensor, layer, x_TD: Tensor) -> Tensor:
+def _v_and_u(pool: MemoryPool) -> list[ValueTable]:
+    v, u = pool
+    assert pool.tables[U] is u
+    return [v, u]
+
+
+def _by_definition(spec: MemorySpec, u_RD: Tensor, v_RD: Tensor, layer, x_TD: Tensor) -> Tensor:
     """All N * N scores of every head, the K largest, their softmax, weight * gelu(u x) * v."""
     query_THQ = layer.query(x_TD)
     first, second = query_THQ.chunk(2, -1)
     scores = torch.einsum("thc,hnc->thn", first, layer.keys.sub_keys[0])[..., :, None]
     scores = scores + torch.einsum("thc,hnc->thn", second, layer.keys.sub_keys[1])[..., None, :]
-    best_THK, pairs_THK = scores.flatten(-2).topk(config.memory_topk, -1)
+    best_THK, pairs_THK = scores.flatten(-2).topk(spec.topk, -1)
     hidden_THK = torch.einsum("thkd,td->thk", u_RD[pairs_THK], x_TD)
     # gelu written out: x times the normal distribution up to x
     active_THK = hidden_THK * (1 + torch.erf(hidden_THK / 2**0.5)) / 2
     return torch.einsum("thk,thkd->td", best_THK.softmax(-1) * active_THK, v_RD[pairs_THK])
 
 
-def _by_pair(table: ValueTable, config: MemoryConfig) -> Tensor:
+def _by_pair(table: ValueTable, spec: MemorySpec) -> Tensor:
     """A table's weight with the row of pair (i, j) at i * N + j."""
-    rows_R = torch.arange(config.num_rows)
-    pairs_R = unplace_rows(rows_R, config.memory_num_keys, config.memory_placement_seed)
+    rows_R = torch.arange(spec.num_rows)
+    pairs_R = unplace_rows(rows_R, spec.num_keys, spec.placement_seed)
     return torch.empty_like(table.weight).index_copy(0, pairs_R, table.weight)
 
 
 @pytest.mark.parametrize("wire", ["alltoall", "allgather"])
 def test_a_layer_is_its_definition(wire: str) -> None:
-    config, table, layer = _build(memory_wire=wire, memory_placement_seed=5)
+    pool, layer = _build(memory_wire=wire, memory_placement_seed=5)
+    spec, (v, u) = pool.spec, _v_and_u(pool)
     x_TD = torch.randn(7, HIDDEN, dtype=torch.float64, requires_grad=True)
     grad_TD = torch.randn(7, HIDDEN, dtype=torch.float64)
-    inputs = [x_TD, table.weight, table.u.weight, *layer.parameters()]
-    expected = _by_definition(
-        config, _by_pair(table.u, config), _by_pair(table, config), layer, x_TD
-    )
+    inputs = [x_TD, v.weight, u.weight, *layer.parameters()]
+    expected = _by_definition(spec, _by_pair(u, spec), _by_pair(v, spec), layer, x_TD)
     expected_grads = torch.autograd.grad(expected, inputs, grad_TD)
     out = layer(x_TD.unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(out, expected)
@@ -76,79 +70,77 @@ def test_a_layer_is_its_definition(wire: str) -> None:
 
 
 def test_u_and_v_start_apart_and_v_can_start_at_zero() -> None:
-    table, silent = (_build(memory_num_keys=40, **s)[1] for s in ({}, SILENT))
-    for weight in (table.weight, table.u.weight, silent.u.weight):
+    pools = (_build(memory_num_keys=40, **s)[0] for s in ({}, SILENT))
+    (v, u), (silent_v, silent_u) = map(_v_and_u, pools)
+    for weight in (v.weight, u.weight, silent_u.weight):
         assert weight.std().item() == pytest.approx(HIDDEN**-0.5, rel=0.02)
-    assert not silent.weight.any()
-    flat = torch.stack((table.weight.flatten(), table.u.weight.flatten()))
+    assert not silent_v.weight.any()
+    flat = torch.stack((v.weight.flatten(), u.weight.flatten()))
     assert abs(torch.corrcoef(flat)[0, 1]) < 0.03
 
 
 def test_every_table_has_a_name() -> None:
-    shared, own = (_config(**PEER, memory_pool=pool) for pool in ("shared", "layer"))
+    shared, own = (_spec(**PEER, memory_pool=pool) for pool in ("shared", "layer"))
     assert table_names(shared) == ["shared", "shared.u"]
     assert table_names(own) == ["layer_0", "layer_0.u", "layer_1", "layer_1.u"]
-    assert table_names(_config(memory_pool="layer")) == ["layer_0", "layer_1"]
+    assert table_names(_spec(memory_pool="layer")) == ["layer_0", "layer_1"]
 
 
 def test_a_layer_of_another_variant_is_not_given_experts() -> None:
-    config = _config(**PEER)
-    make = WeightFactory(seed=3, name="t")
-    for settings, table in (
-        (config, ValueTable(config, make, MemoryGroup())),
-        (_config(), ExpertTable(config, make, MemoryGroup())),
-    ):
+    peer, plain = _spec(**PEER), _spec()
+    for spec, other in ((peer, plain), (plain, peer)):
         with pytest.raises(AssertionError):
-            MemoryLayer(settings, HIDDEN, table, layer=0, group=None, tokens_sharded=True, seed=3)
+            MemoryLayer(spec, MemoryPool(other))
 
 
 def test_bf16_is_fp64_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dots and activations in fp32, whatever the tables are: only rows and bags are rounded."""
     # the interpreter truncates
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    _, table, layer = _build()
+    pool, layer = _build()
     x_TD = torch.randn(9, HIDDEN, dtype=torch.float64).bfloat16()
     row_ids_TL, weights_TL = (y.detach() for y in layer.keys(layer.query(x_TD.double())))
-    rounded = table.to(torch.bfloat16)
-    out = rounded(row_ids_TL, weights_TL.float(), [9], x_TD)
+    pool.tables.to(torch.bfloat16)
+    out = pool.read(row_ids_TL, weights_TL.float(), [9], x_TD)
     assert out.dtype == torch.bfloat16
-    exact = ExpertTable(_config(**PEER), WeightFactory(seed=3, name="t"), MemoryGroup())
-    exact.load_state_dict(rounded.state_dict())
-    truth = exact.double()(row_ids_TL, weights_TL, [9], x_TD.double())
+    exact = MemoryPool(_spec(**PEER), "t")
+    exact.tables.load_state_dict(pool.tables.state_dict())
+    exact.tables.double()
+    truth = exact.read(row_ids_TL, weights_TL, [9], x_TD.double())
     assert ((out.double() - truth).abs() <= 2**-8 * truth.abs() + 1e-6).all()
 
 
 def test_experts_learn_what_nothing_else_wants() -> None:
     """Gradient buffers of both tables fill though tokens and weights are frozen."""
-    _, table, layer = _build()
-    for module in (table, table.u):
-        module.weight.requires_grad_(False)
-        module.learn_with(RowGradient(module.weight, module.weight.dtype))
+    pool, layer = _build()
+    for table in pool:
+        table.weight.requires_grad_(False)
+        table.learn_with(RowGradient(table.weight, table.weight.dtype))
     x_TD = torch.randn(4, HIDDEN, dtype=torch.float64)
     row_ids_TL, weights_TL = (y.detach() for y in layer.keys(layer.query(x_TD)))
-    table(row_ids_TL, weights_TL, [4], x_TD).sum().backward()
-    for module in (table, table.u):
-        gradient = module.gradient
+    pool.read(row_ids_TL, weights_TL, [4], x_TD).sum().backward()
+    for table in pool:
+        gradient = table.gradient
         assert (gradient.buffer.abs().sum(1) > 0).equal(gradient.touched_r)
 
 
 def _cases(world: int) -> list[Case]:
     wires, sharded = ("alltoall", "allgather"), (False, True)
     cases = [
-        Case(_config(**PEER, memory_wire=wire, memory_qk_norm=both), s, recompute=both, buffer=both)
+        Case(_spec(**PEER, memory_wire=wire, memory_qk_norm=both), s, recompute=both, buffer=both)
         for wire, s, both in product(wires, sharded, (False, True))
     ]
     # ranks with unequal tokens, one of them with none; a table smaller than the group
     counts = tuple(range(world)) if world > 1 else (3,)
     for wire in wires:
         cases += [
-            Case(_config(**PEER, memory_wire=wire), True, counts=counts),
-            Case(_config(**PEER, memory_wire=wire), True, counts=counts, vary=True, buffer=True),
-            Case(_config(**PEER, memory_wire=wire, memory_num_keys=1, memory_topk=1), True),
+            Case(_spec(**PEER, memory_wire=wire), True, counts=counts),
+            Case(_spec(**PEER, memory_wire=wire), True, counts=counts, vary=True, buffer=True),
+            Case(_spec(**PEER, memory_wire=wire, memory_num_keys=1, memory_topk=1), True),
         ]
         # groups that leave replicas
         cases += [
-            Case(_config(**PEER, memory_wire=wire), s, group_size=size, buffer=s)
+            Case(_spec(**PEER, memory_wire=wire), s, group_size=size, buffer=s)
             for size in range(1, world)
             if world % size == 0
             for s in sharded

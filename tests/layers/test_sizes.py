@@ -4,11 +4,9 @@ import pytest
 import torch
 
 from megamem.config import MemoryConfig
-from megamem.layers.expert_table import make_table
-from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
-from megamem.layers.value_table import ValueTable
-from megamem.parallel.memory_group import MemoryGroup
+from megamem.layers.memory_pool import MemoryPool
+from megamem.resolution import resolve
 
 VOCABULARY = 32_000
 MILLION = 1e6
@@ -54,32 +52,20 @@ def test_dense_totals(base: str) -> None:
 @pytest.mark.parametrize(("base", "variant", "places", "num_keys", "total"), MEMORIES)
 def test_memory_totals(base, variant, places, num_keys, total) -> None:
     layers, hidden, ffn, _ = BASES[base]
-    config = MemoryConfig(
-        memory_layers=places, memory_variant=variant, memory_num_keys=num_keys
-    ).resolve(hidden)
-    table = make_table(config, WeightFactory(seed=0, name="table", device="meta"), MemoryGroup())
-    memories = [
-        MemoryLayer(
-            config,
-            hidden,
-            table,
-            layer=place,
-            group=None,
-            tokens_sharded=True,
-            seed=0,
-            device="meta",
-        )
-        for place in places
-    ]
-    count = _dense(layers, hidden, ffn) + _count(table)
+    config = MemoryConfig(memory_layers=places, memory_variant=variant, memory_num_keys=num_keys)
+    spec = resolve(config, hidden)
+    pool = MemoryPool(spec, device="meta")
+    memories = [MemoryLayer(spec, pool, layer=place, device="meta") for place in places]
+    count = _dense(layers, hidden, ffn) + _count(pool.tables)
     count += sum(_count(memory) - _ffn(hidden, ffn) for memory in memories)
     assert count / MILLION == pytest.approx(total, abs=0.051)
 
 
 def test_the_table_is_used_not_owned() -> None:
     """A layer's own parameters leave out the table, which its model counts once."""
-    config = MemoryConfig(memory_layers=[0, 1], memory_num_keys=8, memory_topk=2).resolve(16)
-    table = ValueTable(config, WeightFactory(seed=0, name="table"), MemoryGroup())
-    layer = MemoryLayer(config, 16, table, layer=0, group=None, tokens_sharded=True, seed=0)
-    assert all(param is not table.weight for param in layer.parameters())
-    assert "values.weight" not in layer.state_dict()
+    config = MemoryConfig(memory_layers=[0, 1], memory_num_keys=8, memory_topk=2)
+    spec = resolve(config, 16)
+    pool = MemoryPool(spec)
+    layer = MemoryLayer(spec, pool)
+    assert all(param is not pool.values.weight for param in layer.parameters())
+    assert not [name for name in layer.state_dict() if "pool" in name or "table" in name]

@@ -2,14 +2,15 @@
 
 import argparse
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megamem.config import ConfigurationError, MemoryConfig
+from megamem.config import ConfigurationError
 from megamem.megatron import compat
-from megamem.megatron.arguments import with_layout
+from megamem.megatron.arguments import spec_from_args
 from megamem.megatron.startup import checks
 from tests.helpers.megatron_runs import run_training
 
@@ -26,10 +27,14 @@ def _check(memory: dict | None = None, **given) -> None:
         "world_size": 2,
         "params_dtype": torch.float32,
         "bf16": False,
+        "seed": 1,
+        "distributed_timeout_minutes": 10,
+        "memory_group_size": None,
+        "mock_data": True,
     }
-    args = argparse.Namespace(**{**usual, **given})
-    settings = MemoryConfig(**{"memory_layers": [2, 5], **(memory or {})}).resolve(64)
-    settings = with_layout(settings, args)
+    args = argparse.Namespace(**{**usual, "memory_layers": [2, 5], **given, **(memory or {})})
+    spec = spec_from_args(args)
+    assert spec is not None
     shape = TransformerConfig(
         num_layers=8,
         hidden_size=64,
@@ -38,7 +43,9 @@ def _check(memory: dict | None = None, **given) -> None:
         virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
         pipeline_dtype=torch.float32,
     )
-    checks.check(args, settings, shape)
+    maker = "core_transformer_config_from_args"
+    with mock.patch.object(compat.CONFIG_ROOM, maker, lambda args: shape):
+        checks.check(spec, args)
 
 
 def test_what_works_is_not_refused() -> None:

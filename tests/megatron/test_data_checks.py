@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megamem.megatron.startup.data_checks import check_data_prefixes
+from megamem.megatron.startup.data_checks import data_problems
 
 LENGTHS = [[3, 5], [7], [2]]  # sequences of each document
 
@@ -23,7 +23,7 @@ def build(prefix: Path, dtype=numpy.uint16, modes: bool = False) -> str:
 
 
 def problems(*words: str, **flags) -> list[str]:
-    return check_data_prefixes(Namespace(mock_data=False, data_path=list(words), **flags))
+    return data_problems(None, Namespace(mock_data=False, data_path=list(words), **flags))
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_every_flag_is_looked_at(prefix, tmp_path):
 
 
 def test_mock_data_needs_no_files():
-    assert check_data_prefixes(Namespace(mock_data=True, data_path=["nowhere"])) == []
+    assert data_problems(None, Namespace(mock_data=True, data_path=["nowhere"])) == []
 
 
 def test_object_storage_is_left_to_megatron():

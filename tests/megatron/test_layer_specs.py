@@ -18,20 +18,20 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megamem.checkpoint import SHARED
 from megamem.config import MemoryConfig
 from megamem.megatron import compat
-from megamem.megatron.model.layer_specs import MemorySettings, with_memory
+from megamem.megatron.model.layer_specs import with_memory
 from megamem.megatron.model.memory_mlp import MemoryMLP
+from megamem.resolution import resolve
 
 CONFIG = TransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=2)
 
 
-TABLE = object()
+POOL = object()
 
 
 def _with_memory(spec: ModuleSpec, **settings) -> TransformerLayerSubmodules:
     memory = MemoryConfig(memory_layers=[0], memory_num_keys=4, memory_topk=2, **settings)
-    resolved = MemorySettings(memory=memory.resolve(16), seed=0)
-    changed = with_memory(CONFIG, spec, 0, resolved, {SHARED: TABLE}).submodules
-    assert changed.mlp.params["values"] is TABLE
+    changed = with_memory(spec, 0, resolve(memory, 16), {SHARED: POOL}).submodules
+    assert changed.mlp.params["pool"] is POOL
     return changed
 
 

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from megamem.checkpoint import SHARED, state_key, table_key
 from megamem.config import MemoryConfig
 from megamem.megatron.startup.saved_model import checkpoint_problems
+from megamem.resolution import resolve
 from tests.helpers.checkpoints import saved_tensors
 from tests.helpers.megatron_runs import TrainingLog, run_training
 from tests.helpers.reads import FOLDER, reads
@@ -192,7 +193,7 @@ def test_a_checkpoint_without_counters_still_loads(before: Path, tmp_path: Path)
     assert _moved(_saved(old)[WEIGHT], new[WEIGHT]) == _chosen(folder, {})
     assert not new[HITS].any() and not new[BATCHES].any()
 
-    memory = MemoryConfig(
+    config = MemoryConfig(
         memory_layers=[0, 1],
         memory_num_keys=25,
         memory_heads=1,
@@ -200,6 +201,6 @@ def test_a_checkpoint_without_counters_still_loads(before: Path, tmp_path: Path)
         memory_optimizer="sgd",
         memory_finetune_rows=LIMIT,
         memory_background=str(old),
-    ).resolve(64)
-    (problem,) = checkpoint_problems(argparse.Namespace(load=None), memory)
+    )
+    (problem,) = checkpoint_problems(resolve(config, 64), argparse.Namespace(load=None))
     assert f"--memory-background {old} has no counts of the rows that table shared" in problem

@@ -1,21 +1,21 @@
 """The table's own learning rate and weight decay, as Megatron's scheduler hands them out."""
 
-import argparse
-
 import pytest
 import torch
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megamem.config import MemoryConfig
-from megamem.megatron.optimizer.with_tables import table_group
+from megamem.megatron.optimizer.with_memory import table_group
+from megamem.resolution import resolve
 
-ARGS = argparse.Namespace(lr=1e-3, min_lr=1e-4)
+ARGS = OptimizerConfig(lr=1e-3, min_lr=1e-4)
 
 
-def _rates(memory: MemoryConfig, style: str) -> list[tuple[float, float]]:
+def _rates(config: MemoryConfig, style: str) -> list[tuple[float, float]]:
     """(learning rate, weight decay) of the table at the end of warm-up, half-way and last."""
     weight = torch.nn.Parameter(torch.zeros(1))
-    group: dict = {"params": [weight], **table_group(ARGS, memory)}
+    group: dict = {"params": [weight], **table_group(ARGS, resolve(config, 16))}
     scheduler = OptimizerParamScheduler(
         torch.optim.SGD([weight], lr=1.0),
         init_lr=0.0,
@@ -40,8 +40,8 @@ def _rates(memory: MemoryConfig, style: str) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("style", ["linear", "cosine", "WSD", "constant", "inverse-square-root"])
 def test_a_constant_rate_never_falls(style: str) -> None:
-    memory = MemoryConfig(memory_lr=5e-3, memory_lr_schedule="constant")
-    assert [rate for rate, _ in _rates(memory, style)] == pytest.approx([5e-3] * 3)
+    config = MemoryConfig(memory_lr=5e-3, memory_lr_schedule="constant")
+    assert [rate for rate, _ in _rates(config, style)] == pytest.approx([5e-3] * 3)
 
 
 @pytest.mark.parametrize("style", ["linear", "cosine", "WSD"])
@@ -58,4 +58,5 @@ def test_weight_decay_is_the_tables_own(decay: float) -> None:
 
 
 def test_without_settings_the_table_follows_the_model() -> None:
-    assert not {"max_lr", "min_lr", "start_wd", "end_wd"} & table_group(ARGS, MemoryConfig()).keys()
+    group = table_group(ARGS, resolve(MemoryConfig(), 16))
+    assert not {"max_lr", "min_lr", "start_wd", "end_wd"} & group.keys()

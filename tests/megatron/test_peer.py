@@ -9,6 +9,8 @@ import torch
 from megamem.checkpoint import placement_key, state_key, table_key
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.megatron.startup.saved_model import compare, saved_tables, state_problems
+from megamem.resolution import resolve
+from megamem.spec import MemorySpec
 from tests.helpers.checkpoints import saved_tensors
 from tests.helpers.megatron_runs import TrainingLog, run_training
 from tests.megatron.test_resume import LONG, _ends_alike
@@ -26,7 +28,7 @@ def alone() -> TrainingLog:
 @pytest.mark.gloo
 def test_the_loss_falls_and_both_tables_are_counted(alone: TrainingLog) -> None:
     assert alone.losses[-1] < alone.losses[0] - 0.1
-    said = "2 heads x 4 rows, two shared tables (u, v) of 81 x 64 = 10.37 k parameters;"
+    said = "2 heads x 4 rows, 2 shared tables (v, u) of 81 x 64 = 10.37 k parameters;"
     assert f"layers 0, 1 are peer: {said}" in alone.stdout
     feed_forward, attention, norms = 2 * 64 * 128, 4 * 64 * 64, 4 * 64
     # 2 heads of width 256
@@ -81,8 +83,8 @@ SETTINGS = {"memory_layers": [1], "memory_num_keys": 8, "memory_topk": 2}
 SUB_KEYS = {"decoder.layers.1.mlp.memory.keys.sub_keys": (2, 4, 8, 128)}
 
 
-def _memory(variant: str = "peer", **settings) -> MemoryConfig:
-    return MemoryConfig(**SETTINGS, memory_variant=variant, **settings).resolve(16)
+def _memory(variant: str = "peer", **settings) -> MemorySpec:
+    return resolve(MemoryConfig(**SETTINGS, memory_variant=variant, **settings), 16)
 
 
 def _saved(*tables: str) -> dict[str, tuple[int, ...]]:
@@ -97,9 +99,13 @@ def _saved(*tables: str) -> dict[str, tuple[int, ...]]:
         (
             _saved("shared", "shared.u"),
             _memory("memory"),
-            "tables u and v of --memory-variant peer",
+            "holds values and tables u, but --memory-variant memory reads values alone",
         ),
-        (_saved("shared"), _memory(), "but no table u: --memory-variant peer cannot read it"),
+        (
+            _saved("shared"),
+            _memory(),
+            "holds values alone, but --memory-variant peer reads values and tables u",
+        ),
         (_saved("shared", "shared.u"), _memory(memory_pool="layer"), "no table layer_1, layer_1.u"),
         (
             _saved("shared", "shared.u") | {table_key("shared.u"): (81, 16)},
@@ -119,25 +125,25 @@ def test_state_of_u_that_is_missing_is_named() -> None:
     state = {state_key(t, "exp_avg"): (64, 16) for t in ("shared", "shared.u")}
     state |= {state_key("shared", "exp_avg_sq"): (64, 16)}
     args = argparse.Namespace(params_dtype=torch.float32)
-    (problem,) = state_problems(saved | state, args, _memory(), "ckpt")
+    (problem,) = state_problems(saved | state, _memory(), args, "ckpt")
     assert "needs exp_avg_sq of shape [64, 16] for table shared.u, but" in problem
     assert "holds exp_avg;" in problem
     of_u = {state_key("shared.u", "exp_avg"): (64, 16)}
-    (problem,) = state_problems(saved | of_u, args, _memory(), "ckpt")
+    (problem,) = state_problems(saved | of_u, _memory(), args, "ckpt")
     assert "for table shared, but --load ckpt holds no state" in problem
     state |= {state_key("shared.u", "exp_avg_sq"): (64, 16)}
-    assert state_problems(saved | state, args, _memory(), "ckpt") == []
+    assert state_problems(saved | state, _memory(), args, "ckpt") == []
 
 
 @pytest.mark.parametrize("mode", ["column", "2d"])
 def test_columns_are_refused(mode: str) -> None:
     message = f"--memory-mode {mode} cuts rows, but --memory-variant peer .* --memory-mode row"
     with pytest.raises(ConfigurationError, match=message):
-        MemoryConfig(memory_variant="peer", memory_mode=mode)
-    assert _memory(memory_mode="auto").memory_mode == "row"
+        _memory(memory_mode=mode)
+    assert _memory(memory_mode="auto").layout.mode == "row"
 
 
 def test_widths_of_a_layer() -> None:
     assert (_memory().value_dim, _memory().key_dim) == (16, 256)
     with pytest.raises(ConfigurationError, match="--memory-variant peer has no projection"):
-        MemoryConfig(memory_variant="peer", memory_value_dim=8).resolve(16)
+        _memory(memory_value_dim=8)

@@ -1,5 +1,7 @@
 """Ranks that were started with different memory flags."""
 
+import argparse
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -7,6 +9,8 @@ import torch.distributed as dist
 
 from megamem.config import MemoryConfig
 from megamem.megatron.startup.rank_consistency import describe, differing_flags
+from megamem.resolution import resolve
+from megamem.spec import Layout, MemorySpec
 from tests.helpers.distributed import run_distributed
 from tests.helpers.megatron_runs import run_training
 from tests.megatron.test_tiny_training import MEMORY
@@ -28,12 +32,24 @@ def test_every_difference_is_told_with_its_ranks() -> None:
     ]
 
 
+def _spec_and_args(timeout: timedelta) -> tuple[MemorySpec, argparse.Namespace]:
+    args = argparse.Namespace(memory_layers=[1])
+    return resolve(MemoryConfig.from_args(args), 16, timeout=timeout), args
+
+
+def _disagree_about_the_mode() -> None:
+    """Of auto, nodes with other numbers of ranks make other layouts."""
+    spec, args = _spec_and_args(timedelta(seconds=60))
+    spec = replace(spec, layout=Layout("column", 1, 1)) if dist.get_rank() == 1 else spec
+    (found,) = differing_flags(spec, args)
+    assert "--memory-mode differs: row on ranks 0, 2, column on rank 1" in found
+
+
 def _learns_of(silent_rank: int) -> None:
     """Each rank but one asks; that one has no memory layers, and goes its way."""
     rank = dist.get_rank()
     if rank != silent_rank:
-        memory = MemoryConfig(memory_layers=[1])
-        (found,) = differing_flags(memory, timedelta(seconds=3))
+        (found,) = differing_flags(*_spec_and_args(timedelta(seconds=3)))
         assert found == (
             f"--memory-layers is given here, but rank {silent_rank} did not say so within "
             "--distributed-timeout-minutes 0.05; start every rank with the same flags."
@@ -43,14 +59,18 @@ def _learns_of(silent_rank: int) -> None:
 
 
 def _agree() -> None:
-    patience = timedelta(seconds=60)
-    assert differing_flags(MemoryConfig(memory_layers=[1]), patience) == []
+    assert differing_flags(*_spec_and_args(timedelta(seconds=60))) == []
 
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("silent_rank", [0, 2])
 def test_a_rank_without_memory_layers_is_found_by_its_silence(silent_rank: int) -> None:
     run_distributed(_learns_of, 3, silent_rank)
+
+
+@pytest.mark.gloo
+def test_what_auto_came_to_is_compared() -> None:
+    run_distributed(_disagree_about_the_mode, 3)
 
 
 @pytest.mark.gloo

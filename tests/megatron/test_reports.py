@@ -1,6 +1,7 @@
 """FLOPs and parameters that a run reports, against Megatron's own count and torch's counter."""
 
 import argparse
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,11 @@ from megatron.training.training import num_floating_point_operations
 from torch.utils.flop_counter import FlopCounterMode
 
 from megamem.config import MemoryConfig
-from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
-from megamem.layers.value_table import ValueTable
+from megamem.layers.memory_pool import MemoryPool
 from megamem.megatron.reports import sizes
-from megamem.parallel.memory_group import MemoryGroup
+from megamem.resolution import resolve
+from megamem.spec import Layout, MemorySpec
 
 HIDDEN, FFN, TOKENS = 64, 128, 2 * 32
 
@@ -45,34 +46,25 @@ def _args(**given) -> argparse.Namespace:
     return argparse.Namespace(**{**usual, **given})
 
 
-def _memory(**settings) -> MemoryConfig:
+def _memory(**settings) -> MemorySpec:
     usual = {"memory_layers": [1, 2], "memory_num_keys": 16, "memory_topk": 4}
-    return MemoryConfig(**{**usual, **settings}).resolve(HIDDEN)
+    return resolve(MemoryConfig(**{**usual, **settings}), HIDDEN)
 
 
-def _counted(memory: MemoryConfig, args: argparse.Namespace) -> float:
-    return sizes.with_memory_flops(num_floating_point_operations, args, memory, 2)
+def _counted(memory: MemorySpec, args: argparse.Namespace) -> float:
+    return sizes.with_memory_flops(num_floating_point_operations, memory, args, 2)
 
 
 @pytest.mark.parametrize("variant", ["memory", "memory+"])
 def test_a_layer_counts_what_torch_counts(variant: str) -> None:
     memory = _memory(memory_variant=variant)
     # in fp64 the twins run, whose matrix products torch sees
-    make = WeightFactory(seed=0, name="table", dtype=torch.float64)
-    layer = MemoryLayer(
-        memory,
-        HIDDEN,
-        ValueTable(memory, make, MemoryGroup()),
-        layer=0,
-        group=None,
-        tokens_sharded=True,
-        seed=0,
-        dtype=torch.float64,
-    )
+    pool = MemoryPool(memory, dtype=torch.float64)
+    layer = MemoryLayer(memory, pool, dtype=torch.float64)
     hidden = torch.randn(32, 2, HIDDEN, requires_grad=True, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
         layer(hidden).sum().backward()
-    assert counter.get_total_flops() == TOKENS * sizes.layer_flops_per_token(memory, HIDDEN)
+    assert counter.get_total_flops() == TOKENS * sizes.layer_flops_per_token(memory)
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
@@ -80,7 +72,7 @@ def test_memories_stand_in_place_of_feed_forwards(swiglu: bool) -> None:
     args, memory = _args(swiglu=swiglu), _memory()
     dense = num_floating_point_operations(_args(swiglu=swiglu), 2)
     feed_forward = 6 * HIDDEN * FFN * (3 if swiglu else 2) * TOKENS
-    memories = 2 * TOKENS * sizes.layer_flops_per_token(memory, HIDDEN)
+    memories = 2 * TOKENS * sizes.layer_flops_per_token(memory)
     assert _counted(memory, args) == pytest.approx(dense - 2 * feed_forward + memories)
     kept = _memory(memory_keep_ffn=True)
     assert _counted(kept, args) == pytest.approx(dense + memories)
@@ -91,7 +83,7 @@ def test_a_memory_in_place_of_experts() -> None:
     args, memory = _args(**experts), _memory(memory_layers=[0, 1])
     whole = num_floating_point_operations(_args(**experts), 2)
     dense_ffn, expert_ffn = 6 * HIDDEN * FFN * 2, 6 * HIDDEN * 96 * 2 * 2
-    added = 2 * sizes.layer_flops_per_token(memory, HIDDEN)
+    added = 2 * sizes.layer_flops_per_token(memory)
     expected = whole + TOKENS * (added - dense_ffn - expert_ffn)
     assert _counted(memory, args) == pytest.approx(expected)
 
@@ -107,7 +99,7 @@ def test_a_memory_in_a_hybrid_model() -> None:
     whole = num_floating_point_operations(_args(**hybrid), 2)
     dense_ffn, expert_ffn = 6 * HIDDEN * FFN * 2, 6 * HIDDEN * 96 * 2 * 2
     memory = _memory(memory_layers=[1, 5])
-    added = 2 * sizes.layer_flops_per_token(memory, HIDDEN)
+    added = 2 * sizes.layer_flops_per_token(memory)
     expected = whole + TOKENS * (added - dense_ffn - expert_ffn)
     assert _counted(memory, _args(**hybrid)) == pytest.approx(expected)
 
@@ -120,7 +112,8 @@ def test_rows_are_parameters_and_no_flops() -> None:
 
 
 def test_summary_names_what_is_trained() -> None:
-    line = sizes.summary(_memory(memory_num_keys=1024), HIDDEN, ranks=4)
+    memory = replace(_memory(memory_num_keys=1024), layout=Layout("row", 4))
+    line = sizes.summary(memory)
     assert "layers 1, 2 are memory+: 4 heads x 4 rows" in line
     assert "one shared table of 1,048,576 x 64 = 67.11 M parameters" in line
     assert "16.78 M on each of 4 ranks" in line

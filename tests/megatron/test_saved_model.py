@@ -1,11 +1,15 @@
 import argparse
+from dataclasses import replace
 
 import pytest
 
 from megamem.config import MemoryConfig
 from megamem.megatron.startup.saved_model import checkpoint_problems, compare
+from megamem.resolution import resolve
+from megamem.spec import MemorySpec
 
-MEMORY = MemoryConfig(memory_layers=[1, 2], memory_num_keys=8, memory_topk=2).resolve(16)
+CONFIG = MemoryConfig(memory_layers=[1, 2], memory_num_keys=8, memory_topk=2)
+MEMORY = resolve(CONFIG, 16)
 SAVED = {
     "memory_values.shared.weight": (64, 16),
     "decoder.layers.1.mlp.memory.keys.sub_keys": (2, 4, 8, 4),
@@ -13,8 +17,8 @@ SAVED = {
 }
 
 
-def _with(**settings) -> MemoryConfig:
-    return MemoryConfig(**{**MEMORY.to_dict(), **settings})
+def _with(**settings) -> MemorySpec:
+    return resolve(replace(CONFIG, **settings), 16)
 
 
 def test_the_same_settings_fit() -> None:
@@ -42,7 +46,7 @@ def test_other_settings_are_named(saved, memory, message) -> None:
 
 def test_nothing_to_load_is_no_problem(tmp_path) -> None:
     for load in (None, str(tmp_path / "absent"), str(tmp_path)):
-        assert checkpoint_problems(argparse.Namespace(load=load), MEMORY) == []
+        assert checkpoint_problems(MEMORY, argparse.Namespace(load=load)) == []
 
 
 def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path) -> None:
@@ -52,5 +56,5 @@ def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path) -> None:
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     (folder / ".metadata").write_bytes(b"not a pickle")
     args = argparse.Namespace(load=str(tmp_path))
-    [problem] = checkpoint_problems(args, MEMORY)
+    [problem] = checkpoint_problems(MEMORY, args)
     assert "cannot be read" in problem and "--ckpt-step" in problem

@@ -37,6 +37,7 @@ from megamem.megatron.reports.usage_pictures import (
     load_levels,
     relative_load,
 )
+from megamem.resolution import resolve
 from tests.helpers.megatron_runs import TrainingLog, run_training
 
 MEMORY = (
@@ -211,7 +212,7 @@ def test_off_is_off(train) -> None:
 )
 def test_who_is_measured(setting, folder, project, expected) -> None:
     args = argparse.Namespace(tensorboard_dir=folder, wandb_project=project)
-    assert is_measured(args, MemoryConfig(memory_metrics=setting)) == expected
+    assert is_measured(resolve(MemoryConfig(memory_metrics=setting), 16), args) == expected
 
 
 class Wandb:

@@ -8,9 +8,8 @@ import torch
 
 from megamem.checkpoint import SHARED, state_key, table_key
 from megamem.config import MemoryConfig
-from megamem.layers.init import WeightFactory
-from megamem.layers.value_table import ValueTable
-from megamem.parallel.memory_group import MemoryGroup
+from megamem.layers.memory_pool import MemoryPool
+from megamem.resolution import resolve
 from tests.helpers.checkpoints import saved_tensors
 from tests.helpers.megatron_runs import TrainingLog, run_training
 
@@ -200,8 +199,8 @@ def test_a_table_without_rate_and_decay_keeps_its_initial_values(tmp_path: Path)
     still = ("--memory-lr", 0, "--memory-weight-decay", 0)
     log = run_training("still", 2, *MEMORY, *TP2, *still, "--save", tmp_path, "--save-interval", 5)
     assert log.losses[-1] < log.losses[0] - 0.1
-    config = MemoryConfig(memory_layers=[0, 1], memory_num_keys=9, memory_topk=4).resolve(64)
-    start = ValueTable(config, WeightFactory(seed=1234, name="shared"), MemoryGroup()).weight
+    config = MemoryConfig(memory_layers=[0, 1], memory_num_keys=9, memory_topk=4)
+    start = MemoryPool(resolve(config, 64, seed=1234)).values.weight
     assert torch.equal(saved_tensors(tmp_path / "iter_0000005")[table_key(SHARED)], start)
 
 

@@ -1,17 +1,19 @@
 """Every optimizer steps a table that is spread over ranks as it steps the table of one process."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megamem.layers.init import WeightFactory
-from megamem.layers.value_table import ValueTable
+from megamem.layers.memory_pool import MemoryPool
 from megamem.optimizer import TableOptimizer
 from megamem.parallel.memory_group import MemoryGroup, form, partition
+from megamem.parallel.routing import choose_wire
 from tests.helpers.distributed import run_distributed
-from tests.optimizer.test_table_optimizer import KINDS, NUM_KEYS, WIDTH, _config, _optimizer, _table
+from tests.helpers.pools import pool_of, read
+from tests.optimizer.test_table_optimizer import KINDS, NUM_KEYS, WIDTH, _optimizer, _spec
 
 STEPS, TOKENS, LOOKUPS = 3, 2, 4
 
@@ -26,14 +28,14 @@ def _batch(step: int, rank: int, dtype: torch.dtype):
 
 
 def _run(
-    table: ValueTable, optimizer: TableOptimizer, ranks: list[int], counts: list[int]
+    pool: MemoryPool, optimizer: TableOptimizer, ranks: list[int], counts: list[int]
 ) -> torch.Tensor:
     """Steps on the tokens of these ranks; returns this rank's share of the last squared norm."""
     norm = torch.zeros(())
     for step in range(STEPS):
-        parts = [_batch(step, rank, table.weight.dtype) for rank in ranks]
+        parts = [_batch(step, rank, pool.values.weight.dtype) for rank in ranks]
         pairs, weights, grads = (torch.cat(part) for part in zip(*parts, strict=True))
-        table(pairs, weights.requires_grad_(), counts).backward(grads)
+        read(pool, pairs, weights.requires_grad_(), counts).backward(grads)
         optimizer.reduce()
         norm = optimizer.squared_norm()["t"]
         optimizer.step(0.5)
@@ -42,16 +44,16 @@ def _run(
 
 def _matches(kind: str, size: int, columns: int, wire: str, dtype: torch.dtype, **more) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    config = _config(kind, memory_wire=wire, **more)
-    alone = _table(config, dtype)
-    alone_optimizer = _optimizer(alone, config)
-    expected = _run(alone, alone_optimizer, list(range(world)), [world * TOKENS])
+    spec = _spec(kind, memory_wire=wire, **more)
+    alone_pool = pool_of(spec, dtype)
+    alone_optimizer = _optimizer(alone_pool)
+    expected = _run(alone_pool, alone_optimizer, list(range(world)), [world * TOKENS])
 
     group = form(partition([list(range(world))], size, columns))
-    many = ValueTable(config, WeightFactory(seed=1, name="t", dtype=dtype), group)
-    many.weight.requires_grad_(False)
-    optimizer = _optimizer(many, config)
-    norm = _run(many, optimizer, [rank], [TOKENS] * size)
+    pool = pool_of(replace(spec, wire=choose_wire(wire, size // columns)), dtype, group)
+    optimizer = _optimizer(pool)
+    norm = _run(pool, optimizer, [rank], [TOKENS] * size)
+    alone, many = alone_pool.values, pool.values
     dist.all_reduce(norm)
 
     piece = (many.shard.rows.local, many.shard.columns)
@@ -86,7 +88,6 @@ def test_ranks_step_as_one_process(world_size: int, shapes: list[tuple[int, int]
 
 
 def test_one_rank_needs_no_group() -> None:
-    config = _config()
-    table = _table(config, torch.float64)
-    assert table.group == MemoryGroup()
-    _run(table, _optimizer(table, config), [0], [TOKENS])
+    pool = pool_of(_spec(), torch.float64)
+    assert pool.group == MemoryGroup()
+    _run(pool, _optimizer(pool), [0], [TOKENS])

@@ -7,13 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamem.layers.init import WeightFactory
-from megamem.layers.value_table import ValueTable
+from megamem.layers.memory_pool import MemoryPool
 from megamem.optimizer import TableOptimizer
 from megamem.parallel.memory_group import MemoryGroup, form, partition
+from megamem.spec import MemorySpec
 from tests.helpers.distributed import run_distributed
+from tests.helpers.pools import pool_of, read
 from tests.optimizer.test_ranks import TOKENS, _batch
-from tests.optimizer.test_table_optimizer import NUM_KEYS, _config, _optimizer
+from tests.optimizer.test_table_optimizer import NUM_KEYS, _optimizer, _spec
 
 STEPS, ROWS = 3, NUM_KEYS**2
 HITS = torch.tensor([(0, 8, 3, 3, 0)[row % 5] for row in range(ROWS)], dtype=torch.int32)
@@ -21,7 +22,7 @@ BATCHES = 8
 
 
 def _train(
-    table: ValueTable, optimizer: TableOptimizer, ranks: list[int], counts: list[int]
+    pool: MemoryPool, optimizer: TableOptimizer, ranks: list[int], counts: list[int]
 ) -> list[Tensor]:
     """Steps of two microbatches on the tokens of these ranks; the weights after each."""
     seen = []
@@ -29,33 +30,34 @@ def _train(
         for part in range(2):
             parts = [_batch(2 * step + part, rank, torch.float64) for rank in ranks]
             pairs, weights, grads = (torch.cat(each) for each in zip(*parts, strict=True))
-            table(pairs, weights.requires_grad_(), counts).backward(grads)
+            read(pool, pairs, weights.requires_grad_(), counts).backward(grads)
         optimizer.reduce()
         optimizer.choose()
         optimizer.step(0.5)
-        seen.append(table.weight.detach().clone())
+        seen.append(pool.values.weight.detach().clone())
     return seen
 
 
-def _build(config, group: MemoryGroup) -> tuple[ValueTable, TableOptimizer]:
-    table = ValueTable(config, WeightFactory(seed=1, name="t", dtype=torch.float64), group)
-    table.weight.requires_grad_(False)
-    optimizer = _optimizer(table, config)
-    if config.memory_finetune_rows is not None:
+def _build(spec: MemorySpec, group: MemoryGroup) -> tuple[MemoryPool, TableOptimizer]:
+    pool = pool_of(spec, torch.float64, group)
+    optimizer = _optimizer(pool)
+    if spec.finetune_rows:
+        table = pool.values
         table.reads.counts.copy_(HITS[table.shard.rows.local])
         table.reads.batches.fill_(BATCHES)
-    return table, optimizer
+    return pool, optimizer
 
 
 def _matches(group: MemoryGroup, size: int, wire: str, kind: str, limit: int | None) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    config = _config(kind, memory_wire=wire, memory_finetune_rows=limit)
-    alone, alone_optimizer = _build(config, MemoryGroup())
-    many, optimizer = _build(config, group)
+    spec = _spec(kind, memory_wire=wire, memory_finetune_rows=limit)
+    alone_pool, alone_optimizer = _build(spec, MemoryGroup())
+    pool, optimizer = _build(spec, group)
+    alone, many = alone_pool.values, pool.values
     piece = (many.shard.rows.local, many.shard.columns)
     start = alone.weight[piece].clone()
-    expected = _train(alone, alone_optimizer, list(range(world)), [world * TOKENS])
-    got = _train(many, optimizer, [rank], [TOKENS] * size)
+    expected = _train(alone_pool, alone_optimizer, list(range(world)), [world * TOKENS])
+    got = _train(pool, optimizer, [rank], [TOKENS] * size)
     for here, there in zip(got, expected, strict=True):
         want = there[piece]
         torch.testing.assert_close(here, want)

@@ -10,17 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megamem.config import ConfigurationError, MemoryConfig
-from megamem.layers.expert_table import ExpertTable
-from megamem.layers.init import WeightFactory
 from megamem.layers.value_table import ValueTable
 from megamem.ops import place_rows
 from megamem.optimizer import StepOptions, TableOptimizer
 from megamem.optimizer.sparse_rows import choose_rows, rarity
 from megamem.optimizer.state import MASTER
-from megamem.parallel.memory_group import MemoryGroup
 from megamem.parallel.row_shard import RowShard
 from megamem.read_counter import ReadCounter
+from megamem.resolution import resolve
 from megamem.row_gradient import RowGradient
+from tests.helpers.pools import pool_of
 from tests.optimizer.test_table_optimizer import (
     BETAS,
     DECAY,
@@ -29,11 +28,10 @@ from tests.optimizer.test_table_optimizer import (
     NUM_KEYS,
     WIDTH,
     _batches,
-    _config,
     _dense_gradients,
     _optimizer,
     _read,
-    _table,
+    _spec,
 )
 
 SPARSE = ("sgd", "lazy_adamw")
@@ -115,9 +113,9 @@ def _of_chosen(weights: Tensor, grads: list[Tensor], chosen: list[list[int]], ki
 @pytest.mark.parametrize("microbatches", [1, 4])
 @pytest.mark.parametrize("limit", [3, 100])
 def test_only_chosen_rows_move_and_only_then(kind: str, microbatches: int, limit: int) -> None:
-    config = _config(kind, memory_finetune_rows=limit)
-    table = _table(config, torch.float64)
-    optimizer = _optimizer(table, config)
+    pool = pool_of(_spec(kind, memory_finetune_rows=limit), torch.float64)
+    table = pool.values
+    optimizer = _optimizer(pool)
     hits, batches = _background(table)
     start, grads = table.weight.detach().clone(), _dense_gradients(torch.float64)
     chosen = _expected_rows(limit, hits, batches)
@@ -126,7 +124,7 @@ def test_only_chosen_rows_move_and_only_then(kind: str, microbatches: int, limit
         before = table.weight.detach().clone()
         kept = {name: state.clone() for name, state in optimizer.state[table.weight].items()}
         for part in range(microbatches):
-            _read(table, batch, slice(part * 4 // microbatches, (part + 1) * 4 // microbatches))
+            _read(pool, batch, slice(part * 4 // microbatches, (part + 1) * 4 // microbatches))
         everything = optimizer.squared_norm()["t"]
         torch.testing.assert_close(everything, grad.square().sum())
         optimizer.choose()
@@ -152,9 +150,11 @@ def test_only_chosen_rows_move_and_only_then(kind: str, microbatches: int, limit
 @pytest.mark.parametrize("random", [False, True])
 @pytest.mark.parametrize("kind", SPARSE)
 def test_a_bf16_table_and_its_master_stay_bit_for_bit(kind: str, random: bool) -> None:
-    config = _config(kind, memory_finetune_rows=2, memory_stochastic_rounding=random)
-    table = _table(config, torch.bfloat16)
-    optimizer = _optimizer(table, config)
+    pool = pool_of(
+        _spec(kind, memory_finetune_rows=2, memory_stochastic_rounding=random), torch.bfloat16
+    )
+    table = pool.values
+    optimizer = _optimizer(pool)
     _background(table)
     state = optimizer.state[table.weight]
     if not random:
@@ -162,7 +162,7 @@ def test_a_bf16_table_and_its_master_stay_bit_for_bit(kind: str, random: bool) -
         state[MASTER] += 1e-4
     for batch in _batches(torch.bfloat16):
         before = [table.weight.detach().clone(), state.get(MASTER, torch.zeros(ROWS, 1)).clone()]
-        _read(table, batch)
+        _read(pool, batch)
         optimizer.choose()
         rows = table.gradient.touched_r.nonzero().squeeze(1).tolist()
         assert len(rows) == 2
@@ -175,13 +175,13 @@ def test_a_bf16_table_and_its_master_stay_bit_for_bit(kind: str, random: bool) -
 
 
 def test_training_counts_the_batches_that_read_a_row() -> None:
-    config = _config()
-    table = _table(config, torch.float64)
-    optimizer = _optimizer(table, config)
+    pool = pool_of(_spec(), torch.float64)
+    table = pool.values
+    optimizer = _optimizer(pool)
     expected = torch.zeros(ROWS, dtype=torch.int32)
     for number, batch in enumerate(_batches(torch.float64)):
-        _read(table, batch, slice(0, 2))
-        _read(table, batch, slice(2, 4))
+        _read(pool, batch, slice(0, 2))
+        _read(pool, batch, slice(2, 4))
         if number == 2:
             # a batch that is skipped was not learnt from
             optimizer.zero_grad()
@@ -195,19 +195,19 @@ def test_training_counts_the_batches_that_read_a_row() -> None:
 
 
 def test_a_skipped_batch_leaves_no_lookups_and_a_nan_outside_the_choice_shows() -> None:
-    config = _config("sgd", memory_finetune_rows=1)
-    table = _table(config, torch.float64)
-    optimizer = _optimizer(table, config)
+    pool = pool_of(_spec("sgd", memory_finetune_rows=1), torch.float64)
+    table = pool.values
+    optimizer = _optimizer(pool)
     hits, batches = _background(table)
     first, second, *_ = _batches(torch.float64)
     chosen = _expected_rows(1, hits, batches)
-    _read(table, first)
+    _read(pool, first)
     table.gradient.buffer[[row for row in range(ROWS) if row not in chosen[0]]] = float("nan")
     assert not optimizer.squared_norm()["t"].isfinite()
     optimizer.zero_grad()
     before = table.weight.detach().clone()
     table.gradient.buffer.zero_()
-    _read(table, second)
+    _read(pool, second)
     optimizer.choose()
     optimizer.step()
     assert (table.weight != before).any(1).nonzero().squeeze(1).tolist() == chosen[1]
@@ -221,27 +221,25 @@ def test_a_row_of_u_and_its_row_of_v_are_chosen_together() -> None:
         memory_topk=2,
         memory_optimizer="sgd",
         memory_finetune_rows=3,
-    ).resolve(WIDTH)
-    make = WeightFactory(seed=1, name="t", dtype=torch.float64)
-    table = ExpertTable(config, make, MemoryGroup()).requires_grad_(False)
-    optimizer = TableOptimizer({"t": table, "t.u": table.u}, config, StepOptions(), lr=LR)
-    for each in (table, table.u):
-        hits, batches = _background(each)
+    )
+    pool = pool_of(resolve(config, WIDTH, seed=1), torch.float64)
+    optimizer = TableOptimizer(pool, pool.spec, StepOptions(), lr=LR)
+    for table in pool:
+        hits, batches = _background(table)
     for (pairs, weights, grads), rows in zip(
         _batches(torch.float64), _expected_rows(3, hits, batches), strict=True
     ):
-        before = [table.weight.clone(), table.u.weight.clone()]
+        before = [table.weight.clone() for table in pool]
         x_TD = torch.randn(len(pairs), WIDTH, dtype=torch.float64, requires_grad=True)
-        table(pairs, weights.requires_grad_(), [len(pairs)], x_TD).backward(grads)
+        pool.read(pairs, weights.requires_grad_(), [len(pairs)], x_TD).backward(grads)
         optimizer.choose()
         optimizer.step()
-        for old, new in zip(before, (table.weight, table.u.weight), strict=True):
-            assert (old != new).any(1).nonzero().squeeze(1).tolist() == rows
+        for old, table in zip(before, pool, strict=True):
+            assert (old != table.weight).any(1).nonzero().squeeze(1).tolist() == rows
 
 
 def test_a_state_without_counters_leaves_those_that_there_are() -> None:
-    config = _config()
-    table, other = _table(config, torch.float64), _table(config, torch.float64)
+    table, other = (pool_of(_spec(), torch.float64).values for _ in range(2))
     bare = other.state_dict()
     assert sorted(bare) == ["placement", "weight"]
     table.learn_with(RowGradient(table.weight), ReadCounter(table.weight))

@@ -7,42 +7,33 @@ import torch
 from torch import Tensor
 
 from megamem.config import MemoryConfig
-from megamem.layers.init import WeightFactory
-from megamem.layers.value_table import ValueTable
+from megamem.layers.memory_pool import MemoryPool
 from megamem.optimizer import StepOptions, TableOptimizer
 from megamem.optimizer.state import MASTER, SLOTS
-from megamem.parallel.memory_group import MemoryGroup
 from megamem.planner import table_state
+from megamem.resolution import resolve
+from megamem.spec import MemorySpec
+from tests.helpers.pools import pool_of, read
 
 NUM_KEYS, WIDTH, STEPS = 5, 16, 6
 LR, DECAY, BETAS, EPS = 0.05, 0.1, (0.8, 0.95), 1e-6
 KINDS = ("adamw", "lazy_adamw", "rowwise_adamw", "sgd")
 
 
-def _config(kind: str = "adamw", **settings) -> MemoryConfig:
-    return MemoryConfig(
+def _spec(kind: str = "adamw", **settings) -> MemorySpec:
+    config = MemoryConfig(
         memory_layers=[0],
         memory_num_keys=NUM_KEYS,
         memory_topk=2,
         memory_optimizer=kind,
         **settings,
-    ).resolve(WIDTH)
-
-
-def _table(config: MemoryConfig, dtype: torch.dtype) -> ValueTable:
-    table = ValueTable(config, WeightFactory(seed=1, name="t", dtype=dtype), MemoryGroup())
-    table.weight.requires_grad_(False)
-    return table
-
-
-def _optimizer(table: ValueTable, config: MemoryConfig, **options) -> TableOptimizer:
-    return TableOptimizer(
-        {"t": table},
-        config,
-        StepOptions(betas=BETAS, eps=EPS, **options),
-        lr=LR,
-        weight_decay=DECAY,
     )
+    return resolve(config, WIDTH, seed=1)
+
+
+def _optimizer(pool: MemoryPool, **options) -> TableOptimizer:
+    steps = StepOptions(betas=BETAS, eps=EPS, **options)
+    return TableOptimizer(pool, pool.spec, steps, lr=LR, weight_decay=DECAY)
 
 
 def _batches(dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -58,21 +49,19 @@ def _batches(dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
     ]
 
 
-def _read(table: ValueTable, batch: tuple[Tensor, Tensor, Tensor], part: slice = slice(None)):
+def _read(pool: MemoryPool, batch: tuple[Tensor, Tensor, Tensor], part: slice = slice(None)):
     pairs, weights, grads = (x[part] for x in batch)
-    out = table(pairs, weights.requires_grad_(), [len(pairs)])
-    out.backward(grads)
+    read(pool, pairs, weights.requires_grad_(), [len(pairs)]).backward(grads)
 
 
 def _dense_gradients(dtype: torch.dtype) -> list[Tensor]:
     """By autograd, in another table of the same rows."""
-    config = _config()
-    table = ValueTable(config, WeightFactory(seed=1, name="t", dtype=dtype), MemoryGroup())
-    found = []
+    pool = MemoryPool(_spec(), "t", dtype=dtype)
+    weight, found = pool.values.weight, []
     for batch in _batches(dtype):
-        table.weight.grad = None
-        _read(table, batch)
-        found.append(table.weight.grad)
+        weight.grad = None
+        _read(pool, batch)
+        found.append(weight.grad)
     return found
 
 
@@ -134,13 +123,13 @@ REFERENCES: dict[str, Callable[[Tensor, list[Tensor]], Tensor]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_each_optimizer_is_its_reference(kind: str, microbatches: int) -> None:
-    config = _config(kind)
-    table = _table(config, torch.float64)
+    pool = pool_of(_spec(kind), torch.float64)
+    table = pool.values
     expected = REFERENCES[kind](table.weight.detach(), _dense_gradients(torch.float64))
-    optimizer = _optimizer(table, config)
+    optimizer = _optimizer(pool)
     for batch in _batches(torch.float64):
         for part in range(microbatches):
-            _read(table, batch, slice(part * 4 // microbatches, (part + 1) * 4 // microbatches))
+            _read(pool, batch, slice(part * 4 // microbatches, (part + 1) * 4 // microbatches))
         optimizer.step()
         assert not table.gradient.buffer.any() and not table.gradient.touched_r.any()
     torch.testing.assert_close(table.weight.detach(), expected)
@@ -151,12 +140,12 @@ def test_each_optimizer_is_its_reference(kind: str, microbatches: int) -> None:
 def test_a_scaled_gradient_is_a_gradient_times_the_scale(kind: str) -> None:
     results = []
     for factor, scale in ((1.0, 1.0), (4.0, 0.125), (torch.tensor(0.5), torch.tensor(1.0))):
-        config = _config(kind)
-        table = _table(config, torch.float64)
-        optimizer = _optimizer(table, config)
+        pool = pool_of(_spec(kind), torch.float64)
+        table = pool.values
+        optimizer = _optimizer(pool)
         for pairs, weights, grads in _batches(torch.float64):
             table.gradient.factor = factor
-            _read(table, (pairs, weights, grads / (factor * scale)))
+            _read(pool, (pairs, weights, grads / (factor * scale)))
             optimizer.step(scale)
         results.append(table.weight.detach())
     torch.testing.assert_close(results[1], results[0])
@@ -164,11 +153,11 @@ def test_a_scaled_gradient_is_a_gradient_times_the_scale(kind: str) -> None:
 
 
 def test_the_norm_is_that_of_the_dense_gradient() -> None:
-    config = _config()
-    table = _table(config, torch.float64)
-    optimizer = _optimizer(table, config)
+    pool = pool_of(_spec(), torch.float64)
+    table = pool.values
+    optimizer = _optimizer(pool)
     batch, dense = _batches(torch.float64)[0], _dense_gradients(torch.float64)[0]
-    _read(table, batch)
+    _read(pool, batch)
     table.gradient.factor = torch.tensor(3.0)
     squares = optimizer.squared_norm()["t"]
     torch.testing.assert_close(squares, 9 * dense.square().sum())
@@ -178,38 +167,38 @@ def test_the_norm_is_that_of_the_dense_gradient() -> None:
 
 
 def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_can_be_dropped() -> None:
-    config = _config()
-    table = _table(config, torch.float32)
-    optimizer = _optimizer(table, config)
+    pool = pool_of(_spec(), torch.float32)
+    table = pool.values
+    optimizer = _optimizer(pool)
     before = table.weight.detach().clone()
     pairs, weights, grads = _batches(torch.float32)[0]
     grads[1, 2] = float("nan")
-    _read(table, (pairs, weights, grads))
+    _read(pool, (pairs, weights, grads))
     assert not optimizer.squared_norm()["t"].isfinite()
     optimizer.zero_grad()
     assert torch.equal(table.weight, before) and not table.gradient.buffer.any()
 
 
 def test_evaluation_leaves_no_trace() -> None:
-    config = _config()
-    table = _table(config, torch.float32)
-    _optimizer(table, config)
+    pool = pool_of(_spec(), torch.float32)
+    table = pool.values
+    _optimizer(pool)
     pairs, weights, _ = _batches(torch.float32)[0]
     with torch.no_grad():
-        table(pairs, weights, [len(pairs)])
+        read(pool, pairs, weights, [len(pairs)])
     assert not table.gradient.touched_r.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bf16_table_follows_its_fp32_master(kind: str) -> None:
-    config = _config(kind)
-    table = _table(config, torch.bfloat16)
-    optimizer = _optimizer(table, config)
+    pool = pool_of(_spec(kind), torch.bfloat16)
+    table = pool.values
+    optimizer = _optimizer(pool)
     master = optimizer.state[table.weight][MASTER]
     assert torch.equal(master, table.weight.float())
     expected = master.clone()
     for batch in _batches(torch.bfloat16):
-        _read(table, batch)
+        _read(pool, batch)
         optimizer.step()
     moved = (master - expected).abs().max()
     assert moved > 0.01
@@ -225,21 +214,21 @@ def test_a_bf16_table_follows_its_fp32_master(kind: str) -> None:
 def test_random_rounding_keeps_no_master_repeats_and_follows_fp32(kind: str) -> None:
     runs = []
     for seed in (1, 1, 2):
-        config = _config(kind, memory_stochastic_rounding=True)
-        table = _table(config, torch.bfloat16)
-        optimizer = _optimizer(table, config, seed=seed)
+        pool = pool_of(_spec(kind, memory_stochastic_rounding=True), torch.bfloat16)
+        table = pool.values
+        optimizer = _optimizer(pool, seed=seed)
         assert MASTER not in optimizer.state[table.weight]
         for batch in _batches(torch.bfloat16):
-            _read(table, batch)
+            _read(pool, batch)
             optimizer.step()
         runs.append(table.weight.detach().float())
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
-    config = _config(kind)
-    table = _table(config, torch.bfloat16)
-    optimizer = _optimizer(table, config)
+    pool = pool_of(_spec(kind), torch.bfloat16)
+    table = pool.values
+    optimizer = _optimizer(pool)
     for batch in _batches(torch.bfloat16):
-        _read(table, batch)
+        _read(pool, batch)
         optimizer.step()
     exact = optimizer.state[table.weight][MASTER]
     # each step may go one place wrong, either way
@@ -253,9 +242,9 @@ def test_random_rounding_keeps_no_master_repeats_and_follows_fp32(kind: str) -> 
     [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
 )
 def test_state_takes_the_bytes_the_planner_counts(kind: str, random: bool, dtype) -> None:
-    config = _config(kind, memory_stochastic_rounding=random)
-    table = _table(config, dtype)
-    state = _optimizer(table, config).state[table.weight]
+    pool = pool_of(_spec(kind, memory_stochastic_rounding=random), dtype)
+    table = pool.values
+    state = _optimizer(pool).state[table.weight]
     planned = table_state(kind, half_precision=dtype == torch.bfloat16, stochastic_rounding=random)
     rows = len(table.weight)
     wide = sum(x.nbytes for x in state.values() if x.dim() == 2)
@@ -267,7 +256,7 @@ def test_state_takes_the_bytes_the_planner_counts(kind: str, random: bool, dtype
 
 
 def test_ranks_without_a_table_have_an_optimizer_too() -> None:
-    optimizer = TableOptimizer({}, _config(), StepOptions(), lr=LR)
+    optimizer = TableOptimizer([], _spec(), StepOptions(), lr=LR)
     optimizer.zero_grad()
     optimizer.reduce()
     assert optimizer.squared_norm() == {} and optimizer.count_zeros() == 0

@@ -6,9 +6,12 @@ For bf16 rows, 128 lookups per token and 8192 tokens a rank where nothing else i
 import pytest
 
 from megamem.kernels import product_topk, row_gradient
+from megamem.parallel.traffic import (
+    expected_unique,
+    forward_bytes,
+)
 from megamem.planner import (
     OPTIMIZERS,
-    Layout,
     buffers,
     table_state,
 )
@@ -16,10 +19,7 @@ from megamem.planner.buffers import kept_bytes, lookup_buffers, passing_bytes, s
 from megamem.planner.cost import backward_bytes, rank_bytes, rank_share
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.plan import gpus_for_bytes
-from megamem.planner.traffic import (
-    expected_unique,
-    forward_bytes,
-)
+from megamem.spec import Layout
 from tests.planner.jobs import LOOKUPS, MILLION_ROWS, TOKENS, WIDTH, job_of
 
 

@@ -5,25 +5,26 @@ import torch
 import torch.distributed as dist
 
 from megamem.config import MemoryConfig
-from megamem.layers.expert_table import make_table, table_names
-from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
-from megamem.megatron.reports import sizes
+from megamem.layers.memory_pool import MemoryPool
+from megamem.layers.variants import table_names
 from megamem.metrics import Metrics, Watched
-from megamem.parallel.memory_group import MemoryGroup, form, partition
-from megamem.planner import Layout, make_plan, preset
+from megamem.parallel.memory_group import form, partition
+from megamem.parallel.traffic import Packing, Wire, row_traffic, traffic
+from megamem.planner import make_plan, preset
 from megamem.planner.buffers import kept_bytes, passing_bytes
 from megamem.planner.cost import layout_cost, rank_bytes
-from megamem.planner.job import asked_layout, layouts
+from megamem.planner.job import layouts
 from megamem.planner.sizes import (
     memory_flops_per_token,
     memory_layer_parameters,
     table_parameters,
     total_parameters,
 )
-from megamem.planner.traffic import Packing, Wire, row_traffic, traffic
+from megamem.resolution import resolve
+from megamem.spec import Layout
 from tests.helpers.distributed import run_distributed
-from tests.planner.jobs import LOOKUPS, TOKENS, WIDTH, job_of, memory_of
+from tests.planner.jobs import LOOKUPS, TOKENS, WIDTH, job_of, spec_of
 from tests.planner.test_sent import _sent
 
 PEER = {"memory_variant": "peer", "memory_layers": [11]}
@@ -32,29 +33,24 @@ PEER = {"memory_variant": "peer", "memory_layers": [11]}
 @pytest.mark.parametrize(("base", "millions"), [("134m", 1036.9), ("1.3b", 3645.7)])
 def test_published_totals(base: str, millions: float) -> None:
     """One layer, and 768 sub-keys a half."""
-    memory = memory_of(base, 768, **PEER)
+    memory = spec_of(base, 768, **PEER)
     total = total_parameters(preset(base)[0], memory)["total"]
     assert total / 1e6 == pytest.approx(millions, abs=0.051)
 
 
 @pytest.mark.parametrize("pool", ["shared", "layer"])
 def test_counts_are_those_of_the_modules(pool: str) -> None:
-    memory = MemoryConfig(
+    config = MemoryConfig(
         memory_layers=[1, 2], memory_variant="peer", memory_pool=pool, memory_qk_norm=True
-    ).resolve(64)
-    make = WeightFactory(seed=0, name="table", device="meta")
-    table = make_table(memory, make, MemoryGroup())
-    layer = MemoryLayer(
-        memory, 64, table, layer=1, group=None, tokens_sharded=True, seed=0, device="meta"
     )
-    own = sum(param.numel() for param in layer.parameters())
-    assert memory_layer_parameters(memory, 64) == own
+    spec = resolve(config, 64)
+    tables = MemoryPool(spec, device="meta")
+    layer = MemoryLayer(spec, tables, layer=1, device="meta")
+    assert memory_layer_parameters(spec) == sum(param.numel() for param in layer.parameters())
     pools = 2 if pool == "layer" else 1
-    assert table_parameters(memory) == pools * sum(p.numel() for p in table.parameters())
-    assert sizes.table_parameters(memory) == table_parameters(memory)
-    plain = MemoryConfig(memory_layers=[1, 2], memory_variant="memory").resolve(64)
-    assert memory_flops_per_token(memory, 64) == memory_flops_per_token(plain, 64)
-    assert memory_flops_per_token(memory, 64) == sizes.layer_flops_per_token(memory, 64)
+    assert table_parameters(spec) == pools * sum(p.numel() for p in tables.tables.parameters())
+    plain = resolve(MemoryConfig(memory_layers=[1, 2], memory_variant="memory"), 64)
+    assert memory_flops_per_token(spec) == memory_flops_per_token(plain)
 
 
 def test_a_rank_holds_two_tables_of_rows() -> None:
@@ -63,7 +59,7 @@ def test_a_rank_holds_two_tables_of_rows() -> None:
     one, two = (rank_bytes(job, layout) for job in (plain, peer))
     assert two.table == 2 * one.table and two.dense == one.dense
     assert all(layout.mode == "row" for layout in layouts(peer)) and len(layouts(peer)) == 7
-    assert asked_layout(job_of(**PEER, memory_mode="auto")) == Layout("row", 1, 1)
+    assert job_of(**PEER, memory_mode="auto").spec.layout == Layout("row", 1, 1)
     assert make_plan(job_of(**PEER, world=512)).recommended.layout.mode == "row"
     replicas = [layout_cost(job, layout).replicas_per_step for job in (plain, peer)]
     assert replicas[1] == 2 * replicas[0]
@@ -109,14 +105,15 @@ def _as_planned(wire: Wire, dtype: torch.dtype) -> None:
         memory_heads=1,
         memory_topk=READS,
         memory_wire=wire,
-    ).resolve(HIDDEN)
-    group = form(partition([list(range(size))], size, 1))
-    table = make_table(config, WeightFactory(seed=1, name="t", dtype=dtype), group)
-    watched = Watched(
-        layers=[0], tables=table_names(config), num_keys=NUM_KEYS, heads=1, topk=READS
+        memory_group_size=size,
     )
+    spec = resolve(config, HIDDEN)
+    group = form(partition([list(range(size))], size, 1))
+    pool = MemoryPool(spec, group=group, dtype=dtype)
+    watched = Watched(layers=[0], tables=table_names(spec), num_keys=NUM_KEYS, heads=1, topk=READS)
     metrics = Metrics(watched, "cpu")
-    table.metrics, table.u.metrics = metrics.tables["shared"], metrics.tables["shared.u"]
+    for table in pool:
+        table.metrics = metrics.tables[table.name]
     # every row once, so that each rank holds as many of the lookups as of the rows
     generator = torch.Generator().manual_seed(dist.get_rank())
     pairs_TL = torch.randperm(NUM_KEYS**2, generator=generator).view(LOCAL, READS)
@@ -124,17 +121,18 @@ def _as_planned(wire: Wire, dtype: torch.dtype) -> None:
     x_TD = torch.rand(LOCAL, HIDDEN, requires_grad=True, dtype=dtype)
     planned = traffic("row", HIDDEN, READS, size, wire=wire, tokens=True, e=dtype.itemsize)
     with _sent() as sent:
-        out_TV = table(pairs_TL, weights_TL, [LOCAL] * size, x_TD)
+        out_TV = pool.read(pairs_TL, weights_TL, [LOCAL] * size, x_TD)
     assert sent[0] / LOCAL == pytest.approx(planned.forward), (wire, "forward")
     with _sent() as back:
         out_TV.sum().backward()
     assert back[0] / LOCAL == pytest.approx(planned.backward), (wire, "backward")
-    shown = table.metrics.bytes_sent + table.u.metrics.bytes_sent
+    shown = sum(table.metrics.bytes_sent for table in pool)
     total = torch.tensor([shown - sent[0] - back[0]])
     dist.all_reduce(total)
     # ranks differ by where their lookups went
     assert abs(total.item()) < 1e-6 * shown
-    metrics.tables["shared.u"].fill(table.u.weight, table.u.shard)
+    _, u = pool
+    metrics.tables["shared.u"].fill(u.weight, u.shard)
     report = metrics.report(1)
     assert report is not None
     tokens = 2 * (size - 1) * LOCAL * HIDDEN * dtype.itemsize / 1e6

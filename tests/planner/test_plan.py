@@ -9,14 +9,13 @@ import torch
 from megamem.config import ConfigurationError
 from megamem.planner import (
     Cluster,
-    Layout,
-    asked_layout,
     gpus_needed,
     group_sizes,
     make_plan,
 )
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.plan import gpus_for_bytes
+from megamem.spec import Layout
 from tests.planner.jobs import job_of
 
 
@@ -71,9 +70,8 @@ def test_a_small_table_stays_where_it_is_read() -> None:
 
 def test_asked_layout() -> None:
     def asked(world: int = 64, tp: int = 4, **settings) -> Layout:
-        return asked_layout(
-            job_of(world=world, cluster={"tensor_model_parallel_size": tp}, **settings)
-        )
+        job = job_of(world=world, cluster={"tensor_model_parallel_size": tp}, **settings)
+        return make_plan(job).asked.layout
 
     assert asked() == Layout("row", 4, 1)
     assert asked(memory_mode="column", memory_group_size=16) == Layout("column", 16, 16)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -10,11 +11,12 @@ import torch
 import torch.distributed as dist
 
 from megamem.config import MemoryConfig
-from megamem.layers.init import WeightFactory
-from megamem.layers.value_table import ValueTable
+from megamem.layers.memory_pool import MemoryPool
 from megamem.optimizer import StepOptions, TableOptimizer
 from megamem.parallel.memory_group import form, partition
-from megamem.planner.traffic import Mode, Wire, all_reduce_bytes, traffic
+from megamem.parallel.traffic import Mode, Wire, all_reduce_bytes, traffic
+from megamem.resolution import resolve
+from megamem.spec import Layout
 from tests.helpers.distributed import run_distributed
 
 NUM_KEYS, TOKENS, LOOKUPS, WIDTH = 32, 64, 16, 64
@@ -46,21 +48,25 @@ def _sent() -> Iterator[list[float]]:
         yield total
 
 
-def _table(size: int, columns: int, wire: str, dtype: torch.dtype) -> tuple[MemoryConfig, Any]:
+def _pool(layout: Layout, wire: str, dtype: torch.dtype) -> MemoryPool:
     config = MemoryConfig(
         memory_layers=[0],
         memory_num_keys=NUM_KEYS,
         memory_value_dim=WIDTH,
         memory_key_dim=16,
         memory_wire=wire,
+        memory_topk=LOOKUPS,
+        memory_heads=1,
     )
-    group = form(partition([list(range(dist.get_world_size()))], size, columns))
-    return config, ValueTable(config, WeightFactory(seed=1, name="t", dtype=dtype), group)
+    spec = replace(resolve(config, WIDTH), layout=layout)
+    world = [list(range(dist.get_world_size()))]
+    group = form(partition(world, layout.group_size, layout.column_ranks))
+    return MemoryPool(spec, "t", group, dtype=dtype)
 
 
 def _as_planned(mode: Mode, columns: int, wire: Wire, dtype: torch.dtype) -> None:
     size = dist.get_world_size()
-    _, table = _table(size, columns, wire, dtype)
+    pool = _pool(Layout(mode, size, columns), wire, dtype)
     # every row once, so that each rank holds as many of the lookups as of the rows
     generator = torch.Generator().manual_seed(dist.get_rank())
     pairs_TL = torch.randperm(NUM_KEYS**2, generator=generator).view(TOKENS, LOOKUPS)
@@ -75,7 +81,7 @@ def _as_planned(mode: Mode, columns: int, wire: Wire, dtype: torch.dtype) -> Non
         e=dtype.itemsize,
     )
     with _sent() as sent:
-        out_TV = table(pairs_TL, weights_TL, [TOKENS] * size)
+        out_TV = pool.read(pairs_TL, weights_TL, [TOKENS] * size, torch.empty(TOKENS, WIDTH))
     assert sent[0] / TOKENS == pytest.approx(planned.forward), (mode, columns, wire, "forward")
     with _sent() as sent:
         out_TV.sum().backward()
@@ -99,10 +105,10 @@ def test_lookups_send_what_is_planned(world_size: int) -> None:
 
 
 def _replicas_as_planned() -> None:
-    config, table = _table(2, 1, "auto", torch.bfloat16)
-    table.weight.requires_grad_(False)
-    optimizer = TableOptimizer({"t": table}, config, StepOptions(), lr=0.1, weight_decay=0.0)
-    rows, width = table.weight.shape
+    pool = _pool(Layout("row", 2, 1), "auto", torch.bfloat16)
+    pool.tables.requires_grad_(False)
+    optimizer = TableOptimizer(pool, pool.spec, StepOptions(), lr=0.1, weight_decay=0.0)
+    rows, width = pool.values.weight.shape
     with _sent() as sent:
         optimizer.reduce()
     planned = all_reduce_bytes(rows * width * 4 + rows, dist.get_world_size() // 2)

@@ -5,11 +5,9 @@ from dataclasses import replace
 import pytest
 
 from megamem.config import MemoryConfig
-from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
-from megamem.layers.value_table import ValueTable
+from megamem.layers.memory_pool import MemoryPool
 from megamem.megatron.reports.sizes import layer_flops_per_token
-from megamem.parallel.memory_group import MemoryGroup
 from megamem.planner import (
     preset,
 )
@@ -20,7 +18,8 @@ from megamem.planner.sizes import (
     table_parameters,
     total_parameters,
 )
-from tests.planner.jobs import memory_of
+from megamem.resolution import resolve
+from tests.planner.jobs import spec_of
 
 
 @pytest.mark.parametrize(
@@ -31,13 +30,13 @@ from tests.planner.jobs import memory_of
 )
 def test_published_totals(base: str, num_keys: int | None, millions: float) -> None:
     shape = preset(base)[0]
-    memory = memory_of(base, num_keys) if num_keys else None
+    memory = spec_of(base, num_keys) if num_keys else None
     total = total_parameters(shape, memory)["total"]
     assert total / 1e6 == pytest.approx(millions, abs=0.051)
 
 
 def test_the_published_plain_memory() -> None:
-    memory = memory_of(memory_variant="memory", memory_layers=[11])
+    memory = spec_of(memory_variant="memory", memory_layers=[11])
     total = total_parameters(preset("1.3b")[0], memory)["total"]
     assert total / 1e6 == pytest.approx(3377.6, abs=0.051)
 
@@ -58,22 +57,19 @@ def test_llama_3_8b() -> None:
 )
 def test_counts_are_those_of_the_modules(settings: dict) -> None:
     hidden = 256
-    memory = MemoryConfig(memory_layers=[1, 2], **settings).resolve(hidden)
-    make = WeightFactory(seed=0, name="table", device="meta")
-    table = ValueTable(memory, make, MemoryGroup())
-    layer = MemoryLayer(
-        memory, hidden, table, layer=1, group=None, tokens_sharded=True, seed=0, device="meta"
-    )
+    spec = resolve(MemoryConfig(memory_layers=[1, 2], **settings), hidden)
+    pool = MemoryPool(spec, device="meta")
+    layer = MemoryLayer(spec, pool, layer=1, device="meta")
     count = sum(param.numel() for param in layer.parameters())
-    assert memory_layer_parameters(memory, hidden) == count
-    tables = 2 if memory.memory_pool == "layer" else 1
-    assert table_parameters(memory) == tables * sum(p.numel() for p in table.parameters())
-    assert memory_flops_per_token(memory, hidden) == layer_flops_per_token(memory, hidden)
+    assert memory_layer_parameters(spec) == count
+    tables = 2 if spec.pool == "layer" else 1
+    assert table_parameters(spec) == tables * sum(p.numel() for p in pool.tables.parameters())
+    assert memory_flops_per_token(spec) == layer_flops_per_token(spec)
 
 
 def test_stages_and_shards_add_up() -> None:
     """Stages hold the model once; shards also hold what is whole on every rank."""
-    shape, memory = preset("373m")[0], memory_of("373m", memory_pool="layer")
+    shape, memory = preset("373m")[0], spec_of("373m", memory_pool="layer")
     parts = total_parameters(shape, memory)
     whole = parts["total"] - parts["value table"]
     assert sum(stage_parameters(shape, memory, 1, 4)) == whole

@@ -6,11 +6,9 @@ said. What is really sent is counted in test_sent.py.
 
 import pytest
 
-from megamem.planner import (
-    choose_mode,
-)
-from megamem.planner.traffic import (
+from megamem.parallel.traffic import (
     LEAST,
+    choose_layout,
     column_traffic,
     row_traffic,
     traffic,
@@ -107,8 +105,8 @@ def test_what_crosses_nodes_is_part_of_the_whole() -> None:
         (16, 2, 3, "auto", "row"),
     ],
 )
-def test_choose_mode(width: int, lookups: int, ranks: int, wire: str, mode: str) -> None:
-    choice = choose_mode(width, lookups, ranks, wire=wire)
+def test_choose_layout(width: int, lookups: int, ranks: int, wire: str, mode: str) -> None:
+    choice = choose_layout(width, lookups, ranks, wire=wire)
     assert choice.mode == mode, choice
     cut = choice.column_ranks
     assert {"row": cut == 1, "column": cut == ranks, "2d": 1 < cut < ranks}[mode]

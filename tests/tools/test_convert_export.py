@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megamem.reference.placement import place_rows
-from megamem.tools.convert import lazy, main, torch_dist
+from megamem.tools.convert import lazy, torch_dist
 from megamem.tools.convert.lazy import LazyTensor, Region, of_tensor
 from megamem.tools.convert.safetensors import INDEX, read_folder, write_file
 from tests.helpers.checkpoints import saved_tensors
+from tests.helpers.commands import command
 from tests.helpers.megatron_runs import run_training
 
+main = command("convert")
 N, WIDTH, SEED = 9, 64, 5
 TABLE = "memory_values.shared.weight"
 PLACEMENT = "memory_values.shared.placement"

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from megamem.config import MemoryConfig
-from megamem.layers.expert_table import ExpertTable
-from megamem.layers.init import WeightFactory
-from megamem.parallel.memory_group import MemoryGroup
+from megamem.layers.memory_pool import MemoryPool
 from megamem.reference.placement import place_rows
-from megamem.tools.convert import main
+from megamem.resolution import resolve
 from tests.helpers.checkpoints import saved_tensors
+from tests.helpers.commands import command
 from tests.helpers.megatron_runs import run_training
 from tests.tools import corpus
 from tests.tools.reference_model import Sizes, loss_of, random_checkpoint
 from tests.tools.test_convert_reference import _convert, _loss, _save
 from tests.tools.test_convert_upcycle import _first_loss, _upcycle
 
+main = command("convert")
 SIZES = Sizes(gated=False, experts=True)
 U, V = "layers.0.feed_forward.values_u.weight", "layers.0.feed_forward.values_v.weight"
 
@@ -97,10 +97,10 @@ def test_upcycled_beside_the_feed_forward_it_adds_nothing_at_first(
     assert _upcycle(dense, tmp_path / "to", *flags, "--seed", 99) == 0
     assert "the loss at step 0 is that of the dense model" in capsys.readouterr().out
     new = saved_tensors(tmp_path / "to/release")
-    memory = MemoryConfig(
+    config = MemoryConfig(
         memory_layers=[1, 3], memory_num_keys=9, memory_topk=4, memory_variant="peer"
-    ).resolve(64)
-    fresh = ExpertTable(memory, WeightFactory(seed=99, name="shared"), MemoryGroup())
-    assert torch.equal(new["memory_values.shared.u.weight"], fresh.u.weight)
+    )
+    _, u = MemoryPool(resolve(config, 64, seed=99))
+    assert torch.equal(new["memory_values.shared.u.weight"], u.weight)
     assert not new["memory_values.shared.weight"].any()
     assert _first_loss(tmp_path / "to", *flags) == log.losses[0]

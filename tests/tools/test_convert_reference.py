@@ -10,12 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megamem.reference.placement import place_rows
-from megamem.tools.convert import main
 from tests.helpers.checkpoints import saved_tensors
+from tests.helpers.commands import command
 from tests.helpers.megatron_runs import run_training
 from tests.tools import corpus
 from tests.tools.reference_model import Sizes, loss_of, random_checkpoint
 
+main = command("convert")
 SIZES = Sizes()
 FLAGS = re.compile(r"--load (\S+) (--num-layers .*)")
 QUERIES = "layers.0.attention.wq.weight"

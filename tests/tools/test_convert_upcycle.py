@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from megamem.config import MemoryConfig
-from megamem.layers.init import WeightFactory
-from megamem.layers.value_table import ValueTable
-from megamem.parallel.memory_group import MemoryGroup
-from megamem.tools.convert import main, torch_dist, upcycle
+from megamem.layers.memory_pool import MemoryPool
+from megamem.resolution import resolve
+from megamem.tools.convert import torch_dist, upcycle
 from tests.helpers.checkpoints import saved_tensors
+from tests.helpers.commands import command
 from tests.helpers.megatron_runs import run_training
 
+main = command("convert")
 MEMORY = ("--memory-layers", 1, 3, "--memory-num-keys", 9, "--memory-topk", 4)
 KEEP = "--memory-keep-ffn"
 FIRST_STEP = ("--train-iters", 1)
@@ -91,10 +92,10 @@ def test_weights_are_the_dense_ones_and_the_initial_ones(
     assert not any(key.startswith("decoder.layers.1.mlp.linear") for key in new)
     assert not any("optimizer" in key for key in new)
 
-    memory = MemoryConfig(
+    config = MemoryConfig(
         memory_layers=[1, 3], memory_num_keys=9, memory_topk=4, memory_placement_seed=3
-    ).resolve(64)
-    table = ValueTable(memory, WeightFactory(seed=99, name="shared"), MemoryGroup())
+    )
+    table = MemoryPool(resolve(config, 64, seed=99)).values
     assert torch.equal(new["memory_values.shared.weight"], table.weight)
     assert torch.equal(new["memory_values.shared.placement"], table.placement)
     assert new["decoder.layers.1.mlp.memory.output.proj.weight"].std() > 0.01

@@ -15,6 +15,7 @@ from megamem.megatron import patches
 from megamem.patching import MissingSymbolError
 from megamem.tools import doctor, known_answers
 from megamem.tools.doctor import Finding
+from tests.helpers.commands import command
 from tests.helpers.distributed import run_distributed
 from tests.helpers.megatron_runs import launch
 from tests.kernels.test_known_answers import (
@@ -23,6 +24,7 @@ from tests.kernels.test_known_answers import (
     reads_garbage_from_the_third_block_on,
 )
 
+run_doctor = command("doctor")
 CPU = torch.device("cpu")
 TOPOLOGY = """\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\x1b[0m
 GPU0\t X \tNV18\tSYS\tPIX\t0-47
@@ -94,10 +96,10 @@ def healthy(monkeypatch) -> None:
 
 def test_one_problem_is_exit_status_1(healthy, monkeypatch, capsys) -> None:
     monkeypatch.setattr(doctor, "answers_check", lambda device: [])
-    assert doctor.main([]) == 0
+    assert run_doctor([]) == 0
     assert "Ready:" in capsys.readouterr().out
     monkeypatch.setattr(doctor, "versions", lambda: [Finding("torch", "too old", "problem")])
-    assert doctor.main([]) == 1
+    assert run_doctor([]) == 1
     said = capsys.readouterr().out
     assert "Not ready: 1 problem" in said and "too old" in said and "PROBLEM" in said
 
@@ -113,7 +115,7 @@ def test_one_problem_is_exit_status_1(healthy, monkeypatch, capsys) -> None:
 )
 def test_a_kernel_that_is_wrong_is_not_ready(healthy, op, fault, said, monkeypatch, capsys) -> None:
     monkeypatch.setattr(ops, op, fault(getattr(ops, op)))
-    assert doctor.main([]) == 1
+    assert run_doctor([]) == 1
     shown = " ".join(word for word in capsys.readouterr().out.split() if word != "\u2502")
     assert "Not ready:" in shown and f"{op} wrong on cpu at 1/4096 of the size" in shown
     assert said in shown and "do not train with this" in shown
@@ -139,8 +141,7 @@ def test_what_the_known_answers_came_to(monkeypatch) -> None:
 
 @pytest.mark.parametrize("flag", ["--mib", "--timeout"])
 def test_flags_that_cannot_be(flag, capsys) -> None:
-    with pytest.raises(SystemExit):
-        doctor.main([flag, "0"])
+    assert run_doctor([flag, "0"]) == 2
     assert f"{flag} 0 must be at least 1" in capsys.readouterr().err
 
 

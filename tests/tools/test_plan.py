@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from megamem.__main__ import parse
 from megamem.planner import PRESETS
 from megamem.planner.sizes import total_parameters
-from megamem.tools.plan import job_from_args, main, parse, shape_from_args
+from megamem.tools.plan import job_from_args, shape_from_args
+from tests.helpers.commands import command
 from tests.helpers.megatron_runs import MODEL, SWITCHES, TRAINING, run_training
 
+main = command("plan")
 BIG = ("--preset", "1.3b", "--memory-num-keys", "8192", "--world-size", "128")
 
 
 def _shape(*words: object):
-    return shape_from_args(parse([str(word) for word in words]))
+    return shape_from_args(parse("plan", [str(word) for word in words]))
 
 
 def test_the_tables_and_the_advice(capsys: pytest.CaptureFixture) -> None:
@@ -53,7 +56,7 @@ def test_every_preset_plans(name: str, capsys: pytest.CaptureFixture) -> None:
 
 def test_flags_overrule_a_preset() -> None:
     words = ["--preset", "373m", "--num-layers", "30", "--memory-layers", "1", "2"]
-    job = job_from_args(parse(words))
+    job = job_from_args(parse("plan", words))
     assert (job.shape.num_layers, job.shape.hidden_size) == (30, 1024)
     assert job.memory.memory_layers == [1, 2]
     assert job.cluster.half_precision and job.cluster.use_distributed_optimizer
@@ -63,7 +66,7 @@ def test_the_command_line_of_a_run_can_be_pasted() -> None:
     """Flags that change no size are taken and do nothing; ranks default to one model's worth."""
     usual = [str(word) for pair in (MODEL | TRAINING).items() for word in pair]
     words = [*usual, *SWITCHES, "--memory-layers", "1", "--tensor-model-parallel-size", "2"]
-    job = job_from_args(parse([*words, "--global-batch-size", "4", "--mock-data"]))
+    job = job_from_args(parse("plan", [*words, "--global-batch-size", "4", "--mock-data"]))
     assert (job.cluster.world_size, job.cluster.microbatches) == (2, 2)
     assert not job.cluster.half_precision
 

@@ -15,8 +15,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamem.hybrid_pattern import stage_layers
-from megamem.layers.value_table import ValueTable
-from megamem.megatron.model.layer_specs import MemorySettings, stage_tables, with_memory
+from megamem.layers.memory_pool import MemoryPool
+from megamem.megatron.model.layer_specs import stage_pools, with_memory
+from megamem.spec import MemorySpec
 
 
 class LayerByNumber:
@@ -44,19 +45,19 @@ class LayerByNumber:
 
 def memory_stack_spec(
     config: TransformerConfig,
-    spec: ModuleSpec,
-    settings: MemorySettings,
+    stack_spec: ModuleSpec,
+    spec: MemorySpec,
     pattern: str,
     *,
     pg_collection: ProcessGroupCollection,
     vp_stage: int | None = None,
-) -> tuple[ModuleSpec, dict[str, ValueTable]]:
-    """A stack's spec with memories in it, and the tables that these read, to register.
+) -> tuple[ModuleSpec, dict[str, MemoryPool]]:
+    """A stack's spec with memories in it, and the pools that these read, to register.
 
     Args:
         config: Megatron's.
-        spec: of the stack.
-        settings: which layers, and how.
+        stack_spec: Megatron's, of the stack.
+        spec: which layers, and how.
         pattern: of the whole model.
         pg_collection: of the model.
         vp_stage: this chunk's virtual stage, where there are several.
@@ -69,18 +70,16 @@ def memory_stack_spec(
         first=config.num_layers_in_first_pipeline_stage,
         last=config.num_layers_in_last_pipeline_stage,
     )
-    tables = stage_tables(config, settings, layers, pg_collection)
-    changed = copy.copy(spec)
-    changed.submodules = copy.copy(spec.submodules)
+    pools = stage_pools(config, spec, layers, pg_collection)
+    changed = copy.copy(stack_spec)
+    changed.submodules = copy.copy(stack_spec.submodules)
     # whatever was there, a memory is a layer with a norm and one thing after it: the dense layer
-    dense = spec.submodules.mlp_layer
+    dense = stack_spec.submodules.mlp_layer
     memories = {
-        layer: with_memory(config, dense, layer, settings, tables)
-        for layer in layers
-        if layer in settings.memory.memory_layers
+        layer: with_memory(dense, layer, spec, pools) for layer in layers if layer in spec.layers
     }
     for slot in ("mlp_layer", "moe_layer"):
-        otherwise = getattr(spec.submodules, slot)
+        otherwise = getattr(stack_spec.submodules, slot)
         choice = {"memories": memories, "otherwise": otherwise}
         setattr(changed.submodules, slot, ModuleSpec(module=LayerByNumber, params=choice))
-    return changed, tables
+    return changed, pools

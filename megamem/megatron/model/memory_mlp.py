@@ -11,14 +11,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megamem.checkpoint import same_everywhere, sharded_piece, state_key
-from megamem.config import MemoryConfig
-from megamem.layers.expert_table import make_table
-from megamem.layers.init import WeightFactory
+from megamem.checkpoint import (
+    placement_key,
+    same_everywhere,
+    sharded_piece,
+    state_key,
+    table_key,
+)
 from megamem.layers.memory import MemoryLayer
+from megamem.layers.memory_pool import MemoryPool
 from megamem.layers.value_table import ValueTable
 from megamem.optimizer.state import BATCHES, HITS
 from megamem.parallel.memory_group import MemoryGroup
+from megamem.spec import MemorySpec
 
 FFNBuilder = Callable[..., nn.Module]
 
@@ -34,11 +39,9 @@ class MemoryMLP(MegatronModule):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
         *,
-        memory: MemoryConfig,
-        values: ValueTable,
+        spec: MemorySpec,
+        pool: MemoryPool,
         layer: int,
-        seed: int,
-        tokens_vary: bool = False,
         ffn: FFNBuilder | None = None,
         **slot: Any,
     ) -> None:
@@ -47,25 +50,20 @@ class MemoryMLP(MegatronModule):
         Args:
             config: Megatron's.
             pg_collection: the ranks of the tensor-parallel group share a sequence.
-            memory: resolved.
-            values: registered in the model by the caller.
+            spec: of the run.
+            pool: its tables are registered in the model by the caller.
             layer: its number in the model, from 0.
-            seed: of the run.
-            tokens_vary: sequences of different lengths may reach the ranks that share the table.
             ffn: builds what was in the slot, where it stays.
             slot: whatever else this release passes to an MLP.
         """
         super().__init__(config)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.memory = MemoryLayer(
-            memory,
-            config.hidden_size,
-            values,
+            spec,
+            pool,
             layer=layer,
             group=sharing(groups.tp),
             tokens_sharded=config.sequence_parallel,
-            seed=seed,
-            tokens_vary=tokens_vary,
             device=torch.cuda.current_device(),
             dtype=config.params_dtype,
         )
@@ -88,31 +86,33 @@ class MemoryMLP(MegatronModule):
 
 
 class ValueTables(MegatronModule):
-    """The tables of one model chunk, by name: registered, sharded and saved once."""
+    """The tables of one model chunk, pool by pool: registered, sharded and saved once."""
 
-    def __init__(self, config: TransformerConfig, tables: dict[str, ValueTable]) -> None:
+    def __init__(self, config: TransformerConfig, pools: dict[str, MemoryPool]) -> None:
         super().__init__(config)
-        for name, table in tables.items():
-            self.add_module(name, table)
+        for name, pool in pools.items():
+            self.add_module(name, pool.tables)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
         """Each table as pieces of R x V, the seed that placed its rows, and what read them."""
         entries = {}
-        for name, table in self.named_modules():
+        for path, table in self.named_modules():
             if not isinstance(table, ValueTable):
                 continue
-            of_table = (table.shard, table.group.replica)
-            weight, placement = f"{prefix}{name}.weight", f"{prefix}{name}.placement"
-            entries[weight] = sharded_piece(weight, table.weight, *of_table)
-            entries[placement] = same_everywhere(placement, table.placement, *of_table)
+            shard, replica, here = table.shard, table.group.replica, f"{prefix}{path}"
+            weight, placement = table_key(table.name), placement_key(table.name)
+            entries[f"{here}.weight"] = sharded_piece(weight, table.weight, shard, replica)
+            entries[f"{here}.placement"] = same_everywhere(
+                placement, table.placement, shard, replica
+            )
             if table.reads is not None and table.reads.in_checkpoint:
-                entries |= {f"{prefix}{key}": part for key, part in counters(name, table).items()}
+                entries |= {f"{here}.{key}": part for key, part in counters(table).items()}
         return entries
 
 
-def counters(name: str, table: ValueTable) -> dict[str, Any]:
+def counters(table: ValueTable) -> dict[str, Any]:
     """The counters of a table, where it has them, as pieces of a checkpoint.
 
     Their keys are those of optimizer state, which whoever wants the model alone leaves out.
@@ -120,32 +120,28 @@ def counters(name: str, table: ValueTable) -> dict[str, Any]:
     if (reads := table.reads) is None:
         return {}
     shard, replica = table.shard, table.group.replica
-    counts, batches = state_key(name, HITS), state_key(name, BATCHES)
+    counts, batches = state_key(table.name, HITS), state_key(table.name, BATCHES)
     return {
-        f"{name}.read_counts": sharded_piece(counts, reads.counts, shard, replica, per_row=True),
-        f"{name}.batches": same_everywhere(batches, reads.batches, shard, replica),
+        "read_counts": sharded_piece(counts, reads.counts, shard, replica, per_row=True),
+        "batches": same_everywhere(batches, reads.batches, shard, replica),
     }
 
 
-def build_table(
-    config: TransformerConfig, memory: MemoryConfig, name: str, seed: int, group: MemoryGroup
-) -> ValueTable:
-    """A table spread over a memory group, kept out of Megatron's gradient buffers.
+def build_pool(
+    config: TransformerConfig, spec: MemorySpec, name: str, group: MemoryGroup
+) -> MemoryPool:
+    """Tables spread over a memory group, kept out of Megatron's gradient buffers.
 
-    Its optimizer is its own: Megatron would allocate, reduce and gather dense gradients of it all.
+    Their optimizer is their own: Megatron would allocate, reduce and gather dense gradients of it
+    all.
     """
-    make = WeightFactory(
-        seed=seed,
-        name=name,
-        device=torch.cuda.current_device(),
-        dtype=config.params_dtype,
-    )
-    table = make_table(memory, make, group)
-    for weight in table.parameters():
+    device = torch.cuda.current_device()
+    pool = MemoryPool(spec, name, group, device=device, dtype=config.params_dtype)
+    for weight in pool.tables.parameters():
         weight.requires_grad_(False)
         # so that reports of sizes count every rank's piece
         set_tensor_model_parallel_attributes(weight, True, 0, 1)
-    return table
+    return pool
 
 
 def sharing(group: ProcessGroup) -> ProcessGroup | None:

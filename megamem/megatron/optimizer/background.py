@@ -14,37 +14,37 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from megamem.config import MemoryConfig
 from megamem.layers.value_table import ValueTable
 from megamem.megatron.model.memory_mlp import counters
 from megamem.megatron.startup.rank_consistency import broadcast_from_rank0
 from megamem.megatron.startup.saved_model import has_counters, latest_folder
+from megamem.spec import MemorySpec
 
 logger = logging.getLogger("megamem")
 
 
 def load_background(
-    tables: Mapping[str, ValueTable], args: argparse.Namespace, memory: MemoryConfig
+    spec: MemorySpec, args: argparse.Namespace, tables: Mapping[str, ValueTable]
 ) -> None:
     """Read the background's counters, and tell the tables which to look for in what is loaded next.
 
     Every rank must call it, before the checkpoint of --load is read; tables that find no counters
     there keep those that they have.
     """
-    given = memory.memory_background
+    given = spec.background
     counted, folder = broadcast_from_rank0(
-        lambda: (has_counters(args, memory), given and str(latest_folder(given)))
+        lambda: (has_counters(spec, args), str(latest_folder(given)) if given else None)
     )
     for table in tables.values():
         assert table.reads is not None
         table.reads.in_checkpoint = counted is None or (counted and folder is None)
     if folder is not None:
         read_counters(tables, Path(folder))
-    elif memory.memory_finetune_rows is not None and not counted and dist.get_rank() == 0:
+    elif spec.finetune_rows and not counted and dist.get_rank() == 0:
         logger.warning(
             "--memory-finetune-rows %d: no counts of rows read come with %s, and there is no "
             "--memory-background: rows are chosen by their share of a batch's lookups alone",
-            memory.memory_finetune_rows,
+            spec.finetune_rows,
             f"--load {args.load}" if args.load else "a fresh model",
         )
 
@@ -53,7 +53,7 @@ def read_counters(tables: Mapping[str, ValueTable], folder: Path) -> None:
     """Take over the counters of a checkpoint of the same tables, cut in any way; all ranks."""
     wanted: dict[str, Any] = {}
     for name, table in tables.items():
-        wanted |= counters(name, table)
+        wanted |= {f"{name}.{key}": part for key, part in counters(table).items()}
     found = dist_checkpointing.load(wanted, str(folder))
     for name, table in tables.items():
         assert table.reads is not None

@@ -16,9 +16,10 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor, nn
 
-from megamem.checkpoint import TABLES, sharded_piece, state_key
+from megamem.checkpoint import sharded_piece, state_key
 from megamem.layers.value_table import ValueTable
 from megamem.optimizer import TableOptimizer
+from megamem.spec import OfModel
 
 logger = logging.getLogger("megamem")
 
@@ -31,12 +32,8 @@ CLIP_EPS = 1e-6
 
 def find_tables(chunks: Iterable[nn.Module]) -> dict[str, ValueTable]:
     """Name -> table, of all tables in these model chunks."""
-    return {
-        name.rpartition(f"{TABLES}.")[2]: module
-        for chunk in chunks
-        for name, module in chunk.named_modules()
-        if isinstance(module, ValueTable)
-    }
+    modules = (module for chunk in chunks for module in chunk.modules())
+    return {module.name: module for module in modules if isinstance(module, ValueTable)}
 
 
 class TableMember(MegatronOptimizer):
@@ -56,7 +53,7 @@ class TableMember(MegatronOptimizer):
         config: OptimizerConfig,
         *,
         data_ranks: int,
-        clip_apart: float | None,
+        clip_apart: float | OfModel,
         loss_scale: Callable[[], Tensor],
         timeout: timedelta | None = None,
     ) -> None:
@@ -67,7 +64,7 @@ class TableMember(MegatronOptimizer):
             config: Megatron's.
             data_ranks: what the sum of gradients is divided by, as the mean over data-parallel and
                 context-parallel ranks is wanted; 1 where it is divided by tokens instead.
-            clip_apart: norm at which the tables' gradient is clipped by itself; None: with the
+            clip_apart: norm at which the tables' gradient is clipped by itself; "model": with the
                 model's.
             loss_scale: that of the model.
             timeout: of the collectives of all ranks; None is that of the backend.
@@ -121,7 +118,7 @@ class TableMember(MegatronOptimizer):
 
     def get_grad_norm(self) -> float:
         """Norm of all tables' gradients; 0 where they are clipped apart."""
-        return 0.0 if self.clip_apart is not None else self.norm
+        return self.norm if self.clip_apart == "model" else 0.0
 
     def has_grad_norm_group(self, grad_norm_group: str) -> bool:
         return False
@@ -145,7 +142,7 @@ class TableMember(MegatronOptimizer):
         if self.optimizer.finetunes:
             # nothing else is trained, so there is nothing else to be clipped with
             norm = self.norm
-        if self.clip_apart is not None:
+        if self.clip_apart != "model":
             norm, limit = self.norm, self.clip_apart
         clip = min(1.0, limit / (norm + CLIP_EPS)) if limit > 0 and norm is not None else 1.0
         self.optimizer.step(self.scale * clip)

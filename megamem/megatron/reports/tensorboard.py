@@ -18,13 +18,13 @@ import torch.distributed as dist
 from megatron.training.global_vars import get_args, get_tensorboard_writer, get_wandb_writer
 from torch import Tensor, nn
 
-from megamem.config import MemoryConfig
-from megamem.layers.expert_table import table_names
 from megamem.layers.memory import MemoryLayer
-from megamem.megatron.arguments import settings_from_args
+from megamem.layers.variants import table_names
+from megamem.megatron.arguments import spec_of_model
 from megamem.megatron.optimizer.chain import ChainWithTables, find_tables
 from megamem.megatron.reports.usage_pictures import UsageMap, load_levels, relative_load
 from megamem.metrics import Metrics, Report, Watched
+from megamem.spec import MemorySpec
 
 TITLES = {
     "rows_used": "rows used (%)",
@@ -73,9 +73,9 @@ class TrainingMetrics:
         def setup_model_and_optimizer(*rest: Any, **more: Any) -> Any:
             found = original(*rest, **more)
             chunks, optimizer, *_ = found
-            settings = settings_from_args(get_args())
-            if settings is not None and is_measured(get_args(), settings.memory):
-                self._attach(chunks, optimizer, settings.memory)
+            spec = spec_of_model(chunks)
+            if spec is not None and is_measured(spec, get_args()):
+                self._attach(chunks, optimizer, spec)
             return found
 
         return setup_model_and_optimizer
@@ -92,17 +92,16 @@ class TrainingMetrics:
 
         return training_log
 
-    def _attach(self, chunks: Iterable[nn.Module], optimizer: Any, memory: MemoryConfig) -> None:
+    def _attach(self, chunks: Iterable[nn.Module], optimizer: Any, spec: MemorySpec) -> None:
         # a run that only evaluates has no tables' optimizer, and nothing to record
         if not isinstance(optimizer, ChainWithTables):
             return
-        layers = sorted(memory.memory_layers)
         watched = Watched(
-            layers=layers,
-            tables=table_names(memory),
-            num_keys=memory.memory_num_keys,
-            heads=memory.memory_heads,
-            topk=memory.memory_topk,
+            layers=spec.layers,
+            tables=table_names(spec),
+            num_keys=spec.num_keys,
+            heads=spec.heads,
+            topk=spec.topk,
         )
         self.metrics, self.optimizer = Metrics(watched, torch.cuda.current_device()), optimizer
         self.iterations = 0
@@ -193,11 +192,11 @@ class Writers:
             self.wandb.log(shown, iteration)
 
 
-def is_measured(args: argparse.Namespace, memory: MemoryConfig) -> bool:
+def is_measured(spec: MemorySpec, args: argparse.Namespace) -> bool:
     """Whether --memory-metrics is on for this command line; all ranks answer alike."""
-    if memory.memory_metrics == "auto":
+    if spec.metrics == "auto":
         return bool(args.tensorboard_dir or getattr(args, "wandb_project", None))
-    return memory.memory_metrics == "on"
+    return spec.metrics == "on"
 
 
 def layout() -> dict[str, dict[str, list[Any]]]:

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megamem.config import ConfigurationError, MemoryConfig
+from megamem.config import ConfigurationError
 from megamem.hybrid_pattern import stage_layers
 from megamem.megatron import compat
+from megamem.megatron.startup.data_checks import data_problems
 from megamem.megatron.startup.group_checks import group_problems
 from megamem.ops import forms
+from megamem.spec import MemorySpec
 
 
 @dataclass(frozen=True)
@@ -170,45 +172,50 @@ REFUSALS = (
 """In the order in which they are reported."""
 
 
-def check(args: argparse.Namespace, memory: MemoryConfig, config: Any) -> None:
+def check(spec: MemorySpec, args: argparse.Namespace) -> None:
     """Refuse what cannot work, all of it in one error.
 
     Args:
+        spec: of the run.
         args: Megatron's, validated by Megatron.
-        memory: resolved.
-        config: the TransformerConfig made of args.
 
     Raises:
         ConfigurationError: names each flag, its value and the fix.
     """
-    problems = [refusal.message() for refusal in REFUSALS if refusal.applies(args)]
-    too_deep = [layer for layer in memory.memory_layers if layer >= args.num_layers]
-    if too_deep:
-        problems.append(
-            f"--memory-layers {_words(too_deep)} is out of range: layers are counted "
-            f"from 0, and --num-layers {args.num_layers} ends at layer {args.num_layers - 1}."
-        )
-    problems += _pool_problems(args, memory, config) if not problems else []
-    problems += group_problems(args, memory)
-    problems += _pattern_problems(args, memory)
-    problems += _ffn_problems(args, memory)
-    problems += _optimizer_problems(args, memory)
-    problems += _finetune_problems(args, memory)
-    problems += _form_problems()
-    ConfigurationError.collect(problems)
+    ConfigurationError.collect([said for problems in CHECKS for said in problems(spec, args)])
 
 
-def _pool_problems(args: argparse.Namespace, memory: MemoryConfig, config: Any) -> list[str]:
-    """A shared table must lie where all its layers are."""
-    if memory.memory_pool != "shared":
+def refusal_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
+    """Options of Megatron's that memory layers do not work with."""
+    return [refusal.message() for refusal in REFUSALS if refusal.applies(args)]
+
+
+def depth_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
+    """Layers that the model does not have."""
+    beyond = [layer for layer in spec.layers if layer >= args.num_layers]
+    if not beyond:
         return []
-    stages = {}
-    for pp_rank in range(args.pipeline_model_parallel_size):
+    return [
+        f"--memory-layers {_words(beyond)} is out of range: layers are counted from 0, and "
+        f"--num-layers {args.num_layers} ends at layer {args.num_layers - 1}."
+    ]
+
+
+def pool_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
+    """A shared table must lie where all its layers are."""
+    stages = args.pipeline_model_parallel_size
+    # of a model that cannot be built, no layer has a stage
+    hopeless = refusal_problems(spec, args) or depth_problems(spec, args)
+    if spec.pool != "shared" or stages == 1 or hopeless:
+        return []
+    config = compat.CONFIG_ROOM.core_transformer_config_from_args(args)
+    homes_of: dict[int, tuple[int, int | None]] = {}
+    for pp_rank in range(stages):
         for vp_stage in range(args.virtual_pipeline_model_parallel_size or 1):
             virtual = vp_stage if args.virtual_pipeline_model_parallel_size else None
             for layer in _layers_of(args, config, virtual, pp_rank):
-                stages[layer] = (pp_rank, virtual)
-    homes = {layer: stages[layer] for layer in sorted(memory.memory_layers)}
+                homes_of[layer] = (pp_rank, virtual)
+    homes = {layer: homes_of[layer] for layer in spec.layers}
     if len(set(homes.values())) == 1:
         return []
 
@@ -219,8 +226,8 @@ def _pool_problems(args: argparse.Namespace, memory: MemoryConfig, config: Any) 
     where = "; ".join(f"layer {layer} on {name(home)}" for layer, home in homes.items())
     return [
         f"--memory-pool shared needs all --memory-layers on one pipeline stage, but "
-        f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} puts {where}; choose "
-        "layers of one stage, or give each its own table with --memory-pool layer."
+        f"--pipeline-model-parallel-size {stages} puts {where}; choose layers of one stage, or "
+        "give each its own table with --memory-pool layer."
     ]
 
 
@@ -240,10 +247,10 @@ def _layers_of(
     )
 
 
-def _pattern_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:
+def pattern_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
     """A memory takes the place of a feed-forward, which not every layer of a hybrid model has."""
     kinds = compat.feed_forwards(args)
-    wrong = [n for n in memory.memory_layers if n < len(kinds) and not kinds[n]]
+    wrong = [n for n in spec.layers if n < len(kinds) and not kinds[n]]
     if not wrong:
         return []
     there = [layer for layer, kind in enumerate(kinds) if kind]
@@ -254,11 +261,11 @@ def _pattern_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[st
     ]
 
 
-def _ffn_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:
-    if not memory.memory_keep_ffn:
+def ffn_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
+    if not spec.keep_ffn:
         return []
     kinds = compat.feed_forwards(args)
-    mixed = [n for n in memory.memory_layers if n < len(kinds) and kinds[n] == "experts"]
+    mixed = [n for n in spec.layers if n < len(kinds) and kinds[n] == "experts"]
     if not mixed:
         return []
     pattern = getattr(args, "hybrid_layer_pattern", None)
@@ -273,14 +280,14 @@ def _words(numbers: list[int]) -> str:
     return " ".join(map(str, numbers))
 
 
-def _optimizer_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:
+def optimizer_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
     problems = []
-    if memory.memory_lr_schedule == "constant" and memory.memory_lr is None:
+    if spec.lr_schedule == "constant" and spec.lr == "model":
         problems.append(
             "--memory-lr-schedule constant needs a rate to stay at; add --memory-lr, such as "
             f"--memory-lr {getattr(args, 'lr', None) or 1e-3}."
         )
-    if memory.memory_stochastic_rounding and not args.bf16:
+    if spec.stochastic_rounding and not args.bf16:
         problems.append(
             "--memory-stochastic-rounding rounds to bf16, but the model is not in bf16; add --bf16 "
             "or drop it."
@@ -288,7 +295,7 @@ def _optimizer_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[
     return problems
 
 
-def _form_problems() -> list[str]:
+def form_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
     """The environment is read at the first lookup; here, so that a wrong name costs no start."""
     try:
         forms.selected()
@@ -297,12 +304,27 @@ def _form_problems() -> list[str]:
     return []
 
 
-def _finetune_problems(args: argparse.Namespace, memory: MemoryConfig) -> list[str]:
+def finetune_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
     """What would change without a step of any optimizer."""
-    rows = memory.memory_finetune_rows
-    if rows is None or not getattr(args, "moe_router_enable_expert_bias", False):
+    rows = spec.finetune_rows
+    if not rows or not getattr(args, "moe_router_enable_expert_bias", False):
         return []
     return [
         f"--memory-finetune-rows {rows} freezes the model, but --moe-router-enable-expert-bias "
         "moves the experts' biases at every step; drop it."
     ]
+
+
+CHECKS: tuple[Callable[[MemorySpec, argparse.Namespace], list[str]], ...] = (
+    data_problems,
+    refusal_problems,
+    depth_problems,
+    pool_problems,
+    group_problems,
+    pattern_problems,
+    ffn_problems,
+    optimizer_problems,
+    finetune_problems,
+    form_problems,
+)
+"""(spec, validated args) -> a sentence for everything that cannot work."""

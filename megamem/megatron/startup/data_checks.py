@@ -19,6 +19,8 @@ from typing import BinaryIO
 
 from megatron.core.datasets.indexed_dataset import DType
 
+from megamem.spec import MemorySpec
+
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 VERSION = 1
@@ -55,7 +57,7 @@ class Index:
         return pointer + length * self.token_bytes
 
 
-def check_data_prefixes(args: argparse.Namespace) -> list[str]:
+def data_problems(spec: MemorySpec | None, args: argparse.Namespace) -> list[str]:
     """One sentence for every dataset on the command line that cannot be read, as seen from here."""
     if args.mock_data:
         return []

@@ -1,5 +1,6 @@
 """What all ranks must know alike before anything is allocated: flags, and what one of them read."""
 
+import argparse
 import json
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,26 +10,27 @@ import torch
 import torch.distributed as dist
 
 from megamem.config import MemoryConfig, flag
+from megamem.spec import MemorySpec
 
 FLAGS, VERDICT = "megamem/flags/{}", "megamem/flags/verdict"
 """Keys in the store that the ranks met at."""
 GRACE = timedelta(seconds=10)
 
 
-def differing_flags(memory: MemoryConfig, patience: timedelta) -> list[str]:
+def differing_flags(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
     """A sentence for every flag that ranks disagree about, the same list on every rank.
 
     Ranks that disagree would otherwise wait for each other forever, or mix up tables of different
     shapes. The first rank compares what each put into the store. It is no collective, as ranks
     without --memory-layers do not come here; these are found by their silence.
 
-    Args:
-        patience: how long to wait for the other ranks.
+    It waits for the other ranks as long as their collectives would.
     """
     if not dist.is_initialized():
         return []
+    patience = spec.timeout
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
-    store.set(FLAGS.format(rank), json.dumps(memory.to_dict()))
+    store.set(FLAGS.format(rank), json.dumps(_settings(spec, args)))
     if rank != 0:
         try:
             # the first may have begun to wait a little later
@@ -45,6 +47,16 @@ def differing_flags(memory: MemoryConfig, patience: timedelta) -> list[str]:
         found = describe([json.loads(text) for text in store.multi_get(keys)])
     store.set(VERDICT, json.dumps(found))
     return found
+
+
+def _settings(spec: MemorySpec, args: argparse.Namespace) -> dict[str, Any]:
+    """Name of a flag -> its value; of the layout, what it came to on this rank."""
+    layout = spec.layout
+    return MemoryConfig.from_args(args).to_dict() | {
+        "memory_mode": layout.mode,
+        "memory_group_size": layout.group_size,
+        "memory_column_ranks": layout.column_ranks,
+    }
 
 
 def silent(ranks: list[int], patience: timedelta) -> str:

@@ -1,6 +1,7 @@
 """Whether the checkpoints a run starts from fit its flags; asked before anything is allocated."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -18,22 +19,22 @@ from megamem.checkpoint import (
     sub_keys_key,
     table_key,
 )
-from megamem.config import MemoryConfig
-from megamem.layers.expert_table import U, table_names
+from megamem.layers.variants import table_names
 from megamem.optimizer.state import BATCHES, HITS, slots
+from megamem.spec import MemorySpec
 
 
-def checkpoint_problems(args: argparse.Namespace, memory: MemoryConfig | None) -> list[str]:
+def checkpoint_problems(spec: MemorySpec | None, args: argparse.Namespace) -> list[str]:
     """A sentence for everything in checkpoints of --load and --memory-background that does not fit.
 
     Reads shapes and seeds only. A --load without a checkpoint is no problem: Megatron starts afresh
     there.
     """
-    found = background_problems(memory) if memory is not None else []
-    return found + _load_problems(args, memory)
+    found = background_problems(spec) if spec is not None else []
+    return found + _load_problems(spec, args)
 
 
-def _load_problems(args: argparse.Namespace, memory: MemoryConfig | None) -> list[str]:
+def _load_problems(spec: MemorySpec | None, args: argparse.Namespace) -> list[str]:
     try:
         folder = loaded_folder(args)
         if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
@@ -44,21 +45,21 @@ def _load_problems(args: argparse.Namespace, memory: MemoryConfig | None) -> lis
             f"--load {args.load} cannot be read ({type(error).__name__}: {error}); it may be "
             "damaged: use an earlier iteration with --ckpt-step."
         ]
-    if found := compare(saved, memory, str(folder)):
+    if found := compare(saved, spec, str(folder)):
         return found
-    if memory is None:
+    if spec is None:
         return []
-    found = placement_problems(read_placements(saved, folder), memory, str(folder))
+    found = placement_problems(read_placements(saved, folder), spec, str(folder))
     # a release, as converters write, never has an optimizer; a pretrained checkpoint's is not read
     afresh = folder.name == "release" or not folder.is_relative_to(args.load or folder / "none")
     resumes = not (args.finetune or args.no_load_optim or afresh)
-    return found + (state_problems(saved, args, memory, str(folder)) if resumes else [])
+    return found + (state_problems(saved, spec, args, str(folder)) if resumes else [])
 
 
-def background_problems(memory: MemoryConfig) -> list[str]:
+def background_problems(spec: MemorySpec) -> list[str]:
     """A sentence where --memory-background has no counters of this run's tables."""
-    path = memory.memory_background
-    if path is None:
+    path = spec.background
+    if not path:
         return []
     named = f"--memory-background {path}"
     folder = latest_folder(path)
@@ -68,7 +69,7 @@ def background_problems(memory: MemoryConfig) -> list[str]:
         saved = saved_shapes(folder)
     except Exception as error:
         return [f"{named} cannot be read ({type(error).__name__}: {error}); name another."]
-    for name in table_names(memory):
+    for name in table_names(spec):
         shape = saved.get(state_key(name, HITS))
         if shape is None:
             return [
@@ -76,23 +77,23 @@ def background_problems(memory: MemoryConfig) -> list[str]:
                 "before megamem kept them, converted, or trained with other memories; name a "
                 "checkpoint of a run that counted, or drop it to use the counts of --load."
             ]
-        if shape != (memory.num_rows,):
+        if shape != (spec.num_rows,):
             return [
                 f"{named} counts {shape[0]:,} rows of table {name}, but --memory-num-keys "
-                f"{memory.memory_num_keys} asks for {memory.num_rows:,}; name a checkpoint of the "
+                f"{spec.num_keys} asks for {spec.num_rows:,}; name a checkpoint of the "
                 "same model."
             ]
     seeds = read_placements(saved, folder)
-    return placement_problems(seeds, memory, str(folder), "--memory-background")
+    return placement_problems(seeds, spec, str(folder), "--memory-background")
 
 
-def has_counters(args: argparse.Namespace, memory: MemoryConfig) -> bool | None:
+def has_counters(spec: MemorySpec, args: argparse.Namespace) -> bool | None:
     """Whether the checkpoint that Megatron will load counts what read its rows; None: no such."""
     folder = loaded_folder(args)
     if folder is None:
         return None
     saved = saved_shapes(folder)
-    return all(state_key(name, HITS) in saved for name in table_names(memory))
+    return all(state_key(name, HITS) in saved for name in table_names(spec))
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -126,10 +127,10 @@ def saved_tables(saved: dict[str, tuple[int, ...]]) -> list[str]:
 
 
 def placement_problems(
-    seeds: dict[str, int], memory: MemoryConfig, folder: str, option: str = "--load"
+    seeds: dict[str, int], spec: MemorySpec, folder: str, option: str = "--load"
 ) -> list[str]:
     """A sentence where a table's rows lie elsewhere than this run would look for them."""
-    wanted = memory.memory_placement_seed
+    wanted = spec.placement_seed
     return [
         f"--memory-placement-seed {wanted} differs from {seed}, which placed the rows of table "
         f"{table} in {option} {folder}; use --memory-placement-seed {seed}."
@@ -140,15 +141,15 @@ def placement_problems(
 
 def state_problems(
     saved: dict[str, tuple[int, ...]],
+    spec: MemorySpec,
     args: argparse.Namespace,
-    memory: MemoryConfig,
     folder: str,
 ) -> list[str]:
     """A sentence where the checkpoint lacks state that the tables' optimizer goes on with."""
-    wanted = slots(memory.memory_optimizer, args.params_dtype, memory.memory_stochastic_rounding)
+    wanted = slots(spec.optimizer, args.params_dtype, spec.stochastic_rounding)
     for table in saved_tables(saved):
         for name, slot in wanted.items():
-            shape = (memory.num_rows, memory.value_dim)[: 1 if slot.per_row else 2]
+            shape = (spec.num_rows, spec.value_dim)[: 1 if slot.per_row else 2]
             found = saved.get(state_key(table, name))
             if found == shape:
                 continue
@@ -162,7 +163,7 @@ def state_problems(
                 and key.removeprefix(prefix) not in (HITS, BATCHES)
             )
             return [
-                f"--memory-optimizer {memory.memory_optimizer} needs {name} of shape "
+                f"--memory-optimizer {spec.optimizer} needs {name} of shape "
                 f"{list(shape)} for table {table}, but --load {folder} holds "
                 f"{', '.join(kept) or 'no state'}"
                 f"{f' ({name} of shape {list(found)})' if found else ''}; use the optimizer, the "
@@ -172,12 +173,10 @@ def state_problems(
     return []
 
 
-def compare(
-    saved: dict[str, tuple[int, ...]], memory: MemoryConfig | None, folder: str
-) -> list[str]:
+def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, folder: str) -> list[str]:
     """A sentence for each difference between a checkpoint's shapes and the flags."""
     tables = saved_tables(saved)
-    if memory is None:
+    if spec is None:
         if not tables:
             return []
         return [
@@ -187,17 +186,16 @@ def compare(
     if not tables:
         return [
             f"--load {folder} was saved without memory layers, but --memory-layers "
-            f"{' '.join(map(str, memory.memory_layers))} is given; start without --load, or drop "
+            f"{' '.join(map(str, spec.layers))} is given; start without --load, or drop "
             "the --memory flags."
         ]
     problems = []
-    names = table_names(memory)
-    experts = any(table.endswith(f".{U}") for table in tables)
-    if experts != (memory.memory_variant == "peer"):
-        held = "tables u and v of --memory-variant peer" if experts else "values, but no table u"
+    names = table_names(spec)
+    held, needed = _further(tables), _further(names)
+    if held != needed:
         problems.append(
-            f"--load {folder} holds {held}: --memory-variant {memory.memory_variant} cannot read "
-            "it; use the variant that it was saved with."
+            f"--load {folder} holds {_listed(held)}, but --memory-variant {spec.variant} reads "
+            f"{_listed(needed)}; use the variant that it was saved with."
         )
     elif missing := [name for name in names if name not in tables]:
         problems.append(
@@ -205,12 +203,12 @@ def compare(
             "--memory-pool and, with --memory-pool layer, --memory-layers must be as when it was "
             "saved."
         )
-    wanted = (memory.num_rows, memory.value_dim)
+    wanted = (spec.num_rows, spec.value_dim)
     for name in names:
         shape = saved.get(table_key(name), wanted)
         if shape[0] != wanted[0]:
             problems.append(
-                f"--memory-num-keys {memory.memory_num_keys} asks for {wanted[0]:,} rows, but "
+                f"--memory-num-keys {spec.num_keys} asks for {wanted[0]:,} rows, but "
                 f"--load {folder} holds {shape[0]:,}; use --memory-num-keys "
                 f"{round(shape[0] ** 0.5)}."
             )
@@ -221,8 +219,8 @@ def compare(
             )
         if problems:
             return problems
-    for layer in memory.memory_layers:
-        wanted_keys = (2, memory.memory_heads, memory.memory_num_keys, memory.key_dim // 2)
+    for layer in spec.layers:
+        wanted_keys = (2, spec.heads, spec.num_keys, spec.key_dim // 2)
         keys = saved.get(sub_keys_key(layer))
         if keys is None:
             problems.append(
@@ -236,6 +234,15 @@ def compare(
                 "are asked for; use the values that it was saved with."
             )
     return problems
+
+
+def _further(tables: Iterable[str]) -> list[str]:
+    """What pools hold beside their values."""
+    return sorted({name.partition(".")[2] for name in tables if "." in name})
+
+
+def _listed(further: list[str]) -> str:
+    return f"values and tables {', '.join(further)}" if further else "values alone"
 
 
 def loaded_folder(args: argparse.Namespace) -> Path | None:

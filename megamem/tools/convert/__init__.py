@@ -4,7 +4,3 @@ Each conversion is a function from names and tensors to names and tensors (`refe
 `export`) between a reader and a writer (`torch_dist`, `safetensors`, `reference_file`); `layout`
 knows how Megatron names and lays out weights, and nobody else does.
 """
-
-from megamem.tools.convert.command import main
-
-__all__ = ["main"]

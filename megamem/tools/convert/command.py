@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megamem.config import ConfigurationError, MemoryConfig
-from megamem.errors import refuse
 from megamem.tools.convert import torch_dist
 from megamem.tools.convert.export import REMARKS, export, reimport
 from megamem.tools.convert.lazy import LazyTensor
@@ -34,62 +33,34 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GB = 10**9
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Convert; return the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    try:
-        args = parse(words)
-        {
-            "reference": _reference,
-            "upcycle": _upcycle,
-            "export": _export,
-            "import": _import,
-        }[args.what](args, console)
-    except (ConfigurationError, OSError) as error:
-        return refuse(error)
+def run(args: argparse.Namespace) -> int:
+    """Convert."""
+    args.convert(args, Console(width=None if sys.stdout.isatty() else 120, highlight=False))
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigurationError(message)
-
-
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The command line.
-
-    Raises:
-        ConfigurationError: it cannot be understood.
-    """
-    style = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="megamem convert", description=__doc__, formatter_class=style)
-    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    for name, purpose in {
-        "reference": "a consolidated checkpoint of the reference implementation -> Megatron",
-        "upcycle": "a dense Megatron checkpoint -> the same with memory layers added",
-        "export": "a Megatron checkpoint with memory layers -> safetensors",
-        "import": "safetensors of an export -> Megatron",
-    }.items():
-        _add_flags(commands.add_parser(name, help=purpose, description=purpose), name, words)
-    return parser.parse_args(words)
+def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """The kinds of conversion, each with flags of its own."""
+    kinds = parser.add_subparsers(required=True, metavar="WHAT")
+    saved = "the folder of --save, or of an iteration in it"
+    consolidated = "the consolidated .pth or .safetensors, or all of several"
+    for what, convert, source, purpose in (
+        ("reference", _reference, consolidated, "the reference implementation's -> Megatron's"),
+        ("upcycle", _upcycle, saved, "a dense Megatron checkpoint -> with memory layers added"),
+        ("export", _export, saved, "a Megatron checkpoint with memory layers -> safetensors"),
+        ("import", _import, "the folder of safetensors", "those of an export -> Megatron's"),
+    ):
+        kind = kinds.add_parser(what, help=purpose, description=purpose)
+        kind.set_defaults(convert=convert)
+        nargs = "+" if what == "reference" else None
+        kind.add_argument("source", type=Path, nargs=nargs, help=source)
+        _add_flags(kind, what, words)
 
 
 def _add_flags(parser: argparse.ArgumentParser, what: str, words: Sequence[str]) -> None:
     add = parser.add_argument
-    several = {"nargs": "+"} if what == "reference" else {}
-    sources = {
-        "reference": "the consolidated .pth or .safetensors, or all of several",
-        "export": "the folder of --save, or of an iteration in it",
-        "upcycle": "the folder of --save, or of an iteration in it",
-        "import": "the folder of safetensors",
-    }
-    add("source", type=Path, help=sources[what], **several)  # type: ignore[arg-type]
     add("--to", type=Path, required=True, metavar="FOLDER", help="what to write: new, or empty")
     add("--dtype", choices=DTYPES, help="round all weights to this; default: as they are")
-    seed = "places the table's rows; runs that load the result need the same"
     if what == "reference":
         add("--num-attention-heads", type=int, required=True, help="no shape says it")
         add(
@@ -101,6 +72,7 @@ def _add_flags(parser: argparse.ArgumentParser, what: str, words: Sequence[str])
         )
         add("--separate-tables", action="store_true", help="keep tables that differ by layer")
     if what in ("reference", "import"):
+        seed = "places the table's rows; runs that load the result need the same"
         add("--memory-placement-seed", type=int, default=0, help=seed)
     if what == "export":
         add("--shard-size", type=float, default=5, metavar="GB", help="files are not much larger")

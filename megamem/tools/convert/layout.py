@@ -7,6 +7,7 @@ Pure functions on names and shapes; nothing here reads or writes.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,7 @@ def memory_key(layer: int, rest: str) -> str:
     return layer_key(layer, f"mlp.memory.{rest}")
 
 
-def extra_states(num_layers: int, memory_layers: list[int], keep_ffn: bool) -> list[str]:
+def extra_states(num_layers: int, memory_layers: Sequence[int], keep_ffn: bool) -> list[str]:
     """Keys of the extra state of a memory model's layers."""
     keys = [FINAL_STATE]
     for layer in range(num_layers):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megamem.checkpoint import SHARED, layer_table, table_key
 from megamem.config import ConfigurationError
-from megamem.layers.expert_table import U
+from megamem.layers.variants.peer import U
 from megamem.tools.convert import layout
 from megamem.tools.convert.lazy import LazyTensor, computed, of_tensor
 from megamem.tools.convert.reference_file import (
@@ -88,7 +88,7 @@ def convert_reference(
             f"no layer has {SUB_KEYS}: this is no checkpoint of a model with memory layers."
         )
     shape = ReferenceShape.of(source, layers, memories, heads)
-    memory = shape.memory(memories, separate_tables)
+    spec = shape.spec(memories, separate_tables)
     tensors = {target: of_tensor(source[name]) for name, target in OUTER.items() if name in source}
     for layer, names in layers.items():
         weights = {name: source[f"layers.{layer}.{name}"] for name in names}
@@ -103,12 +103,12 @@ def convert_reference(
         pools = [layer_table(layer) for layer in memories] if separate_tables else [SHARED]
         for pool, table in zip(pools, tables, strict=False):
             name = pool + within
-            tensors[table_key(name)] = layout.placed(table, memory.memory_num_keys, seed)
+            tensors[table_key(name)] = layout.placed(table, spec.num_keys, seed)
             tensors |= layout.placement_of(name, seed)
     return Converted(
         tensors,
         layout.extra_states(len(layers), memories, keep_ffn=False),
-        shape.flags(memory, OUTPUT in source, seed),
+        shape.flags(spec, OUTPUT in source, seed),
         _not_finite(source),
     )
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from megamem.config import ConfigurationError, MemoryConfig
+from megamem.resolution import resolve
+from megamem.spec import MemorySpec
 from megamem.tools.convert.safetensors import read_files
 
 EMBEDDING, NORM, OUTPUT = "tok_embeddings.weight", "norm.weight", "output.weight"
@@ -239,13 +241,13 @@ class ReferenceShape:
             ][:5]
         )
 
-    def memory(self, layers: list[int], separate: bool) -> MemoryConfig:
+    def spec(self, layers: list[int], separate: bool) -> MemorySpec:
         """The memory layers' settings, how many rows a head reads aside.
 
         Raises:
             ConfigurationError: no memory layer of ours can have them.
         """
-        return MemoryConfig(
+        config = MemoryConfig(
             memory_layers=layers,
             memory_variant=self.variant,
             memory_num_keys=self.num_keys,
@@ -254,12 +256,13 @@ class ReferenceShape:
             memory_key_dim=self.key_dim,
             memory_value_dim=self.value_dim,
             memory_pool="layer" if separate else "shared",
-        ).resolve(self.hidden)
+        )
+        return resolve(config, self.hidden)
 
-    def flags(self, memory: MemoryConfig, untied: bool, seed: int) -> list[str]:
+    def flags(self, spec: MemorySpec, untied: bool, seed: int) -> list[str]:
         """The flags of a run on this checkpoint."""
         groups = ["--group-query-attention", f"--num-query-groups {self.groups}"]
-        layers = " ".join(map(str, memory.memory_layers))
+        layers = " ".join(map(str, spec.layers))
         return [
             f"--num-layers {self.layers}",
             f"--hidden-size {self.hidden}",
@@ -275,11 +278,11 @@ class ReferenceShape:
             "--position-embedding-type rope",
             *(["--untie-embeddings-and-output-weights"] if untied else []),
             f"--memory-layers {layers}",
-            f"--memory-variant {memory.memory_variant}",
-            f"--memory-num-keys {memory.memory_num_keys}",
-            f"--memory-heads {memory.memory_heads}",
-            f"--memory-key-dim {memory.key_dim}",
-            f"--memory-value-dim {memory.value_dim}",
-            f"--memory-pool {memory.memory_pool}",
+            f"--memory-variant {spec.variant}",
+            f"--memory-num-keys {spec.num_keys}",
+            f"--memory-heads {spec.heads}",
+            f"--memory-key-dim {spec.key_dim}",
+            f"--memory-value-dim {spec.value_dim}",
+            f"--memory-pool {spec.pool}",
             *([f"--memory-placement-seed {seed}"] if seed else []),
         ]

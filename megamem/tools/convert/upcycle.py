@@ -5,14 +5,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megamem.checkpoint import SHARED, table_key
+from megamem.checkpoint import table_key
 from megamem.config import ConfigurationError, MemoryConfig
-from megamem.layers.expert_table import U, make_table, table_names
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
-from megamem.ops import unplace_rows
-from megamem.parallel.memory_group import MemoryGroup
+from megamem.layers.memory_pool import MemoryPool
+from megamem.layers.value_table import initial_rows
+from megamem.layers.variants import VARIANTS, pool_names
 from megamem.parallel.row_shard import TableShard
+from megamem.resolution import resolve
+from megamem.spec import Layout, MemorySpec
 from megamem.tools.convert import layout
 from megamem.tools.convert.lazy import REGION_BYTES, LazyTensor, Region, Tensors, of_tensor
 
@@ -20,17 +22,17 @@ EXPERTS = ("mlp.experts", "mlp.router", "mlp.shared_experts")
 
 
 def upcycle(
-    source: Tensors, memory: MemoryConfig, seed: int
+    source: Tensors, config: MemoryConfig, seed: int
 ) -> tuple[dict[str, LazyTensor], list[str]]:
     """Give a dense model memory layers, with the initial weights that a run of this seed has.
 
     Where feed-forwards stay (`memory_keep_ffn`) the new layers start by adding zero, so that the
     model computes what it did: memory+ with a zero projection, memory with a table of zeros, peer
-    with zeros for v. Where they are replaced it cannot, and the loss jumps.
+    with a table v of zeros. Where they are replaced it cannot, and the loss jumps.
 
     Args:
         source: key -> tensor of the dense checkpoint.
-        memory: not resolved.
+        config: of the memory layers.
         seed: of the initial weights.
 
     Returns:
@@ -46,24 +48,25 @@ def upcycle(
     except ValueError as error:
         raise ConfigurationError(f"the checkpoint is no whole GPT: {error}.") from error
     embedding = source[layout.EMBEDDING]
-    memory = memory.resolve(embedding.shape[1])
-    _check_layers(dense, memory)
-    keep = memory.memory_keep_ffn
-    zero_table = keep and memory.memory_variant != "memory+"
-    if zero_table:
-        memory = replace(memory, memory_value_init_std=0.0)
+    hidden = embedding.shape[1]
+    spec, variant = resolve(config, hidden, seed=seed), VARIANTS[config.memory_variant]
+    _check_layers(dense, spec)
+    if spec.keep_ffn and not variant.silent_output:
+        spec = replace(spec, value_init_std=0.0)
 
     tensors = dict(dense.others)
     for layer, rest in dense.per_layer.items():
-        if layer in memory.memory_layers:
-            rest = layout.memory_in_place_of_ffn(rest, keep)
+        if layer in spec.layers:
+            rest = layout.memory_in_place_of_ffn(rest, spec.keep_ffn)
         tensors |= {layout.layer_key(layer, name): tensor for name, tensor in rest.items()}
-    for layer in memory.memory_layers:
-        tensors |= _new_layer(layer, memory, embedding, seed, zero_output=keep)
-    for name in table_names(memory):
-        tensors[table_key(name)] = initial_table(name, memory, embedding.dtype, seed)
-        tensors |= layout.placement_of(name, memory.memory_placement_seed)
-    return tensors, layout.extra_states(dense.num_layers, memory.memory_layers, keep)
+    for layer in spec.layers:
+        tensors |= _new_layer(layer, spec, embedding.dtype)
+    for pool in pool_names(spec):
+        for use in variant.tables:
+            name, std = variant.table_name(pool, use), variant.init_std(spec, use)
+            tensors[table_key(name)] = initial_table(name, std, spec, embedding.dtype)
+            tensors |= layout.placement_of(name, spec.placement_seed)
+    return tensors, layout.extra_states(dense.num_layers, spec.layers, spec.keep_ffn)
 
 
 def _check_dense(source: Tensors) -> None:
@@ -79,64 +82,38 @@ def _check_dense(source: Tensors) -> None:
         raise ConfigurationError(f"the checkpoint has no {layout.EMBEDDING}: it is no GPT.")
 
 
-def _check_layers(dense: layout.DenseLayers, memory: MemoryConfig) -> None:
+def _check_layers(dense: layout.DenseLayers, spec: MemorySpec) -> None:
     last = dense.num_layers - 1
-    if not memory.memory_layers:
+    if not spec.layers:
         raise ConfigurationError("no layer to become a memory: name them with --memory-layers.")
-    if beyond := [layer for layer in memory.memory_layers if layer > last]:
+    if beyond := [layer for layer in spec.layers if layer > last]:
         raise ConfigurationError(
             f"--memory-layers {' '.join(map(str, beyond))}: the checkpoint has layers 0 to {last}."
         )
 
 
-def _new_layer(
-    layer: int, memory: MemoryConfig, like: LazyTensor, seed: int, zero_output: bool
-) -> dict[str, LazyTensor]:
+def _new_layer(layer: int, spec: MemorySpec, dtype: torch.dtype) -> dict[str, LazyTensor]:
     """A memory layer's own weights, as a run of this seed would make them."""
-    hidden = like.shape[1]
-    make = WeightFactory(seed=seed, name=SHARED, device="meta", dtype=like.dtype)
-    module = MemoryLayer(
-        memory,
-        hidden,
-        make_table(memory, make, MemoryGroup()),
-        layer=layer,
-        group=None,
-        tokens_sharded=True,
-        seed=seed,
-        device="cpu",
-        dtype=like.dtype,
-    )
+    pool = MemoryPool(replace(spec, layout=Layout()), device="meta")
+    module = MemoryLayer(spec, pool, layer=layer, device="cpu", dtype=dtype)
     weights: dict[str, Tensor] = dict(module.state_dict())
-    if zero_output:
-        weights |= {
-            name: torch.zeros_like(weight)
-            for name, weight in weights.items()
-            if name.startswith("output.proj.")
-        }
+    if spec.keep_ffn:
+        for name in VARIANTS[spec.variant].silent_output:
+            weights[f"output.{name}"] = torch.zeros_like(weights[f"output.{name}"])
     return {layout.memory_key(layer, name): of_tensor(weight) for name, weight in weights.items()}
 
 
-def initial_table(name: str, memory: MemoryConfig, dtype: torch.dtype, seed: int) -> LazyTensor:
-    """The table that a run of this seed starts with, drawn piece by piece."""
-    shape = (memory.num_rows, memory.value_dim)
+def initial_table(name: str, std: float, spec: MemorySpec, dtype: torch.dtype) -> LazyTensor:
+    """The table that a run of this spec starts with, drawn piece by piece."""
+    shape = (spec.num_rows, spec.value_dim)
     pieces = max(1, -(-shape[0] * shape[1] * dtype.itemsize // REGION_BYTES))
     shards = [TableShard.cut(shape, row=(piece, pieces)) for piece in range(pieces)]
     by_offset = {shard.offset: shard for shard in shards}
-    # an own standard deviation is that of v alone
-    std = None if name.endswith(f".{U}") else memory.memory_value_init_std
-    make = WeightFactory(seed=seed, name=name, device="cpu", dtype=dtype)
+    make = WeightFactory(seed=spec.seed, name=name, device="cpu", dtype=dtype)
 
     def rows(region: Region) -> Tensor:
         shard = by_offset[region.offsets[0], region.offsets[1]]
-        return make.normal(
-            "values",
-            *shard.shape,
-            std=memory.value_dim**-0.5 if std is None else std,
-            piece=shard,
-            name_rows=lambda ids: unplace_rows(
-                ids, memory.memory_num_keys, memory.memory_placement_seed
-            ),
-        ).detach()
+        return initial_rows(spec, std, make, shard).detach()
 
     regions = tuple(Region(shard.offset, shard.shape) for shard in shards)
     return LazyTensor(shape, dtype, regions, rows)

@@ -21,19 +21,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Mode = Literal["row", "column", "2d"]
-MODES: tuple[Mode, ...] = ("row", "column", "2d")
-Wire = Literal["alltoall", "allgather"]
+from megamem.parallel.routing import choose_wire
+from megamem.parallel.row_shard import COLUMN_BLOCK
+from megamem.spec import Layout, Mode, Wire
 
 # an id of 4 bytes, a weight of 2: what a lookup is at least
 LEAST_LOOKUP_BYTES = 6
 WEIGHT_GRADIENT_BYTES = 4
 # a narrower slice of a row wastes a read
 NARROWEST_SLICE_BYTES = 128
-# columns are dealt out in blocks of this many
-COLUMN_BLOCK = 8
-# up to here fixed sizes cost little more than exact ones, and need no wait for counts
-ALLGATHER_UP_TO = 8
 
 
 @dataclass(frozen=True)
@@ -94,11 +90,6 @@ class Traffic:
 def owners_per_token(lookups: int, ranks: int) -> float:
     """E: ranks that hold at least one of a token's rows, when rows lie at random."""
     return ranks * (1 - (1 - 1 / ranks) ** lookups)
-
-
-def choose_wire(ranks: int) -> Wire:
-    """The wire form of `--memory-wire auto`."""
-    return "allgather" if ranks <= ALLGATHER_UP_TO else "alltoall"
 
 
 def row_traffic(
@@ -186,14 +177,15 @@ def traffic(
     return Traffic(column + row - across, across, column_back + row_back - across_back, across_back)
 
 
-def mode_problem(mode: Mode, width: int, ranks: int, column_ranks: int) -> str | None:
+def mode_problem(layout: Layout, width: int) -> str | None:
     """Why a table of this width cannot be cut so, and what would do; None where it can."""
-    if mode == "2d" and (column_ranks < 1 or ranks % column_ranks):
+    mode, ranks, cut = layout.mode, layout.group_size, layout.column_ranks
+    if mode == "2d" and (cut < 1 or ranks % cut):
         return (
-            f"--memory-column-ranks {column_ranks} does not divide --memory-group-size {ranks}; "
+            f"--memory-column-ranks {cut} does not divide --memory-group-size {ranks}; "
             f"use one of {_words(divisors(ranks))}."
         )
-    cut, blocks = {"row": 1, "column": ranks, "2d": column_ranks}[mode], width // COLUMN_BLOCK
+    blocks = width // COLUMN_BLOCK
     if cut > blocks:
         widest = max(d for d in divisors(ranks) if d <= blocks)
         return (
@@ -209,17 +201,7 @@ def widest_slice(width: int, column_ranks: int) -> int:
     return -(-(width // COLUMN_BLOCK) // column_ranks) * COLUMN_BLOCK
 
 
-@dataclass(frozen=True)
-class ModeChoice:
-    """What `--memory-mode auto` became."""
-
-    mode: Mode
-    column_ranks: int
-    """Ranks over which the columns of a row are cut: 1, all of them, or of 2d some."""
-    why: str
-
-
-def choose_mode(
+def choose_layout(
     width: int,
     lookups: int,
     ranks: int,
@@ -230,8 +212,8 @@ def choose_mode(
     e: int = 2,
     link: float = 350e9,
     network: float = 45e9,
-) -> ModeChoice:
-    """The mode whose exchange takes least time, by the formulas above.
+) -> Layout:
+    """The layout of `--memory-mode auto`: whose exchange takes least time, by the formulas above.
 
     Inside one node columns beat the alltoall form of rows where V e > 6 L or so: then the ids and
     weights that go to every rank weigh less than the partial sums that come from every rank. They
@@ -248,37 +230,29 @@ def choose_mode(
         link, network: bytes per second and rank, inside a node and between nodes.
     """
     if ranks == 1:
-        return ModeChoice("row", 1, "one rank holds the whole table: nothing is sent")
+        return Layout()
     near = min(ranks, ranks_per_node)
-    if column_ranks is None:
-        cuts: Sequence[int] = divisors(math.gcd(ranks, near))
-    else:
-        cuts = [column_ranks]
-    options: list[tuple[Mode, int]] = [("row", 1), ("column", ranks)]
-    options += [("2d", cut) for cut in cuts if 1 < cut < ranks]
-    times: dict[tuple[Mode, int], float] = {}
-    for mode, cut in options:
-        narrow = mode != "row" and width * e / cut < NARROWEST_SLICE_BYTES
-        if narrow or mode_problem(mode, width, ranks, cut):
+    cuts: Sequence[int] = [column_ranks] if column_ranks else divisors(math.gcd(ranks, near))
+    options = [Layout("row", ranks), Layout("column", ranks, ranks)]
+    options += [Layout("2d", ranks, cut) for cut in cuts if 1 < cut < ranks]
+    times: dict[Layout, float] = {}
+    for option in options:
+        cut = option.column_ranks
+        narrow = cut > 1 and width * e / cut < NARROWEST_SLICE_BYTES
+        if narrow or mode_problem(option, width):
             continue
         sent = traffic(
-            mode,
+            option.mode,
             width,
             lookups,
             ranks,
             column_ranks=cut,
             ranks_per_node=near,
-            wire=choose_wire(ranks // cut) if wire == "auto" else wire,
+            wire=choose_wire(wire, option.row_ranks),
             e=e,
         )
-        times[mode, cut] = sent.seconds(1, link, network)
-    (mode, cut), best = min(times.items(), key=lambda item: item[1])
-    others = {name: min(t for (m, _), t in times.items() if m == name) for name, _ in times}
-    told = ", ".join(
-        f"{name} {others[name] * 1e9:.0f}" for name in MODES if name in others and name != mode
-    )
-    why = f"{mode} needs {best * 1e9:.0f} ns per token and layer"
-    return ModeChoice(mode, cut, f"{why}; {told}" if told else why)
+        times[option] = sent.seconds(1, link, network)
+    return min(times, key=lambda option: times[option])
 
 
 def expected_unique(rows: float, picks: float) -> float:

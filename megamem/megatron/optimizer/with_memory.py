@@ -1,6 +1,5 @@
 """The tables' optimizer, built from Megatron's settings and joined to Megatron's own."""
 
-import argparse
 from typing import Any
 
 import torch
@@ -9,49 +8,59 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 
-from megamem.config import MemoryConfig
-from megamem.megatron.arguments import timeout
-from megamem.megatron.optimizer.background import load_background
 from megamem.megatron.optimizer.chain import ChainWithTables, TableMember, find_tables
 from megamem.optimizer import StepOptions, TableOptimizer
+from megamem.spec import MemorySpec
 
 
-def with_tables(
-    model_optimizer: MegatronOptimizer,
+def with_memory(
+    optimizer: MegatronOptimizer,
     config: OptimizerConfig,
     chunks: list[nn.Module],
-    args: argparse.Namespace,
-    memory: MemoryConfig,
+    spec: MemorySpec,
 ) -> MegatronOptimizer:
     """Megatron's optimizer of the model and one of the tables, as one.
 
-    Every rank must call this, with tables or without.
+    Every rank must call this, with tables or without. It takes the place of `optimizer` in all that
+    follows: the schedule of learning rates, the training loop, saving and loading.
+
+    Args:
+        optimizer: of the rest of the model, as get_megatron_optimizer returned it.
+        config: what it was made with.
+        chunks: of the model on this rank, as Megatron's DistributedDataParallel wraps them.
+        spec: of the run.
     """
     tables = TableOptimizer(
-        found := find_tables(chunks),
-        memory,
+        find_tables(chunks).values(),
+        spec,
         StepOptions(
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
-            buffer_dtype=None if args.accumulate_allreduce_grads_in_fp32 else config.params_dtype,
-            seed=args.seed,
+            buffer_dtype=None if _reduces_in_fp32(chunks) else config.params_dtype,
+            seed=spec.seed,
         ),
-        **table_group(args, memory),
+        **table_group(config, spec),
     )
-    load_background(found, args, memory)
     data_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    # where the loss is a sum over tokens, Megatron divides gradients by their number instead
+    per_token = any(getattr(chunk.config, "calculate_per_token_loss", False) for chunk in chunks)
     member = TableMember(
         tables,
         config,
-        data_ranks=1 if args.calculate_per_token_loss else data_ranks,
-        clip_apart=memory.memory_clip_grad,
-        loss_scale=model_optimizer.get_loss_scale,
-        timeout=timeout(args),
+        data_ranks=1 if per_token else data_ranks,
+        clip_apart=spec.clip_grad,
+        loss_scale=optimizer.get_loss_scale,
+        timeout=spec.timeout,
     )
-    return ChainWithTables(member, model_optimizer)
+    return ChainWithTables(member, optimizer)
 
 
-def table_group(args: argparse.Namespace, memory: MemoryConfig) -> dict[str, Any]:
+def _reduces_in_fp32(chunks: list[nn.Module]) -> bool:
+    configs: list[Any] = [chunk.ddp_config for chunk in chunks]
+    return all(config.grad_reduce_in_fp32 for config in configs)
+
+
+def table_group(config: OptimizerConfig, spec: MemorySpec) -> dict[str, Any]:
     """What Megatron's scheduler of learning rates and weight decay reads of a parameter group.
 
     A scheduled rate runs from --memory-lr to the same fraction of it that --min-lr is of --lr. A
@@ -65,16 +74,13 @@ def table_group(args: argparse.Namespace, memory: MemoryConfig) -> dict[str, Any
         # Megatron logs the learning rate of the groups that say True here
         "default_config": False,
     }
-    if memory.memory_lr is not None:
+    if spec.lr != "model":
         floor = 1.0
-        if memory.memory_lr_schedule == "scheduled":
-            floor = (args.min_lr or 0) / args.lr if args.lr else 0.0
-        group |= {"max_lr": memory.memory_lr, "min_lr": memory.memory_lr * floor}
-    if memory.memory_weight_decay is not None:
-        group |= {
-            "start_wd": memory.memory_weight_decay,
-            "end_wd": memory.memory_weight_decay,
-        }
+        if spec.lr_schedule == "scheduled":
+            floor = (config.min_lr or 0) / config.lr if config.lr else 0.0
+        group |= {"max_lr": spec.lr, "min_lr": spec.lr * floor}
+    if spec.weight_decay != "model":
+        group |= {"start_wd": spec.weight_decay, "end_wd": spec.weight_decay}
     return group
 
 

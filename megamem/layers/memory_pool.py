@@ -1,0 +1,158 @@
+"""The tables that memory layers read, and the way of lookups to their rows and back.
+
+launch     row_ids_TL, weights_TL   travel to the ranks that hold the rows
+collect    bags_Gv                  summed there (megamem.layers.variants)
+           out_TV                   travels home and is added up
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megamem.layers.init import WeightFactory
+from megamem.layers.value_table import Arrived, ValueTable
+from megamem.layers.variants import variant_of
+from megamem.metrics import sent_bytes, untimed
+from megamem.ops import place_rows
+from megamem.parallel.collectives import group_rank, join_columns
+from megamem.parallel.columns import gather_lookups
+from megamem.parallel.memory_group import MemoryGroup
+from megamem.parallel.routing import (
+    RoutingPlan,
+    all_gather_tokens,
+    arrive,
+    combine,
+    dispatch,
+    plan_routing,
+    tokens_of_bags,
+)
+from megamem.spec import MemorySpec
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """What a pool was asked, on its way to the rows."""
+
+    plan: RoutingPlan
+    weights_M: Tensor
+    column_counts: list[int]
+    """T of every column rank."""
+    tokens: Tensor | None
+    """The tokens, on their way to all owners, where these look at them."""
+
+
+class MemoryPool:
+    """The tables of one pool, spread over the ranks of a memory group.
+
+    No module: a pool may serve several layers (`--memory-pool shared`), so a layer uses it without
+    owning it, and whoever builds the model registers `tables` in it once.
+    """
+
+    tables: nn.ModuleDict
+    """Name within the pool -> ValueTable, the values first."""
+
+    def __init__(
+        self,
+        spec: MemorySpec,
+        name: str = "shared",
+        group: MemoryGroup | None = None,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Allocate this rank's piece of every table, with the initial rows of the spec's seed.
+
+        Args:
+            spec: of the run.
+            name: of the pool; the initial rows depend on it.
+            group: the ranks that hold the tables; by default this rank holds all of them.
+            device, dtype: of the tables.
+        """
+        self.spec, self.name, self.group = spec, name, group or MemoryGroup()
+        self.variant = variant_of(spec)
+        shape = (self.group.world_size, self.group.column_ranks)
+        assert shape == (spec.layout.group_size, spec.layout.column_ranks), (shape, spec.layout)
+        self.tables = nn.ModuleDict()
+        for use in self.variant.tables:
+            table = self.variant.table_name(name, use)
+            make = WeightFactory(seed=spec.seed, name=table, device=device, dtype=dtype)
+            std = self.variant.init_std(spec, use)
+            self.tables[use.name] = ValueTable(spec, table, std, make, self.group)
+
+    def __iter__(self) -> Iterator[ValueTable]:
+        """The tables, the values first."""
+        for table in self.tables.values():
+            assert isinstance(table, ValueTable)
+            yield table
+
+    @property
+    def values(self) -> ValueTable:
+        """The table that every variant has."""
+        return next(iter(self))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tables are."""
+        return self.values.weight.device
+
+    def launch(
+        self, row_ids_TL: Tensor, weights_TL: Tensor, token_counts: list[int], x_TD: Tensor
+    ) -> Lookups:
+        """Send lookups to the ranks that hold their rows; returns while they travel.
+
+        Args:
+            row_ids_TL: pairs of sub-keys, i * N + j.
+            weights_TL: how much of each.
+            token_counts: T of every member of the group.
+            x_TD: the tokens, which travel, too, where the variant looks at them.
+        """
+        spec, group, rows = self.spec, self.group, self.values.shard.rows
+        rows_TL = place_rows(row_ids_TL, spec.num_keys, spec.placement_seed)
+        by_row_rank = torch.tensor(token_counts).view(group.row_ranks, group.column_ranks)
+        column_counts = by_row_rank[group_rank(group.rows)].tolist()
+        rows_XL, weights_XL = gather_lookups(
+            rows_TL, weights_TL, spec.num_rows, column_counts, group.columns
+        )
+        plan = plan_routing(rows_XL, rows, group.rows, by_row_rank.sum(1).tolist(), spec.wire)
+        weights_M = dispatch(plan, weights_XL)
+        tokens = all_gather_tokens(plan, x_TD) if self.variant.reads_tokens else None
+        return Lookups(plan, weights_M, column_counts, tokens)
+
+    def collect(self, lookups: Lookups) -> Tensor:
+        """Wait for the lookups, read every token's rows out, send the sums home -> out_TV."""
+        plan, values = lookups.plan, self.values
+        metrics = values.metrics if torch.is_grad_enabled() else None
+        end_of = metrics.start() if metrics else untimed
+        rows_M = arrive(plan)
+        end_of("exchange")
+        x_GD = None if lookups.tokens is None else tokens_of_bags(plan, lookups.tokens)
+        arrived = Arrived(plan, rows_M, lookups.weights_M, x_GD)
+        bags_Gv = self.variant.read_out(self._by_name(), arrived)
+        end_of("lookup")
+        sums_Xv = combine(plan, bags_Gv)
+        out_TV = join_columns(
+            sums_Xv, lookups.column_counts, values.shard.widths, self.group.columns
+        )
+        end_of("exchange")
+        if metrics:
+            metrics.bytes_sent += sent_bytes(
+                plan,
+                lookups.weights_M,
+                bags_Gv,
+                lookups=self.spec.lookups_per_token,
+                column_counts=lookups.column_counts,
+                width=self.spec.value_dim,
+                column_rank=group_rank(self.group.columns),
+            )
+        return out_TV
+
+    def read(
+        self, row_ids_TL: Tensor, weights_TL: Tensor, token_counts: list[int], x_TD: Tensor
+    ) -> Tensor:
+        """launch() and collect() -> out_TV."""
+        return self.collect(self.launch(row_ids_TL, weights_TL, token_counts, x_TD))
+
+    def _by_name(self) -> dict[str, ValueTable]:
+        return dict(zip(self.tables, self, strict=True))

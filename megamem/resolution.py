@@ -1,0 +1,128 @@
+"""From what a person asks for to what it means: the only place where a MemorySpec is made."""
+
+from datetime import timedelta
+from typing import Literal
+
+from megamem.config import ConfigurationError, MemoryConfig
+from megamem.layers.variants import VARIANTS, Variant
+from megamem.parallel.routing import choose_wire
+from megamem.parallel.traffic import choose_layout, divisors, mode_problem
+from megamem.spec import PATIENCE, Layout, MemorySpec, Mode
+
+
+def resolve(
+    config: MemoryConfig,
+    hidden_size: int,
+    *,
+    tensor_ranks: int = 1,
+    stage_ranks: int | None = None,
+    ranks_per_node: int = 8,
+    number_bytes: int = 2,
+    link: float = 350e9,
+    network: float = 45e9,
+    seed: int = 1234,
+    tokens_vary: bool = False,
+    timeout: timedelta = PATIENCE,
+) -> MemorySpec:
+    """Fill in every width of a model of this hidden size, and decide how tables lie over its ranks.
+
+    Args:
+        config: what was asked for.
+        hidden_size: D.
+        tensor_ranks: tensor-parallel ranks, the default of --memory-group-size.
+        stage_ranks: ranks of a pipeline stage, which memory groups divide evenly; by default those
+            that one table is spread over.
+        ranks_per_node: neighbouring ranks with fast links between them.
+        number_bytes: of a number of a row.
+        link, network: bytes per second and rank, inside a node and between nodes.
+        seed: of the run.
+        tokens_vary: sequences of different lengths may reach the ranks that share a table.
+        timeout: of the collectives of a memory group.
+
+    Raises:
+        ConfigurationError: the settings cannot work with this hidden size or these ranks.
+    """
+    variant = VARIANTS[config.memory_variant]
+    value_dim = _value_dim(config, hidden_size, variant)
+    lookups = config.memory_heads * config.memory_topk
+    size = config.memory_group_size or tensor_ranks
+    stage = stage_ranks or size
+    if stage % size:
+        raise ConfigurationError(
+            f"--memory-group-size {size} does not divide the {stage} ranks of a pipeline stage "
+            "(tensor x context x data parallel); use one of "
+            f"{', '.join(map(str, divisors(stage)))}."
+        )
+    if config.memory_mode == "auto" and variant.cuts_rows:
+        layout = choose_layout(
+            value_dim,
+            lookups,
+            size,
+            ranks_per_node=ranks_per_node,
+            wire=config.memory_wire,
+            e=number_bytes,
+            link=link,
+            network=network,
+        )
+    else:
+        neighbours = config.memory_column_ranks or min(tensor_ranks, size)
+        mode: Mode = "row" if config.memory_mode == "auto" else config.memory_mode
+        layout = Layout(mode, size, {"row": 1, "column": size, "2d": neighbours}[mode])
+    if layout.mode != "row" and not variant.cuts_rows:
+        raise ConfigurationError(
+            f"--memory-mode {layout.mode} cuts rows, but --memory-variant {config.memory_variant} "
+            "needs a whole row to decide what it adds; use --memory-mode row."
+        )
+    if problem := mode_problem(layout, value_dim):
+        raise ConfigurationError(problem)
+    std = config.memory_value_init_std
+    return MemorySpec(
+        layers=tuple(sorted(config.memory_layers)),
+        variant=config.memory_variant,
+        hidden_size=hidden_size,
+        num_keys=config.memory_num_keys,
+        heads=config.memory_heads,
+        topk=config.memory_topk,
+        key_dim=config.memory_key_dim or variant.key_dim(value_dim),
+        value_dim=value_dim,
+        pool=config.memory_pool,
+        qk_norm=config.memory_qk_norm,
+        keep_ffn=config.memory_keep_ffn,
+        value_init_std=value_dim**-0.5 if std is None else std,
+        layout=layout,
+        wire=choose_wire(config.memory_wire, layout.row_ranks),
+        placement_seed=config.memory_placement_seed,
+        check_row_ids=config.memory_check_row_ids,
+        tokens_vary=tokens_vary,
+        seed=seed,
+        timeout=timeout,
+        optimizer=config.memory_optimizer,
+        stochastic_rounding=config.memory_stochastic_rounding,
+        lr=_or_model(config.memory_lr),
+        lr_schedule=config.memory_lr_schedule,
+        weight_decay=_or_model(config.memory_weight_decay),
+        clip_grad=_or_model(config.memory_clip_grad),
+        finetune_rows=config.memory_finetune_rows or 0,
+        background=config.memory_background or "",
+        metrics=config.memory_metrics,
+    )
+
+
+def _value_dim(config: MemoryConfig, hidden_size: int, variant: Variant) -> int:
+    if config.memory_value_dim is None and hidden_size % 8:
+        raise ConfigurationError(
+            f"--hidden-size {hidden_size} is not a multiple of 8, which a row of the value table "
+            "must be: choose another, or (memory+ only) set --memory-value-dim."
+        )
+    value_dim = config.memory_value_dim or hidden_size
+    if not variant.projects and value_dim != hidden_size:
+        raise ConfigurationError(
+            f"--memory-value-dim {value_dim} differs from --hidden-size {hidden_size}, but "
+            f"--memory-variant {config.memory_variant} has no projection between them; use memory+ "
+            "or drop --memory-value-dim."
+        )
+    return value_dim
+
+
+def _or_model(value: float | None) -> float | Literal["model"]:
+    return "model" if value is None else value
