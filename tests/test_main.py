@@ -1,6 +1,7 @@
 """The megamem command: what every subcommand does with a command line, good or bad."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,8 +66,7 @@ def test_every_command_gets_its_words(name, monkeypatch):
         monkeypatch.setattr(module, "main", lambda words: words)
         assert main([name, "--a", "b"]) == ["--a", "b"]
         return
-    flags = {"a": "--a"}
-    monkeypatch.setattr(module, "add_flags", lambda parser, words: parser.add_argument(flags["a"]))
+    monkeypatch.setattr(module, "add_flags", lambda parser, words: parser.add_argument("--a"))
     monkeypatch.setattr(module, "run", lambda args: args.a)
     assert main([name, "--a", "b"]) == "b"
 
@@ -98,7 +98,6 @@ def test_help(line, capsys):
     assert said.out.startswith(f"usage: megamem {' '.join(words)} [-h]")
     flag, _ = LINES[line]
     assert f"\n  {flag} " in said.out
-    assert "\n\n" in said.out and "``" not in said.out
 
 
 def test_the_launchers_flag_is_no_hint_elsewhere(capsys):
@@ -177,10 +176,11 @@ def test_an_interrupt_has_no_traceback(what, capsys, monkeypatch):
     ids=" ".join,
 )
 def test_nobody_reads_on(words):
-    """As in `megamem plan ... | head`."""
+    """As in `megamem plan ... | head`, where Python keeps what is written to a pipe for a while."""
     command = [sys.executable, "-m", "megamem", *words]
+    buffered = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered
     ) as process:
         assert process.stdout and process.stderr
         process.stdout.close()

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             # before minutes have gone into it
-            Path(path).touch()
+            Path(path).open("a").close()
     torch.manual_seed(args.seed)
     cases = list(_cases(args, device, published))
     found = _measure_all(cases, args, device)

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
+from megamem.__main__ import parse
 from megamem.planner import Plan, asked_layout, make_plan
 from megamem.planner.cost import layout_cost
 from megamem.planner.plan import fits
 from megamem.planner.sizes import dense_parts
-from megamem.tools.plan import job_from_args, parse
+from megamem.tools.plan import job_from_args
 from tests.examples.cluster_scripts import SIZES, Started, fewest, on, stand_ins
 from tests.helpers.megatron_runs import ROOT
 
@@ -37,7 +38,7 @@ def cluster(tmp_path):
 
 
 def plan_of(started: Started, world: int) -> Plan:
-    return make_plan(job_from_args(parse(["--world-size", str(world), *started.flags])))
+    return make_plan(job_from_args(parse("plan", ["--world-size", str(world), *started.flags])))
 
 
 @pytest.mark.parametrize(("model", "rows"), WITH_MEMORY)
@@ -54,7 +55,7 @@ def test_planner_agrees_that_the_table_fits(cluster, model, rows):
         half = least // 2
         if half >= plan.job.cluster.tensor_model_parallel_size:
             fewer = ["--world-size", half, *started.flags, "--memory-group-size", half]
-            job = job_from_args(parse([str(word) for word in fewer]))
+            job = job_from_args(parse("plan", [str(word) for word in fewer]))
             assert not fits(job, layout_cost(job, asked_layout(job)))
 
 
@@ -62,7 +63,7 @@ def test_planner_agrees_that_the_table_fits(cluster, model, rows):
 def test_planned_parameters_are_the_published_ones(cluster, model, rows):
     started = cluster("torchrun.sh", model, rows, **on(fewest(model, rows)))
     if rows == "dense":
-        shape = job_from_args(parse(started.flags)).shape
+        shape = job_from_args(parse("plan", started.flags)).shape
         parts = dense_parts(shape)
         total = shape.num_layers * (parts.layer + parts.ffn) + parts.final_norm
         total += parts.embeddings + parts.output

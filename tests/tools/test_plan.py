@@ -58,7 +58,7 @@ def test_flags_overrule_a_preset() -> None:
     words = ["--preset", "373m", "--num-layers", "30", "--memory-layers", "1", "2"]
     job = job_from_args(parse("plan", words))
     assert (job.shape.num_layers, job.shape.hidden_size) == (30, 1024)
-    assert job.memory.memory_layers == [1, 2]
+    assert list(job.spec.layers) == [1, 2]
     assert job.cluster.half_precision and job.cluster.use_distributed_optimizer
 
 

@@ -1,0 +1,10 @@
+"""Subcommands of megamem, carried out in this process as `megamem NAME ...` carries them out."""
+
+from collections.abc import Callable, Sequence
+
+from megamem.__main__ import main
+
+
+def command(name: str) -> Callable[[Sequence[str]], int]:
+    """Words of a command line -> exit status."""
+    return lambda words: main([name, *words])
