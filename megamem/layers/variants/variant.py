@@ -91,4 +91,8 @@ class Variant(ABC):
 
     @abstractmethod
     def output(self, spec: MemorySpec, make: WeightFactory) -> Output:
-        """The module that turns a layer's read-outs into its output."""
+        """The module that turns a layer's read-outs into its output.
+
+        Every rank holds its weights whole: they are linears of megamem.layers.linear, or are used
+        through `reduce_gradient`, so that their gradients are those of all tokens.
+        """
