@@ -100,6 +100,14 @@ def test_help(line, capsys):
     assert f"\n  {flag} " in said.out
 
 
+@pytest.mark.parametrize("name", ["plan", "convert", "bench", "doctor"])
+def test_help_begins_with_what_the_command_is_for(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    description = importlib.import_module(COMMANDS[name][0]).__doc__
+    assert description and description.partition("\n")[0] in capsys.readouterr().out
+
+
 def test_the_launchers_flag_is_no_hint_elsewhere(capsys):
     assert main(["doctor", "--cpu"]) == 2
     assert _one_line(capsys) == "megamem: error: unrecognized arguments: --cpu\n"

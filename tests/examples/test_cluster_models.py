@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from megamem.__main__ import parse
-from megamem.planner import Plan, asked_layout, make_plan
+from megamem.planner import Plan, make_plan
 from megamem.planner.cost import layout_cost
 from megamem.planner.plan import fits
 from megamem.planner.sizes import dense_parts
@@ -49,14 +49,14 @@ def test_planner_agrees_that_the_table_fits(cluster, model, rows):
         started = cluster("torchrun.sh", model, rows, LEAN=int(lean), **on(least))
         plan = plan_of(started, least)
         assert fits(plan.job, plan.asked), plan.asked.bytes.total
-        assert plan.job.memory.num_rows == ROWS[rows]
+        assert plan.job.spec.num_rows == ROWS[rows]
         assert plan.job.state.total == (10 if lean else 18)
         # nor would half of them do
         half = least // 2
         if half >= plan.job.cluster.tensor_model_parallel_size:
             fewer = ["--world-size", half, *started.flags, "--memory-group-size", half]
             job = job_from_args(parse("plan", [str(word) for word in fewer]))
-            assert not fits(job, layout_cost(job, asked_layout(job)))
+            assert not fits(job, layout_cost(job, job.spec.layout))
 
 
 @pytest.mark.parametrize(("model", "rows"), SETS)
