@@ -9,6 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+COUNT_DTYPE = torch.int32
+"""Of the batches that read a row."""
+
 
 class ReadCounter:
     """Counts of a table's rows, which an optimizer makes and hands to the table.
@@ -30,7 +33,7 @@ class ReadCounter:
             per_batch: count the lookups of each batch, too.
         """
         num_rows, device = len(weight_rv), weight_rv.device
-        self.counts = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self.counts = torch.zeros(num_rows, dtype=COUNT_DTYPE, device=device)
         self.batches = torch.zeros(1, dtype=torch.int64, device=device)
         # the last place is for row -1, which stands for none
         shape = (num_rows + 1,)

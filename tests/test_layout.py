@@ -26,7 +26,7 @@ MAY_IMPORT = {
     # the only place where a spec is made
     "resolution": {"config", "spec", "layers", "parallel"},
     "optimizer": {"spec", "ops", "parallel", "checkpoint", "row_gradient", "read_counter"},
-    "planner": {"config", "spec", "layers", "parallel"},
+    "planner": {"config", "spec", "ops", "parallel", "layers", "optimizer", "read_counter"},
     "patching": set(),
     "hybrid_pattern": set(),
     "errors": set(),

@@ -213,7 +213,7 @@ def product_topk(
     num_keys, key_dim = sub_keys_2HNC.shape[2:]
     scores_THK = torch.empty(num_tokens, heads, topk, dtype=torch.float32, device=device)
     row_ids_THK = torch.empty(num_tokens, heads, topk, dtype=torch.int64, device=device)
-    padded = max(8, triton.next_power_of_2(topk))
+    padded = padded_topk(topk)
     groups = 4 * padded
     unroll = min(8, TILE // groups, triton.cdiv(num_keys, groups))
     ranks_2P = _staircase(topk, device)
@@ -251,6 +251,11 @@ def product_topk(
             **OPTIONS,
         )
     return scores_THK, row_ids_THK
+
+
+def padded_topk(topk: int) -> int:
+    """KP; there is room for twice as many candidates of each half."""
+    return max(8, triton.next_power_of_2(topk))
 
 
 def tokens_of_a_piece(num_keys: int, heads: int) -> int:

@@ -41,6 +41,16 @@ MERGE_TILE = 8
 TARGET_CHUNKS, MIN_CHUNK, MAX_CHUNK = 8192, 32, 512
 
 
+def chunk_length(num_lookups: int) -> int:
+    """Sorted lookups in a chunk."""
+    return min(MAX_CHUNK, max(MIN_CHUNK, triton.next_power_of_2(num_lookups // TARGET_CHUNKS)))
+
+
+def column_block(width: int) -> int:
+    """Columns that one program sums."""
+    return block_width(width, MAX_BLOCK_V)
+
+
 @dataclass(frozen=True)
 class SortedLookups:
     """The lookups of a batch in the order of their rows; those that read no row come last."""
@@ -273,9 +283,8 @@ def row_gradient(
         weight_grad_M = torch.empty(num_lookups, dtype=torch.float32, device=device)
     if num_lookups == 0:
         return weight_grad_M
-    chunk = min(MAX_CHUNK, max(MIN_CHUNK, triton.next_power_of_2(num_lookups // TARGET_CHUNKS)))
+    chunk, block = chunk_length(num_lookups), column_block(width)
     num_chunks = triton.cdiv(num_lookups, chunk)
-    block = block_width(width, MAX_BLOCK_V)
     num_blocks = triton.cdiv(width, block)
     partials = dots = None
     if out is not None:

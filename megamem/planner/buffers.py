@@ -7,6 +7,7 @@ lookups that arrive at a rank, H heads, Q query width, D hidden size.
 import math
 
 from megamem.layers.variants import variant_of
+from megamem.ops.sizes import chunk_length, column_block, padded_topk, tokens_of_a_piece
 from megamem.parallel.traffic import widest_slice
 from megamem.planner.job import Job, Layout, layout_wire
 
@@ -16,12 +17,8 @@ ROW_ID_BYTES, WEIGHT_BYTES = 8, 4
 ORDER_BYTES = 8
 # a sorted lookup: int32 row, int64 place, int32 bag, fp32 weight; and the gradient of its weight
 SORTED_BYTES = 4 + 8 + 4 + 4 + 4
-# the sort's own copy of its keys
-SORT_KEY_BYTES = 4
-# columns that one program of the backward sums, and how it cuts the lookups into chunks
-BACKWARD_BLOCK, TARGET_CHUNKS, MIN_CHUNK, MAX_CHUNK = 256, 8192, 32, 512
-# scores of sub-keys are formed for a few tokens at a time; then candidates of both halves, int64
-SCORE_BYTES, CANDIDATE_BYTES = 2**26, 8
+# what a score of a sub-key becomes that may be among the best: int64
+CANDIDATE_BYTES = 8
 # pairs of sub-keys while they are ranked: their ids, their gradients, sub-keys of both halves
 RANKED_BYTES = 40
 
@@ -92,11 +89,11 @@ def passing_bytes(job: Job, layout: Layout) -> float:
 
 
 def scored_bytes(job: Job) -> float:
-    """While the best sub-keys are chosen; for K rows twice the next power of two are candidates."""
+    """While the best sub-keys are chosen: fp32 scores of a few tokens at a time, and candidates."""
     spec = job.spec
     a_token = 2 * spec.heads * spec.num_keys * 4
-    tokens = min(job.microbatch_tokens, max(1, SCORE_BYTES // a_token))
-    candidates = 2 * spec.heads * 2 * max(8, 2 ** (spec.topk - 1).bit_length())
+    tokens = min(job.microbatch_tokens, tokens_of_a_piece(spec.num_keys, spec.heads))
+    candidates = 2 * spec.heads * 2 * padded_topk(spec.topk)
     sub_keys = spec.heads * spec.num_keys * spec.key_dim * job.number_bytes
     return tokens * (a_token + candidates * CANDIDATE_BYTES) + sub_keys
 
@@ -116,9 +113,7 @@ def sorted_bytes(lookups: float, width: int, *, weights: bool) -> float:
         width: of a row.
         weights: the gradients of the lookups' weights are summed, too.
     """
-    wanted = 2 ** math.ceil(math.log2(max(1.0, lookups / TARGET_CHUNKS)))
-    chunk = min(MAX_CHUNK, max(MIN_CHUNK, wanted))
     # each chunk may end in the middle of two rows
-    partials = math.ceil(lookups / chunk) * 2 * width * 4
-    blocks = math.ceil(width / BACKWARD_BLOCK) if weights else 0
+    partials = math.ceil(lookups / chunk_length(int(lookups))) * 2 * width * 4
+    blocks = math.ceil(width / column_block(width)) if weights else 0
     return lookups * (SORTED_BYTES + 4 * blocks) + partials

@@ -1,16 +1,18 @@
 """What an optimizer keeps and moves for each parameter of the value table.
 
-One place for these figures: the optimizer's own tests compare themselves with it.
+The optimizer says which tensors these are; its tests compare what it allocates with this.
 """
 
 from dataclasses import dataclass
+from typing import get_args
 
+import torch
+
+from megamem.optimizer.state import MASTER, slots, wide
+from megamem.read_counter import COUNT_DTYPE
 from megamem.spec import Optimizer
 
-OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "lazy_adamw", "rowwise_adamw", "sgd")
-
-HITS = 4
-"""Bytes per row, whatever the optimizer: the batches of training that read it."""
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,15 @@ def table_state(
         half_precision: the model is bf16 or fp16.
         stochastic_rounding: weights of half precision are rounded at random and have no master.
     """
+    weights = torch.bfloat16 if half_precision else torch.float32
+    kept = slots(optimizer, weights, stochastic_rounding)
+    master = kept.pop(MASTER, None)
+    per_row = [slot.dtype.itemsize for slot in kept.values() if slot.per_row]
     return TableState(
-        weights=2 if half_precision else 4,
-        master=4 if half_precision and not stochastic_rounding else 0,
-        gradient=4,
-        moments={"adamw": 8, "lazy_adamw": 8, "rowwise_adamw": 4, "sgd": 0}[optimizer],
-        # the second moment of rowwise_adamw; how often and when last a row was touched
-        per_row=HITS + {"adamw": 0, "lazy_adamw": 8, "rowwise_adamw": 4, "sgd": 0}[optimizer],
+        weights=weights.itemsize,
+        master=master.dtype.itemsize if master else 0,
+        gradient=wide(weights).itemsize,
+        moments=sum(slot.dtype.itemsize for slot in kept.values() if not slot.per_row),
+        per_row=COUNT_DTYPE.itemsize + sum(per_row),
         touched_only=optimizer == "lazy_adamw",
     )

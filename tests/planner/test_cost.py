@@ -4,18 +4,21 @@ For bf16 rows, 128 lookups per token and 8192 tokens a rank where nothing else i
 """
 
 import pytest
+import torch
 
 from megamem.kernels import product_topk, row_gradient
 from megamem.parallel.traffic import (
     expected_unique,
     forward_bytes,
 )
-from megamem.planner import (
-    OPTIMIZERS,
-    buffers,
-    table_state,
+from megamem.planner import OPTIMIZERS, table_state
+from megamem.planner.buffers import (
+    kept_bytes,
+    lookup_buffers,
+    passing_bytes,
+    scored_bytes,
+    sorted_bytes,
 )
-from megamem.planner.buffers import kept_bytes, lookup_buffers, passing_bytes, scored_bytes
 from megamem.planner.cost import backward_bytes, rank_bytes, rank_share
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.plan import gpus_for_bytes
@@ -201,12 +204,44 @@ def test_buffers_shrink_with_the_columns_as_sums_do() -> None:
     assert row - column == 7 * TOKENS * WIDTH * 2 + arrived * 4 * 7 + pieces
 
 
-def test_how_the_backward_cuts_is_the_kernels() -> None:
-    assert buffers.SCORE_BYTES == product_topk.SCORE_BYTES
-    ours = (buffers.BACKWARD_BLOCK, buffers.TARGET_CHUNKS, buffers.MIN_CHUNK, buffers.MAX_CHUNK)
-    assert ours == (
-        row_gradient.MAX_BLOCK_V,
-        row_gradient.TARGET_CHUNKS,
-        row_gradient.MIN_CHUNK,
-        row_gradient.MAX_CHUNK,
-    )
+class _Kernel:
+    """Keeps the arguments of its launches, and does nothing."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple] = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launches.append(arguments)
+
+
+@pytest.mark.parametrize("width", [8, 384, 1000, 1024])
+@pytest.mark.parametrize("lookups", [1, 1000, 32 * 8192 + 1, 100 * 8192, 2**23])
+def test_sorted_lookups_take_what_the_backward_allocates(lookups, width, monkeypatch) -> None:
+    """On tensors without memory, and nothing is launched."""
+    row_ids = torch.empty(lookups, dtype=torch.int64, device="meta")
+    weights = torch.empty(lookups, device="meta")
+    offsets = torch.empty(2, dtype=torch.int64, device="meta")
+    table = torch.empty(2**20, width, device="meta")
+    kernels = {name: _Kernel() for name in ("_row_pass_kernel", "_merge_kernel", "_unsort_kernel")}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(row_gradient, name, kernel)
+    ordered = row_gradient.sort_lookups(row_ids, weights, offsets, len(table))
+    weight_grad = row_gradient.row_gradient(ordered, table[:1], table, table)
+    ((*_, partials, dots),) = kernels["_row_pass_kernel"].launches
+    held = [ordered.rows_M, ordered.order_M, ordered.bags_M, ordered.weights_M]
+    held += [weight_grad, partials, dots]
+    assert sum(x.nbytes for x in held) == sorted_bytes(lookups, width, weights=True)
+
+
+@pytest.mark.parametrize(("num_keys", "topk"), [(512, 1), (512, 12), (8192, 32), (16384, 100)])
+def test_scores_take_what_the_search_allocates(num_keys, topk, monkeypatch) -> None:
+    """On tensors without memory, and nothing is launched."""
+    job = job_of(num_keys=num_keys, world=8, memory_topk=topk)
+    spec = job.spec
+    query = torch.empty(TOKENS, spec.heads, spec.key_dim, dtype=torch.bfloat16, device="meta")
+    sub_keys = query.new_empty(2, spec.heads, num_keys, spec.key_dim // 2)
+    monkeypatch.setattr(product_topk, "_two_looks_kernel", kernel := _Kernel())
+    product_topk.product_topk(query, sub_keys, topk)
+    scores, _, candidates, *_ = kernel.launches[0]
+    # as the sub-keys are copied, head by head
+    assert scores.nbytes + candidates.nbytes + sub_keys.nbytes == scored_bytes(job)
