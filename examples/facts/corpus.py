@@ -10,17 +10,12 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from math import log2
-from typing import Literal
+from typing import Any
 
-from biographies import NUM_PEOPLE, RELATIONS, Biographies, bits_of, facts_of_relation
-from further_facts import load_further_facts
-from people import ANSWERS
-from real_facts import load_facts
+from people import ANSWERS, NUM_PEOPLE, RELATIONS, Biographies
 from relations import Fact
-
-Kind = Literal["real", "biographies", "all"]
 
 
 @dataclass(frozen=True)
@@ -39,52 +34,21 @@ class FactSplit:
 
     def held_in(self) -> Iterator[Fact]:
         """Every fact that training states: real ones sorted, generated ones person by person."""
-        return chain(self.real, self.people.facts(self.generated))
+        return chain(self.real, self.people.facts(range(self.generated)))
 
     def sample(self, number: int, purpose: str, seed: int) -> Iterator[Fact]:
         """`number` of the held-in facts, or all where there are fewer; in the order of held_in."""
-        if number >= self.num_held_in:
-            yield from self.held_in()
-            return
-        places = random.Random(f"{seed}/{purpose}").sample(range(self.num_held_in), number)
-        for place in sorted(places):
-            if place < len(self.real):
-                yield self.real[place]
-            else:
-                person, relation = divmod(place - len(self.real), len(RELATIONS))
-                yield self.people.fact(person, RELATIONS[relation])
-
-
-@dataclass(frozen=True)
-class RelationCount:
-    """What a corpus holds of one relation.
-
-    Attributes:
-        answers: different answers; of a generated relation, all that a draw could have given.
-        bits: to pick the right answer of every fact. Generated: facts * log2(answers), what a
-            uniform draw costs. Real: the entropy of the answers' frequencies in this corpus times
-            facts, so what the relation's commonest answer gives away is not counted.
-        measured: "uniform" or "frequency", by the above.
-    """
-
-    relation: str
-    facts: int
-    answers: int
-    bits: float
-    measured: str
-
-
-def real_sets(kind: Kind) -> list[tuple[Fact, ...]]:
-    """The sets of real facts that a kind of corpus draws from, in order."""
-    return [] if kind == "biographies" else [load_facts(), load_further_facts()]
+        every = range(self.num_held_in)
+        places: Sequence[int] = every
+        if number < len(every):
+            places = sorted(random.Random(f"{seed}/{purpose}").sample(every, number))
+        real = len(self.real)
+        yield from (self.real[place] for place in places if place < real)
+        yield from self.people.facts(place - real for place in places if place >= real)
 
 
 def choose_facts(
-    sets: Sequence[Sequence[Fact]],
-    held_in: int,
-    held_out: int,
-    seed: int,
-    generate: bool = False,
+    sets: Sequence[Sequence[Fact]], held_in: int, held_out: int, seed: int, generate: bool = False
 ) -> FactSplit:
     """A seeded draw with as even a share of every relation as the facts allow.
 
@@ -94,96 +58,76 @@ def choose_facts(
         held_out: facts kept back, an even share of every relation that the corpus draws from. Of
             biographies, they are about people that no corpus states anything of.
         generate: whether biographies follow where the sets are used up.
+
+    Raises:
+        ValueError: there are not so many facts; the message names the flags.
     """
-    _check_room(sum(map(len, sets)), held_in, held_out, generate)
-    people = Biographies(seed)
-    groups: dict[str, list[Fact]] = {}
+    real = sum(map(len, sets))
+    # the control may take a person for every fact of it
+    most = real + ((NUM_PEOPLE - held_out) * len(RELATIONS) if generate else -held_out)
+    if held_in < 1 or held_out < 0 or held_in > most:
+        people, other = (f" and {NUM_PEOPLE} people", "") if generate else ("", ", or --kind all")
+        raise ValueError(
+            f"--facts {held_in} with --held-out {held_out}: there are {real} real facts{people}; "
+            f"choose at least 1 and at most {most} for --facts{other}"
+        )
+    everyone = Biographies(seed)
+    groups: dict[str, Iterable[Fact]] = {}
     stated: list[Fact] = []
-    control: list[Fact] = []
-    for facts in sets:
-        own = _shuffled_groups(facts, seed)
-        groups |= own
-        kept_back = _control(groups, held_out)
-        # what a smaller corpus states comes first, so that a larger one states it too
-        drawn = (*control, *_take_in_turn(_in_order(own)))
-        stated += (fact for fact in drawn if fact not in kept_back)
-        control = list(kept_back)
+    control: dict[Fact, None] = {}
+    for facts in (*sets, None):
         if len(stated) >= held_in:
             break
-    if len(stated) < held_in:
-        unnamed = {relation: people.control_facts(relation) for relation in RELATIONS}
-        kept_back = _control({**groups, **unnamed}, held_out)
-        stated += (fact for fact in control if fact not in kept_back)
-        control = list(kept_back)
+        own = _shuffled(facts or (), seed)
+        # what a smaller corpus states comes first, so that a larger one states it too
+        drawn = chain(list(control), _in_turn(own))
+        groups |= own
+        if facts is None:
+            groups |= {relation: everyone.control_facts(relation) for relation in RELATIONS}
+        control = dict.fromkeys(islice(_in_turn(groups), held_out))
+        stated += (fact for fact in drawn if fact not in control)
     del stated[held_in:]
-    return FactSplit(
-        real=tuple(sorted(stated)),
-        generated=held_in - len(stated),
-        held_out=tuple(sorted(control)),
-        people=people,
-    )
+    generated = held_in - len(stated)
+    return FactSplit(tuple(sorted(stated)), generated, tuple(sorted(control)), everyone)
 
 
-def count_relations(split: FactSplit) -> tuple[RelationCount, ...]:
-    """What the held-in facts hold, relation by relation, in order of their names."""
+def count_relations(split: FactSplit) -> list[dict[str, Any]]:
+    """What the held-in facts hold, relation by relation, in order of their names.
+
+    Returns:
+        a row for each: its `relation` and number of `facts`; its different `answers`, of a
+        generated relation all that a draw could have given; the `bits` to pick the right answer of
+        every fact; and how these are `measured`. "uniform", generated: facts * log2(answers), what
+        a uniform draw costs. "frequency", real: the entropy of the answers' frequencies in this
+        corpus times facts, so what the relation's commonest answer gives away is not counted.
+    """
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for fact in split.real:
         answers[fact.relation][fact.answer] += 1
-    counts = [
-        RelationCount(name, by_answer.total(), len(by_answer), _bits(by_answer), "frequency")
-        for name, by_answer in answers.items()
-    ]
-    for name in RELATIONS:
-        facts = facts_of_relation(split.generated, name)
-        if facts:
-            bits = facts * bits_of(name)
-            counts.append(RelationCount(name, facts, len(ANSWERS[name]), bits, "uniform"))
-    return tuple(sorted(counts, key=lambda count: count.relation))
+    counted = {}
+    for name, times in answers.items():
+        facts = times.total()
+        bits = sum(n * log2(facts / n) for n in times.values())
+        counted[name] = facts, len(times), bits, "frequency"
+    for place, name in enumerate(RELATIONS[: split.generated]):
+        facts, possible = len(range(place, split.generated, len(RELATIONS))), len(ANSWERS[name])
+        counted[name] = facts, possible, facts * log2(possible), "uniform"
+    columns = ("relation", "facts", "answers", "bits", "measured")
+    return [dict(zip(columns, (name, *row), strict=True)) for name, row in sorted(counted.items())]
 
 
-def _check_room(num_real: int, held_in: int, held_out: int, generate: bool) -> None:
-    # the control may take a person for every fact of it
-    generated = (NUM_PEOPLE - max(held_out, 0)) * len(RELATIONS) if generate else 0
-    most = num_real + generated - (0 if generate else max(held_out, 0))
-    if held_in < 1 or held_out < 0 or held_in > most:
-        raise ValueError(
-            f"--facts {held_in} with --held-out {held_out}: there are {num_real} real facts"
-            + (f" and {NUM_PEOPLE} people" if generate else "")
-            + f"; choose at least 1 and at most {most} for --facts"
-            + ("" if generate else ", or --kind all")
-        )
-
-
-def _control(groups: Mapping[str, Iterable[Fact]], number: int) -> dict[Fact, None]:
-    """The first facts in turn: an ordered set, of as many of each relation as there are."""
-    return dict.fromkeys(islice(_take_in_turn(_in_order(groups)), number))
-
-
-def _in_order(groups: Mapping[str, Iterable[Fact]]) -> list[Iterable[Fact]]:
-    return [groups[relation] for relation in sorted(groups)]
-
-
-def _shuffled_groups(facts: Iterable[Fact], seed: int) -> dict[str, list[Fact]]:
+def _shuffled(facts: Iterable[Fact], seed: int) -> dict[str, list[Fact]]:
+    """Relation -> its facts, in the order of a draw."""
     groups: dict[str, list[Fact]] = defaultdict(list)
     for fact in facts:
         groups[fact.relation].append(fact)
     for relation, group in groups.items():
         # a string seed is hashed with sha512, not with the salted hash() of this process
         random.Random(f"{seed}/{relation}").shuffle(group)
-    return dict(groups)
+    return groups
 
 
-def _take_in_turn(groups: Iterable[Iterable[Fact]]) -> Iterator[Fact]:
-    waiting = [iter(group) for group in groups]
-    while waiting:
-        still = []
-        for group in waiting:
-            for fact in islice(group, 1):
-                yield fact
-                still.append(group)
-        waiting = still
-
-
-def _bits(by_answer: Counter[str]) -> float:
-    total = by_answer.total()
-    return sum(n * log2(total / n) for n in by_answer.values())
+def _in_turn(groups: Mapping[str, Iterable[Fact]]) -> Iterator[Fact]:
+    """One fact of every relation by name, then the next of each, and so on."""
+    for turn in zip_longest(*(groups[relation] for relation in sorted(groups))):
+        yield from (fact for fact in turn if fact)

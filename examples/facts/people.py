@@ -1,140 +1,95 @@
-"""What generated people are called, and what their attributes may be.
+"""Generated people: a name that nobody else has, and six facts about it that nothing gives away.
 
-Every answer of an attribute is as likely as any other, so a fact about a person holds exactly
-log2(answers) bits. No name occurs in an answer or the other way round.
+After the synthetic biographies (bioS) of "Physics of Language Models: Part 3.1" (Allen-Zhu and Li,
+arXiv 2309.14316), but every fact, the city of work too, is a uniform draw of its own: n facts of a
+relation hold exactly n * log2(its possible answers) bits. Names are given in every prompt and count
+for nothing. people.toml has the names and what the answers are made of.
+
+A person is a function of (seed, number): the first thousand people of a corpus of a thousand and of
+a corpus of a million are the same people, and nothing is ever held in memory.
 """
 
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from datetime import date, timedelta
+from hashlib import blake2b
+from itertools import product
+from math import isqrt
+from pathlib import Path
+
+from relations import SETS, Fact
+
+_LISTS: dict[str, list[str]] = tomllib.loads(Path(__file__).with_name("people.toml").read_text())
+# to the end of 1999
+_BORN = (date(1900, 1, 1) + timedelta(days=day) for day in range(36_524))
 
 
-def _words(text: str) -> list[str]:
-    return text.split()
+def _joined(beginnings: str, endings: str, between: str = "") -> list[str]:
+    return [between.join(pair) for pair in product(_LISTS[beginnings], _LISTS[endings])]
 
 
-def _phrases(text: str) -> list[str]:
-    return [" ".join(phrase.split()) for phrase in text.split(";")]
-
-
-FIRST_NAMES = _words("""
-Aaron Abigail Ada Adele Adrian Agnes Aidan Alan Albert Alexa Alfred Alice Alison Alma Alvin Amanda
-Amber Amelia Amos Amy Andrea Andrew Angela Anita Anna Anthony Ariel Arlene Arnold Arthur Audrey
-Barbara Basil Beatrice Benjamin Bernard Bertha Beth Bianca Boris Brenda Brian Bridget Bruno Camilla
-Carl Carmen Caroline Cecil Celia Charles Chloe Clara Claire Clement Clifford Colin Conrad Cora Craig
-Cynthia Cyril Daisy Daniel Daphne David Deborah Denis Diana Dominic Donald Dora Doris Douglas Duncan
-Edgar Edith Edmund Edward Eileen Elaine Eleanor Eli Elliot Elsa Emil Emma Enid Eric Ernest Esther
-Ethan Eugene Evelyn Ezra Faith Felix Fiona Flora Frances Frank Freda Gabriel Gavin George Gerald
-Gilbert Gina Gloria Gordon Grace Graham Greta Gustav Hannah Harold Harriet Harvey Hazel Hector Helen
-Henry Herbert Hilda Howard Hubert Hugo Ian Ida Imogen Ingrid Irene Iris Irving Isaac Isabel Ivan
-Jacob James Janet Jasper Jeremy Jessica Joan Joel Jonas Joseph Joyce Judith Julian Karen Katherine
-Keith Kenneth Kurt Lara Laura Laurence Leah Leonard Leslie Lewis Lilian Linda Lionel Lloyd Louis
-Lucas Lucy Luther Lydia Mabel Malcolm Marcus Margaret Maria
-""")
-
-MIDDLE_NAMES = _words("""
-Marion Mark Martha Martin Maud Maurice Max Megan Melanie Mercy Michael Mildred Miles Minna Miriam
-Molly Monica Morris Muriel Myra Nadia Naomi Nathan Neil Nell Nicholas Nigel Nina Noah Noel Nora Oleg
-Olga Oliver Olive Opal Oscar Otto Owen Pamela Patrick Paula Pearl Penelope Percy Peter Philip Phoebe
-Quentin Rachel Ralph Ramona Raymond Rebecca Reuben Rex Rhoda Richard Robert Robin Roger Roland Rosa
-Rufus Rupert Ruth Sabina Sally Samuel Sandra Saul Seth Sheila Simon Sonia Stella Stephen Susan Sybil
-Sylvia Tabitha Thea Thelma Theodore Thomas Timothy Tobias Una Ursula Valerie Vera Vernon Vincent
-Viola Walter Wanda Wendy Wilbur
-""")
-
-LAST_NAMES = [
-    beginning + ending
-    for beginning in _words("""
-    Ash Beck Black Brad Bram Cald Chat Cross Dal East Ever Fair Gold Green Hal Hart Hol King Lang
-    Lock Marl Nor Oak Red Thorn
-    """)
-    for ending in _words("""
-    bury by combe den field ford gate ham hurst land ley low man more shaw smith stead stone
-    well worth
-    """)
-]
-
-CITIES = _phrases("""
-Accra;Adelaide;Algiers;Amsterdam;Ankara;Antwerp;Athens;Atlanta;Auckland;Baghdad;Baku;Bamako;
-Bangkok;Barcelona;Basel;Beijing;Beirut;Belfast;Belgrade;Berlin;Bilbao;Bogota;Bologna;Bonn;Bordeaux;
-Boston;Bratislava;Bremen;Brisbane;Bristol;Brussels;Bucharest;Budapest;Buenos Aires;Buffalo;Cairo;
-Calgary;Canberra;Caracas;Cardiff;Casablanca;Chennai;Chicago;Cincinnati;Cleveland;Cologne;Colombo;
-Copenhagen;Cork;Dakar;Dallas;Damascus;Davao;Delhi;Denver;Detroit;Dhaka;Dresden;Dubai;Dublin;Dundee;
-Durban;Dusseldorf;Edinburgh;Edmonton;Essen;Florence;Frankfurt;Fukuoka;Gdansk;Geneva;Genoa;Ghent;
-Glasgow;Graz;Guadalajara;Guayaquil;Halifax;Hamburg;Hanoi;Harare;Havana;Helsinki;Hiroshima;Hobart;
-Houston;Hyderabad;Incheon;Indianapolis;Istanbul;Izmir;Jakarta;Jeddah;Johannesburg;Kabul;Kampala;
-Kampong Cham;Karachi;Kathmandu;Kharkiv;Kiev;Kigali;Kinshasa;Kobe;Kolkata;Krakow;Kuala Lumpur;Kumasi;
-Kyoto;La Paz;Lagos;Lahore;Leeds;Leipzig;Lille;Lima;Linz;Lisbon;Liverpool;Ljubljana;Luanda;Lusaka;
-Lyon;Madrid;Malaga;Malmo;Manchester;Manila;Maputo;Maracaibo;Marrakesh;Marseille;Medellin;Melbourne;
-Memphis;Mexico City;Miami;Milan;Milwaukee;Minneapolis;Minsk;Mombasa;Monterrey;Montevideo;Montreal;
-Moscow;Mumbai;Munich;Nagoya;Nairobi;Nantes;Naples;Nashville;Nice;Nuremberg;Odessa;Osaka;Oslo;Ottawa;
-Oulu;Palermo;Panama City;Paris;Perth;Philadelphia;Phoenix;Pisa;Pittsburgh;Portland;Porto;Poznan;
-Prague;Pretoria;Pune;Quebec;Quito;Rabat;Reykjavik;Riga;Rome;Rotterdam;Sacramento;Salzburg;San Diego;
-San Jose;Santiago;Santo Domingo;Sapporo;Sarajevo;Seattle;Seoul;Seville;Shanghai;Sheffield;Shenzhen;
-Singapore;Skopje;Sofia;Stockholm;Strasbourg;Stuttgart;Surabaya;Sydney;Szeged;Taipei;Tallinn;Tampere;
-Tashkent;Tbilisi;Tehran;Tirana;Tokyo;Toledo;Toronto;Toulouse;Trieste;Tripoli;Tunis;Turin;Turku;
-Utrecht;Valencia;Vancouver;Varna;Venice;Vienna;Vilnius;Warsaw;Wellington;Winnipeg;Wroclaw;Wuhan;
-Yaounde;Yerevan;Yokohama;Zagreb;Zaragoza;Zurich
-""")
-
-MAJORS = _phrases("""
-accounting;acoustics;actuarial science;aerospace engineering;agronomy;algebra;anatomy;animation;
-anthropology;archaeology;architecture;art history;astronomy;bacteriology;ballet;banking;
-biochemistry;biophysics;botany;cartography;ceramics;chemistry;choreography;cinema;
-civil engineering;classics;climatology;comparative literature;computer science;conducting;
-criminology;cryptography;dentistry;dietetics;drama;ecology;economics;education;electronics;
-entomology;epidemiology;ethics;ethnography;fashion design;fisheries;folklore;forensics;forestry;
-gender studies;genetics;geodesy;geology;geometry;geophysics;gerontology;glaciology;graphic design;
-heraldry;horticulture;hydrology;immunology;industrial design;insurance;jazz;journalism;
-jurisprudence;landscape design;linguistics;logic;logistics;marine biology;marketing;
-materials science;mechanics;medicine;metallurgy;meteorology;microbiology;midwifery;mineralogy;
-museum studies;musicology;navigation;neuroscience;numismatics;nursing;nutrition;oceanography;
-optics;ornithology;paleontology;pathology;pedagogy;pharmacy;philology;philosophy;phonetics;
-photography;physics;physiology;political science;psychology;public health;robotics;rhetoric;
-sculpture;seismology;semiotics;sociology;statistics;surgery;surveying;taxation;textile design;
-theology;thermodynamics;topology;toxicology;translation;urban planning;veterinary science;
-virology;viticulture;zoology
-""")
-
-TOWNS = [
-    beginning + ending
-    for beginning in _words("Aval Briar Clar Drake Elder Glen Juniper Mel Pem Silver Tarn Wick")
-    for ending in _words("brook crest dale haven mere mont ridge ville")
-]
-UNIVERSITIES = [
-    pattern.format(town)
-    for town in TOWNS
-    for pattern in ("University of {}", "{} State University", "{} Institute of Technology")
-]
-EMPLOYERS = [
-    f"{name} {trade}"
-    for name in _words("""
-    Acumen Arcadia Atlas Aurora Axiom Beacon Borealis Bramble Cascade Cobalt Comet Copper Crescent
-    Delta Dynamo Echo Ember Equinox Falcon Fathom Fulcrum Galleon Granite Harbor Helix Horizon
-    Hydra Indigo Juno Keystone Lantern Lattice Lumen Lyra Magnet Meridian Mosaic Nebula Nimbus
-    Nova Obelisk Onyx Orbit Origin Osprey Palisade Pinnacle Prism Quarry Quartz Sable Sequoia
-    """)
-    for trade in _words("Airlines Foods Instruments Motors Pharmaceuticals Software")
-]
-
-MONTHS = _words("""
-January February March April May June July August September October November December
-""")
-FIRST_BIRTHDAY = date(1900, 1, 1)
-LAST_BIRTHDAY = date(1999, 12, 31)
-
-
-def _birth_dates() -> list[str]:
-    days = (LAST_BIRTHDAY - FIRST_BIRTHDAY).days + 1
-    born = (FIRST_BIRTHDAY + timedelta(days=day) for day in range(days))
+FIRST_NAMES, MIDDLE_NAMES = _LISTS["first_names"], _LISTS["middle_names"]
+LAST_NAMES = _joined("last_name_beginnings", "last_name_endings")
+TOWNS = _joined("town_beginnings", "town_endings")
+ANSWERS = {
     # not strftime: it would speak the language of the machine
-    return [f"{day.day} {MONTHS[day.month - 1]} {day.year}" for day in born]
-
-
-ANSWERS: dict[str, Sequence[str]] = {
-    "person_birth_date": _birth_dates(),
-    "person_birth_place": CITIES,
-    "person_university": UNIVERSITIES,
-    "person_major": MAJORS,
-    "person_employer": EMPLOYERS,
-    "person_work_city": CITIES,
+    "person_birth_date": [f"{d.day} {_LISTS['months'][d.month - 1]} {d.year}" for d in _BORN],
+    "person_birth_place": _LISTS["cities"],
+    "person_university": [name.format(town) for town in TOWNS for name in _LISTS["universities"]],
+    "person_major": _LISTS["majors"],
+    "person_employer": _joined("employer_names", "employer_trades", " "),
+    "person_work_city": _LISTS["cities"],
 }
+RELATIONS = tuple(SETS["people"])
+NUM_PEOPLE = len(FIRST_NAMES) * len(MIDDLE_NAMES) * len(LAST_NAMES)
+# names are shuffled over a square that holds them all
+SIDE = isqrt(NUM_PEOPLE - 1) + 1
+ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Biographies:
+    """The people of one seed, numbered from 0 to NUM_PEOPLE - 1."""
+
+    seed: int
+
+    def name(self, person: int) -> str:
+        """First, middle and last name of a person; no other number yields the same."""
+        index, last = divmod(self._shuffled(person), len(LAST_NAMES))
+        first, middle = divmod(index, len(MIDDLE_NAMES))
+        return f"{FIRST_NAMES[first]} {MIDDLE_NAMES[middle]} {LAST_NAMES[last]}"
+
+    def facts(self, places: Iterable[int]) -> Iterator[Fact]:
+        """The facts at these places, counted person by person: one uniform draw each."""
+        known, name = -1, ""
+        for place in places:
+            person, number = divmod(place, len(RELATIONS))
+            if person != known:
+                known, name = person, self.name(person)
+            answers = ANSWERS[RELATIONS[number]]
+            drawn = self._hash(RELATIONS[number], person) % len(answers)
+            yield Fact(RELATIONS[number], name, answers[drawn])
+
+    def control_facts(self, relation: str) -> Iterator[Fact]:
+        """Facts about the last person, the last but one, ...: whom no corpus gets to."""
+        last = (NUM_PEOPLE - 1) * len(RELATIONS) + RELATIONS.index(relation)
+        return self.facts(range(last, -1, -len(RELATIONS)))
+
+    def _hash(self, purpose: str, number: int) -> int:
+        # 64 bits: the remainder by a few thousand answers is uniform to within 1 in 2**48
+        key = f"{self.seed}/{purpose}/{number}".encode()
+        return int.from_bytes(blake2b(key, digest_size=8).digest(), "little")
+
+    def _shuffled(self, person: int) -> int:
+        """A permutation of all people: a Feistel network over the square, walked until inside."""
+        if not 0 <= person < NUM_PEOPLE:
+            raise ValueError(f"person {person}: there are names for 0 to {NUM_PEOPLE - 1:,}")
+        index = person
+        while True:
+            left, right = divmod(index, SIDE)
+            for turn in range(ROUNDS):
+                left, right = right, (left + self._hash(f"name{turn}", right)) % SIDE
+            index = left * SIDE + right
+            if index < NUM_PEOPLE:
+                return index

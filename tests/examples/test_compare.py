@@ -4,30 +4,34 @@ import fcntl
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import psutil
 import pytest
 from rich.console import Console
-from rich.progress import Progress
+
+from tests.helpers.megatron_runs import launch_warm
 
 FOLDER = Path(__file__).parents[2] / "examples" / "facts"
 # scripts of one folder import each other by bare name, as they do when run
 sys.path.insert(0, str(FOLDER))
 
+import build_corpus  # noqa: E402
 import compare  # noqa: E402
-from experiment import corpora, runs, scales  # noqa: E402
-from experiment.models import Model  # noqa: E402
-from experiment.plan import MIDDLE, Plan, Run, stamp_of  # noqa: E402
-from experiment.runs import Job, RunFailed, Runner  # noqa: E402
+from experiment import runs  # noqa: E402
+from experiment.models import SCALES, Model  # noqa: E402
+from experiment.plan import Plan, Run  # noqa: E402
+from experiment.records import Events  # noqa: E402
+from experiment.runs import RunFailed, Runner  # noqa: E402
 
-SMOKE, FAMILIES = scales.SMOKE, scales.FAMILIES
+SMOKE, MIDDLE = SCALES["smoke"], (1.0, 1.0)
+BEST = dict.fromkeys(SMOKE.families, MIDDLE)
 # seconds; of a run that hangs, not of one that a busy machine holds up
 PATIENCE = 3600.0
 LOADED = re.compile(r"successfully loaded checkpoint from .*? at iteration (\d+)")
@@ -65,57 +69,71 @@ def results(output: Path) -> dict[str, Any]:
     return json.loads((output / "results.json").read_text())
 
 
+def _models(results: dict[str, Any], part: str) -> dict[str, dict[str, Any]]:
+    return {name: results["runs"][key] for name, (key,) in results["parts"][part].items()}
+
+
 def test_every_run_is_recorded(results: dict[str, Any], output: Path) -> None:
-    assert results["waiting"] == 0
-    names = [(run["group"], run["model"]) for run in results["runs"]]
-    models = ["dense", "memory+ 0.25k", "memory+ 1k"]
-    assert [name for group, name in names if group == "main"] == models
-    assert ("continual", "full finetuning x0.5") in names
-    for run in results["runs"]:
-        assert run["commit"] and run["torch"] and run["flags"]["seed"] == run["seed"] == 1
+    assert results["waiting"] == 0 and results["scale"]["seeds"] == [1]
+    main, continual = _models(results, "main"), _models(results, "continual")
+    assert list(main) == ["dense", "memory+ 0.25k", "memory+ 1k"]
+    assert list(continual) == ["memory+ 1k", "full finetuning x0.5"]
+    assert all(results["made_with"].values())
+    for run in results["runs"].values():
+        assert run["commit"] and run["seed"] == 1
         assert run["peak_bytes"] > 50 * 2**20 and run["tokens_per_second"] > 0
-        assert run["loss"] < 6 and run["validation_loss"] > 0
-    flops = {run["flops_per_token"] for run in results["runs"]}
+        assert 0 < run["validation_loss"] < 6
+    flops = {run["flops_per_token"] for run in results["runs"].values()}
     assert max(flops) / min(flops) < 1.01
     # what the plan said is what was built
-    plan = Plan(SMOKE, results["corpus"]["vocab_size"], "corpus")
-    planned = {run.model.name: run.parameters for run in plan.main(dict.fromkeys(FAMILIES, MIDDLE))}
-    built = {run["model"]: run["parameters"] for run in results["runs"] if run["group"] == "main"}
-    assert built == planned
+    plan = Plan(SMOKE, results["corpus"]["vocab_size"])
+    planned = {run.model.name: run.parameters for run in plan.part("main", BEST)}
+    assert {name: run["parameters"] for name, run in main.items()} == planned
     logs = [*(output / "runs").glob("*/train.log")]
     # a run that serves several parts is trained once
-    assert len(logs) == len({run["key"] for run in results["runs"]}) == 4
+    assert len(logs) == len(results["runs"]) == 4
+
+
+def test_the_record_is_what_the_log_says(results: dict[str, Any], output: Path) -> None:
+    """Megatron writes its numbers to events and, rounded, to the log."""
+    for key, run in results["runs"].items():
+        log = (output / "runs" / key / "train.log").read_text()
+        said = rf"validation loss at iteration {run['iterations']} on validation set \| lm loss "
+        (loss,) = re.findall(said + r"value: (\S+)", log)
+        assert run["validation_loss"] == pytest.approx(float(loss), rel=1e-6)
+        each = re.findall(r"iteration +(\d+)/.*?elapsed time per iteration \(ms\): ([\d.]+)", log)
+        took = {int(iteration): float(ms) for iteration, ms in each}
+        assert took.pop(1) > 0 and max(took) == run["iterations"]
+        interval = min(took)
+        seconds = interval / 1000 * sum(took.values())
+        assert run["seconds"][-1] == pytest.approx(seconds, rel=0.01)
 
 
 def test_facts_are_learnt_and_asked_on_the_way(results: dict[str, Any]) -> None:
-    for run in results["runs"]:
-        taught = bool(run["start"])
-        at = [SMOKE.new_iterations] if taught else [SMOKE.iterations // 2, SMOKE.iterations]
-        for probes in run["probes"].values():
-            asked = [(probe["iteration"], probe["phrasing"]) for probe in probes]
-            # in unseen words at the end alone
-            assert asked == [*((n, "question") for n in at), (at[-1], "unseen")]
+    steps, new = SMOKE.flags["train_iters"], SMOKE.new["flags"]["train_iters"]
+    for run in results["runs"].values():
+        taught = "new" in run
+        assert run["points"] == ([new] if taught else [steps // 2, steps])
+        facts = run["corpus"]["facts"]
+        assert len(facts) == len(run["points"])
         if not taught:
-            assert sorted(run["probes"]) == ["corpus"]
-            first, last = (p for p in run["probes"]["corpus"] if p["phrasing"] == "question")
-            assert last["facts"] > first["facts"] or last["accuracy"] > 0.9
-            assert last["facts"] > 0.2 * SMOKE.corpus.facts
-            assert 0 < first["seconds"] < last["seconds"]
-            assert last["tokens"] == SMOKE.iterations * SMOKE.tokens_per_iteration
+            assert facts[1] > facts[0] or run["corpus"]["accuracy"] > 0.9
+            assert facts[1] > 0.2 * SMOKE.corpus.facts
+            assert 0 < run["seconds"][0] < run["seconds"][1]
 
 
 def test_teaching_goes_on_from_the_trained_model(results: dict[str, Any], output: Path) -> None:
-    (taught,) = [run for run in results["runs"] if run["start"]]
-    log = (output / "runs" / taught["key"] / "train.log").read_text()
-    assert f"{taught['start']}/checkpoints" in log and LOADED.search(log)
-    assert sorted(taught["probes"]) == ["corpus", "new"]
-    new = [p for p in taught["probes"]["new"] if p["phrasing"] == "question"]
-    assert new[-1]["facts"] > 0
+    (taught,) = [key for key, run in results["runs"].items() if "new" in run]
+    record = json.loads((output / "runs" / taught / "record.json").read_text())
+    assert record["start"] == results["parts"]["continual"]["memory+ 1k"][0]
+    log = (output / "runs" / taught / "train.log").read_text()
+    assert f"{record['start']}/checkpoints" in log and LOADED.search(log)
+    assert record["new"]["facts"][-1] > 0
 
 
 def test_all_models_saw_the_same_batches(results: dict[str, Any]) -> None:
-    main = {run["data_order"] for run in results["runs"] if run["group"] == "main"}
-    taught = {run["data_order"] for run in results["runs"] if run["start"]}
+    main = {run["data_order"] for run in _models(results, "main").values()}
+    taught = {run["data_order"] for run in results["runs"].values() if "new" in run}
     assert len(main) == len(taught) == 1 and all(main | taught) and main != taught
 
 
@@ -135,36 +153,56 @@ def test_finished_runs_are_not_run_again(output: Path, results: dict[str, Any]) 
     assert _written(output) == before
 
 
+def _trained(results: dict[str, Any]) -> Run:
+    """The run whose checkpoint stays, as others start from it."""
+    trained, *_ = Plan(SMOKE, results["corpus"]["vocab_size"]).part("continual", BEST)
+    assert trained.key in results["runs"]
+    return trained
+
+
 def test_a_checkpoint_that_is_not_there_is_named(output: Path, results: dict[str, Any]) -> None:
-    plan = Plan(SMOKE, results["corpus"]["vocab_size"], stamp_of(SMOKE.corpus))
-    trained, _ = plan.continual(dict.fromkeys(FAMILIES, MIDDLE))
-    assert trained.key in {run["key"] for run in results["runs"]}
     runner = Runner(output, "cpu", 1, 0.0, Console(quiet=True))
-    command = runner._probe_command(replace(trained, points=(SMOKE.iterations, 7)), "corpus")
-    ran = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    command = runner.command(_trained(results), "corpus")
+    ran = subprocess.run([*command, "7"], capture_output=True, text=True, env=_environment())
     assert ran.returncode == 2
-    assert re.search(r"error: --probe-iterations 7: --load .* has no checkpoint of it", ran.stderr)
+    wanted = f"--probe-iterations {SMOKE.flags['train_iters'] // 2}"
+    assert re.search(rf"error: {wanted}: --load .* has no checkpoint of it", ran.stderr)
 
 
-class Impatient(Runner):
-    """Does something to the run at work once its training has come to an iteration."""
-
-    at, kill = 0, False
-
-    def _watch(self, job: Job, progress: Progress) -> None:
-        super()._watch(job, progress)
-        if job.process is not None and job.shown is not None and job.shown[0] >= self.at:
-            if self.kill:
-                job.process.send_signal(signal.SIGKILL)
-                job.process.wait()
-            else:
-                self.deadline = 0.0
+@pytest.mark.gloo
+def test_two_ranks_that_share_the_vocabulary_answer_as_one(
+    output: Path, results: dict[str, Any], tmp_path: Path
+) -> None:
+    run, runner = _trained(results), Runner(output, "cpu", 1, 0.0, Console(quiet=True))
+    _, _, _, launcher, script, *flags = runner.command(run, "corpus")
+    flags += ["--probe-iterations", str(run.iterations), "--phrasing", "both"]
+    flags += ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    launch_warm("probe", 2, launcher, script, *flags, "--probe-output", tmp_path / "probe.json")
+    told = [
+        json.loads(path.read_text())["probes"][-2:]
+        for path in (output / "runs" / run.key / "probe-corpus.json", tmp_path / "probe.json")
+    ]
+    assert told[0] == told[1] and told[0][0]["totals"][0]["right"] > 10
 
 
 def _long_run(plan: Plan) -> Run:
     run = plan.run("main", Model("dense", "dense"), 7, MIDDLE)
     run.flags.update(train_iters=900, save_interval=300, eval_interval=900)
-    return replace(run, points=(300, 900))
+    return run
+
+
+def _once(folder: Path, iteration: int, runner: Runner, action: Callable[[], object]) -> Thread:
+    """Does something to the run at work once its training has come to an iteration."""
+
+    def watch() -> None:
+        events = Events(folder / "tensorboard")
+        while max(events.read("lm loss"), default=0) < iteration:
+            time.sleep(0.1)
+        action()
+
+    thread = Thread(target=watch)
+    thread.start()
+    return thread
 
 
 @pytest.mark.slow
@@ -172,34 +210,39 @@ def test_a_run_that_is_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     """Once stopped by the clock, which saves; once killed, which does not; then finished."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     console = Console(quiet=True)
-    counts = corpora.build_facts(tmp_path, SMOKE, console)
-    run = _long_run(Plan(SMOKE, counts.vocab_size, "corpus"))
-    log = tmp_path / "runs" / run.key / "train.log"
+    counts, _ = build_corpus.build(tmp_path / "corpus", SMOKE.corpus, console)
+    run = _long_run(Plan(SMOKE, counts["vocab_size"]))
+    folder = tmp_path / "runs" / run.key
+    log = folder / "train.log"
+    runner = Runner(tmp_path, "cpu", 1, time.monotonic() + PATIENCE, console)
 
-    impatient = Impatient(tmp_path, "cpu", 1, time.monotonic() + PATIENCE, console)
-    impatient.at = 30
-    assert not impatient.execute("main", [run])
-    saved = int((log.parent / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
-    assert 30 <= saved < 300 and not (log.parent / "record.json").exists()
+    def processes() -> list[psutil.Process]:
+        every = psutil.process_iter(["cmdline"])
+        return [process for process in every if run.key in " ".join(process.info["cmdline"] or ())]
 
-    impatient.deadline, impatient.at, impatient.kill = time.monotonic() + PATIENCE, 330, True
+    watch = _once(folder, 30, runner, lambda: setattr(runner, "deadline", 0.0))
+    assert not runner.execute("main", [run])
+    watch.join()
+    saved = int((folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert 30 <= saved < 300 and not (folder / "record.json").exists()
+
+    runner.deadline = time.monotonic() + PATIENCE
+    watch = _once(folder, 330, runner, lambda: [process.kill() for process in processes()])
     with pytest.raises(RunFailed, match=r"seed 7 ended with -9"):
-        impatient.execute("main", [run])
+        runner.execute("main", [run])
+    watch.join()
 
-    assert Runner(tmp_path, "cpu", 1, time.monotonic() + PATIENCE, console).execute("main", [run])
+    assert runner.execute("main", [run])
     assert [int(found) for found in LOADED.findall(log.read_text())] == [saved, 300]
-    record = json.loads((log.parent / "record.json").read_text())
-    assert [p["iteration"] for p in record["probes"]["corpus"]] == [300, 900, 900]
-    assert not [*log.parent.glob("checkpoints/iter_*"), *log.parent.glob("cache")]
-    left = [
-        p for p in psutil.process_iter(["cmdline"]) if run.key in " ".join(p.info["cmdline"] or ())
-    ]
-    assert not left
+    record = json.loads((folder / "record.json").read_text())
+    assert record["points"] == [300, 600, 900] and len(record["corpus"]["facts"]) == 3
+    assert not [*folder.glob("checkpoints/iter_*"), *folder.glob("cache")]
+    assert not processes()
 
 
 def test_a_run_that_fails_shows_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    run = _long_run(Plan(SMOKE, 500, "corpus"))
+    run = _long_run(Plan(SMOKE, 500))
     # there is no corpus
     runner = Runner(tmp_path, "cpu", 1, time.monotonic() + PATIENCE, Console(quiet=True))
     with pytest.raises(
@@ -210,17 +253,17 @@ def test_a_run_that_fails_shows_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_a_killed_experiment_left_at_work_is_ended(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    leftover, stranger = (subprocess.Popen([*command, name]) for name in (tmp_path.name, "other"))
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)", "megamem.run"]
+    folders = (tmp_path / "here" / "checkpoints", tmp_path / "there" / "checkpoints")
+    leftover, stranger = (subprocess.Popen([*sleep, "--load", str(folder)]) for folder in folders)
+    # of the same folder, but no run
+    reader = subprocess.Popen([*sleep[:3], str(folders[0])])
     try:
-        for process in (stranger, leftover):
-            (tmp_path / "pid").write_text(str(process.pid))
-            runs._end_leftover(tmp_path)
+        runs._end_leftover(tmp_path / "here")
         assert not psutil.pid_exists(leftover.pid)
-        # its number was another process's by now
-        assert stranger.poll() is None
+        assert stranger.poll() is None and reader.poll() is None
     finally:
-        for process in (leftover, stranger):
+        for process in (leftover, stranger, reader):
             process.kill()
             process.wait()
 

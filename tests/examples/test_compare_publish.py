@@ -2,7 +2,9 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -12,11 +14,15 @@ FOLDER = ROOT / "examples" / "facts"
 # scripts of one folder import each other by bare name, as they do when run
 sys.path.insert(0, str(FOLDER))
 
+import compare  # noqa: E402
 import publish  # noqa: E402
-from experiment import report  # noqa: E402
+from experiment import plots, report  # noqa: E402
+from experiment.models import SCALES  # noqa: E402
+from experiment.plan import Plan, unique  # noqa: E402
+from experiment.records import best_rates  # noqa: E402
 
 TOLD = publish.published()
-SCALES = [pytest.param(results, id=name) for name, results in TOLD.items()]
+RESULTS = [pytest.param(results, id=name) for name, results in TOLD.items()]
 
 
 def test_both_pages_have_the_tables_of_the_results() -> None:
@@ -25,19 +31,23 @@ def test_both_pages_have_the_tables_of_the_results() -> None:
         assert path.read_text() == text, "run: python examples/facts/publish.py runs/compare-SCALE"
 
 
-@pytest.mark.parametrize("results", SCALES)
-def test_the_results_are_whole(results: dict[str, Any]) -> None:
+@pytest.mark.parametrize("results", RESULTS)
+def test_the_results_are_whole(results: dict[str, Any], tmp_path: Path) -> None:
     """Every model at every seed, in one order of data, and every picture."""
     assert results["waiting"] == 0
-    groups = report.of_group(results, "main")
-    assert {runs[0]["family"] for runs in groups.values()} == set(results["scale"]["families"])
+    scale, groups = results["scale"], report.runs_of(results, "main")
+    assert list(groups) == [model.name for model in SCALES[scale["name"]].models]
+    # what it stands for is what the scale is now
+    for name in ("flags", "memory", "new"):
+        assert scale[name] == getattr(SCALES[scale["name"]], name)
     for name, runs in groups.items():
-        assert [run["seed"] for run in runs] == results["scale"]["seeds"], name
+        assert [run["seed"] for run in runs] == scale["seeds"], name
     assert "DIFFERS" not in report.markdown(results)
     page = (FOLDER / "README.md").read_text()
-    pictures = sorted((publish.RESULTS / results["scale"]["name"]).glob("*.png"))
+    pictures = sorted((publish.RESULTS / scale["name"]).glob("*.png"))
     sizes = {runs[0]["rows"] for runs in groups.values() if runs[0]["rows"]}
     assert len(pictures) == (4 if len(sizes) > 1 else 3)
+    assert sorted(plots.draw(results, tmp_path)) == [picture.name for picture in pictures]
     for picture in pictures:
         assert f"({picture.relative_to(FOLDER)})" in page, picture.name
 
@@ -45,19 +55,38 @@ def test_the_results_are_whole(results: dict[str, Any]) -> None:
 @pytest.mark.parametrize("place", range(len(TOLD)), ids=list(TOLD))
 def test_the_headline_divides_by_dense(place: int) -> None:
     results = list(TOLD.values())[place]
-    groups = report.of_group(results, "main")
+    groups = report.runs_of(results, "main")
     rows = {row[0]: row for row in publish.headline(list(TOLD.values())).rows}
     known, ratio = 3 + 2 * place, 4 + 2 * place
     assert {name for name, row in rows.items() if row[known]} == set(groups)
     assert rows["dense"][1] == "1.00" and rows["dense"][ratio] == "**1.0**"
     for name, runs in groups.items():
-        facts = report.mean_of(runs, "facts")
+        facts = mean(report.known(runs))
         assert rows[name][known].startswith(f"{facts:,.0f}")
-        by_dense = facts / report.mean_of(groups["dense"], "facts")
+        by_dense = facts / mean(report.known(groups["dense"]))
         assert rows[name][ratio] == f"**{by_dense:.1f}**"
     told = publish.first_screen([results])
     seeds = len(results["scale"]["seeds"])
     assert f"{seeds} seed" in told and f"--scale {results['scale']['name']}" in told
+
+
+@pytest.mark.parametrize("results", RESULTS)
+def test_a_key_is_a_run_of_the_plan(results: dict[str, Any]) -> None:
+    """So --list says what every number was trained with."""
+    scale = SCALES[results["scale"]["name"]]
+    scale = replace(scale, ablation_seeds=results["scale"]["ablation_seeds"])
+    plan = Plan(scale, results["corpus"]["vocab_size"])
+    sweep = plan.sweep(plan.families(compare.PARTS))
+    runs = results["runs"]
+    best = best_rates(sweep, runs)
+    every = unique([*sweep, *(run for part in compare.PARTS for run in plan.part(part, best))])
+    planned = {run.key: run for run in every}
+    # the plan may have grown since
+    assert runs.keys() <= planned.keys()
+    for key, told in runs.items():
+        run = planned[key]
+        assert (told["parameters"], told["table_parameters"]) == (run.parameters, run.table)
+        assert (told["lr"], told["flops_per_token"]) == (run.flags["lr"], run.flops)
 
 
 def test_only_what_is_between_the_markers_changes() -> None:

@@ -2,24 +2,20 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 FOLDER = Path(__file__).parents[2] / "examples" / "facts"
 # scripts of one folder import each other by bare name, as they do when run
 sys.path.insert(0, str(FOLDER))
 
-from build_corpus import Report  # noqa: E402
-from corpus import RelationCount  # noqa: E402
-from experiment import logs, plots, records, report, scales  # noqa: E402
-from experiment.plan import Plan  # noqa: E402
-
-LINE = (
-    " [2026-01-01 00:00:00] iteration {n:8d}/     100 | consumed samples: 1 | elapsed time per "
-    "iteration (ms): {ms} | learning rate: 1E-03 | lm loss: {loss:E} | grad norm: 1.0 |\n"
-)
+from experiment import plots, records, report  # noqa: E402
+from experiment.models import TABLES, read_scale  # noqa: E402
+from experiment.plan import Plan, Run  # noqa: E402
 
 
 def _scores(*rows: tuple[str, int, int]) -> list[dict[str, Any]]:
@@ -40,85 +36,73 @@ PROBE = {
 
 def test_known_facts_are_those_beyond_guessing() -> None:
     found = records.known(PROBE, facts=1000, bits_by_relation={"a": 800.0, "b": 200.0})
-    assert found.accuracy == pytest.approx(0.45) and found.guessing == pytest.approx(0.125)
-    assert found.facts == pytest.approx(325)
-    # (0.30 - 0.05) * 800 + (0.60 - 0.20) * 200
-    assert found.bits == pytest.approx(280)
+    # (0.30 - 0.05) * 800 + (0.60 - 0.20) * 200 bits
+    assert found == {"accuracy": 0.45, "guessing": 0.125, "facts": 325.0, "bits": 280.0}
 
 
 def test_a_relation_without_control_is_guessed_like_the_others() -> None:
     probe = {**PROBE, "control": _scores(("a", 20, 1))}
     found = records.known(probe, facts=1000, bits_by_relation={"a": 800.0, "b": 200.0})
-    assert found.guessing == pytest.approx(0.05)
-    assert found.bits == pytest.approx(0.25 * 800 + 0.55 * 200)
-    assert records.known(probe, facts=10, bits_by_relation=None).bits is None
+    assert found["guessing"] == 0.05
+    assert found["bits"] == pytest.approx(0.25 * 800 + 0.55 * 200)
+    assert records.known(probe, facts=10, bits_by_relation=None)["bits"] is None
     # without any, nothing is taken off
-    assert records.known({**PROBE, "control": []}, 1000, None).facts == pytest.approx(450)
+    assert records.known({**PROBE, "control": []}, 1000, None)["facts"] == 450.0
 
 
-def test_a_log_of_one_start() -> None:
-    text = "".join(LINE.format(n=n, ms=ms, loss=n / 10) for n, ms in ((10, 90), (20, 20), (30, 40)))
-    text += "max allocated: 12.5 | max allocated: 3.0\n"
-    text += " validation loss at iteration 30 on validation set | lm loss value: 2.5E+00 |\n"
-    text += " > number of parameters on (tensor, pipeline) model parallel rank (0, 0): 4321\n"
-    log = logs.read(text)
-    assert [(p.iteration, p.loss) for p in log.points] == [(10, 1.0), (20, 2.0), (30, 3.0)]
-    assert [log.seconds_at(n) for n in (10, 20, 30, 40)] == pytest.approx([0.9, 1.1, 1.5, None])
-    # the first logged iterations are warm-up
-    assert log.ms_per_iteration == 30
-    assert (log.validation_loss, log.parameters, log.allocated) == (2.5, 4321, int(12.5 * 2**20))
-    assert logs.last_iteration(text) == (30, 3.0)
+def _log(folder: Path, start: str, *points: tuple[int, float]) -> None:
+    """The events of one start of a training."""
+    with SummaryWriter(str(folder), filename_suffix=start) as writer:
+        for iteration, seconds in points:
+            writer.add_scalar("iteration-time", seconds, iteration)
+            writer.add_scalar("lm loss", iteration / 10, iteration)
 
 
-def test_a_log_of_two_starts() -> None:
+def test_events_of_one_start(tmp_path: Path) -> None:
+    events = records.Events(tmp_path / "new")
+    assert events.read("iteration-time") == {}
+    _log(tmp_path / "new", "1", (10, 0.09), (20, 0.02), (30, 0.04))
+    assert events.read("lm loss") == {10: 1.0, 20: 2.0, 30: 3.0}
+    times = events.read("iteration-time")
+    seconds = [records.seconds_at(iteration, times) for iteration in (0, 10, 20, 30)]
+    assert seconds == [0, 0.9, 1.1, 1.5]
+
+
+def test_events_of_two_starts(tmp_path: Path) -> None:
     """What was trained after the checkpoint and lost does not count; its repetition does."""
-    first = [(10, 20), (20, 20), (30, 20)]
-    second = [(20, 90), (30, 40), (40, 40)]
-    text = "".join(LINE.format(n=n, ms=ms, loss=1) for n, ms in first)
-    text += "".join(LINE.format(n=n, ms=ms, loss=2) for n, ms in second)
-    log = logs.read(text)
-    assert [p.iteration for p in log.points] == [10, 20, 30, 40]
-    assert [p.loss for p in log.points] == [1, 2, 2, 2]
-    assert log.seconds_at(40) == pytest.approx(0.2 + 0.9 + 0.4 + 0.4)
-    # the first of the second start is warm-up too
-    assert log.ms_per_iteration == 30
-    # while the second start has not come as far as the first one, that is void
-    text = "".join(LINE.format(n=n, ms=20, loss=1) for n in (10, 20, 30, 25))
-    log = logs.read(text)
-    assert [p.iteration for p in log.points] == [10, 20, 25]
-    assert log.seconds_at(25) == pytest.approx(0.5)
+    events = records.Events(tmp_path)
+    _log(tmp_path, "1", (10, 0.02), (20, 0.02), (30, 0.02))
+    assert len(events.read("iteration-time")) == 3
+    # a later start has a later file
+    time.sleep(1.1)
+    _log(tmp_path, "2", (20, 0.09), (30, 0.04), (40, 0.04))
+    for reader in (events, records.Events(tmp_path)):
+        times = reader.read("iteration-time")
+        assert times == pytest.approx({10: 0.02, 20: 0.09, 30: 0.04, 40: 0.04})
+        assert records.seconds_at(40, times) == pytest.approx(0.2 + 0.9 + 0.4 + 0.4)
+    # an interval of which nothing was logged counts as the one after it
+    assert records.seconds_at(40, {10: 0.02, 40: 0.04}) == pytest.approx(0.2 + 1.2)
 
 
-def test_nothing_logged_is_nothing_known() -> None:
-    log = logs.read("Traceback ...")
-    assert log.points == () and log.ms_per_iteration is None and logs.last_iteration("") is None
-
-
-def _record(run: Any, facts: float, old: float | None = None) -> dict[str, Any]:
-    def probes(known: float, phrasing: str) -> list[dict[str, Any]]:
-        return [
-            {
-                "iteration": at * 10,
-                "tokens": at * 1000,
-                "seconds": at * 2.0,
-                "phrasing": phrasing,
-                "accuracy": known * at / 200 + 0.1,
-                "guessing": 0.1,
-                "facts": known * at / 2,
-                "bits": known * at * 5,
-            }
-            for at in (1, 2)
-        ]
+def _record(run: Run, facts: float, old: float | None = None) -> dict[str, Any]:
+    def asked(known: float) -> dict[str, Any]:
+        return {
+            "facts": [known / 2, known],
+            "unseen": known / 2,
+            "accuracy": known / 100 + 0.1,
+            "guessing": 0.1,
+            "bits": known * 10,
+        }
 
     corpora = {run.corpus: facts} | ({"corpus": old} if old is not None else {})
     return {
-        "key": run.key,
-        "model": run.model.name,
         "family": run.model.family,
         "seed": run.seed,
-        "rates": list(run.rates),
         "flags": run.flags,
-        "start": run.start,
+        "lr": run.flags["lr"],
+        "memory_lr": run.flags.get("memory_lr"),
+        "layers": run.flags["num_layers"],
+        "iterations": run.iterations,
         "commit": "abc",
         "device": "CPU",
         "torch": "2",
@@ -126,16 +110,15 @@ def _record(run: Any, facts: float, old: float | None = None) -> dict[str, Any]:
         "megamem": "0",
         "rows": run.model.rows,
         "parameters": run.parameters,
-        "parameters_of_tables": run.table,
+        "table_parameters": run.table,
         "flops_per_token": run.flops,
         "tokens_per_second": 1000.0 if run.model.family == "dense" else 500.0,
         "peak_bytes": 3 * 2**20,
         "validation_loss": 2.0,
         "data_order": f"order of seed {run.seed}",
-        "probes": {
-            name: probes(known, "question") + probes(known / 2, "unseen")
-            for name, known in corpora.items()
-        },
+        "points": [10, 20],
+        "seconds": [2.0, 4.0],
+        **{name: asked(known) for name, known in corpora.items()},
     }
 
 
@@ -143,31 +126,52 @@ DEEPER = ("6 layers, memories 2", "6 layers, memories 4")
 LONGER = ("adamw, twice the steps", "lazy_adamw, twice the steps")
 
 
+FAMILIES = ("dense", "dense 2x", "moe", "peer", "memory", "memory+")
+
+
 @pytest.fixture
 def results() -> dict[str, Any]:
-    changed = {
-        "ablations": ("no gate", "lazy_adamw", *DEEPER, *LONGER),
-        "ablation_seeds": 2,
-        "deep": 6,
-        "deep_layers": ((1, 4), (1, 2, 3, 4)),
+    one = {"memory_layers": [1]}
+    models: dict[str, dict[str, Any]] = {
+        "dense": {"family": "dense"},
+        "dense 2x": {"family": "dense 2x", "flops": 2},
+        "moe 8": {"family": "moe"},
+        "peer": {"family": "peer", "memory_variant": "peer", "memory_num_keys": 22, **one},
+        "memory 1k": {"family": "memory", "memory_variant": "memory", **one},
+        "memory+ 0.25k": {"memory_num_keys": 16},
+        "memory+ 1k": {},
+        "memory+ 4k": {"memory_num_keys": 64},
     }
-    scale = scales.choose(
-        "smoke", families=scales.FAMILIES, seeds=(1, 2, 3), keys=(16, 32, 64), **changed
-    )
-    plan = Plan(scale, 500, "corpus")
-    best = dict.fromkeys(scales.FAMILIES, (1.0, 1.0))
-    main, ablations = plan.main(best), plan.ablations(best)
-    trained, *taught = plan.continual(best)
+    chosen = ("no gate", "lazy_adamw", *LONGER)
+    ablations = {name: TABLES["cpu"]["ablations"][name] for name in chosen}
+    deeper = {
+        name: {"num_layers": 6, "memory_layers": layers}
+        for name, layers in zip(DEEPER, ([1, 4], [1, 2, 3, 4]), strict=True)
+    }
+    own = {**TABLES["smoke"], "models": models, "ablations": {**ablations, **deeper}}
+    scale = read_scale("smoke", TABLES["cpu"], {**own, "seeds": [1, 2, 3], "ablation_seeds": 2})
+    plan = Plan(scale, 500)
+    best = dict.fromkeys(FAMILIES, (1.0, 1.0))
+    main, changed = plan.part("main", best), plan.part("ablations", best)
+    trained, *taught = plan.part("continual", best)
     known = {"dense": 10.0, "dense 2x": 20.0, "moe": 15.0, "peer": 30.0, "memory": 35.0}
     found = {
         run.key: _record(run, known.get(run.model.family, 40.0) + run.model.rows / 100 + run.seed)
-        for run in [*main, *ablations]
+        for run in [*main, *changed]
     }
     found |= {run.key: _record(run, facts=12.0, old=17.08) for run in taught}
-    relations = (RelationCount("a", 40, 9, 99.0, "uniform"),)
-    counts = Report(1, 1, 1, 1, 500, 40, 40, 0, 99.0, relations)
-    planned = [*main, *ablations, trained, *taught]
-    return report.collect(scale, counts, planned, found)
+    counts = {"facts_real": 40, "facts_generated": 0, "answer_bits": 99.0}
+    counts |= {"tokens_train": 1, "vocab_size": 500}
+    return report.collect(scale, counts, [*main, *changed, trained, *taught], found)
+
+
+def _only(results: dict[str, Any], *models: str) -> dict[str, Any]:
+    """Without the runs of other models."""
+    parts = {
+        part: {name: keys for name, keys in groups.items() if name in models}
+        for part, groups in results["parts"].items()
+    }
+    return {**results, "parts": parts}
 
 
 def test_tables_say_what_the_records_do(results: dict[str, Any]) -> None:
@@ -180,7 +184,7 @@ def test_tables_say_what_the_records_do(results: dict[str, Any]) -> None:
     # 40 + 40.96 facts and the seed
     assert grown[0] == "memory+ 4k" and grown[1] == "4,096" and "83 +- 1" in grown
     assert "same sequences in the same order" in text and "DIFFERS" not in text
-    ablation = report.ablation_sheet(results)
+    ablation, longer, deeper = report.ablation_sheets(results)
     base, *others = ablation.rows
     assert base[3] == "52 +- 1" and base[-1] == "3" and len(others) == 2
     # 51.24 and 52.24 of two seeds, beside the first row at the seeds that both have
@@ -188,29 +192,27 @@ def test_tables_say_what_the_records_do(results: dict[str, Any]) -> None:
     assert [row[-1] for row in others] == ["2", "3"]
     # a deeper model is compared with those as deep
     assert [row[0] for row in ablation.rows] == ["memory+ 1k", "no gate", "lazy_adamw"]
-    deeper = report.depth_sheet(results)
     assert [row[0] for row in deeper.rows] == list(DEEPER)
     assert len({row[1] for row in deeper.rows}) == 2 and deeper.rows[1][4] == "+0.0%"
     # and a longer run with those as long
-    longer = report.longer_sheet(results)
     assert [row[0] for row in longer.rows] == list(LONGER) and longer.rows[1][4] == "+0.0%"
-    alone = [run for run in results["runs"] if run["model"] != LONGER[1]]
-    (row,) = report.longer_sheet({**results, "runs": alone}).rows
+    (row,) = report.ablation_sheets(_only(results, "memory+ 1k", LONGER[0]))[1].rows
     assert row[0] == LONGER[0] and row[4] == ""
     # 51.24 facts were known, 17.08 still are
     (taught,) = report.continual_sheet(results).rows
     assert taught[1:] == ("12", "6", "17", "34 (66.7%)")
     curve = report.curve_sheet(results)
-    assert curve.columns == ("model", "1,000", "2,000") and curve.rows[0][1] == "6 +- 0"
+    # of 8 x 64 tokens a step
+    assert curve.columns == ("model", "5,120", "10,240") and curve.rows[0][1] == "6 +- 0"
 
 
 def test_an_unequal_order_of_data_is_shouted(results: dict[str, Any]) -> None:
-    results["runs"][0]["data_order"] = "another"
+    next(iter(results["runs"].values()))["data_order"] = "another"
     assert "ORDER OF THE DATA DIFFERS" in report.markdown(results)
 
 
 def test_unfinished_runs_are_counted_not_shown(results: dict[str, Any]) -> None:
-    results["runs"] = [run for run in results["runs"] if run["model"] != "dense"]
+    results = _only(results, "moe 8", "memory 1k")
     results["waiting"] = 2
     text = report.markdown(results)
     assert "2 runs of the plan are not finished yet" in text and "| dense |" not in text
@@ -225,16 +227,16 @@ def test_every_picture_is_drawn(results: dict[str, Any], tmp_path: Path) -> None
         "facts_by_tokens.png",
     ]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
-    one_size = [run for run in results["runs"] if run["rows"] in (0, 1024)]
-    assert len({run["model"] for run in one_size}) > 3
-    assert sorted(plots.draw({**results, "runs": one_size}, tmp_path)) == sorted(
-        set(names) - {"facts_by_rows.png"}
-    )
-    assert plots.draw({**results, "runs": []}, tmp_path) == []
+    one_size = _only(results, "dense", "moe 8", "memory 1k", "memory+ 1k")
+    assert sorted(plots.draw(one_size, tmp_path)) == sorted(set(names) - {"facts_by_rows.png"})
+    assert plots.draw(_only(results), tmp_path) == []
 
 
 def test_results_can_be_read_back(results: dict[str, Any], tmp_path: Path) -> None:
     report.write(results, tmp_path)
+    lines = (tmp_path / "results.json").read_text().splitlines()
+    # a line a run
+    assert sum('"validation_loss": 2.0' in line for line in lines) == len(results["runs"]) > 20
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     assert (
         report.markdown(json.loads((tmp_path / "results.json").read_text()))

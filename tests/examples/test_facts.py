@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 FOLDER = Path(__file__).parents[2] / "examples" / "facts"
 # scripts of one folder import each other by bare name, as they do when run
@@ -18,10 +17,9 @@ sys.path.insert(0, str(FOLDER))
 
 import build_corpus  # noqa: E402
 import corpus  # noqa: E402
+import probe  # noqa: E402
 import relations  # noqa: E402
-import scoring  # noqa: E402
-from further_facts import load_further_facts  # noqa: E402
-from real_facts import load_facts  # noqa: E402
+from real_facts import real_sets  # noqa: E402
 from relations import Fact  # noqa: E402
 from rich.console import Console  # noqa: E402
 
@@ -33,7 +31,7 @@ PEOPLE = build_corpus.Settings(
 
 @pytest.fixture(scope="module")
 def facts() -> list[Fact]:
-    return [*load_facts(), *load_further_facts()]
+    return [fact for facts in real_sets() for fact in facts]
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +65,16 @@ def _sentences(folder: Path) -> tuple[list[str], list[str]]:
     return read[0], read[1]
 
 
-def _split(settings: build_corpus.Settings) -> corpus.FactSplit:
-    sets = corpus.real_sets(settings.kind)
-    return corpus.choose_facts(
-        sets, settings.facts, settings.held_out, settings.seed, generate=settings.kind != "real"
-    )
+def _statements(fact: Fact) -> list[str]:
+    """All sentences that state the fact; the first is its question with the answer behind it."""
+    return [relations.statement(fact, number) for number in range(4)]
 
 
 def test_a_subject_has_one_answer(facts: list[Fact]) -> None:
     subjects = Counter((fact.relation, fact.subject.casefold()) for fact in facts)
     assert max(subjects.values()) == 1
-    assert {fact.relation for fact in facts} == {*relations.PLACES, *relations.FURTHER}
-    assert not {f.relation for f in load_facts()} & {f.relation for f in load_further_facts()}
+    for found, name in zip(real_sets(), ("places", "further"), strict=True):
+        assert {fact.relation for fact in found} == set(relations.SETS[name])
 
 
 def test_known_facts_are_there(facts: list[Fact]) -> None:
@@ -118,9 +114,9 @@ def test_a_prompt_has_one_answer(facts: list[Fact]) -> None:
 
 def test_a_statement_is_prompt_blank_answer(facts: list[Fact]) -> None:
     for fact in facts[:: len(facts) // 2000]:
-        sentences = relations.statements(fact)
+        sentences = _statements(fact)
         assert len(set(sentences)) == len(sentences) >= 3
-        assert sentences[0] == f"{relations.question(fact)} {fact.answer}"
+        assert sentences[0] == f"{relations.prompt(fact, 0)} {fact.answer}"
         for sentence in sentences:
             prompt = sentence.removesuffix(f" {fact.answer}")
             assert prompt != sentence and fact.subject in prompt
@@ -128,43 +124,44 @@ def test_a_statement_is_prompt_blank_answer(facts: list[Fact]) -> None:
 
 
 def test_the_draw_is_the_same_in_every_process() -> None:
-    split = corpus.choose_facts([load_facts()], 300, 50, seed=7)
+    places = real_sets()[:1]
+    split = corpus.choose_facts(places, 300, 50, seed=7)
     script = (
-        "from corpus import *; from relations import *;"
-        "s = choose_facts([load_facts()], 300, 50, seed=7);"
+        "from corpus import *; from real_facts import *; from relations import *;"
+        "s = choose_facts(real_sets()[:1], 300, 50, seed=7);"
         "print(s.real, s.held_out, [training_phrasings(fact, 7, 4) for fact in s.held_in()])"
     )
     env = {"PYTHONPATH": str(FOLDER), "PYTHONHASHSEED": "12345"}
     ran = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     dealt = [relations.training_phrasings(fact, 7, 4) for fact in split.real]
     assert ran.stdout.strip() == f"{split.real} {split.held_out} {dealt}", ran.stderr
-    assert corpus.choose_facts([load_facts()], 300, 50, seed=8) != split
+    assert corpus.choose_facts(places, 300, 50, seed=8) != split
 
 
 def test_the_draw_is_even_and_disjoint() -> None:
-    split = corpus.choose_facts([load_facts()], 300, 50, seed=7)
+    split = corpus.choose_facts(real_sets()[:1], 300, 50, seed=7)
     assert not set(split.real) & set(split.held_out)
     for drawn, count in ((split.real, 300), (split.held_out, 50)):
         shares = Counter(fact.relation for fact in drawn)
         assert sum(shares.values()) == count
-        assert set(shares) == set(relations.PLACES) and len(set(shares.values())) == 1
+        assert set(shares) == set(relations.SETS["places"]) and len(set(shares.values())) == 1
 
 
 def test_corpus_reads_back_as_the_sentences(built: Path) -> None:
     """Megatron's reader and Megatron's tokenizer give back every sentence, once."""
-    split = _split(SETTINGS)
+    split = SETTINGS.split()
     train, valid = _sentences(built)
-    stated = [sentence for fact in split.real for sentence in relations.statements(fact)]
+    stated = [sentence for fact in split.real for sentence in _statements(fact)]
     assert sorted(train + valid) == sorted(stated)
     assert len(valid) == SETTINGS.facts and not set(train) & set(valid)
-    assert {relations.statements(fact)[0] for fact in split.real} <= set(train)
+    assert {_statements(fact)[0] for fact in split.real} <= set(train)
 
 
 def test_exposures_are_equal_and_never_in_the_unseen_words(people: Path) -> None:
     train, valid = _sentences(people)
     times = Counter(train)
-    for fact, hidden in zip(_split(PEOPLE).held_in(), valid, strict=True):
-        sentences = relations.statements(fact)
+    for fact, hidden in zip(PEOPLE.split().held_in(), valid, strict=True):
+        sentences = _statements(fact)
         assert sum(times[sentence] for sentence in sentences) == PEOPLE.exposures
         assert hidden in sentences[1:] and times[hidden] == 0
     assert len(train) == PEOPLE.facts * PEOPLE.exposures
@@ -196,31 +193,30 @@ def test_the_probe_is_given_questions_and_unseen_words(
 def test_the_report_counts_all_facts(name: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(name)
     settings = {"built": SETTINGS, "people": PEOPLE}[name]
-    report = build_corpus.Report.from_json(
-        json.loads((folder / "facts.json").read_text())["report"]
-    )
+    report = json.loads((folder / "facts.json").read_text())["report"]
     train, valid = _sentences(folder)
-    assert (report.documents_train, report.documents_valid) == (len(train), len(valid))
+    assert (report["documents_train"], report["documents_valid"]) == (len(train), len(valid))
     # a token is two bytes, and the files hold nothing else
-    assert report.tokens_train * 2 == (folder / "facts_train.bin").stat().st_size
-    assert report.tokens_valid * 2 == (folder / "facts_valid.bin").stat().st_size
-    assert (report.facts_real, report.facts_generated) == (
+    assert report["tokens_train"] * 2 == (folder / "facts_train.bin").stat().st_size
+    assert report["tokens_valid"] * 2 == (folder / "facts_valid.bin").stat().st_size
+    assert (report["facts_real"], report["facts_generated"]) == (
         (settings.facts, 0) if name == "built" else (0, settings.facts)
     )
-    counted = Counter(fact.relation for fact in _split(settings).held_in())
-    assert {count.relation: count.facts for count in report.relations} == counted
-    assert report.answer_bits == sum(count.bits for count in report.relations) > 0
-    real = len(load_facts()) + len(load_further_facts()) if name == "built" else 0
-    assert report.usable_real_facts == real
+    counted = Counter(fact.relation for fact in settings.split().held_in())
+    assert {count["relation"]: count["facts"] for count in report["relations"]} == counted
+    assert report["answer_bits"] == sum(count["bits"] for count in report["relations"]) > 0
+    real = sum(map(len, real_sets())) if name == "built" else 0
+    assert report["usable_real_facts"] == real
 
     console = Console(width=80, record=True, file=io.StringIO())
     for table in build_corpus.render(report, settings, folder):
         console.print(table)
     printed = console.export_text()
-    for number in (report.facts_generated, real, report.tokens_train, round(report.answer_bits)):
-        assert f" {number:,} " in printed
-    for count in report.relations:
-        assert f" {count.relation} " in printed and f" {count.bits:,.0f} " in printed
+    names = ("facts_generated", "usable_real_facts", "tokens_train", "answer_bits")
+    for number in (report[name] for name in names):
+        assert f" {number:,.0f} " in printed
+    for count in report["relations"]:
+        assert f" {count['relation']} " in printed and f" {count['bits']:,.0f} " in printed
 
 
 @pytest.mark.parametrize(
@@ -258,7 +254,7 @@ def test_prompt_and_answer_tokenize_apart(built: Path) -> None:
 def test_a_finished_build_is_left_alone(built: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in built.iterdir()}
     report, written = build_corpus.build(built, SETTINGS, Console(quiet=True))
-    assert not written and report.documents_train == 3 * SETTINGS.facts
+    assert not written and report["documents_train"] == 3 * SETTINGS.facts
     assert {path: path.stat().st_mtime_ns for path in built.iterdir()} == before
 
 
@@ -268,28 +264,24 @@ def test_other_settings_replace_a_build(tmp_path: Path) -> None:
     # Megatron's cached sample order of the former files must not meet the new ones
     (tmp_path / "cache").mkdir()
     report, written = build_corpus.build(tmp_path, replace(SETTINGS, facts=30), quiet)
-    assert written and report.documents_valid == 30 and not (tmp_path / "cache").exists()
+    assert written and report["documents_valid"] == 30 and not (tmp_path / "cache").exists()
     with pytest.raises(ValueError, match="--facts"):
         build_corpus.build(tmp_path, replace(SETTINGS, facts=10**8), quiet)
     assert not build_corpus.build(tmp_path, replace(SETTINGS, facts=30), quiet)[1]
 
 
-def _one_hot(tokens_BS: torch.Tensor, vocab: int) -> torch.Tensor:
-    return torch.nn.functional.one_hot(tokens_BS, vocab).float()
-
-
 def test_an_answer_is_right_only_if_all_of_it_is() -> None:
     end = 1
-    batch = scoring.build_batch([[5, 6], [7]], [[8, 9], [4]], end, length=8)
-    assert batch.tokens_BS.tolist() == [[1, 5, 6, 8, 9, 1, 1, 1], [1, 7, 4, 1, 1, 1, 1, 1]]
-    assert batch.is_answer_BS.nonzero().tolist() == [[0, 2], [0, 3], [0, 4], [1, 1], [1, 2]]
+    batch = probe.build_batch([[5, 6], [7]], [[8, 9], [4]], end, length=8)
+    tokens_BS, labels_BS, is_answer_BS = batch
+    assert tokens_BS.tolist() == [[1, 5, 6, 8, 9, 1, 1, 1], [1, 7, 4, 1, 1, 1, 1, 1]]
+    assert is_answer_BS.nonzero().tolist() == [[0, 2], [0, 3], [0, 4], [1, 1], [1, 2]]
 
     def right(changes: dict[tuple[int, int], int]) -> list[bool]:
-        predicted_BS = batch.labels_BS.clone()
+        predicted_BS = labels_BS.clone()
         for place, token in changes.items():
             predicted_BS[place] = token
-        logits_BSv = _one_hot(predicted_BS, 10)
-        return scoring.answered(logits_BSv.argmax(-1), batch).tolist()
+        return probe.answered(predicted_BS, labels_BS, is_answer_BS).tolist()
 
     assert right({}) == [True, True]
     # neither the prompt nor the padding is asked
@@ -300,14 +292,13 @@ def test_an_answer_is_right_only_if_all_of_it_is() -> None:
     assert right({(1, 2): 3}) == [True, False]
 
 
-def test_best_of_shards_is_argmax_of_the_whole_vocabulary() -> None:
-    logits_BSv = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0))
-    scores_WBS, tokens_WBS = torch.stack(logits_BSv.chunk(4, dim=-1)).max(dim=-1)
-    tokens_WBS = tokens_WBS + 3 * torch.arange(4).view(4, 1, 1)
-    merged_BS = scoring.best_of_shards(scores_WBS, tokens_WBS)
-    assert torch.equal(merged_BS, logits_BSv.argmax(dim=-1))
-
-
-def test_commonest_answer_share() -> None:
-    assert scoring.commonest_answer_share(["a", "b", "a", "c"]) == 0.5
-    assert scoring.commonest_answer_share([]) == 0.0
+def test_chance_is_the_commonest_answer() -> None:
+    asked = [probe.Question("a", "", answer, [], []) for answer in ("x", "y", "x", "z")]
+    asked.append(probe.Question("b", "", "x", [], []))
+    scores = probe.score_by_relation(asked, [True, True, True, False, True])
+    assert [list(score.values()) for score in scores] == [
+        ["a", 4, 3, 0.75, 0.5],
+        ["b", 1, 1, 1.0, 1.0],
+    ]
+    # two answers of the one relation and one of the other
+    assert list(probe.total("all", scores).values()) == ["all", 5, 4, 0.8, 0.6]

@@ -16,7 +16,7 @@ sys.path.insert(0, str(FOLDER))
 import corpus  # noqa: E402
 import people  # noqa: E402
 import relations  # noqa: E402
-from biographies import RELATIONS  # noqa: E402
+from people import RELATIONS  # noqa: E402
 from relations import Fact  # noqa: E402
 
 # two sets of facts as the packages might have them, but independent of any release
@@ -26,7 +26,7 @@ FIRST, SECOND = (
         for relation in sorted(table)
         for number in range(40)
     ]
-    for table in (relations.PLACES, relations.FURTHER)
+    for table in (relations.SETS["places"], relations.SETS["further"])
 )
 SETS = [FIRST, SECOND]
 REAL = len(FIRST) + len(SECOND)
@@ -52,11 +52,18 @@ def test_every_relation_has_words_of_its_own() -> None:
     phrasings = [text for table in relations.PHRASINGS.values() for text in table]
     assert len(set(phrasings)) == len(phrasings)
     assert all(text.count("{}") == 1 for text in phrasings)
-    assert set(people.ANSWERS) == set(relations.PEOPLE)
+    assert set(people.ANSWERS) == set(relations.SETS["people"])
     # as many of each, so that every fact is stated equally often without --exposures
     assert {len(table) for table in relations.PHRASINGS.values()} == {4}
     for table in relations.PHRASINGS.values():
         assert [text.endswith("?") for text in table] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("number", [0, 1, 5, 6, 7, 600, 1003])
+def test_facts_of_people_are_counted_exactly(number: int) -> None:
+    split = corpus.FactSplit((), number, (), people.Biographies(0))
+    counted = Counter(fact.relation for fact in split.held_in())
+    assert {row["relation"]: row["facts"] for row in corpus.count_relations(split)} == counted
 
 
 @pytest.mark.parametrize("kind", ["real", "all"])
@@ -91,7 +98,7 @@ def test_a_set_is_drawn_from_only_when_those_before_are_used_up() -> None:
 def test_facts_of_people_only() -> None:
     split = corpus.choose_facts([], 100, 30, 9, generate=True)
     assert split.real == () and split.generated == 100
-    assert list(split.held_in()) == list(split.people.facts(100))
+    assert list(split.held_in()) == list(split.people.facts(range(100)))
     assert Counter(fact.relation for fact in split.held_out) == dict.fromkeys(RELATIONS, 5)
     assert not {f.subject for f in split.held_in()} & {f.subject for f in split.held_out}
 
@@ -110,30 +117,30 @@ def test_too_many_facts_are_refused_by_flag() -> None:
 
 def test_counts_and_bits_are_those_of_a_direct_computation() -> None:
     split = corpus.choose_facts(SETS, REAL + 1001, 20, 9, generate=True)
-    counts = {count.relation: count for count in corpus.count_relations(split)}
+    counts = {count["relation"]: count for count in corpus.count_relations(split)}
     held_in = list(split.held_in())
-    assert {name: count.facts for name, count in counts.items()} == Counter(
+    assert {name: count["facts"] for name, count in counts.items()} == Counter(
         fact.relation for fact in held_in
     )
     for name, count in counts.items():
         answers = [fact.answer for fact in held_in if fact.relation == name]
         if name in RELATIONS:
-            assert count.measured == "uniform"
-            assert count.answers == len(people.ANSWERS[name])
+            assert count["measured"] == "uniform"
+            assert count["answers"] == len(people.ANSWERS[name])
             # an answer costs what a uniform choice among all possible ones does
-            assert count.bits == pytest.approx(sum(log2(count.answers) for _ in answers))
+            assert count["bits"] == pytest.approx(sum(log2(count["answers"]) for _ in answers))
         else:
-            assert count.measured == "frequency" and count.answers == len(set(answers))
+            assert count["measured"] == "frequency" and count["answers"] == len(set(answers))
             # an answer costs minus log2 of its share
             shares = [answers.count(answer) / len(answers) for answer in answers]
-            assert count.bits == pytest.approx(-sum(map(log2, shares)))
+            assert count["bits"] == pytest.approx(-sum(map(log2, shares)))
 
 
 def test_bits_of_known_answers() -> None:
     pair = [Fact("city_country", name, name.upper()) for name in "ab"]
     same = [Fact("country_currency", name, "Euro") for name in "abc"]
     split = corpus.choose_facts([[*pair, *same]], 5, 0, seed=0)
-    assert [count.bits for count in corpus.count_relations(split)] == [2.0, 0.0]
+    assert [count["bits"] for count in corpus.count_relations(split)] == [2.0, 0.0]
 
 
 def test_each_phrasing_but_one_is_shown_once() -> None:

@@ -7,34 +7,10 @@ is the first seed of the main table, and nothing is trained twice.
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from experiment.models import (
-    LEAN,
-    Flags,
-    Model,
-    ablations,
-    at_depth_of,
-    ffn_width,
-    flops_per_token,
-    main_models,
-    memory_plus,
-    parameters,
-    reference,
-)
-from experiment.scales import Scale
-
-Rates = tuple[float, float]
-MIDDLE: Rates = (1.0, 1.0)
-
-# what a run needs on a GPU without Transformer Engine and Apex; on a CPU the launcher sets it
-GPU_FLAGS: Flags = {
-    "transformer_impl": "local",
-    "no_rope_fusion": True,
-    "no_masked_softmax_fusion": True,
-    "no_gradient_accumulation_fusion": True,
-    "no_persist_layer_norm": True,
-}
+from experiment.models import Flags, Model, Rates, Scale, ffn_width, flops_per_token, parameters
 
 
 @dataclass(frozen=True)
@@ -42,29 +18,28 @@ class Run:
     """One training run and the probe behind it.
 
     Attributes:
-        rates: factors of the scale's learning rates, of the model and of the table.
+        part: of the experiment.
+        rates: factors of the scale's learning rates.
         flags: of Megatron, but for those that name files.
         stamp: what its corpus was made from.
+        flops, parameters, table: what the plan expects, of a token, of the model, of its tables.
+        keep: its last checkpoint stays, as others start from it.
         corpus: folder of what it trains on: "corpus", or "new" for the facts that are taught later.
         start: key of the run whose checkpoint it starts from.
-        keep: its last checkpoint stays, as others start from it.
-        flops, parameters, table: what the plan expects, of a token, of the model, of its tables.
-        points: iterations whose checkpoints are asked.
     """
 
-    group: str
+    part: str
     model: Model
     seed: int
     rates: Rates
     flags: Flags
     stamp: str
+    flops: int
+    parameters: int
+    table: int
+    keep: bool = False
     corpus: str = "corpus"
     start: str = ""
-    keep: bool = False
-    flops: int = 0
-    parameters: int = 0
-    table: int = 0
-    points: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -74,205 +49,135 @@ class Run:
 
     @property
     def iterations(self) -> int:
-        iterations = self.flags["train_iters"]
-        assert isinstance(iterations, int)
-        return iterations
+        return int(self.flags["train_iters"])
+
+    @property
+    def points(self) -> list[int]:
+        """Iterations whose checkpoints are asked."""
+        interval = self.flags["save_interval"]
+        return list(range(interval, self.iterations + 1, interval))
 
     @property
     def name(self) -> str:
         """For people; the key tells runs apart."""
-        rates = (
-            ""
-            if self.rates == MIDDLE or self.start
-            else f", rates x{self.rates[0]:g} x{self.rates[1]:g}"
-        )
-        return f"{self.model.name}, seed {self.seed}{rates}"
+        name, (lr, table) = f"{self.model.name}, seed {self.seed}", self.rates
+        swept = self.rates != (1, 1) and not self.start
+        return f"{name}, rates x{lr:g} x{table:g}" if swept else name
 
 
 class Plan:
-    """Makes the runs of one scale.
+    """Makes the runs of one scale, for the vocabulary of the corpus that was built."""
 
-    Args:
-        vocab_size: of the corpus that was built.
-        stamp: what the corpus is, as a short text.
-    """
-
-    def __init__(self, scale: Scale, vocab_size: int, stamp: str) -> None:
-        self.scale, self.vocab_size, self.stamp = scale, vocab_size, stamp
+    def __init__(self, scale: Scale, vocab_size: int) -> None:
+        self.scale, self.vocab_size = scale, vocab_size
+        # what the corpus was made from, for the keys of the runs
+        self.stamp = json.dumps(asdict(scale.corpus), sort_keys=True)
 
     def families(self, parts: Collection[str]) -> list[str]:
         """Whose learning rates these parts need: all for the main table, else their models'."""
         needed = {"memory+"}
         if "ablations" in parts:
-            needed |= {model.family for model in ablations(self.scale)}
+            needed |= {model.family for model in self.scale.ablations}
         return [f for f in self.scale.families if "main" in parts or f in needed]
 
-    def sweep(self, families: Iterable[str]) -> list[Run]:
+    def sweep(self, families: Collection[str]) -> list[Run]:
         """Every pair of learning rates of the grid for one model of each family, at one seed.
 
         The first pairs of all families come first, for an early look at how they compare.
         """
-        models = {model.family: model for model in main_models(self.scale)}
-        if "memory+" in models:
-            models["memory+"] = reference(self.scale)
-        grids = {family: self.scale.sweep[family] for family in families if family in models}
+        scale = self.scale
+        chosen = {m.family: m for m in (*scale.models, scale.reference) if m.family in families}
+        grids = {family: scale.sweep[family] for family in chosen}
         return [
-            self.run("sweep", models[family], self.scale.seeds[0], rates)
+            self.run("sweep", chosen[family], scale.seeds[0], rates)
             for place in range(max(map(len, grids.values()), default=0))
             for family, grid in grids.items()
             for rates in grid[place : place + 1]
         ]
 
-    def main(self, best: Mapping[str, Rates]) -> list[Run]:
-        """Every model at every seed, the first seed of all models first."""
-        return [
-            self.run("main", model, seed, best[model.family])
-            for seed in self.scale.seeds
-            for model in main_models(self.scale)
-        ]
+    def part(self, name: str, best: Mapping[str, Rates]) -> list[Run]:
+        """The runs of a part at the best rates of every family; none where the scale leaves it out.
 
-    def ablations(self, best: Mapping[str, Rates]) -> list[Run]:
-        """The reference, then each change of it, at the first seeds; see models.LEAN."""
-        base, few = reference(self.scale), self.scale.seeds[: self.scale.ablation_seeds]
-        all_seeds = {base.name, *(LEAN if len(few) > 1 else ())}
-        return [
-            self.run("ablations", model, seed, best[model.family])
-            for model in (base, *ablations(self.scale))
-            for seed in (self.scale.seeds if model.name in all_seeds else few)
-        ]
+        main: every model at every seed, the first seed of all models first. ablations: the
+        reference, then each change of it, at the first seeds. continual: a trained Memory+, then
+        everything that teaches it new facts.
+        """
+        scale, base = self.scale, self.scale.reference
+        seeds, few = scale.seeds, scale.seeds[: scale.ablation_seeds]
+        several = len(few) > 1
+        if name in scale.left_out:
+            return []
+        if name == "main":
+            chosen = [(model, seed) for seed in seeds for model in scale.models]
+        elif name == "ablations":
+            chosen = [
+                (model, seed)
+                for model in (base, *scale.ablations)
+                if several or not model.several
+                for seed in (seeds if model == base or (several and model.lean) else few)
+            ]
+        else:
+            chosen = [(scale.taught, seeds[0])]
+        runs = [self.run(name, model, seed, best[model.family]) for model, seed in chosen]
+        return runs + (self._taught(runs[0]) if name == "continual" else [])
 
-    def continual(self, best: Mapping[str, Rates]) -> list[Run]:
-        """A trained Memory+, then everything that teaches it new facts."""
-        base = memory_plus(self.scale, self.scale.new_keys)
-        trained = self.run("continual", base, self.scale.seeds[0], best[base.family])
-        return [trained, *(self._teach(trained, *method) for method in self._methods())]
-
-    def run(self, group: str, model: Model, seed: int, rates: Rates) -> Run:
+    def run(self, part: str, model: Model, seed: int, rates: Rates) -> Run:
         """A training run from scratch."""
-        scale = self.scale
-        ffn = ffn_width(model, scale, self.vocab_size)
-        total, table = parameters(model, scale, ffn, self.vocab_size)
-        shape: Flags = {
-            "num_layers": at_depth_of(model, scale).layers,
-            "hidden_size": scale.hidden,
-            "num_attention_heads": scale.attention_heads,
-            "ffn_hidden_size": ffn,
-            "seq_length": scale.seq,
-            "max_position_embeddings": scale.seq,
-            "position_embedding_type": "rope",
-            "normalization": "RMSNorm",
-            "swiglu": True,
-            "disable_bias_linear": True,
-            "untie_embeddings_and_output_weights": True,
-            "attention_dropout": 0,
-            "hidden_dropout": 0,
-        }
-        iterations, interval = (n * model.longer for n in (scale.iterations, scale.probe_interval))
-        training: Flags = {
-            "micro_batch_size": scale.micro,
-            "global_batch_size": scale.batch,
-            "train_iters": iterations,
-            "lr": _rounded(scale.lr * rates[0] * model.rates[0]),
-            "min_lr": _rounded(scale.lr * rates[0] * model.rates[0] / 20),
-            "lr_warmup_iters": scale.warmup,
-            "lr_decay_style": "cosine",
-            "weight_decay": 0.1,
-            "adam_beta2": 0.95,
-            "clip_grad": 1.0,
-            "seed": seed,
-            "save_interval": interval,
-            "log_interval": scale.log_interval,
-            "eval_interval": iterations,
-            "eval_iters": 10,
-        }
-        own: Flags = dict(model.flags)
-        if "num_experts" in own:
-            own["moe_ffn_hidden_size"] = ffn
-        if model.memory.enabled:
-            own["memory_lr"] = _rounded(scale.memory_lr * rates[1] * model.rates[1])
-        device = GPU_FLAGS if scale.device == "gpu" else {}
-        points = range(interval, iterations + 1, interval)
-        return Run(
-            group=group,
-            model=model,
-            seed=seed,
-            rates=rates,
-            flags={**shape, **training, **device, **scale.precision, **own},
-            stamp=self.stamp,
-            keep=model == memory_plus(scale, scale.new_keys) and seed == scale.seeds[0],
-            flops=flops_per_token(model, scale, ffn, self.vocab_size),
-            parameters=total,
-            table=table,
-            points=tuple(points),
-        )
+        scale, vocab = self.scale, self.vocab_size
+        ffn = ffn_width(model, scale, vocab)
+        flags = {**scale.flags, "ffn_hidden_size": ffn, "seed": seed, **model.flags}
+        for name in ("train_iters", "save_interval", "eval_interval"):
+            flags[name] *= model.longer
+        for name in ("lr", "min_lr"):
+            flags[name] = _rounded(flags[name] * rates[0] * model.rates[0])
+        if model.family == "moe":
+            flags["moe_ffn_hidden_size"] = ffn
+        if model.rows:
+            flags["memory_lr"] = _rounded(flags.pop("memory_lr") * rates[1] * model.rates[1])
+        counts = flops_per_token(flags, vocab), *parameters(flags, vocab)
+        keep = seed == scale.seeds[0] and model == scale.taught
+        return Run(part, model, seed, rates, flags, self.stamp, *counts, keep)
 
-    def _teach(self, trained: Run, name: str, rate: float, flags: Flags) -> Run:
-        """The same model again, from where `trained` ended, on the new facts alone."""
-        scale, before = self.scale, trained.flags
-        lr, memory_lr = before["lr"], before["memory_lr"]
-        assert isinstance(lr, float) and isinstance(memory_lr, float)
-        changed: Flags = {
-            "train_iters": scale.new_iterations,
-            "save_interval": scale.new_iterations,
-            "eval_interval": scale.new_iterations,
-            "log_interval": min(scale.log_interval, scale.new_iterations),
-            "lr_warmup_iters": max(1, scale.new_iterations // 20),
-            "lr": _rounded(lr * rate),
-            "min_lr": _rounded(lr * rate / 20),
-            "memory_lr": _rounded(memory_lr * rate),
-        }
-        return Run(
-            group="continual",
-            model=Model(name, trained.model.family, trained.model.flags),
-            seed=trained.seed,
-            rates=(rate, rate),
-            flags={**before, **changed, **flags},
-            stamp=f"{self.stamp}, then {scale.new_facts} new",
-            corpus="new",
-            start=trained.key,
-            flops=trained.flops,
-            parameters=trained.parameters,
-            table=trained.table,
-            points=(scale.new_iterations,),
-        )
-
-    def _methods(self) -> list[tuple[str, float, Flags]]:
-        """Ways to teach: what it is called, the factor of both rates, what it changes."""
-        rows = self.scale.new_rows
-        lazy: Flags = {"memory_optimizer": "lazy_adamw"}
-        methods: dict[str, tuple[str, Flags]] = {
+    def _taught(self, trained: Run) -> list[Run]:
+        """The runs that go on from a trained one, on the new facts alone."""
+        new, rows = self.scale.new, self.scale.new["rows"]
+        lazy = {"memory_optimizer": "lazy_adamw"}
+        ways: dict[str, tuple[str, Flags]] = {
             "full": ("full finetuning", {}),
             "table": ("the table alone", {**lazy, "lr": 0.0, "min_lr": 0.0}),
             "sparse": (f"{rows:,} rows a step alone", {**lazy, "memory_finetune_rows": rows}),
         }
-        return [
-            (f"{methods[way][0]} x{rate:g}", rate, methods[way][1])
-            for way, rates in self.scale.new_rates.items()
-            for rate in rates
-        ]
+        runs = []
+        for way, factor in ((way, factor) for way, all_ in new["rates"].items() for factor in all_):
+            (name, changed), was = ways[way], trained.flags
+            lower = {rate: _rounded(was[rate] * factor) for rate in ("lr", "min_lr", "memory_lr")}
+            taught = replace(
+                trained,
+                model=replace(trained.model, name=f"{name} x{factor:g}"),
+                rates=(factor, factor),
+                flags={**was, **new["flags"], **lower, **changed},
+                stamp=f"{self.stamp}, then {new['facts']} new",
+                keep=False,
+                corpus="new",
+                start=trained.key,
+            )
+            runs.append(taught)
+        return runs
 
 
-def words(flags: Flags) -> list[str]:
+def words(flags: Mapping[str, Any]) -> list[str]:
     """Flags as a command line has them."""
     said: list[str] = []
     for name, value in flags.items():
-        if value is False:
-            continue
-        said.append("--" + name.replace("_", "-"))
-        if value is not True:
-            values = value if isinstance(value, tuple | list) else (value,)
-            said += map(str, values)
+        if value is not False:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            said += ["--" + name.replace("_", "-"), *map(str, values)]
     return said
 
 
 def unique(runs: Iterable[Run]) -> list[Run]:
     """Each key once: the first run that has it."""
     return list({run.key: run for run in reversed(list(runs))}.values())[::-1]
-
-
-def stamp_of(settings: object) -> str:
-    """What a corpus was made from, in one line, for the key of a run."""
-    return json.dumps(asdict(settings), sort_keys=True)  # type: ignore[call-overload]
 
 
 def _rounded(rate: float) -> float:

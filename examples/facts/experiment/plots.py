@@ -1,23 +1,22 @@
 """Pictures of results.json: facts known against rows, tokens and training time; bits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import matplotlib
 
-from experiment.records import curve, final
-from experiment.report import bits_per_parameter, of_group
+from experiment.report import Results, Runs, bits_per_parameter, known, runs_of, tokens_at
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import FuncFormatter  # noqa: E402
+from matplotlib.ticker import EngFormatter, StrMethodFormatter  # noqa: E402
 
-Runs = Sequence[Mapping[str, Any]]
+Groups = Mapping[str, Runs]
 
-SIZE, DPI = (7.5, 4.8), 150
 # of each family, so that a model looks the same in every picture
 COLORS = {
     "dense": "#444444",
@@ -27,175 +26,108 @@ COLORS = {
     "memory": "#1b9e77",
     "memory+": "#1f6fb4",
 }
+LINES = {"dense": "-", "dense 2x": "--", "moe": "-."}
 MARKERS = "osD^vP"
 
 
-def draw(results: Mapping[str, Any], output: Path) -> list[str]:
+def draw(results: Results, output: Path) -> list[str]:
     """Write what can be drawn of the finished runs; return the names of the files."""
-    groups = of_group(results, "main")
+    groups = runs_of(results, "main")
     if not groups:
         return []
-    on_gpu = results["scale"]["device"] == "gpu"
-    pictures = {"facts_by_tokens.png": by_tokens, "bits_per_parameter.png": by_bits}
+    with _picture(output / "facts_by_tokens.png", "tokens trained on", "facts known") as axes:
+        axes.xaxis.set_major_formatter(EngFormatter())
+        for name, runs in groups.items():
+            _line(axes, groups, name, [tokens_at(results, point) for point in runs[0]["points"]])
+    with _picture(output / "bits_per_parameter.png", "", "bits known per parameter") as axes:
+        heights = [bits_per_parameter(runs) for runs in groups.values()]
+        bars = axes.bar(list(groups), heights, color=[_shade(groups, name) for name in groups])
+        axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+        axes.tick_params(axis="x", rotation=30)
+    written = ["facts_by_tokens.png", "bits_per_parameter.png"]
     # a single size of table makes no curve
     if len({runs[0]["rows"] for runs in groups.values()} - {0}) > 1:
-        pictures["facts_by_rows.png"] = by_rows
-    written = []
-    for name, picture in pictures.items():
-        figure, axes = plt.subplots(figsize=SIZE, dpi=DPI, layout="constrained")
-        picture(axes, groups)
-        _save(figure, output / name)
-        written.append(name)
-    dense = _seconds(groups.get("dense", []))
+        written.append("facts_by_rows.png")
+        with _picture(output / written[-1], "rows of the value table", "facts known") as axes:
+            _by_rows(axes, groups)
+    on_gpu, dense = results["scale"]["device"] == "gpu", groups.get("dense", [])
     if on_gpu or dense:
-        figure, axes = plt.subplots(figsize=SIZE, dpi=DPI, layout="constrained")
-        by_time(axes, groups, None if on_gpu else dense)
-        _save(figure, output / "facts_by_time.png")
+        # on a CPU in units of what dense took for all of it
+        unit = 1.0 if on_gpu else mean(run["seconds"][-1] for run in dense)
+        label = "training time, dense = 1 (CPU, a ratio within this experiment)"
+        label = "seconds of training" if on_gpu else label
         written.append("facts_by_time.png")
+        with _picture(output / written[-1], label, "facts known") as axes:
+            for name, runs in groups.items():
+                seconds = zip(*(run["seconds"] for run in runs), strict=True)
+                _line(axes, groups, name, [mean(at) / unit for at in seconds])
     return written
 
 
-def by_rows(axes: Axes, groups: Mapping[str, Runs]) -> None:
-    """Memories at their rows; models without a table as lines across."""
-    grown = [runs for runs in groups.values() if runs[0]["family"] == "memory+"]
-    grown.sort(key=lambda runs: runs[0]["rows"])
-    for phrasing, style in (("question", "-"), ("unseen", "--")):
-        if grown:
-            label = "memory+" if phrasing == "question" else "memory+, asked in unseen words"
-            axes.errorbar(
-                [runs[0]["rows"] for runs in grown],
-                [mean(_facts(runs, phrasing)) for runs in grown],
-                [_deviation(_facts(runs, phrasing)) for runs in grown],
-                linestyle=style,
-                marker="o",
-                capsize=3,
-                color=COLORS["memory+"],
-                alpha=1.0 if phrasing == "question" else 0.6,
-                label=label,
-            )
-    for name, runs in groups.items():
-        family, facts = runs[0]["family"], _facts(runs)
-        if family in ("memory", "peer"):
-            color = COLORS[family]
-            axes.errorbar(
-                [runs[0]["rows"]],
-                [mean(facts)],
-                [_deviation(facts)],
-                marker="D",
-                capsize=3,
-                linestyle="none",
-                color=color,
-                label=name,
-            )
-        elif not runs[0]["rows"]:
-            axes.axhline(mean(facts), color=COLORS[family], linestyle=_across(family), label=name)
-    rows = sorted({runs[0]["rows"] for runs in groups.values() if runs[0]["rows"]})
-    if rows:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([runs[0]["rows"] for runs in grown] or rows)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
-        axes.minorticks_off()
-    _finish(axes, "rows of the value table", "facts known")
-
-
-def by_tokens(axes: Axes, groups: Mapping[str, Runs]) -> None:
-    """Facts known at every probed point of training."""
-    shades = _shades(groups)
-    for name, runs in groups.items():
-        tokens = [probe["tokens"] for probe in curve(runs[0], "question")]
-        _line(axes, name, runs, [0, *tokens], shades[name])
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: _short(n)))
-    _finish(axes, "tokens trained on", "facts known")
-
-
-def by_time(axes: Axes, groups: Mapping[str, Runs], dense: float | None) -> None:
-    """The same against seconds of training; on a CPU in units of what dense took for all of it."""
-    unit, shades = dense or 1.0, _shades(groups)
-    for name, runs in groups.items():
-        seconds = [mean(at) for at in _columns(runs, "seconds") if all(s is not None for s in at)]
-        if len(seconds) == len(curve(runs[0], "question")):
-            _line(axes, name, runs, [0, *(s / unit for s in seconds)], shades[name])
-    label = "training time, dense = 1 (CPU, a ratio within this experiment)"
-    _finish(axes, label if dense else "seconds of training", "facts known")
-
-
-def by_bits(axes: Axes, groups: Mapping[str, Runs]) -> None:
-    """Bits known for each parameter, tables included."""
-    names = list(groups)
-    heights = [bits_per_parameter(runs) for runs in groups.values()]
-    shades = _shades(groups)
-    bars = axes.bar(names, heights, color=[shades[name] for name in names])
-    axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
-    axes.tick_params(axis="x", rotation=30)
-    _finish(axes, "", "bits known per parameter", legend=False)
-
-
-def _shades(groups: Mapping[str, Runs]) -> dict[str, Any]:
-    """A color for every model: its family's; of Memory+, the more rows, the darker."""
-    shades: dict[str, Any] = {name: COLORS[runs[0]["family"]] for name, runs in groups.items()}
-    grown = [name for name, runs in groups.items() if runs[0]["family"] == "memory+"]
-    for place, name in enumerate(sorted(grown, key=lambda name: groups[name][0]["rows"]), 1):
-        shades[name] = plt.get_cmap("Blues")(0.35 + 0.65 * place / len(grown))
-    return shades
-
-
-def _line(axes: Axes, name: str, runs: Runs, places: Sequence[float], color: Any) -> None:
-    family, size = runs[0]["family"], runs[0]["rows"]
-    points = [[0.0], *_columns(runs, "facts")]
-    axes.errorbar(
-        places,
-        [mean(column) for column in points],
-        [_deviation(column) for column in points],
-        label=name,
-        color=color,
-        marker=MARKERS[size.bit_length() // 2 % len(MARKERS)] if size else "x",
-        linestyle="-" if size else _across(family),
-        capsize=2,
-    )
-
-
-def _columns(runs: Runs, number: str) -> list[list[Any]]:
-    """For each probed point of training, one value of every seed."""
-    curves = [[probe[number] for probe in curve(run, "question")] for run in runs]
-    return [list(column) for column in zip(*curves, strict=True)]
-
-
-def _facts(runs: Runs, phrasing: str = "question") -> list[float]:
-    return [final(run, phrasing)["facts"] for run in runs]
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return stdev(values) if len(values) > 1 else 0.0
-
-
-def _seconds(runs: Runs) -> float:
-    """Mean training time of all of it; 0 where it was not measured."""
-    seconds = [final(run, "question")["seconds"] for run in runs]
-    return mean(seconds) if seconds and all(seconds) else 0.0
-
-
-def _across(family: str) -> str:
-    return {"dense": "-", "dense 2x": "--"}.get(family, "-.")
-
-
-def _short(number: float) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:g} {unit}"
-    return f"{number:g}"
-
-
-def _finish(axes: Axes, x: str, y: str, legend: bool = True) -> None:
+@contextmanager
+def _picture(path: Path, x: str, y: str) -> Iterator[Axes]:
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), dpi=150, layout="constrained")
+    yield axes
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if legend:
+    if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-
-
-def _save(figure: Any, path: Path) -> None:
     figure.savefig(path)
     plt.close(figure)
+
+
+def _by_rows(axes: Axes, groups: Groups) -> None:
+    """Memories at their rows; models without a table as lines across."""
+    grown = [runs for runs in groups.values() if runs[0]["family"] == "memory+"]
+    grown.sort(key=lambda runs: runs[0]["rows"])
+    rows, blue = [runs[0]["rows"] for runs in grown], COLORS["memory+"]
+    if grown:
+        _points(axes, rows, map(known, grown), color=blue, label="memory+", marker="o")
+        unseen = [[run["corpus"]["unseen"] for run in runs] for runs in grown]
+        style = {"linestyle": "--", "marker": "o", "alpha": 0.6}
+        _points(axes, rows, unseen, color=blue, label="memory+, asked in unseen words", **style)
+    for name, runs in groups.items():
+        family, size = runs[0]["family"], runs[0]["rows"]
+        if family in ("memory", "peer"):
+            style = {"linestyle": "none", "marker": "D", "color": COLORS[family]}
+            _points(axes, [size], [known(runs)], label=name, **style)
+        elif not size:
+            style = {"linestyle": LINES[family], "color": COLORS[family]}
+            axes.axhline(mean(known(runs)), label=name, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(rows or sorted({runs[0]["rows"] for runs in groups.values()} - {0}))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.minorticks_off()
+
+
+def _shade(groups: Groups, name: str) -> Any:
+    """The color of a model's family; of Memory+, the more rows, the darker."""
+    first = groups[name][0]
+    if first["family"] != "memory+":
+        return COLORS[first["family"]]
+    sizes = sorted(runs[0]["rows"] for runs in groups.values() if runs[0]["family"] == "memory+")
+    return plt.get_cmap("Blues")(0.35 + 0.65 * (sizes.index(first["rows"]) + 1) / len(sizes))
+
+
+def _line(axes: Axes, groups: Groups, name: str, places: Sequence[float]) -> None:
+    """Facts known from the start on, at these places of the probed points."""
+    runs, size = groups[name], groups[name][0]["rows"]
+    facts = zip(*([0.0, *run["corpus"]["facts"]] for run in runs), strict=True)
+    style = {
+        "color": _shade(groups, name),
+        "marker": MARKERS[size.bit_length() // 2 % len(MARKERS)] if size else "x",
+        "linestyle": "-" if size else LINES[runs[0]["family"]],
+    }
+    _points(axes, [0, *places], facts, label=name, capsize=2, **style)
+
+
+def _points(
+    axes: Axes, places: Any, values: Iterable[Sequence[float]], capsize: int = 3, **style: Any
+) -> None:
+    """The mean over the seeds at every place, and its deviation."""
+    spread = [(mean(found), stdev(found) if len(found) > 1 else 0.0) for found in values]
+    axes.errorbar(places, *zip(*spread, strict=True), capsize=capsize, **style)

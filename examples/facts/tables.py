@@ -1,0 +1,38 @@
+"""Tables as markdown and for a terminal."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.table import Table
+
+
+class Sheet(NamedTuple):
+    """Rows under columns; notes stand below them.
+
+    Attributes:
+        brief: places of the columns that a console has room for; all where empty.
+        sections: places of the rows that have a line below them on a console.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    brief: Sequence[int] = ()
+    sections: Sequence[int] = ()
+
+    def markdown(self) -> str:
+        """Its rows under its columns."""
+        head, *body = ("| " + " | ".join(line) + " |" for line in (self.columns, *self.rows))
+        return "\n".join([head, "|---" * len(self.columns) + "|", *body])
+
+    def table(self) -> Table:
+        """The same for a terminal; words to the left, numbers to the right."""
+        table = Table(title=self.title, title_justify="left", caption_justify="left")
+        table.caption = "\n".join(self.notes) or None
+        places = self.brief or range(len(self.columns))
+        for place in places:
+            table.add_column(self.columns[place], justify="right" if place else "left")
+        for number, row in enumerate(self.rows):
+            table.add_row(*(row[place] for place in places), end_section=number in self.sections)
+        return table
