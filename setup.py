@@ -19,7 +19,7 @@ setup(
     # `megamem patch` finds its patches also where there is no checkout
     packages=[*find_packages(include=["megamem", "megamem.*"]), "megamem.patches"],
     package_dir={"megamem.patches": "patches"},
-    package_data={"megamem.patches": ["*/*"]},
+    package_data={"megamem": ["py.typed"], "megamem.patches": ["*/*"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6",

@@ -5,7 +5,7 @@
 
 The megatron-core wheel holds the training loop but no script that starts it; this is one. It takes
 every flag of Megatron-LM's pretrain_gpt.py except those in UNSUPPORTED, and gives the same losses
-bit for bit. What the releases of Megatron want to be told differently is in megamem's compat.
+bit for bit. What the releases of Megatron want to be told differently is in megatron_releases.py.
 
 Nothing here knows of memory layers: the launcher brings them in.
 """
@@ -15,6 +15,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+import megatron_releases
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -29,7 +30,6 @@ from torch import Tensor
 from torch.nn import Module
 
 from megamem.config import ConfigurationError
-from megamem.megatron import compat
 
 BATCH_FIELDS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask")
 # settings that change what a batch or the loss is
@@ -46,7 +46,7 @@ def model_provider(
     vp_stage: int | None = None,
     config: TransformerConfig | None = None,
     pg_collection: ProcessGroupCollection | None = None,
-    build: Callable[..., Any] = compat.build_gpt,
+    build: Callable[..., Any] = megatron_releases.build_gpt,
 ) -> Any:
     """The pipeline stage of the model described by the command line."""
     args = get_args()
@@ -61,7 +61,7 @@ def get_batch(data_iterator: Iterator[dict] | None, vp_stage: int | None) -> dic
     """This rank's part of the next microbatch; a stage in the middle of the pipeline has none."""
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(BATCH_FIELDS)
-    return compat.next_batch(data_iterator, BATCH_FIELDS)
+    return megatron_releases.next_batch(data_iterator, BATCH_FIELDS)
 
 
 def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -113,10 +113,12 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> li
     return BlendedMegatronDatasetBuilder(kind, num_samples, lambda: reads, config).build()
 
 
-def main(build: Callable[..., Any] = compat.build_gpt) -> None:
+def main(build: Callable[..., Any] = megatron_releases.build_gpt) -> None:
     """Read the command line and train what `build` makes of it."""
     provider = partial(model_provider, build=build)
-    compat.train(datasets_provider, provider, forward_step, {"tokenizer_type": "GPT2BPETokenizer"})
+    megatron_releases.train(
+        datasets_provider, provider, forward_step, {"tokenizer_type": "GPT2BPETokenizer"}
+    )
 
 
 if __name__ == "__main__":

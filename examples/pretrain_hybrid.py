@@ -8,9 +8,8 @@ A pattern gives every attention (*), feed-forward (-) and mixture of experts (E)
 Layers are counted from 0, here 3 is the second feed-forward; a memory takes the place of one.
 """
 
+from megatron_releases import build_hybrid
 from pretrain_gpt import main
-
-from megamem.megatron.compat import build_hybrid
 
 if __name__ == "__main__":
     main(build_hybrid)

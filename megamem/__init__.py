@@ -7,7 +7,12 @@ if TYPE_CHECKING:
     from megamem.layers.memory import MemoryLayer
     from megamem.layers.memory_pool import MemoryPool
     from megamem.megatron.arguments import add_memory_flags, spec_from_args
+    from megamem.megatron.model.builders import MemoryGPTModelConfig, MemoryHybridModelConfig
+    from megamem.megatron.model.hybrid import memory_stack_spec
     from megamem.megatron.model.layer_specs import memory_layer_spec
+    from megamem.megatron.model.memory_mlp import register_tables
+    from megamem.megatron.optimizer.with_memory import with_memory
+    from megamem.megatron.startup.checks import check
     from megamem.optimizer import StepOptions, TableOptimizer
     from megamem.parallel.memory_group import MemoryGroup
     from megamem.resolution import resolve
@@ -18,22 +23,30 @@ __version__ = "0.1.0"
 _HOMES = {
     "ConfigurationError": "megamem.config",
     "MemoryConfig": "megamem.config",
+    "MemoryGPTModelConfig": "megamem.megatron.model.builders",
     "MemoryGroup": "megamem.parallel.memory_group",
+    "MemoryHybridModelConfig": "megamem.megatron.model.builders",
     "MemoryLayer": "megamem.layers.memory",
     "MemoryPool": "megamem.layers.memory_pool",
     "MemorySpec": "megamem.spec",
     "StepOptions": "megamem.optimizer",
     "TableOptimizer": "megamem.optimizer",
     "add_memory_flags": "megamem.megatron.arguments",
+    "check": "megamem.megatron.startup.checks",
     "memory_layer_spec": "megamem.megatron.model.layer_specs",
+    "memory_stack_spec": "megamem.megatron.model.hybrid",
+    "register_tables": "megamem.megatron.model.memory_mlp",
     "resolve": "megamem.resolution",
     "spec_from_args": "megamem.megatron.arguments",
+    "with_memory": "megamem.megatron.optimizer.with_memory",
 }
 
 __all__ = [
     "ConfigurationError",
     "MemoryConfig",
+    "MemoryGPTModelConfig",
     "MemoryGroup",
+    "MemoryHybridModelConfig",
     "MemoryLayer",
     "MemoryPool",
     "MemorySpec",
@@ -41,9 +54,13 @@ __all__ = [
     "TableOptimizer",
     "__version__",
     "add_memory_flags",
+    "check",
     "memory_layer_spec",
+    "memory_stack_spec",
+    "register_tables",
     "resolve",
     "spec_from_args",
+    "with_memory",
 ]
 
 

@@ -121,8 +121,7 @@ def _main(words: list[str]) -> int:
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigurationError(f"unknown command {name}{hint}; there is: {', '.join(COMMANDS)}")
     module = importlib.import_module(COMMANDS[name][0])
-    # a module with a main takes its command line apart itself
-    return module.main(rest) if hasattr(module, "main") else module.run(parse(name, rest))
+    return module.run(parse(name, rest))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """From what a person asks for to what it means: the only place where a MemorySpec is made."""
 
-from datetime import timedelta
 from typing import Literal
 
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.layers.variants import VARIANTS, Variant
 from megamem.parallel.routing import choose_wire
 from megamem.parallel.traffic import choose_layout, divisors, mode_problem
-from megamem.spec import PATIENCE, Layout, MemorySpec, Mode
+from megamem.spec import Layout, MemorySpec, Mode
 
 
 def resolve(
@@ -22,7 +21,7 @@ def resolve(
     network: float = 45e9,
     seed: int = 1234,
     tokens_vary: bool = False,
-    timeout: timedelta = PATIENCE,
+    timeout_minutes: float = 10,
 ) -> MemorySpec:
     """Fill in every width of a model of this hidden size, and decide how tables lie over its ranks.
 
@@ -37,7 +36,7 @@ def resolve(
         link, network: bytes per second and rank, inside a node and between nodes.
         seed: of the run.
         tokens_vary: sequences of different lengths may reach the ranks that share a table.
-        timeout: of the collectives of a memory group.
+        timeout_minutes: how long a collective of a memory group may wait for a rank.
 
     Raises:
         ConfigurationError: the settings cannot work with this hidden size or these ranks.
@@ -95,7 +94,7 @@ def resolve(
         check_row_ids=config.memory_check_row_ids,
         tokens_vary=tokens_vary,
         seed=seed,
-        timeout=timeout,
+        timeout_minutes=timeout_minutes,
         optimizer=config.memory_optimizer,
         stochastic_rounding=config.memory_stochastic_rounding,
         lr=_or_model(config.memory_lr),

@@ -15,9 +15,6 @@ Optimizer = Literal["adamw", "lazy_adamw", "rowwise_adamw", "sgd"]
 OfModel = Literal["model"]
 """In place of a number: whatever the model itself is trained with."""
 
-PATIENCE = timedelta(minutes=10)
-"""How long a collective may wait for a rank, where nobody says."""
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -79,8 +76,8 @@ class MemorySpec:
     """Sequences of different lengths may reach the ranks that share a table."""
     seed: int
     """Of the run: the initial weights depend on it."""
-    timeout: timedelta
-    """Of the collectives between the ranks that share a table."""
+    timeout_minutes: float
+    """How long a collective between the ranks that share a table may wait for one of them."""
 
     optimizer: Optimizer
     stochastic_rounding: bool
@@ -99,6 +96,10 @@ class MemorySpec:
     def num_rows(self) -> int:
         """R, the rows of one value table."""
         return self.num_keys**2
+
+    @property
+    def timeout(self) -> timedelta:
+        return timedelta(minutes=self.timeout_minutes)
 
     @property
     def lookups_per_token(self) -> int:

@@ -18,14 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # the host script lies one folder up; ahead of a Megatron checkout's script of the same name
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from megatron_releases import initialize  # noqa: E402
 from pretrain_gpt import model_provider  # noqa: E402
-
-from megamem.megatron import compat  # noqa: E402
 
 
 def main() -> None:
     """Build the model, count, print."""
-    args = compat.initialize()
+    args = initialize()
     (model,) = training.get_model(model_provider, wrap_with_ddp=False)
     length = args.seq_length
     tokens_BS = torch.randint(args.padded_vocab_size, (args.micro_batch_size, length)).cuda()

@@ -12,10 +12,10 @@ training never used of the fact, both in either. --probe-iterations 100 200 asks
 of one run, one after the other; both-at-last asks the last of them in either.
 
 Prints one row per relation: facts asked, answered exactly, accuracy, and the accuracy of always
-giving the relation's commonest answer. Held-out facts, which no training document states, are a row
-of their own: what the model gets right there it guessed. An answer is right when greedy decoding
-would write exactly it and stop. That is so if and only if, with the answer fed in, the likeliest
-next token is the right one at every position of it, so one forward scores a batch of questions.
+giving the relation's commonest answer. What a model gets right of held-out facts, which no training
+document states, it guessed. An answer is right when greedy decoding would write exactly it and
+stop. That is so if and only if, with the answer fed in, the likeliest next token is the right one
+at every position of it, so one forward scores a batch of questions.
 
 The JSON has the last checkpoint's first phrasing at its top, and under `probes` every checkpoint
 and phrasing, relation by relation, held in and held out.
@@ -47,10 +47,10 @@ from torch.nn import Module
 
 # the host script lies one folder up; ahead of a Megatron checkout's script of the same name
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from megatron_releases import initialize  # noqa: E402
 from pretrain_gpt import model_provider  # noqa: E402
 
 from megamem.config import ConfigurationError  # noqa: E402
-from megamem.megatron import compat  # noqa: E402
 
 BOTH = ("question", "unseen")
 PHRASINGS = {"question": BOTH[:1], "unseen": BOTH[1:], "both": BOTH, "both-at-last": BOTH}
@@ -232,45 +232,39 @@ def _from_last_stage(tensor: Tensor) -> Tensor:
     return on_device.cpu()
 
 
-def score_by_relation(questions: Sequence[Question], right: Sequence[bool]) -> list[dict[str, Any]]:
-    """A row for each relation, by their names; chance is the share of its commonest answer."""
-    rows: dict[str, list[tuple[str, bool]]] = defaultdict(list)
+def score_by_relation(
+    questions: Sequence[Question], right: Sequence[bool], all_of_them: str
+) -> list[dict[str, Any]]:
+    """A row for each relation, by their names, then one for all of them where there are any.
+
+    Chance is the accuracy of giving every question its relation's commonest answer.
+    """
+    groups: dict[str, list[tuple[str, bool]]] = defaultdict(list)
     for question, is_right in zip(questions, right, strict=True):
-        rows[question.relation].append((question.answer, is_right))
-    return [
-        _score(
-            name, len(row), sum(right for _, right in row), max(Counter(a for a, _ in row).values())
-        )
-        for name, row in sorted(rows.items())
-    ]
-
-
-def total(name: str, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """All relations as one; chance is what the relations' commonest answers get together."""
-    asked, right = (sum(score[key] for score in scores) for key in ("asked", "right"))
-    return _score(name, asked, right, sum(score["chance"] * score["asked"] for score in scores))
-
-
-def _score(name: str, asked: int, right: int, by_chance: float) -> dict[str, Any]:
-    shares = {"accuracy": right / asked, "chance": by_chance / asked}
-    return {"relation": name, "asked": asked, "right": right, **shares}
+        groups[question.relation].append((question.answer, is_right))
+    rows = [(name, [group]) for name, group in sorted(groups.items())]
+    rows += [(all_of_them, [*groups.values()])] if groups else []
+    scores = []
+    for name, chosen in rows:
+        asked, hits = sum(map(len, chosen)), sum(right for group in chosen for _, right in group)
+        commonest = sum(max(Counter(answer for answer, _ in group).values()) for group in chosen)
+        shares = {"accuracy": hits / asked, "chance": commonest / asked}
+        scores.append({"relation": name, "asked": asked, "right": hits, **shares})
+    return scores
 
 
 def render(probe: Mapping[str, Any], title: str) -> Table:
     """Scores and totals as a table for people."""
-    rows = [
-        (name, f"{asked:,}", f"{right:,}", f"{accuracy:.1%}", f"{chance:.1%}")
-        for name, asked, right, accuracy, chance in map(
-            dict.values, [*probe["scores"], *probe["totals"]]
-        )
-    ]
+    rows = []
+    for name, asked, right, accuracy, chance in map(dict.values, probe["scores"] + probe["totals"]):
+        rows.append((name, f"{asked:,}", f"{right:,}", f"{accuracy:.1%}", f"{chance:.1%}"))
     columns = ("relation", "asked", "right", "accuracy", "commonest answer")
     return Sheet(title, columns, rows, sections=[len(probe["scores"]) - 1]).table()
 
 
 def main() -> None:
     """Load, ask, print, write JSON."""
-    args = compat.initialize(add_probe_args)
+    args = initialize(add_probe_args)
     check_args(args)
     args.no_load_optim = args.no_load_rng = True
     model = get_model(model_provider, wrap_with_ddp=False)
@@ -286,7 +280,8 @@ def main() -> None:
 
     probes: list[dict[str, Any]] = []
     checkpoints = args.probe_iterations or [None]
-    for place, args.ckpt_step in enumerate(checkpoints, 1):
+    for place, wanted in enumerate(checkpoints, 1):
+        args.ckpt_step = wanted
         # of the checkpoint before, if any
         args.consumed_train_samples = args.consumed_valid_samples = 0
         iteration, _ = load_checkpoint(model, None, None)
@@ -298,11 +293,10 @@ def main() -> None:
             right = asker.right_answers(asked, console)
             if not reports:
                 continue
-            scores = score_by_relation(asked[:held_in], right[:held_in])
-            control = score_by_relation(asked[held_in:], right[held_in:])
-            named = (("all held in", scores), ("held out (control)", control))
-            totals = [total(row, found) for row, found in named if found]
-            probe = {"scores": scores, "control": control, "totals": totals}
+            scores = score_by_relation(asked[:held_in], right[:held_in], "all held in")
+            control = score_by_relation(asked[held_in:], right[held_in:], "held out (control)")
+            totals = scores[-1:] + control[-1:]
+            probe = {"scores": scores[:-1], "control": control[:-1], "totals": totals}
             probes.append({"iteration": iteration, "phrasing": name, **probe})
             title = f"{args.load}, iteration {iteration}: closed-book exact match"
             console.print(

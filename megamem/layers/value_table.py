@@ -82,7 +82,11 @@ class ValueTable(nn.Module):
         self.metrics: TableMetrics | None = None
 
     def learn_with(self, gradient: RowGradient, reads: ReadCounter | None = None) -> None:
-        """Add gradients to one that an optimizer owns, from now on, and count what is read."""
+        """Add gradients to one that an optimizer owns, from now on, and count what is read.
+
+        Autograd makes none any longer.
+        """
+        self.weight.requires_grad_(False)
         self.gradient, self.reads = gradient, reads
         for name, count in reads.state.items() if reads else ():
             self.register_buffer(name, count)

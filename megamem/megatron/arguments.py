@@ -3,11 +3,8 @@
 import argparse
 import dataclasses
 import os
-from collections.abc import Iterable
-from datetime import timedelta
 
 from megatron.training.argument_utils import ArgumentGroupFactory
-from torch import nn
 
 from megamem.config import MemoryConfig, flag
 from megamem.resolution import resolve
@@ -16,17 +13,15 @@ from megamem.spec import MemorySpec
 GPUS_PER_NODE = 8
 """Where the launcher does not say."""
 
-ATTRIBUTE = "megamem"
-"""Where a TransformerConfig carries the MemorySpec, and nothing where memory is off."""
-
 
 def add_memory_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """One flag for each field of MemoryConfig, its docstring as help; returns the parser.
 
-    Fit for the `extra_args_provider` of Megatron's `initialize_megatron` and
-    `parse_and_validate_args`.
+    Fit for the `extra_args_provider` of Megatron's `parse_and_validate_args`. A second call changes
+    nothing, so that a script that adds the flags runs through the launcher, too.
     """
-    ArgumentGroupFactory(MemoryConfig).build_group(parser, "memory")
+    if flag("memory_layers") not in parser._option_string_actions:
+        ArgumentGroupFactory(MemoryConfig).build_group(parser, "memory")
     return parser
 
 
@@ -52,7 +47,7 @@ def spec_from_args(args: argparse.Namespace) -> MemorySpec | None:
         seed=args.seed,
         tokens_vary=tokens_vary(args),
         # as long as Megatron's own collectives wait
-        timeout=timedelta(minutes=args.distributed_timeout_minutes),
+        timeout_minutes=args.distributed_timeout_minutes,
     )
 
 
@@ -65,13 +60,6 @@ def run_spec(args: argparse.Namespace) -> MemorySpec | None:
     if _made is None or _made[0] is not args:
         _made = (args, spec_from_args(args))
     return _made[1]
-
-
-def spec_of_model(chunks: Iterable[nn.Module]) -> MemorySpec | None:
-    """The spec that a model was built with, or None for one without memories."""
-    configs = [getattr(chunk, "config", None) for chunk in chunks]
-    found = (getattr(config, ATTRIBUTE, None) for config in configs)
-    return next((spec for spec in found if spec is not None), None)
 
 
 def tokens_vary(args: argparse.Namespace) -> bool:

@@ -1,25 +1,33 @@
-"""Where megamem enters Megatron: eleven functions replaced at run time, none of its files changed.
+"""Where megamem enters Megatron: ten functions replaced at run time, none of its files changed.
+
+For scripts that are not changed either. A script of one's own calls the same things by name, as
+examples/own_script.py does; beside each is the place in Megatron that would make it unnecessary.
 
 At start, by install():
 
     add_megatron_arguments             the --memory-* flags
+                                       (a flag that names a module with an extra_args_provider)
     validate_args                      what cannot work is refused, the rest is installed
+                                       (a list of functions to call with the validated arguments)
     core_transformer_config_from_args  the spec travels to the model
+                                       (a field for extensions in TransformerConfig)
 
 Once the flags are known and name memory layers, by install_memory():
 
     GPTModel.__init__                  layer specs get memories, the model gets their tables
+                                       (a flag for model_config_cls of gpt_config_from_args, 0.19)
     HybridModel.__init__               the same where a pattern gives each feed-forward a layer
+                                       (the same of hybrid_config_from_args)
     get_megatron_optimizer             the tables' own optimizer joins Megatron's
-    DistributedDataParallel
-      .scale_gradients                 the tables' gradients are scaled with the model's
+                                       (a function for optimizers in PretrainConfigContainer)
     num_floating_point_operations      memories counted in place of feed-forwards
+                                       (a method of ModelConfig)
     setup_model_and_optimizer          the flags are compared between ranks, and with the checkpoint
+                                       (a callback before the model is built, and one after)
     train_step                         a table that is not finite is named when a batch is skipped
+                                       (a callback after a step)
     training_log                       what memories did is logged beside the loss
-
-A spec slot or a documented hook would be better, and there is none: pretrain_gpt.py passes its own
-extra_args_provider, and a `--spec` can add no flags.
+                                       (a callback when Megatron logs)
 
 Without --memory-layers, setup_model_and_optimizer refuses a checkpoint that holds memories, and
 nothing else is replaced once the flags are known.
@@ -33,30 +41,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.training import arguments, training
 from megatron.training.global_vars import get_args
 
-from megamem.checkpoint import TABLES
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.errors import friendly_parser
+from megamem.layers.memory_pool import MemoryPool
 from megamem.megatron import compat
-from megamem.megatron.arguments import (
-    ATTRIBUTE,
-    add_memory_flags,
-    idle_flags,
-    run_spec,
-    spec_of_model,
-)
-from megamem.megatron.model.hybrid import memory_stack_spec
-from megamem.megatron.model.layer_specs import memory_layer_spec
-from megamem.megatron.model.memory_mlp import ValueTables
-from megamem.megatron.optimizer.background import load_background
-from megamem.megatron.optimizer.chain import find_tables
-from megamem.megatron.optimizer.with_memory import scale_tables, with_memory
+from megamem.megatron.arguments import add_memory_flags, idle_flags, run_spec
+from megamem.megatron.model import hybrid, layer_specs
+from megamem.megatron.model.carried_spec import carried_spec, carry_spec
+from megamem.megatron.model.memory_mlp import register_tables
+from megamem.megatron.optimizer.with_memory import with_memory
 from megamem.megatron.reports import sizes
 from megamem.megatron.reports.broken_tables import report_broken
 from megamem.megatron.reports.tensorboard import TrainingMetrics
@@ -64,6 +63,7 @@ from megamem.megatron.startup import checks
 from megamem.megatron.startup.rank_consistency import broadcast_from_rank0, differing_flags
 from megamem.megatron.startup.saved_model import checkpoint_problems
 from megamem.patching import replace, replace_everywhere
+from megamem.spec import MemorySpec
 
 logger = logging.getLogger("megamem")
 
@@ -89,7 +89,6 @@ def install_memory() -> None:
     if compat.HybridModel is not None:
         replace(compat.HybridModel, "__init__", _build_memories)
     replace(training, "get_megatron_optimizer", _add_table_optimizer)
-    replace(DistributedDataParallel, "scale_gradients", _scale_tables)
     replace(training, "num_floating_point_operations", _count_flops)
     replace(training, "setup_model_and_optimizer", _compare_with_ranks_and_checkpoint)
     replace(training, "train_step", _name_broken_tables)
@@ -129,9 +128,8 @@ def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
 def _carry_spec(original: Callable[..., Any]) -> Callable[..., Any]:
     def core_transformer_config_from_args(args: argparse.Namespace, *rest: Any, **more: Any) -> Any:
         config = original(args, *rest, **more)
-        if getattr(args, "memory_layers", None):
-            config.hetereogenous_dist_checkpoint = True
-            setattr(config, ATTRIBUTE, run_spec(args))
+        if getattr(args, "memory_layers", None) and (spec := run_spec(args)) is not None:
+            carry_spec(config, spec)
         return config
 
     return core_transformer_config_from_args
@@ -140,53 +138,51 @@ def _carry_spec(original: Callable[..., Any]) -> Callable[..., Any]:
 def _build_memories(original: Callable[..., Any]) -> Callable[..., Any]:
     """GPTModel's layers, and those of a hybrid model, by the name of what describes them."""
     signature = inspect.signature(original)
-    hybrid = "hybrid_stack_spec" in signature.parameters
 
     def __init__(self: MegatronModule, *rest: Any, **more: Any) -> None:
         bound = signature.bind(self, *rest, **more)
         bound.apply_defaults()
         given = bound.arguments
-        config = given["config"]
-        spec = getattr(config, ATTRIBUTE, None)
-        if spec is None:
-            return original(self, *rest, **more)
-        groups = given["pg_collection"] or ProcessGroupCollection.use_mpu_process_groups()
-        here = {"pg_collection": groups, "vp_stage": given["vp_stage"]}
-        if hybrid:
-            pattern = given["hybrid_layer_pattern"]
-            given["hybrid_stack_spec"], pools = memory_stack_spec(
-                config, given["hybrid_stack_spec"], spec, pattern, **here
-            )
-        else:
-            given["transformer_layer_spec"], pools = memory_layer_spec(
-                config, given["transformer_layer_spec"], spec, **here
-            )
+        spec, pools = carried_spec(given["config"]), {}
+        if spec is not None:
+            groups = given["pg_collection"] or ProcessGroupCollection.use_mpu_process_groups()
+            where = {"pg_collection": groups, "vp_stage": given["vp_stage"]}
+            pools = _put_memories(given, spec, where)
         original(*bound.args, **bound.kwargs)
-        if pools:
-            self.add_module(TABLES, ValueTables(config, pools))
+        register_tables(self, pools)
 
     return __init__
+
+
+def _put_memories(
+    given: dict[str, Any], spec: MemorySpec, where: dict[str, Any]
+) -> dict[str, MemoryPool]:
+    """Change the layer specs among a model's arguments; return the pools to register.
+
+    A model that was described with memories, as examples/own_script.py does, has them already.
+    """
+    config = given["config"]
+    if "hybrid_stack_spec" in given:
+        stack, pattern = given["hybrid_stack_spec"], given["hybrid_layer_pattern"]
+        if hybrid.has_memories(stack):
+            return {}
+        made = hybrid.memory_stack_spec(config, stack, spec, pattern, **where)
+        given["hybrid_stack_spec"], pools = made
+    else:
+        layers = given["transformer_layer_spec"]
+        if layer_specs.has_memories(layers):
+            return {}
+        made = layer_specs.memory_layer_spec(config, layers, spec, **where)
+        given["transformer_layer_spec"], pools = made
+    return pools
 
 
 def _add_table_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_megatron_optimizer(config: Any, chunks: Any, *rest: Any, **more: Any) -> Any:
         optimizer = original(config, chunks, *rest, **more)
-        spec = spec_of_model(chunks)
-        if spec is None:
-            return optimizer
-        optimizer = with_memory(optimizer, config, chunks, spec)
-        load_background(spec, get_args(), find_tables(chunks))
-        return optimizer
+        return with_memory(optimizer, config, chunks, get_args())
 
     return get_megatron_optimizer
-
-
-def _scale_tables(original: Callable[..., Any]) -> Callable[..., Any]:
-    def scale_gradients(self: Any, scaling_factor: Any) -> None:
-        original(self, scaling_factor)
-        scale_tables(self, scaling_factor)
-
-    return scale_gradients
 
 
 def _count_flops(original: Callable[..., Any]) -> Callable[..., Any]:

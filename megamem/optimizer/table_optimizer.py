@@ -49,6 +49,9 @@ class StepOptions:
     """Of stochastic rounding."""
 
 
+DEFAULTS = StepOptions()
+
+
 class TableOptimizer(torch.optim.Optimizer):
     """One step per batch for every table that this rank holds a piece of.
 
@@ -71,7 +74,11 @@ class TableOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, tables: Iterable[Table], spec: MemorySpec, options: StepOptions, **group: Any
+        self,
+        tables: Iterable[Table],
+        spec: MemorySpec,
+        options: StepOptions = DEFAULTS,
+        **group: Any,
     ) -> None:
         """Allocate gradients, counts and state, and hand the tables what is theirs to fill.
 

@@ -26,7 +26,6 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from megamem.config import ConfigurationError
-from megamem.errors import refuse
 
 # installed, the patches lie inside the package; in a checkout, beside it
 HOMES = (Path(__file__).parents[1] / "patches", Path(__file__).parents[2] / "patches")
@@ -63,22 +62,36 @@ class Series:
         return None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Patch, check or restore a checkout; return the exit status."""
-    args = _parser().parse_args(argv)
+def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Which checkout, and what to do with it."""
+    parser.add_argument(
+        *("--megatron-dir", "-d"),
+        type=Path,
+        default=Path("."),
+        metavar="DIR",
+        help="the checkout (default: the working directory)",
+    )
+    parser.add_argument("--check", action="store_true", help="do all but write")
+    parser.add_argument("--reverse", action="store_true", help="take the patches out again")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Patch, check or restore a checkout.
+
+    Raises:
+        ConfigurationError: it is not what the patches were made for, or cannot be written to.
+    """
     tree: Path = args.megatron_dir
+    version, series = find_release(tree)
+    done, contents = plan(tree, version, series, reverse=args.reverse)
     try:
-        version, series = find_release(tree)
-        done, contents = plan(tree, version, series, reverse=args.reverse)
         if not args.check:
             replace_files({tree / path: content for path, content in contents.items()})
-    except ConfigurationError as error:
-        return refuse(error)
     except OSError as error:
-        return refuse(
+        raise ConfigurationError(
             f"the scripts in --megatron-dir {tree} cannot be replaced ({error}); all are as they "
             f"were. Make the tree writable, {WITHOUT_PATCH}"
-        )
+        ) from error
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"Megatron-LM {version} in {tree}, patches for {series.release}:")
     for path in contents:
@@ -243,21 +256,3 @@ def _importable_from(tree: Path) -> bool:
     """Whether a script of the tree finds megamem, which may lie in the working directory only."""
     question = "import importlib.util, sys; sys.exit(importlib.util.find_spec('megamem') is None)"
     return subprocess.run([sys.executable, "-c", question], cwd=tree).returncode == 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="megamem patch",
-        description="Give the training scripts of a Megatron-LM checkout memory layers for good.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        *("--megatron-dir", "-d"),
-        type=Path,
-        default=Path("."),
-        metavar="DIR",
-        help="the checkout (default: the working directory)",
-    )
-    parser.add_argument("--check", action="store_true", help="do all but write")
-    parser.add_argument("--reverse", action="store_true", help="take the patches out again")
-    return parser

@@ -25,7 +25,6 @@ from megamem.planner import PRESETS, Cluster, Job, ModelShape, make_plan, preset
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.plan import Plan
 from megamem.resolution import resolve
-from megamem.spec import MemorySpec
 from megamem.tools.plan_tables import show_plan
 
 WIDTH_OF_A_FILE = 120
@@ -237,7 +236,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         costs[str(cost.layout)] = record
     return {
         "model": asdict(plan.job.shape),
-        "memory": _plain(plan.job.spec),
+        "memory": asdict(plan.job.spec),
         "cluster": asdict(plan.job.cluster),
         "gpu": plan.job.gpu,
         "fill": plan.job.fill,
@@ -249,7 +248,3 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "why": plan.why,
         "gpus_needed": plan.gpus_needed,
     }
-
-
-def _plain(spec: MemorySpec) -> dict[str, Any]:
-    return asdict(spec) | {"timeout": spec.timeout.total_seconds()}

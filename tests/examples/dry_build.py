@@ -17,7 +17,6 @@ import torch.distributed as dist
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megamem.checkpoint import TABLES
 from megamem.cpu.runtime import _norm_under_sequence_parallelism
 from megamem.megatron.launcher import attach
 from megamem.patching import replace
@@ -58,10 +57,12 @@ def build(world: int, flags: list[str]) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from examples import megatron_releases
     from megamem.megatron import compat
+    from megamem.megatron.optimizer.chain import find_tables
 
     sys.argv = ["pretrain_gpt.py", *flags]
-    args = compat.read_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    args = megatron_releases.read_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size, create_gloo_process_groups=False
     )
@@ -69,12 +70,12 @@ def build(world: int, flags: list[str]) -> dict[str, Any]:
     config.perform_initialization = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with torch.device("meta"):
-        model = compat.build_gpt(args, config)(groups, True, True, None)
+        model = megatron_releases.build_gpt(args, config)(groups, True, True, None)
     assert all(param.is_meta for param in model.parameters())
-    tables = getattr(model, TABLES, torch.nn.Module()).named_children()
+    tables = find_tables([model])
     return {
         "parameters": sum(param.numel() for param in model.parameters()),
-        "tables": {name: list(table.weight.shape) for name, table in tables},
+        "tables": {name: list(table.weight.shape) for name, table in tables.items()},
         "layers": [type(layer.mlp).__name__ for layer in model.decoder.layers],
     }
 

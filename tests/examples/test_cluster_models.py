@@ -154,12 +154,12 @@ def test_every_flag_set_builds_on_the_meta_device(cluster):
                 )
             continue
         places = [n for n, kind in enumerate(job["layers"]) if kind == "MemoryMLP"]
-        assert places == plan.job.memory.memory_layers
+        assert places == list(plan.job.spec.layers)
         (shape,) = job["tables"].values()
-        layout, memory = plan.asked.layout, plan.job.memory
+        layout, spec = plan.asked.layout, plan.job.spec
         assert shape == [
-            memory.num_rows // layout.row_ranks,
-            memory.value_dim // layout.column_ranks,
+            spec.num_rows // layout.row_ranks,
+            spec.value_dim // layout.column_ranks,
         ]
         # what the rank holds beside its piece of the table
         if plan.job.cluster.tensor_model_parallel_size == 1:

@@ -130,17 +130,17 @@ class Model:
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
         from megatron.core import parallel_state, tensor_parallel
 
-        from megamem.megatron import compat
+        from examples import megatron_releases
 
         sys.argv = ["pretrain_gpt.py", *flags]
-        self.args = compat.read_args()
+        self.args = megatron_releases.read_args()
         parallel_state.initialize_model_parallel(
             self.args.tensor_model_parallel_size,
             context_parallel_size=self.args.context_parallel_size,
             create_gloo_process_groups=False,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1)
-        self.build = compat.build_hybrid if hybrid else compat.build_gpt
+        self.build = megatron_releases.build_hybrid if hybrid else megatron_releases.build_gpt
         self.model = self._built(self.args)
         self.twin = None
         if twin:

@@ -34,7 +34,8 @@ def test_every_difference_is_told_with_its_ranks() -> None:
 
 def _spec_and_args(timeout: timedelta) -> tuple[MemorySpec, argparse.Namespace]:
     args = argparse.Namespace(memory_layers=[1])
-    return resolve(MemoryConfig.from_args(args), 16, timeout=timeout), args
+    minutes = timeout.total_seconds() / 60
+    return resolve(MemoryConfig.from_args(args), 16, timeout_minutes=minutes), args
 
 
 def _disagree_about_the_mode() -> None:

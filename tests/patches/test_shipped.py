@@ -16,6 +16,7 @@ from pathlib import Path
 import megatron.core
 import pytest
 
+from megamem.__main__ import main
 from megamem.config import MemoryConfig, flag
 from megamem.megatron import patches
 from megamem.tools import patch
@@ -101,12 +102,13 @@ def test_every_seam_finds_megamem(monkeypatch, seam):
 def patched_tree(tmp_path, monkeypatch) -> Path:
     """A checkout whose pretrain_gpt.py is the script of examples/, patched by the command."""
     old = SCRIPT.read_text()
-    before = old[: old.index("import torch\n")].count("\n") + 1
+    before = old[: old.index("import megatron_releases\n")].count("\n") + 1
     new = insert(old, (before, SEAM))
     write_series(tmp_path / "patches", tmp_path / "scratch", {"pretrain_gpt.py": (old, new)})
     monkeypatch.setattr(patch, "HOMES", (tmp_path / "patches",))
     root = write_tree(tmp_path / "Megatron-LM", {"pretrain_gpt.py": old})
-    assert patch.main(["--megatron-dir", str(root)]) == 0
+    shutil.copy(SCRIPT.parent / "megatron_releases.py", root)
+    assert main(["patch", "--megatron-dir", str(root)]) == 0
     return root
 
 
@@ -156,8 +158,8 @@ def checkout(request, tmp_path) -> Path:
     copy = tmp_path / "Megatron-LM"
     skip = shutil.ignore_patterns(".git", "tests", "docs", "examples", "tools", "__pycache__")
     shutil.copytree(request.param, copy, symlinks=True, ignore=skip)
-    if patch.main(["--megatron-dir", str(copy), "--check", "--reverse"]) == 0:
-        assert patch.main(["--megatron-dir", str(copy), "--reverse"]) == 0
+    if main(["patch", "--megatron-dir", str(copy), "--check", "--reverse"]) == 0:
+        assert main(["patch", "--megatron-dir", str(copy), "--reverse"]) == 0
     return copy
 
 
@@ -196,7 +198,7 @@ def test_real_checkout_there_and_back(checkout):
     ):
         for path, content in before.items():
             (checkout / path).write_bytes(content)
-        assert patch.main(["--megatron-dir", str(checkout), *words]) == 0
+        assert main(["patch", "--megatron-dir", str(checkout), *words]) == 0
         assert read() == after
 
 
@@ -211,7 +213,7 @@ def test_no_line_of_a_real_checkout_is_carried(checkout):
 
 @pytest.mark.slow
 def test_real_script_takes_the_flags_by_itself(checkout):
-    assert patch.main(["--megatron-dir", str(checkout)]) == 0
+    assert main(["patch", "--megatron-dir", str(checkout)]) == 0
     lists_memory_flags(checkout)
     if patch.find_release(checkout)[1].release != "core_v0.17.x":
         says_errors_in_one_line(checkout)
@@ -229,7 +231,7 @@ def test_real_script_trains_and_is_unchanged_without_flags(checkout):
         return launch(name, 1, *words, *flags, environment={"PYTHONPATH": folders})
 
     before = train("as released")
-    assert patch.main(["--megatron-dir", str(checkout)]) == 0
+    assert main(["patch", "--megatron-dir", str(checkout)]) == 0
     after = train("patched, without a flag")
     memory = train("patched", *MEMORY)
     assert before.losses == after.losses and before.grad_norms == after.grad_norms

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamem.hybrid_pattern import stage_layers
 from megamem.layers.memory_pool import MemoryPool
+from megamem.megatron.model.carried_spec import carry_spec
 from megamem.megatron.model.layer_specs import stage_pools, with_memory
 from megamem.spec import MemorySpec
 
@@ -43,6 +44,11 @@ class LayerByNumber:
         return build_module(spec, layer_number=layer_number, **slot)
 
 
+def has_memories(stack_spec: ModuleSpec) -> bool:
+    """Whether memory_stack_spec() made it."""
+    return stack_spec.submodules.mlp_layer.module is LayerByNumber
+
+
 def memory_stack_spec(
     config: TransformerConfig,
     stack_spec: ModuleSpec,
@@ -62,6 +68,7 @@ def memory_stack_spec(
         pg_collection: of the model.
         vp_stage: this chunk's virtual stage, where there are several.
     """
+    carry_spec(config, spec)
     layers = stage_layers(
         pattern,
         pg_collection.pp.size(),

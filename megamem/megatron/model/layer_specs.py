@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megamem.layers.memory_pool import MemoryPool
 from megamem.layers.variants import pool_of
 from megamem.megatron import compat
+from megamem.megatron.model.carried_spec import carry_spec
 from megamem.megatron.model.groups import memory_group
 from megamem.megatron.model.memory_mlp import MemoryMLP, build_pool
 from megamem.spec import MemorySpec
@@ -34,6 +35,7 @@ def memory_layer_spec(
         pg_collection: of the model.
         vp_stage: this chunk's virtual stage, where there are several.
     """
+    carry_spec(config, spec)
     pp_rank = pg_collection.pp.rank()
     block = compat.block_submodules(config, layer_spec, vp_stage, pp_rank)
     layers = compat.stage_layers(config, vp_stage, pp_rank)
@@ -44,6 +46,12 @@ def memory_layer_spec(
         for layer, own in zip(layers, block.layer_specs, strict=True)
     ]
     return TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=block.layer_norm), pools
+
+
+def has_memories(layer_spec: ModuleSpec | TransformerBlockSubmodules) -> bool:
+    """Whether memory_layer_spec() made it."""
+    own = getattr(layer_spec, "layer_specs", [])
+    return any(getattr(one.submodules.mlp, "module", None) is MemoryMLP for one in own)
 
 
 def stage_pools(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megamem.checkpoint import (
+    TABLES,
     placement_key,
     same_everywhere,
     sharded_piece,
@@ -110,6 +111,17 @@ class ValueTables(MegatronModule):
             if table.reads is not None and table.reads.in_checkpoint:
                 entries |= {f"{here}.{key}": part for key, part in counters(table).items()}
         return entries
+
+
+def register_tables(model: nn.Module, pools: dict[str, MemoryPool]) -> None:
+    """Make the tables that a model's memories read a part of the model; once for each chunk.
+
+    Args:
+        model: the chunk, a GPTModel or HybridModel.
+        pools: as memory_layer_spec() or memory_stack_spec() returned them; there may be none.
+    """
+    if pools:
+        model.add_module(TABLES, ValueTables(model.config, pools))
 
 
 def counters(table: ValueTable) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The tables' optimizer, built from Megatron's settings and joined to Megatron's own."""
 
+import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,8 +10,11 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 
+from megamem.megatron.model.carried_spec import spec_of_model
+from megamem.megatron.optimizer.background import load_background
 from megamem.megatron.optimizer.chain import ChainWithTables, TableMember, find_tables
 from megamem.optimizer import StepOptions, TableOptimizer
+from megamem.patching import replace
 from megamem.spec import MemorySpec
 
 
@@ -17,21 +22,26 @@ def with_memory(
     optimizer: MegatronOptimizer,
     config: OptimizerConfig,
     chunks: list[nn.Module],
-    spec: MemorySpec,
+    args: argparse.Namespace | None = None,
 ) -> MegatronOptimizer:
     """Megatron's optimizer of the model and one of the tables, as one.
 
-    Every rank must call this, with tables or without. It takes the place of `optimizer` in all that
-    follows: the schedule of learning rates, the training loop, saving and loading.
+    Every rank must call this, with tables or without. What it returns takes the place of
+    `optimizer` in all that follows: the schedule of learning rates, the training loop, saving and
+    loading. Of a model without memories it is `optimizer` itself.
 
     Args:
-        optimizer: of the rest of the model, as get_megatron_optimizer returned it.
-        config: what it was made with.
-        chunks: of the model on this rank, as Megatron's DistributedDataParallel wraps them.
-        spec: of the run.
+        optimizer: of the rest of the model, as get_megatron_optimizer() returned it.
+        config: what that was made with.
+        chunks: the model on this rank, as Megatron's DistributedDataParallel wraps it.
+        args: Megatron's, which say what checkpoint will be loaded. Only --memory-finetune-rows
+            needs them: it looks for read counts there.
     """
+    spec = spec_of_model(chunks)
+    if spec is None:
+        return optimizer
     tables = TableOptimizer(
-        find_tables(chunks).values(),
+        (found := find_tables(chunks)).values(),
         spec,
         StepOptions(
             betas=(config.adam_beta1, config.adam_beta2),
@@ -41,6 +51,8 @@ def with_memory(
         ),
         **table_group(config, spec),
     )
+    if args is not None:
+        load_background(spec, args, found)
     data_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     # where the loss is a sum over tokens, Megatron divides gradients by their number instead
     per_token = any(getattr(chunk.config, "calculate_per_token_loss", False) for chunk in chunks)
@@ -52,6 +64,8 @@ def with_memory(
         loss_scale=optimizer.get_loss_scale,
         timeout=spec.timeout,
     )
+    for chunk in chunks:
+        replace(chunk, "scale_gradients", _with_tables_of(chunk))
     return ChainWithTables(member, optimizer)
 
 
@@ -84,8 +98,16 @@ def table_group(config: OptimizerConfig, spec: MemorySpec) -> dict[str, Any]:
     return group
 
 
-def scale_tables(chunk: nn.Module, factor: float | torch.Tensor) -> None:
-    """Scale the gradients of a model chunk's tables, without touching them."""
-    for table in find_tables([chunk]).values():
-        assert table.gradient is not None
-        table.gradient.scale(factor)
+def _with_tables_of(chunk: nn.Module) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A chunk's scale_gradients() that also scales its tables' gradients, without touching them."""
+
+    def with_tables(original: Callable[..., None]) -> Callable[..., None]:
+        def scale_gradients(scaling_factor: float | torch.Tensor) -> None:
+            original(scaling_factor)
+            for table in find_tables([chunk]).values():
+                assert table.gradient is not None
+                table.gradient.scale(scaling_factor)
+
+        return scale_gradients
+
+    return with_tables

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.variants import table_names
-from megamem.megatron.arguments import spec_of_model
+from megamem.megatron.model.carried_spec import spec_of_model
 from megamem.megatron.optimizer.chain import ChainWithTables, find_tables
 from megamem.megatron.reports.usage_pictures import UsageMap, load_levels, relative_load
 from megamem.metrics import Metrics, Report, Watched
