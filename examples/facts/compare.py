@@ -8,11 +8,8 @@
 
 builds a corpus, sweeps learning rates, trains every model through Megatron's own loop at equal
 FLOPs, tokens and data order, asks each of them at several points of training, and leaves in the
-output folder
-
-    results.json    every run: settings, seed, commit, numbers
-    results.md      the same as tables
-    *.png           facts known against rows, tokens and training time; bits per parameter
+output folder results.json (settings, seed, commit and numbers of every run), results.md (the same
+as tables) and plots.
 
 The same command goes on where it stopped: finished runs are never run again, a run that was cut off
 resumes from its last checkpoint. --list shows the plan and runs nothing.
@@ -34,10 +31,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from build_corpus import build, build_new_facts  # noqa: E402
 from experiment import plots, report  # noqa: E402
-from experiment.models import SCALES, Scale  # noqa: E402
-from experiment.plan import Plan, Run, unique, words  # noqa: E402
-from experiment.records import best_rates  # noqa: E402
-from experiment.runs import RunFailed, Runner  # noqa: E402
+from experiment.plan import SCALES, Plan, Run, Scale, unique, words  # noqa: E402
+from experiment.runs import (  # noqa: E402
+    RunFailed,
+    Runner,
+    best_rates,  # noqa: E402
+)
 from rich.console import Console  # noqa: E402
 from tables import Sheet  # noqa: E402
 
@@ -77,9 +76,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def list_plan(scale: Scale, parts: Sequence[str], console: Console) -> None:
     """Every run with its flags, expected FLOPs and parameters, as before the sweep is done."""
     plan = Plan(scale, scale.corpus.vocab_size)
-    best = {family: scale.sweep[family][0] for family in scale.families}
+    best = {family: grid[0] for family, grid in scale.sweep.items()}
     after = (run for part in parts for run in plan.part(part, best))
-    runs = unique([*plan.sweep(plan.families(parts)), *after])
+    runs = unique([*plan.sweep(parts), *after])
     rows = []
     for run in runs:
         tokens = run.iterations * run.flags["global_batch_size"] * run.flags["seq_length"]
@@ -100,7 +99,7 @@ def list_plan(scale: Scale, parts: Sequence[str], console: Console) -> None:
 
 def carry_out(plan: Plan, runner: Runner, parts: Sequence[str], planned: list[Run]) -> bool:
     """Train and ask everything, adding it to `planned` first; return False where time ran out."""
-    sweep = plan.sweep(plan.families(parts))
+    sweep = plan.sweep(parts)
     planned += sweep
     if not runner.execute("sweep of learning rates", sweep):
         return False

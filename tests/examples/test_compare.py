@@ -25,13 +25,15 @@ sys.path.insert(0, str(FOLDER))
 import build_corpus  # noqa: E402
 import compare  # noqa: E402
 from experiment import runs  # noqa: E402
-from experiment.models import SCALES, Model  # noqa: E402
-from experiment.plan import Plan, Run  # noqa: E402
-from experiment.records import Events  # noqa: E402
-from experiment.runs import RunFailed, Runner  # noqa: E402
+from experiment.plan import SCALES, Model, Plan, Run  # noqa: E402
+from experiment.runs import (  # noqa: E402
+    Events,  # noqa: E402
+    RunFailed,
+    Runner,
+)
 
 SMOKE, MIDDLE = SCALES["smoke"], (1.0, 1.0)
-BEST = dict.fromkeys(SMOKE.families, MIDDLE)
+BEST = dict.fromkeys(SMOKE.sweep, MIDDLE)
 # seconds; of a run that hangs, not of one that a busy machine holds up
 PATIENCE = 3600.0
 LOADED = re.compile(r"successfully loaded checkpoint from .*? at iteration (\d+)")

@@ -19,10 +19,20 @@ sys.path.insert(0, str(FOLDER))
 
 import build_corpus  # noqa: E402
 import compare  # noqa: E402
-from experiment import models  # noqa: E402
-from experiment.models import SCALES, TABLES, Flags, Model, Scale, read_scale  # noqa: E402
-from experiment.plan import Plan, Run, unique, words  # noqa: E402
-from experiment.records import best_rates  # noqa: E402
+from experiment import plan as plans  # noqa: E402
+from experiment.plan import (  # noqa: E402
+    SCALES,
+    TABLES,
+    Flags,
+    Model,
+    Plan,
+    Run,
+    Scale,
+    read_scale,
+    unique,
+    words,
+)
+from experiment.runs import best_rates  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from megamem.config import ConfigurationError, MemoryConfig  # noqa: E402
@@ -68,6 +78,10 @@ def _plan(scale: Scale) -> Plan:
     return Plan(scale, scale.corpus.vocab_size)
 
 
+def _sweep_of(*families: str) -> list[Run]:
+    return [run for run in _plan(CPU).sweep(compare.PARTS) if run.model.family in families]
+
+
 def _models(scale: Scale) -> list[Model]:
     return [*scale.models, *scale.ablations]
 
@@ -101,10 +115,10 @@ def test_flops_are_equal_within_one_percent(scale: Scale) -> None:
     for model in _models(scale):
         flags = _flags(scale, model)
         as_deep = {**scale.flags, "num_layers": flags["num_layers"]}
-        dense = models.flops_per_token(as_deep, vocab)
+        dense = plans.flops_per_token(as_deep, vocab)
         width = flags["ffn_hidden_size"]
         assert width % 8 == 0 and width >= 8
-        reached = models.flops_per_token(flags, vocab)
+        reached = plans.flops_per_token(flags, vocab)
         assert reached == pytest.approx(dense * (2 if model.name == "dense 2x" else 1), rel=0.01)
 
 
@@ -196,12 +210,12 @@ def test_the_plan_counts_what_torch_counts_in_a_forward_and_backward(tmp_path: P
 def test_a_model_that_cannot_be_as_cheap_is_refused() -> None:
     narrow = replace(SMALL, flags={**SMALL.flags, "ffn_hidden_size": 24})
     with pytest.raises(ConfigurationError, match="memory.* cannot cost .* fewer keys"):
-        models.ffn_width(SMALL.reference, narrow, 500)
+        plans.ffn_width(SMALL.reference, narrow, 500)
     # widths are multiples of 8, and here the nearest is 1.2 % off
     name = "16 layers, memories 1"
     model = Model(name, flags={**CPU.memory, "num_layers": 16, "memory_layers": [4]})
     with pytest.raises(ConfigurationError, match=f"{name} cannot cost 4,227,072 FLOPs a token"):
-        models.ffn_width(model, CPU, 512)
+        plans.ffn_width(model, CPU, 512)
 
 
 @pytest.mark.parametrize("scale", EVERY)
@@ -223,15 +237,15 @@ def test_every_probed_point_is_saved_and_logged(scale: Scale) -> None:
 
 def test_equal_flags_are_one_run_and_others_are_not() -> None:
     plan = _plan(CPU)
-    sweep, main = plan.sweep(CPU.families), plan.part("main", BEST)
+    sweep, main = plan.sweep(compare.PARTS), plan.part("main", BEST)
     keys = {run.key for run in sweep}
     # the sweep's runs at the rates it chose are the first seed of the main table
-    assert sum(run.key in keys for run in main) == len(CPU.families)
+    assert sum(run.key in keys for run in main) == len(CPU.sweep)
     every = unique(chain(sweep, main, plan.part("ablations", BEST), plan.part("continual", BEST)))
     flags = {(*words(run.flags), run.corpus, run.start) for run in every}
     assert len({run.key for run in every}) == len(every) == len(flags)
     other = _plan(replace(CPU, corpus=replace(CPU.corpus, seed=1)))
-    assert not {run.key for run in other.sweep(CPU.families)} & keys
+    assert not {run.key for run in other.sweep(compare.PARTS)} & keys
 
 
 @pytest.mark.parametrize("wanted", [None, 2, 3])
@@ -292,7 +306,7 @@ def test_a_taught_run_changes_only_what_teaching_needs() -> None:
 
 
 def test_the_best_rates_are_those_that_know_most() -> None:
-    runs = _plan(CPU).sweep(["dense", "memory"])
+    runs = _sweep_of("dense", "memory")
     facts = {run.key: float(number) for number, run in enumerate(runs)}
     # at the end, asked the questions; other numbers are of no account
     found = {
@@ -304,19 +318,19 @@ def test_the_best_rates_are_those_that_know_most() -> None:
 
 
 def test_the_sweep_tries_the_first_rates_of_all_first() -> None:
-    runs = _plan(CPU).sweep(["dense", "memory"])
+    runs = _sweep_of("dense", "memory")
     assert [run.model.family for run in runs] == ["dense", "memory"] * 3 + ["memory"]
     for family in ("dense", "memory"):
         tried = [run.rates for run in runs if run.model.family == family]
         assert tried == CPU.sweep[family]
-    assert _plan(CPU).sweep(["none of these"]) == []
+    assert _plan(CPU).sweep([]) == []
 
 
 @pytest.mark.parametrize("scale", EVERY)
 def test_each_part_alone_sweeps_the_families_it_trains(scale: Scale) -> None:
     plan = _plan(scale)
     for part in set(compare.PARTS) - scale.left_out:
-        best = dict.fromkeys(plan.families([part]), MIDDLE)
+        best = {run.model.family: MIDDLE for run in plan.sweep([part])}
         trained = {run.model.family for run in plan.part(part, best)}
         assert trained <= set(best) <= trained | {"memory+"}
 
@@ -356,7 +370,7 @@ def test_the_list_names_every_run() -> None:
     compare.list_plan(CPU, compare.PARTS, console)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     plan = _plan(CPU)
-    runs = [*plan.sweep(CPU.families), *plan.part("main", BEST), *plan.part("ablations", BEST)]
+    runs = [*plan.sweep(compare.PARTS), *plan.part("main", BEST), *plan.part("ablations", BEST)]
     for run in unique([*runs, *plan.part("continual", BEST)]):
         assert f"{run.key}: --num-layers {run.flags['num_layers']} " in printed
         assert f"{run.parameters:,}" in printed and f"{run.flops:,}" in printed

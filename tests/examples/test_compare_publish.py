@@ -17,9 +17,12 @@ sys.path.insert(0, str(FOLDER))
 import compare  # noqa: E402
 import publish  # noqa: E402
 from experiment import plots, report  # noqa: E402
-from experiment.models import SCALES  # noqa: E402
-from experiment.plan import Plan, unique  # noqa: E402
-from experiment.records import best_rates  # noqa: E402
+from experiment.plan import (  # noqa: E402
+    SCALES,  # noqa: E402
+    Plan,
+    unique,
+)
+from experiment.runs import best_rates  # noqa: E402
 
 TOLD = publish.published()
 RESULTS = [pytest.param(results, id=name) for name, results in TOLD.items()]
@@ -76,7 +79,7 @@ def test_a_key_is_a_run_of_the_plan(results: dict[str, Any]) -> None:
     scale = SCALES[results["scale"]["name"]]
     scale = replace(scale, ablation_seeds=results["scale"]["ablation_seeds"])
     plan = Plan(scale, results["corpus"]["vocab_size"])
-    sweep = plan.sweep(plan.families(compare.PARTS))
+    sweep = plan.sweep(compare.PARTS)
     runs = results["runs"]
     best = best_rates(sweep, runs)
     every = unique([*sweep, *(run for part in compare.PARTS for run in plan.part(part, best))])

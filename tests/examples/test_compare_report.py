@@ -13,9 +13,8 @@ FOLDER = Path(__file__).parents[2] / "examples" / "facts"
 # scripts of one folder import each other by bare name, as they do when run
 sys.path.insert(0, str(FOLDER))
 
-from experiment import plots, records, report  # noqa: E402
-from experiment.models import TABLES, read_scale  # noqa: E402
-from experiment.plan import Plan, Run  # noqa: E402
+from experiment import plots, report, runs  # noqa: E402
+from experiment.plan import TABLES, Plan, Run, read_scale  # noqa: E402
 
 
 def _scores(*rows: tuple[str, int, int]) -> list[dict[str, Any]]:
@@ -35,19 +34,19 @@ PROBE = {
 
 
 def test_known_facts_are_those_beyond_guessing() -> None:
-    found = records.known(PROBE, facts=1000, bits_by_relation={"a": 800.0, "b": 200.0})
+    found = runs.known(PROBE, facts=1000, bits_by_relation={"a": 800.0, "b": 200.0})
     # (0.30 - 0.05) * 800 + (0.60 - 0.20) * 200 bits
     assert found == {"accuracy": 0.45, "guessing": 0.125, "facts": 325.0, "bits": 280.0}
 
 
 def test_a_relation_without_control_is_guessed_like_the_others() -> None:
     probe = {**PROBE, "control": _scores(("a", 20, 1))}
-    found = records.known(probe, facts=1000, bits_by_relation={"a": 800.0, "b": 200.0})
+    found = runs.known(probe, facts=1000, bits_by_relation={"a": 800.0, "b": 200.0})
     assert found["guessing"] == 0.05
     assert found["bits"] == pytest.approx(0.25 * 800 + 0.55 * 200)
-    assert records.known(probe, facts=10, bits_by_relation=None)["bits"] is None
+    assert runs.known(probe, facts=10, bits_by_relation=None)["bits"] is None
     # without any, nothing is taken off
-    assert records.known({**PROBE, "control": []}, 1000, None)["facts"] == 450.0
+    assert runs.known({**PROBE, "control": []}, 1000, None)["facts"] == 450.0
 
 
 def _log(folder: Path, start: str, *points: tuple[int, float]) -> None:
@@ -59,29 +58,29 @@ def _log(folder: Path, start: str, *points: tuple[int, float]) -> None:
 
 
 def test_events_of_one_start(tmp_path: Path) -> None:
-    events = records.Events(tmp_path / "new")
+    events = runs.Events(tmp_path / "new")
     assert events.read("iteration-time") == {}
     _log(tmp_path / "new", "1", (10, 0.09), (20, 0.02), (30, 0.04))
     assert events.read("lm loss") == {10: 1.0, 20: 2.0, 30: 3.0}
     times = events.read("iteration-time")
-    seconds = [records.seconds_at(iteration, times) for iteration in (0, 10, 20, 30)]
+    seconds = [runs.seconds_at(iteration, times) for iteration in (0, 10, 20, 30)]
     assert seconds == [0, 0.9, 1.1, 1.5]
 
 
 def test_events_of_two_starts(tmp_path: Path) -> None:
     """What was trained after the checkpoint and lost does not count; its repetition does."""
-    events = records.Events(tmp_path)
+    events = runs.Events(tmp_path)
     _log(tmp_path, "1", (10, 0.02), (20, 0.02), (30, 0.02))
     assert len(events.read("iteration-time")) == 3
     # a later start has a later file
     time.sleep(1.1)
     _log(tmp_path, "2", (20, 0.09), (30, 0.04), (40, 0.04))
-    for reader in (events, records.Events(tmp_path)):
+    for reader in (events, runs.Events(tmp_path)):
         times = reader.read("iteration-time")
         assert times == pytest.approx({10: 0.02, 20: 0.09, 30: 0.04, 40: 0.04})
-        assert records.seconds_at(40, times) == pytest.approx(0.2 + 0.9 + 0.4 + 0.4)
+        assert runs.seconds_at(40, times) == pytest.approx(0.2 + 0.9 + 0.4 + 0.4)
     # an interval of which nothing was logged counts as the one after it
-    assert records.seconds_at(40, {10: 0.02, 40: 0.04}) == pytest.approx(0.2 + 1.2)
+    assert runs.seconds_at(40, {10: 0.02, 40: 0.04}) == pytest.approx(0.2 + 1.2)
 
 
 def _record(run: Run, facts: float, old: float | None = None) -> dict[str, Any]:

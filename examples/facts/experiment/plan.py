@@ -1,16 +1,198 @@
-"""Which runs the experiment is made of: a sweep of learning rates, then what uses its best.
+"""The models that are compared at equal FLOPs, and the runs that the experiment is made of.
 
-A run is known by the hash of its flags, its corpus and what it starts from. So the sweep's best run
-is the first seed of the main table, and nothing is trained twice.
+A model is the dense one with other flags. Its feed-forwards then get the width (a multiple of 8) at
+which a token costs what it costs in the dense model, or twice that for `dense 2x`: a memory that
+replaces three feed-forwards and costs less than they did leaves the other ones wider, and a table
+of more rows, whose sub-keys cost more, leaves them narrower.
+
+FLOPs are those that a run reports: matrix products of forward and backward, causal attention,
+memories in place of what they replaced, rows as parameters alone. The planner has them in closed
+form, so a plan needs no Megatron; the tests compare it with what Megatron counts for the same flags
+and with what torch counts in a real forward and backward. Not counted by either is the router of
+the mixture of experts.
+
+A run is known by the hash of its flags, its corpus and what it starts from. So the best run of the
+sweep of learning rates is the first seed of the main table, and nothing is trained twice.
 """
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
-from experiment.models import Flags, Model, Rates, Scale, ffn_width, flops_per_token, parameters
+from build_corpus import Settings
+
+from megamem.config import ConfigurationError, MemoryConfig
+from megamem.planner import sizes
+from megamem.resolution import resolve
+from megamem.spec import MemorySpec
+
+Flags = dict[str, Any]
+# factors of the learning rate of the model, and of the table
+Rates = tuple[float, float]
+
+# these stand for one thing: what a scale says of them takes the place of what cpu does
+WHOLE = ("models", "ablations", "sweep", "ways")
+MULTIPLE = 8
+TOLERANCE = 0.01
+# Megatron pads the vocabulary to this
+VOCABULARY_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the comparison.
+
+    Attributes:
+        family: models that share learning rates, found once by the sweep.
+        flags: what it adds to the dense model's.
+        flops: FLOPs of a token, in units of the dense model's.
+        rates: factors of the swept rates.
+        longer: how many times the scale's steps it is trained.
+        several: it is trained only where ablations get several seeds.
+        lean: it then gets all seeds that there are.
+    """
+
+    name: str
+    family: str = "memory+"
+    flags: Flags = field(default_factory=dict)
+    flops: float = 1.0
+    rates: Rates = (1.0, 1.0)
+    longer: int = 1
+    several: bool = False
+    lean: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Of one table; 0 without memories."""
+        return int(self.flags.get("memory_num_keys", 0)) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """One size of the experiment; scales.toml says what each number is."""
+
+    name: str
+    duration: str
+    device: str
+    seeds: list[int]
+    ablation_seeds: int
+    corpus: Settings
+    flags: Flags
+    memory: Flags
+    models: list[Model]
+    ablations: list[Model]
+    sweep: dict[str, list[Rates]]
+    new: dict[str, Any]
+
+    @property
+    def left_out(self) -> set[str]:
+        """Parts of the experiment that this scale has nothing for."""
+        has = {"ablations": self.ablations, "continual": self.new["ways"]}
+        return {part for part, runs in has.items() if not runs}
+
+    @property
+    def reference(self) -> Model:
+        """The Memory+ that ablations change."""
+        return next(model for model in self.models if model.flags == self.memory)
+
+    @property
+    def taught(self) -> Model:
+        """The model that is taught new facts."""
+        return next(model for model in self.models if model.name == self.new["model"])
+
+
+def read_scale(name: str, base: dict[str, Any], own: dict[str, Any]) -> Scale:
+    """The scale with the numbers of `base` but for its own: tables as scales.toml has them."""
+    numbers = _merged(base, own)
+    memory, experts = numbers["memory"], numbers.pop("experts")
+    settings = {field.name for field in fields(Model)}
+
+    def models(table: dict[str, dict[str, Any]]) -> list[Model]:
+        found = []
+        for name, said in table.items():
+            chosen = {key: value for key, value in said.items() if key in settings}
+            family = said.get("family", "memory+")
+            shared = {"dense": {}, "dense 2x": {}, "moe": experts}.get(family, memory)
+            own = {key: value for key, value in said.items() if key not in settings}
+            found.append(Model(name, **chosen, flags={**shared, **own}))
+        return found
+
+    for kind in ("models", "ablations"):
+        numbers[kind] = models(numbers[kind])
+    sweep = {
+        family: [(lr, table) for lr, table in grid] for family, grid in numbers["sweep"].items()
+    }
+    corpus = Settings(**numbers["corpus"])
+    return Scale(**{**numbers, "name": name, "corpus": corpus, "sweep": sweep})
+
+
+def flops_per_token(flags: Flags, vocab_size: int) -> int:
+    """As a run with these flags reports them, for one token; of experts, the one it visits."""
+    spec = _memories(flags)
+    total = sizes.dense_flops_per_token(_shape(flags, vocab_size), spec)
+    return total + (len(spec.layers) * sizes.memory_flops_per_token(spec) if spec else 0)
+
+
+def parameters(flags: Flags, vocab_size: int) -> tuple[int, int]:
+    """All parameters, and how many of them are rows of tables."""
+    shape, spec = _shape(flags, vocab_size), _memories(flags)
+    total = sizes.total_parameters(shape, spec)["total"]
+    if experts := flags.get("num_experts"):
+        layers = len(range(0, shape.num_layers, flags["moe_layer_freq"]))
+        router = experts * shape.hidden_size
+        total += layers * ((experts - 1) * sizes.dense_parts(shape).ffn + router)
+    return total, sizes.table_parameters(spec) if spec else 0
+
+
+def ffn_width(model: Model, scale: Scale, vocab_size: int) -> int:
+    """The feed-forward width at which a token of the model costs what it should.
+
+    Raises:
+        ConfigurationError: no width does, to within TOLERANCE.
+    """
+    flags = {**scale.flags, **model.flags}
+    dense = {**scale.flags, "num_layers": flags["num_layers"]}
+    wanted = model.flops * flops_per_token(dense, vocab_size)
+
+    def cost(width: int) -> int:
+        return flops_per_token({**flags, "ffn_hidden_size": width}, vocab_size)
+
+    narrow = cost(MULTIPLE)
+    step = cost(2 * MULTIPLE) - narrow
+    width = MULTIPLE * (1 + round((wanted - narrow) / step if step else 0))
+    if width >= MULTIPLE and abs(cost(width) / wanted - 1) <= TOLERANCE:
+        return width
+    raise ConfigurationError(
+        f"{model.name} cannot cost {wanted:,.0f} FLOPs a token at scale {scale.name}: with "
+        f"feed-forwards of {MULTIPLE} it takes {narrow:,}, and {step:,} more for each {MULTIPLE} "
+        "of width; choose wider feed-forwards of the scale, fewer keys or fewer memory layers"
+    )
+
+
+def _memories(flags: Flags) -> MemorySpec | None:
+    chosen = {name: value for name, value in flags.items() if name.startswith("memory_")}
+    return resolve(MemoryConfig(**chosen), flags["hidden_size"]) if chosen else None
+
+
+def _shape(flags: Flags, vocab_size: int) -> sizes.ModelShape:
+    names = [field.name for field in fields(sizes.ModelShape)]
+    return sizes.ModelShape(
+        **{name: flags[name] for name in names if name in flags},
+        padded_vocab_size=-(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
+        add_bias_linear=False,
+        layer_norm_bias=False,
+        untied=True,
+    )
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    parts = [name for name, value in own.items() if isinstance(value, dict) and name not in WHOLE]
+    return {**base, **own, **{name: _merged(base[name], own[name]) for name in parts}}
 
 
 @dataclass(frozen=True)
@@ -73,26 +255,20 @@ class Plan:
         # what the corpus was made from, for the keys of the runs
         self.stamp = json.dumps(asdict(scale.corpus), sort_keys=True)
 
-    def families(self, parts: Collection[str]) -> list[str]:
-        """Whose learning rates these parts need: all for the main table, else their models'."""
-        needed = {"memory+"}
-        if "ablations" in parts:
-            needed |= {model.family for model in self.scale.ablations}
-        return [f for f in self.scale.families if "main" in parts or f in needed]
-
-    def sweep(self, families: Collection[str]) -> list[Run]:
-        """Every pair of learning rates of the grid for one model of each family, at one seed.
+    def sweep(self, parts: Collection[str]) -> list[Run]:
+        """Every pair of learning rates, at one seed, for one model of each family in these parts.
 
         The first pairs of all families come first, for an early look at how they compare.
         """
         scale = self.scale
-        chosen = {m.family: m for m in (*scale.models, scale.reference) if m.family in families}
-        grids = {family: scale.sweep[family] for family in chosen}
+        first = {family: grid[0] for family, grid in scale.sweep.items()}
+        needed = {run.model.family for part in parts for run in self.part(part, first)}
+        chosen = {m.family: m for m in (*scale.models, scale.reference) if m.family in needed}
         return [
-            self.run("sweep", chosen[family], scale.seeds[0], rates)
-            for place in range(max(map(len, grids.values()), default=0))
-            for family, grid in grids.items()
-            for rates in grid[place : place + 1]
+            self.run("sweep", model, scale.seeds[0], rates)
+            for turn in zip_longest(*(scale.sweep[family] for family in chosen))
+            for model, rates in zip(chosen.values(), turn, strict=True)
+            if rates
         ]
 
     def part(self, name: str, best: Mapping[str, Rates]) -> list[Run]:
@@ -102,24 +278,20 @@ class Plan:
         reference, then each change of it, at the first seeds. continual: a trained Memory+, then
         everything that teaches it new facts.
         """
-        scale, base = self.scale, self.scale.reference
+        scale = self.scale
         seeds, few = scale.seeds, scale.seeds[: scale.ablation_seeds]
         several = len(few) > 1
         if name in scale.left_out:
             return []
-        if name == "main":
-            chosen = [(model, seed) for seed in seeds for model in scale.models]
-        elif name == "ablations":
-            chosen = [
-                (model, seed)
-                for model in (base, *scale.ablations)
-                if several or not model.several
-                for seed in (seeds if model == base or (several and model.lean) else few)
-            ]
-        else:
-            chosen = [(scale.taught, seeds[0])]
-        runs = [self.run(name, model, seed, best[model.family]) for model, seed in chosen]
-        return runs + (self._taught(runs[0]) if name == "continual" else [])
+        if name == "continual":
+            trained = self.run(name, scale.taught, seeds[0], best[scale.taught.family])
+            return [trained, *self._taught(trained)]
+        chosen = [(model, seed) for seed in seeds for model in scale.models]
+        if name == "ablations":
+            models = (m for m in scale.ablations if several or not m.several)
+            chosen = [(scale.reference, seed) for seed in seeds]
+            chosen += [(m, seed) for m in models for seed in (seeds if several and m.lean else few)]
+        return [self.run(name, model, seed, best[model.family]) for model, seed in chosen]
 
     def run(self, part: str, model: Model, seed: int, rates: Rates) -> Run:
         """A training run from scratch."""
@@ -140,28 +312,25 @@ class Plan:
 
     def _taught(self, trained: Run) -> list[Run]:
         """The runs that go on from a trained one, on the new facts alone."""
-        new, rows = self.scale.new, self.scale.new["rows"]
-        lazy = {"memory_optimizer": "lazy_adamw"}
-        ways: dict[str, tuple[str, Flags]] = {
-            "full": ("full finetuning", {}),
-            "table": ("the table alone", {**lazy, "lr": 0.0, "min_lr": 0.0}),
-            "sparse": (f"{rows:,} rows a step alone", {**lazy, "memory_finetune_rows": rows}),
-        }
+        new, was = self.scale.new, trained.flags
         runs = []
-        for way, factor in ((way, factor) for way, all_ in new["rates"].items() for factor in all_):
-            (name, changed), was = ways[way], trained.flags
-            lower = {rate: _rounded(was[rate] * factor) for rate in ("lr", "min_lr", "memory_lr")}
-            taught = replace(
-                trained,
-                model=replace(trained.model, name=f"{name} x{factor:g}"),
-                rates=(factor, factor),
-                flags={**was, **new["flags"], **lower, **changed},
-                stamp=f"{self.stamp}, then {new['facts']} new",
-                keep=False,
-                corpus="new",
-                start=trained.key,
-            )
-            runs.append(taught)
+        for name, said in new["ways"].items():
+            changed = {flag: value for flag, value in said.items() if flag != "rates"}
+            for factor in said["rates"]:
+                rates = {
+                    rate: _rounded(was[rate] * factor) for rate in ("lr", "min_lr", "memory_lr")
+                }
+                taught = replace(
+                    trained,
+                    model=replace(trained.model, name=f"{name} x{factor:g}"),
+                    rates=(factor, factor),
+                    flags={**was, **new["flags"], **rates, **changed},
+                    stamp=f"{self.stamp}, then {new['facts']} new",
+                    keep=False,
+                    corpus="new",
+                    start=trained.key,
+                )
+                runs.append(taught)
         return runs
 
 
@@ -183,3 +352,7 @@ def unique(runs: Iterable[Run]) -> list[Run]:
 def _rounded(rate: float) -> float:
     """Without the last digits of a product, so that equal rates are written equally."""
     return float(f"{rate:.6g}")
+
+
+TABLES = tomllib.loads(Path(__file__).with_name("scales.toml").read_text())
+SCALES = {name: read_scale(name, TABLES["cpu"], own) for name, own in TABLES.items()}

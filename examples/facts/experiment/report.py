@@ -10,14 +10,16 @@ from typing import Any
 
 from tables import Sheet
 
-from experiment.models import Scale
-from experiment.plan import Run
+from experiment.plan import Run, Scale
 
 Results = Mapping[str, Any]
 Runs = Sequence[Mapping[str, Any]]
+Cells = Mapping[str, Callable[[Runs], str]]
 
 # what the runs of an experiment have in common, most often
 MADE_WITH = ("commit", "device", "torch", "megatron-core", "megamem")
+# of a record, what the tables have no need of: its key stands for the flags, which --list prints
+HIDDEN = ("flags", "start", "loss", "python", *MADE_WITH[1:])
 
 
 def collect(
@@ -31,27 +33,27 @@ def collect(
 
     Returns:
         `scale`; the `corpus`; how many runs are `waiting`; what they were `made_with`; the `parts`,
-        each with the keys of its models' finished runs; and the `runs` by their keys, which stand
-        for the flags that --list prints
+        each with the keys of its models' finished runs; and the `runs` by their keys
     """
     parts: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for run in planned:
-        if run.key in records:
-            parts[run.part][run.model.name].append(run.key)
-    made = {name: sorted({record[name] for record in records.values()}) for name in MADE_WITH}
-    facts = corpus["facts_real"] + corpus["facts_generated"]
-    counts = {"bits": "answer_bits", "tokens": "tokens_train", "vocab_size": "vocab_size"}
+    for run in (run for run in planned if run.key in records):
+        parts[run.part][run.model.name].append(run.key)
+    told = {"bits": "answer_bits", "tokens": "tokens_train", "vocab_size": "vocab_size"}
     return {
         "scale": _without(asdict(scale), "models", "ablations"),
-        "corpus": {"facts": facts, **{name: corpus[key] for name, key in counts.items()}},
-        "waiting": sum(run.key not in records for run in planned),
-        "made_with": made,
-        "parts": parts,
-        "runs": {
-            key: _without(record, "flags", "start", "loss", "python", *MADE_WITH[1:])
-            for key, record in records.items()
+        "corpus": {
+            "facts": corpus["facts_real"] + corpus["facts_generated"],
+            **{name: corpus[key] for name, key in told.items()},
         },
+        "waiting": sum(run.key not in records for run in planned),
+        "made_with": {name: sorted({r[name] for r in records.values()}) for name in MADE_WITH},
+        "parts": parts,
+        "runs": {key: _without(record, *HIDDEN) for key, record in records.items()},
     }
+
+
+def _without(value: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: item for name, item in value.items() if name not in names}
 
 
 def as_json(value: Any, levels: int = 2) -> str:
@@ -96,12 +98,7 @@ def tokens_at(results: Results, iterations: int) -> int:
     return int(iterations * flags["global_batch_size"] * flags["seq_length"])
 
 
-def on_gpu(results: Results) -> bool:
-    """Whether its times mean something by themselves."""
-    return bool(results["scale"]["device"] == "gpu")
-
-
-def _count(number: float | None) -> str:
+def _count(number: float) -> str:
     return f"{number:,.0f}" if number else ""
 
 
@@ -109,35 +106,37 @@ def _rates(run: Mapping[str, Any]) -> list[str]:
     return ["" if run[name] is None else f"{run[name]:g}" for name in ("lr", "memory_lr")]
 
 
-def _losses(runs: Runs) -> str:
-    losses = [run["validation_loss"] for run in runs]
-    return spread(losses, 3) if all(losses) else ""
-
-
 def _speed(runs: Runs) -> float:
-    """Mean tokens per second; 0 where nobody measured it."""
-    speeds = [run["tokens_per_second"] for run in runs if run["tokens_per_second"]]
-    return mean(speeds) if speeds else 0.0
+    return mean(run["tokens_per_second"] for run in runs)
 
 
 # column -> what it says of the runs of a model
-CELLS: dict[str, Callable[[Runs], str]] = {
+CELLS: Cells = {
     "rows": lambda runs: _count(runs[0]["rows"]),
     "parameters": lambda runs: _count(runs[0]["parameters"]),
     "of tables": lambda runs: _count(runs[0]["table_parameters"]),
     "MFLOP/token": lambda runs: f"{runs[0]['flops_per_token'] / 1e6:.3f}",
     "tokens/s": lambda runs: _count(_speed(runs)),
-    "GPU MiB": lambda runs: _count((runs[0]["peak_bytes"] or 0) / 2**20),
-    "process MiB": lambda runs: _count((runs[0]["peak_bytes"] or 0) / 2**20),
+    "GPU MiB": lambda runs: _count(runs[0]["peak_bytes"] / 2**20),
+    "process MiB": lambda runs: _count(runs[0]["peak_bytes"] / 2**20),
     "facts known": lambda runs: spread(known(runs)),
     "in unseen words": lambda runs: spread([run["corpus"]["unseen"] for run in runs]),
     "accuracy": lambda runs: f"{mean(run['corpus']['accuracy'] for run in runs):.1%}",
     "guessing": lambda runs: f"{mean(run['corpus']['guessing'] for run in runs):.1%}",
     "bits/parameter": lambda runs: f"{bits_per_parameter(runs):.4f}",
-    "valid. loss": _losses,
+    "valid. loss": lambda runs: spread([run["validation_loss"] for run in runs], 3),
     "lr, table's": lambda runs: ", ".join(filter(None, _rates(runs[0]))),
     "seeds": lambda runs: str(len(runs)),
 }
+
+
+def _sheet(
+    title: str, columns: Sequence[str], groups: Mapping[str, Runs], own: Cells, **more: Any
+) -> Sheet:
+    """A row for each model, whose name is the first column."""
+    cells = {**CELLS, **own}
+    rows = [(name, *(cells[column](r) for column in columns[1:])) for name, r in groups.items()]
+    return Sheet(title, columns, rows, **more)
 
 
 def sheets(results: Results) -> list[Sheet]:
@@ -148,21 +147,16 @@ def sheets(results: Results) -> list[Sheet]:
 
 
 def main_sheet(results: Results) -> Sheet:
-    """Every model, its cost and what it knows; on a CPU, where no time is claimed, no speeds."""
-    groups, gpu = runs_of(results, "main"), on_gpu(results)
-    yardstick = _speed(groups.get("dense", []))
-
-    def ratio(runs: Runs) -> str:
-        return f"{_speed(runs) / yardstick:.2f}" if yardstick and _speed(runs) else ""
-
+    """Every model, its cost and what it knows; on a CPU, where no time is claimed, as ratios."""
+    groups, on_gpu = runs_of(results, "main"), results["scale"]["device"] == "gpu"
+    dense = groups.get("dense")
+    ratio = {"speed, dense = 1": lambda r: f"{_speed(r) / _speed(dense):.2f}" if dense else ""}
     columns = (
-        *("rows", "parameters", "of tables", "MFLOP/token"),
-        *(("tokens/s", "GPU MiB") if gpu else ("speed, dense = 1", "process MiB")),
+        *("model", "rows", "parameters", "of tables", "MFLOP/token"),
+        *(("tokens/s", "GPU MiB") if on_gpu else ("speed, dense = 1", "process MiB")),
         *("facts known", "in unseen words", "accuracy", "guessing", "bits/parameter"),
         *("valid. loss", "lr, table's", "seeds"),
     )
-    cells = {**CELLS, "speed, dense = 1": ratio}
-    rows = [(name, *(cells[column](runs) for column in columns)) for name, runs in groups.items()]
     orders = {(run["seed"], run["data_order"]) for runs in groups.values() for run in runs}
     same = len(orders) == len({seed for seed, _ in orders})
     notes = [
@@ -172,14 +166,10 @@ def main_sheet(results: Results) -> Sheet:
         "All models of a seed were given the same sequences in the same order."
         if same
         else "THE ORDER OF THE DATA DIFFERS between models of one seed: compare nothing here.",
-        *(
-            []
-            if gpu
-            else ["Speeds are ratios within this experiment, on a CPU, runs side by side."]
-        ),
+        "Speeds are ratios within this experiment, on a CPU, runs side by side.",
     ]
-    brief = (0, 1, 4, 7, 8, 10)
-    return Sheet("Facts known at equal FLOPs and tokens", ("model", *columns), rows, notes, brief)
+    more = {"notes": notes[:3] if on_gpu else notes, "brief": (0, 1, 4, 7, 8, 10)}
+    return _sheet("Facts known at equal FLOPs and tokens", columns, groups, ratio, **more)
 
 
 def curve_sheet(results: Results) -> Sheet:
@@ -188,9 +178,8 @@ def curve_sheet(results: Results) -> Sheet:
     points = sorted({point for runs in groups.values() for run in runs for point in run["points"]})
     rows = []
     for name, runs in groups.items():
-        curves = [dict(zip(run["points"], run["corpus"]["facts"], strict=True)) for run in runs]
-        at = ([curve[point] for curve in curves if point in curve] for point in points)
-        rows.append((name, *(spread(facts) if facts else "" for facts in at)))
+        at = zip(*(run["corpus"]["facts"] for run in runs), strict=True)
+        rows.append((name, *map(spread, at)))
     columns = ("model", *(f"{tokens_at(results, point):,}" for point in points))
     # every second point, back from the last, where there are many
     brief = (0, *range(len(points), 0, -2)[::-1]) if len(points) > 5 else ()
@@ -202,9 +191,8 @@ def sweep_sheet(results: Results) -> Sheet:
     rows = []
     for name, runs in runs_of(results, "sweep").items():
         for run in runs:
+            told, unseen = (CELLS[asked]([run]) for asked in ("facts known", "in unseen words"))
             best = " (best)" if known([run])[0] == max(known(runs)) else ""
-            asked = (CELLS[words]([run]) for words in ("facts known", "in unseen words"))
-            told, unseen = asked
             rows.append((name, *_rates(run), told + best, unseen))
     columns = ("model", "lr", "table's", "facts known", "in unseen words")
     note = "Every family takes the rates that know most facts, asked their questions."
@@ -212,12 +200,15 @@ def sweep_sheet(results: Results) -> Sheet:
 
 
 def ablation_sheets(results: Results) -> list[Sheet]:
-    """What changes do to the reference, what comes of more steps, how many layers are memories."""
+    """What changes do to the reference, what comes of more steps, how many layers are memories.
+
+    Each is beside the first of its table, if it is not alone, at the seeds of both.
+    """
     flags = results["scale"]["flags"]
-    changed, longer, deeper = groups = ({}, {}, {})
+    changed, longer, deeper = kinds = ({}, {}, {})
     for name, runs in runs_of(results, "ablations").items():
         deep = runs[0]["layers"] != flags["num_layers"]
-        groups[2 if deep else runs[0]["iterations"] != flags["train_iters"]][name] = runs
+        kinds[2 if deep else runs[0]["iterations"] != flags["train_iters"]][name] = runs
     title = "Ablations: the first row with one thing changed, at equal FLOPs and the same seeds"
     deep_title = "Number of memory layers, in a deeper model, at the FLOPs of a dense one as deep"
     return [
@@ -235,11 +226,8 @@ def _ablation_sheet(title: str, first: str, groups: Mapping[str, Runs]) -> Sheet
         facts = sum(base.get(run["seed"], 0.0) for run in runs)
         return f"{sum(known(runs)) / facts - 1:+.1%}" if len(groups) > 1 and facts else ""
 
-    cells = {**CELLS, "": beside}
-    columns = ("parameters", "MFLOP/token", "facts known", "", "in unseen words", "valid. loss")
-    columns = (*columns, "seeds")
-    rows = [(name, *(cells[column](runs) for column in columns)) for name, runs in groups.items()]
-    return Sheet(title, (first, *columns), rows)
+    columns = (first, "parameters", "MFLOP/token", "facts known", "", "in unseen words")
+    return _sheet(title, (*columns, "valid. loss", "seeds"), groups, {"": beside})
 
 
 def continual_sheet(results: Results) -> Sheet:
@@ -274,7 +262,3 @@ def markdown(results: Results) -> str:
     for sheet in sheets(results):
         told += [f"## {sheet.title}", sheet.markdown(), *sheet.notes]
     return "\n\n".join(told) + "\n"
-
-
-def _without(value: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: item for name, item in value.items() if name not in names}
