@@ -24,7 +24,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 # the modules beside this file, wherever it is run from
 sys.path.insert(0, str(Path(__file__).parent))
@@ -32,11 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from build_corpus import build, build_new_facts  # noqa: E402
 from experiment import plots, report  # noqa: E402
 from experiment.plan import SCALES, Plan, Run, Scale, unique, words  # noqa: E402
-from experiment.runs import (  # noqa: E402
-    RunFailed,
-    Runner,
-    best_rates,  # noqa: E402
-)
+from experiment.runs import RunFailed, Runner, best_rates  # noqa: E402
 from rich.console import Console  # noqa: E402
 from tables import Sheet  # noqa: E402
 
@@ -115,11 +110,6 @@ def carry_out(plan: Plan, runner: Runner, parts: Sequence[str], planned: list[Ru
     return True
 
 
-def interrupt(*_: object) -> NoReturn:
-    """SIGTERM stops as Ctrl-C does."""
-    raise KeyboardInterrupt
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Go through the parts, then report whatever is finished; return the exit status."""
     options = parse_args(argv)
@@ -137,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BlockingIOError:
         console.print(f"--output {output}: another compare.py is at work there", style="red")
         return 2
-    signal.signal(signal.SIGTERM, interrupt)
+    # stops as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     corpus, _ = build(output / "corpus", scale.corpus, console)
     deadline = started + 60 * options.minutes if options.minutes else float("inf")
     jobs = options.jobs or (1 if scale.device == "gpu" else min(2, os.cpu_count() or 1))

@@ -26,11 +26,7 @@ import build_corpus  # noqa: E402
 import compare  # noqa: E402
 from experiment import runs  # noqa: E402
 from experiment.plan import SCALES, Model, Plan, Run  # noqa: E402
-from experiment.runs import (  # noqa: E402
-    Events,  # noqa: E402
-    RunFailed,
-    Runner,
-)
+from experiment.runs import Events, RunFailed, Runner  # noqa: E402
 
 SMOKE, MIDDLE = SCALES["smoke"], (1.0, 1.0)
 BEST = dict.fromkeys(SMOKE.sweep, MIDDLE)

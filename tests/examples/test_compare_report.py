@@ -24,13 +24,25 @@ def _scores(*rows: tuple[str, int, int]) -> list[dict[str, Any]]:
     ]
 
 
-PROBE = {
-    "iteration": 5,
-    "phrasing": "question",
-    # of two relations, 30 of 100 and 60 of 100 right; 1 of 20 and 4 of 20 guessed
-    "scores": _scores(("a", 100, 30), ("b", 100, 60)),
-    "control": _scores(("a", 20, 1), ("b", 20, 4)),
-}
+def _probe(scores: list[dict[str, Any]], control: list[dict[str, Any]]) -> dict[str, Any]:
+    sums = [
+        {name: sum(row[name] for row in rows) for name in ("asked", "right")}
+        for rows in (scores, control)
+        if rows
+    ]
+    totals = [{**row, "accuracy": row["right"] / row["asked"]} for row in sums]
+    return {
+        "iteration": 5,
+        "phrasing": "question",
+        "scores": scores,
+        "control": control,
+        "totals": totals,
+    }
+
+
+# of two relations, 30 of 100 and 60 of 100 right; 1 of 20 and 4 of 20 guessed
+SCORES = _scores(("a", 100, 30), ("b", 100, 60))
+PROBE = _probe(SCORES, _scores(("a", 20, 1), ("b", 20, 4)))
 
 
 def test_known_facts_are_those_beyond_guessing() -> None:
@@ -40,13 +52,13 @@ def test_known_facts_are_those_beyond_guessing() -> None:
 
 
 def test_a_relation_without_control_is_guessed_like_the_others() -> None:
-    probe = {**PROBE, "control": _scores(("a", 20, 1))}
+    probe = _probe(SCORES, _scores(("a", 20, 1)))
     found = runs.known(probe, facts=1000, bits_by_relation={"a": 800.0, "b": 200.0})
     assert found["guessing"] == 0.05
     assert found["bits"] == pytest.approx(0.25 * 800 + 0.55 * 200)
     assert runs.known(probe, facts=10, bits_by_relation=None)["bits"] is None
     # without any, nothing is taken off
-    assert runs.known({**PROBE, "control": []}, 1000, None)["facts"] == 450.0
+    assert runs.known(_probe(SCORES, []), 1000, None)["facts"] == 450.0
 
 
 def _log(folder: Path, start: str, *points: tuple[int, float]) -> None:

@@ -295,10 +295,11 @@ def test_an_answer_is_right_only_if_all_of_it_is() -> None:
 def test_chance_is_the_commonest_answer() -> None:
     asked = [probe.Question("a", "", answer, [], []) for answer in ("x", "y", "x", "z")]
     asked.append(probe.Question("b", "", "x", [], []))
-    scores = probe.score_by_relation(asked, [True, True, True, False, True])
+    scores = probe.score_by_relation(asked, [True, True, True, False, True], "all")
+    # of all, two answers of the one relation and one of the other
     assert [list(score.values()) for score in scores] == [
         ["a", 4, 3, 0.75, 0.5],
         ["b", 1, 1, 1.0, 1.0],
+        ["all", 5, 4, 0.8, 0.6],
     ]
-    # two answers of the one relation and one of the other
-    assert list(probe.total("all", scores).values()) == ["all", 5, 4, 0.8, 0.6]
+    assert probe.score_by_relation([], [], "all") == []

@@ -5,11 +5,8 @@ which a token costs what it costs in the dense model, or twice that for `dense 2
 replaces three feed-forwards and costs less than they did leaves the other ones wider, and a table
 of more rows, whose sub-keys cost more, leaves them narrower.
 
-FLOPs are those that a run reports: matrix products of forward and backward, causal attention,
-memories in place of what they replaced, rows as parameters alone. The planner has them in closed
-form, so a plan needs no Megatron; the tests compare it with what Megatron counts for the same flags
-and with what torch counts in a real forward and backward. Not counted by either is the router of
-the mixture of experts.
+FLOPs are those that a run reports, by the planner's closed form, so a plan needs no Megatron. Not
+counted is the router of the mixture of experts.
 
 A run is known by the hash of its flags, its corpus and what it starts from. So the best run of the
 sweep of learning rates is the first seed of the main table, and nothing is trained twice.
@@ -112,21 +109,15 @@ def read_scale(name: str, base: dict[str, Any], own: dict[str, Any]) -> Scale:
     memory, experts = numbers["memory"], numbers.pop("experts")
     settings = {field.name for field in fields(Model)}
 
-    def models(table: dict[str, dict[str, Any]]) -> list[Model]:
-        found = []
-        for name, said in table.items():
-            chosen = {key: value for key, value in said.items() if key in settings}
-            family = said.get("family", "memory+")
-            shared = {"dense": {}, "dense 2x": {}, "moe": experts}.get(family, memory)
-            own = {key: value for key, value in said.items() if key not in settings}
-            found.append(Model(name, **chosen, flags={**shared, **own}))
-        return found
+    def model(name: str, said: dict[str, Any]) -> Model:
+        shared = {"dense": {}, "dense 2x": {}, "moe": experts}.get(said.get("family", ""), memory)
+        chosen = {key: value for key, value in said.items() if key in settings}
+        flags = {key: value for key, value in said.items() if key not in settings}
+        return Model(name, **chosen, flags={**shared, **flags})
 
     for kind in ("models", "ablations"):
-        numbers[kind] = models(numbers[kind])
-    sweep = {
-        family: [(lr, table) for lr, table in grid] for family, grid in numbers["sweep"].items()
-    }
+        numbers[kind] = [model(name, said) for name, said in numbers[kind].items()]
+    sweep = {family: [*map(tuple, grid)] for family, grid in numbers["sweep"].items()}
     corpus = Settings(**numbers["corpus"])
     return Scale(**{**numbers, "name": name, "corpus": corpus, "sweep": sweep})
 

@@ -18,7 +18,7 @@ Cells = Mapping[str, Callable[[Runs], str]]
 
 # what the runs of an experiment have in common, most often
 MADE_WITH = ("commit", "device", "torch", "megatron-core", "megamem")
-# of a record, what the tables have no need of: its key stands for the flags, which --list prints
+# of a record, what the tables have no need of; the key is a hash of the flags, which the plan makes
 HIDDEN = ("flags", "start", "loss", "python", *MADE_WITH[1:])
 
 

@@ -102,9 +102,8 @@ class Runner:
             try:
                 # what starts from another run's checkpoint, which comes first, waits for it
                 for _, wave in groupby(waiting, key=lambda run: bool(run.start)):
-                    for future in as_completed(
-                        [pool.submit(self._finish, run, progress) for run in wave]
-                    ):
+                    futures = [pool.submit(self._finish, run, progress) for run in wave]
+                    for future in as_completed(futures):
                         future.result()
                         progress.advance(bar)
             except Stopped:
@@ -343,7 +342,8 @@ def known(
         `accuracy` on facts that training stated, `guessing` on facts that it did not, `facts` and
         `bits` known of the whole corpus; no bits where nobody counted them
     """
-    accuracy, guessing = _share(probe["scores"]), _share(probe["control"])
+    # without a control, nothing is taken off
+    accuracy, guessing = [*(total["accuracy"] for total in probe["totals"]), 0.0][:2]
     bits = None
     if bits_by_relation is not None:
         control = {score["relation"]: score["accuracy"] for score in probe["control"]}
@@ -368,14 +368,12 @@ def data_order(cache: Path) -> str:
 
 def best_rates(sweep: Sequence[Run], records: Mapping[str, Mapping[str, Any]]) -> dict[str, Rates]:
     """Family -> the pair of factors whose run knows most facts, asked their questions."""
-
-    def facts(run: Run) -> float:
-        return float(records[run.key]["corpus"]["facts"][-1])
-
-    families = {
-        run.model.family: [r for r in sweep if r.model.family == run.model.family] for run in sweep
-    }
-    return {family: max(runs, key=facts).rates for family, runs in families.items()}
+    best: dict[str, Run] = {}
+    for run in sweep:
+        rival = best.setdefault(run.model.family, run)
+        if records[run.key]["corpus"]["facts"][-1] > records[rival.key]["corpus"]["facts"][-1]:
+            best[run.model.family] = run
+    return {family: run.rates for family, run in best.items()}
 
 
 def software(device: str) -> dict[str, str]:
@@ -390,8 +388,3 @@ def software(device: str) -> dict[str, str]:
     commit = subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()
     versions = {name: version(name) for name in ("megamem", "torch", "megatron-core")}
     return {"commit": commit, "device": name, "python": platform.python_version(), **versions}
-
-
-def _share(scores: Sequence[Mapping[str, Any]]) -> float:
-    asked = sum(score["asked"] for score in scores)
-    return sum(score["right"] for score in scores) / asked if asked else 0.0
