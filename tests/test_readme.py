@@ -5,6 +5,10 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+import torch
+
+import megamem
 from megamem.__main__ import COMMANDS
 from megamem.config import MemoryConfig, flag
 from megamem.tools import markers
@@ -14,10 +18,13 @@ from tests.bench import stage_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *(ROOT / "megamem").rglob("*.md"), ROOT / ".github/CONTRIBUTING.md"]
+FLAGS, KERNELS = "megamem/FLAGS.md", "megamem/kernels/README.md"
 
 
 def test_the_table_of_flags_is_what_the_settings_say() -> None:
-    assert rewrite(README) == README, "run: python -m megamem.tools.flag_table README.md"
+    page = (ROOT / FLAGS).read_text()
+    assert rewrite(page) == page, f"run: python -m megamem.tools.flag_table {FLAGS}"
     rows = flag_table().splitlines()[2:]
     assert len(rows) == len(dataclasses.fields(MemoryConfig))
     for row, field in zip(rows, dataclasses.fields(MemoryConfig), strict=True):
@@ -25,18 +32,19 @@ def test_the_table_of_flags_is_what_the_settings_say() -> None:
 
 
 def test_the_tables_of_measurements_are_what_the_records_say() -> None:
-    rewritten = stage_table.rewrite(README)
-    assert rewritten == README, "run: python -m tests.bench.stage_table README.md"
+    page = (ROOT / KERNELS).read_text()
+    rewritten = stage_table.rewrite(page)
+    assert rewritten == page, f"run: python -m tests.bench.stage_table {KERNELS}"
     stages = [
         row["stage"] for run in stage_table.records() for row in run["rows"] if "stage" in row
     ]
-    assert len(stages) > 5 and all(stage in README for stage in stages)
+    assert len(stages) > 5 and all(stage in page for stage in stages)
     records = [
         r for path in sorted(stage_table.RESULTS.glob("*.jsonl")) for r in read_records(path)
     ]
-    table = markers.rewrite(README, "bench", markdown(records).rstrip("\n"))
-    command = "python -m megamem bench --table tests/bench/results/*.jsonl --into README.md"
-    assert table == README, f"run: {command}"
+    table = markers.rewrite(page, "bench", markdown(records).rstrip("\n"))
+    command = f"python -m megamem bench --table tests/bench/results/*.jsonl --into {KERNELS}"
+    assert table == page, f"run: {command}"
 
 
 def test_stages_are_shown_of_runs_on_a_gpu_alone(tmp_path: Path) -> None:
@@ -55,15 +63,49 @@ def test_stages_are_shown_of_runs_on_a_gpu_alone(tmp_path: Path) -> None:
 
 
 def test_every_subcommand_is_named() -> None:
+    text = "".join(page.read_text() for page in PAGES)
     for command in COMMANDS:
-        assert re.search(rf"megamem(\.run| {command})\b", README), command
+        assert re.search(rf"megamem(\.run| {command})\b", text), command
 
 
-def test_every_link_leads_somewhere() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert len(links) > 3
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!http)([^)]*)\)", page.read_text())
     for link in links:
-        assert (ROOT / link).exists(), link
+        path, _, place = link.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), link
+        if place:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in titles}
+            assert place in anchors, link
+    assert links or page.name in ("FLAGS.md", "CONTRIBUTING.md")
+
+
+def test_the_plain_torch_of_the_readme_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the interpreter would take minutes
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    (code,) = [block for block in _python(README) if "TableOptimizer(" in block]
+    names: dict = {}
+    torch.manual_seed(1)
+    exec(code, names)
+    assert names["loss"] < 0.1
+    assert not any(table.weight.requires_grad for table in names["pool"])
+
+
+def test_the_names_of_the_readme_exist() -> None:
+    blocks = _python(README)
+    assert len(blocks) == 3
+    imported = re.findall(r"^from megamem import (.+)$", "\n".join(blocks), re.MULTILINE)
+    names = {name for line in imported for name in line.split(", ")}
+    assert len(names) > 10 and names <= set(megamem.__all__)
+    assert all(getattr(megamem, name) is not None for name in names | set(megamem.__all__))
+    with pytest.raises(AttributeError, match="has no attribute memory"):
+        megamem.memory  # noqa: B018
+
+
+def _python(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def test_every_script_that_is_named_exists() -> None:
@@ -82,5 +124,6 @@ def test_every_script_that_is_named_exists() -> None:
 
 def test_every_flag_named_in_the_text_exists() -> None:
     known = {flag(field.name) for field in dataclasses.fields(MemoryConfig)}
-    for name in re.findall(r"`(--memory-[a-z-]+)", README):
+    text = "".join(page.read_text() for page in PAGES)
+    for name in re.findall(r"`(--memory-[a-z-]+)", text):
         assert name in known, name

@@ -3,8 +3,7 @@
     python examples/facts/publish.py runs/compare-cpu
 
 copies results.json and the plots into examples/facts/results/SCALE and makes, of all that is there,
-the tables in examples/facts/README.md and the one on the first screen of README.md. Nothing in them
-is written by hand.
+the tables in examples/facts/README.md. Nothing in them is written by hand.
 """
 
 import argparse
@@ -25,7 +24,7 @@ from megamem.tools.markers import rewrite  # noqa: E402
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-TABLES, FIRST_SCREEN = HERE / "README.md", HERE.parents[1] / "README.md"
+TABLES = HERE / "README.md"
 # of scales, as readers should meet them
 ORDER = ("cpu", "long", "gpu")
 
@@ -55,7 +54,7 @@ def headline(told: Sequence[Results]) -> Sheet:
 
 
 def first_screen(told: Sequence[Results]) -> str:
-    """The table of README.md, and what was measured how: seeds, device, commit, command."""
+    """The first table of the page, and what was measured how: seeds, device, commit, command."""
     lines = [headline(told).markdown()]
     for results in told:
         seeds = len(results["scale"]["seeds"])
@@ -84,14 +83,13 @@ def published() -> dict[str, Results]:
 
 
 def pages(told: Mapping[str, Results]) -> dict[Path, str]:
-    """Both pages as they should be."""
+    """The page as it should be."""
     tables = TABLES.read_text()
     for name, results in told.items():
         # without the title, below a heading of the third level
         _, _, text = markdown(results).rstrip().partition("\n\n")
         tables = rewrite(tables, f"results of {name}", text.replace("\n## ", "\n#### "))
-    first = rewrite(FIRST_SCREEN.read_text(), "facts", first_screen(list(told.values())))
-    return {TABLES: tables, FIRST_SCREEN: first}
+    return {TABLES: rewrite(tables, "facts", first_screen(list(told.values())))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

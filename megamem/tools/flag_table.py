@@ -1,6 +1,6 @@
-"""The table of all flags in the README, made from MemoryConfig.
+"""The table of all flags in megamem/FLAGS.md, made from MemoryConfig.
 
-python -m megamem.tools.flag_table README.md     rewrites it there
+python -m megamem.tools.flag_table megamem/FLAGS.md     rewrites it there
 """
 
 import ast

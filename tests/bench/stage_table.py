@@ -1,6 +1,6 @@
 """The README's tables of stages and of forms of ops, made from the records of runs on GPUs.
 
-python -m tests.bench.stage_table README.md     rewrites them there
+python -m tests.bench.stage_table megamem/kernels/README.md     rewrites them there
 
 Records are JSON files under results/: the `results.json` of `bash tests/gpu.sh` under any name,
 which is a list of what its parts found, or one written by hand. Shown are those whose `rows` have a
