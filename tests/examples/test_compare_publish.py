@@ -1,4 +1,4 @@
-"""What stands in the two READMEs is what results.json says, and only finished results get there."""
+"""What stands in the README is what results.json says, and only finished results get there."""
 
 import json
 import sys
@@ -28,10 +28,10 @@ TOLD = publish.published()
 RESULTS = [pytest.param(results, id=name) for name, results in TOLD.items()]
 
 
-def test_both_pages_have_the_tables_of_the_results() -> None:
+def test_the_page_has_the_tables_of_the_results() -> None:
     assert "cpu" in TOLD
-    for path, text in publish.pages(TOLD).items():
-        assert path.read_text() == text, "run: python examples/facts/publish.py runs/compare-SCALE"
+    again = "run: python examples/facts/publish.py runs/compare-SCALE"
+    assert publish.PAGE.read_text() == publish.page(TOLD), again
 
 
 @pytest.mark.parametrize("results", RESULTS)
@@ -103,8 +103,7 @@ def test_only_what_is_between_the_markers_changes() -> None:
 def test_what_is_not_finished_is_not_published(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    both = (publish.TABLES, publish.FIRST_SCREEN)
-    before = {path: path.read_text() for path in both}
+    before = publish.PAGE.read_text()
     assert publish.main([str(tmp_path)]) == 2
     assert "no results.json; run compare.py" in capsys.readouterr().err
     told = {"scale": {"name": "cpu", "ablation_seeds": 2}, "waiting": 3}
@@ -112,4 +111,4 @@ def test_what_is_not_finished_is_not_published(
     assert publish.main([str(tmp_path)]) == 2
     again = "python examples/facts/compare.py --scale cpu --ablation-seeds 2 --output"
     assert f"3 runs are not finished; {again} {tmp_path}" in capsys.readouterr().err
-    assert {path: path.read_text() for path in both} == before
+    assert publish.PAGE.read_text() == before
