@@ -1,7 +1,7 @@
-"""The megamem command, also `python -m megamem`: one frame for all subcommands.
+"""The megamem command, also `python -m megamem`: what all subcommands have in common.
 
-A subcommand is a module with two functions: add_flags(parser, words) adds the flags that a command
-line may have, run(args) carries it out and returns the exit status.
+A subcommand is a module with two functions: add_flags(parser, words) adds its flags to the parser,
+and run(args) carries it out and returns the exit status.
 """
 
 import argparse
@@ -16,30 +16,42 @@ from megamem import __version__
 from megamem.config import ConfigurationError
 from megamem.errors import USER_ERROR, refuse, suggestion
 
-# name -> its module, and what it does
+# the name of a subcommand -> its module, and what it does
 COMMANDS = {
     "run": ("megamem.run", "run a Megatron training script with memory layers"),
-    "plan": ("megamem.tools.plan", "say what a table takes on a cluster, and how to lay it out"),
-    "convert": ("megamem.tools.convert.command", "bring checkpoints in, and take a table out"),
-    "bench": ("megamem.tools.bench", "measure the kernels against the memory of this machine"),
-    "doctor": ("megamem.tools.doctor", "say whether this machine is ready, and what it will use"),
-    "patch": ("megamem.tools.patch", "give a Megatron-LM checkout memory layers for good"),
+    "plan": (
+        "megamem.tools.plan",
+        "estimate memory, traffic and time of a table on a cluster, and recommend a layout",
+    ),
+    "convert": (
+        "megamem.tools.convert.command",
+        "convert checkpoints, and import or export tables",
+    ),
+    "bench": (
+        "megamem.tools.bench",
+        "measure the kernels as a fraction of this machine's memory bandwidth",
+    ),
+    "doctor": (
+        "megamem.tools.doctor",
+        "check whether this machine can train, and show what it would use",
+    ),
+    "patch": ("megamem.tools.patch", "add memory layers to a Megatron-LM checkout permanently"),
 }
-# that of rich, too
+# the exit status that rich has for a closed pipe, too
 CLOSED_PIPE = 1
-# after Ctrl-C, as shells have it
+# the exit status that shells give a program that Ctrl-C ended
 INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes flags only as they are spelt, and raises what is wrong with a command line."""
+    """An ArgumentParser that accepts no abbreviated flags and raises its errors."""
 
     def __init__(self, **settings: Any) -> None:
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(**settings, formatter_class=form, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raise ConfigurationError, with the flag that was probably meant."""
+        """Raise ConfigurationError with the message and the flags that unknown ones resemble."""
         known = list(self._option_string_actions)
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -49,10 +61,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(name: str, words: Sequence[str]) -> argparse.Namespace:
-    """The command line of a subcommand.
+    """Parse the command line of a subcommand.
 
     Raises:
-        ConfigurationError: a flag is unknown, or its value is none that it can have.
+        ConfigurationError: a flag is unknown, or its value is not allowed.
     """
     module = importlib.import_module(COMMANDS[name][0])
     parser = Parser(prog=f"megamem {name}", description=module.__doc__)
@@ -61,19 +73,19 @@ def parse(name: str, words: Sequence[str]) -> argparse.Namespace:
 
 
 def carry_out(action: Callable[[], int]) -> int:
-    """Do it and return its exit status, or say in one line why that cannot be done."""
+    """Call the action and return its exit status; write an expected error in one line."""
     try:
         try:
             return action()
         finally:
-            # a closed pipe is noticed here, and not when Python ends
+            # so that a closed pipe raises its error here, and not when Python ends
             sys.stdout.flush()
     except ConfigurationError as error:
         return refuse(error)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # what is still buffered has to go somewhere
+        # Python flushes stdout once more when it ends, which must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE
     except OSError as error:
@@ -81,7 +93,7 @@ def carry_out(action: Callable[[], int]) -> int:
 
 
 def usage() -> str:
-    """The help text."""
+    """The text of `megamem --help`."""
     width = max(map(len, COMMANDS))
     lines = (f"  {name:{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items())
     return "\n".join(
@@ -90,7 +102,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "megamem COMMAND --help says more; megamem --version is the version.",
+            "megamem COMMAND --help describes a command; megamem --version prints the version.",
             "",
         )
     )
@@ -100,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the subcommand that argv names; return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["run"]:
-        # a training script ends as it would without us
+        # a training script must end as it would without megamem
         return importlib.import_module(COMMANDS["run"][0]).main(words[1:])
     return carry_out(lambda: _main(words))
 
@@ -119,7 +131,9 @@ def _main(words: list[str]) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigurationError(f"unknown command {name}{hint}; there is: {', '.join(COMMANDS)}")
+        raise ConfigurationError(
+            f"unknown command {name}{hint}; the commands are: {', '.join(COMMANDS)}"
+        )
     module = importlib.import_module(COMMANDS[name][0])
     return module.run(parse(name, rest))
 

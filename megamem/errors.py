@@ -1,4 +1,4 @@
-"""What a person is told whose command cannot be carried out: one line, with the fix."""
+"""Errors that a user can mend are reported in one line that names the fix."""
 
 import argparse
 import difflib
@@ -10,28 +10,37 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 USER_ERROR = 2
-"""Exit status of a command that was given what it cannot use."""
-# torchrun ends all ranks as soon as one has ended: the first rank of a run, then of a node, speaks
-# before the others
+"""Exit status of a command whose arguments cannot be used."""
+# torchrun ends all ranks as soon as one has ended, so the first rank of the run, and then the first
+# of each node, reports the error before the other ranks do
 SECONDS_TO_READ = 3.0
 
 
 def complain(message: object, who: str = "") -> None:
-    """Say what is wrong, as every command of megamem does; `who` follows the word error."""
+    """Write an error to stderr, in the form of all megamem commands.
+
+    Args:
+        message: what is wrong, and the fix.
+        who: stands between "error" and the colon, such as " (rank 3)".
+    """
     sys.stderr.write(f"megamem: error{who}: {message}\n")
     sys.stderr.flush()
 
 
 def refuse(message: object) -> int:
-    """Say why a command cannot be carried out -> its exit status."""
+    """Write why a command cannot be carried out; return its exit status."""
     complain(message)
     return USER_ERROR
 
 
 def stop(message: str) -> NoReturn:
-    """Say once for all ranks why the run cannot go on, then leave.
+    """Write why the run cannot go on, once for all ranks, and end this process.
 
-    A rank that waited and is still here is likely alone in failing, and says so.
+    The first rank writes at once. The others wait, because the launcher then ends them; one that is
+    still running after the wait has probably failed alone, and its message names the rank.
+
+    Raises:
+        SystemExit: always, with status USER_ERROR.
     """
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     if rank == 0:
@@ -44,12 +53,11 @@ def stop(message: str) -> NoReturn:
 
 
 def friendly_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The parser, whose errors are one line with a suggestion instead of a page of usage.
+    """Change a parser so that its errors are one line with a suggestion; returns it.
 
-    Only where a flag of ours is on the command line.
-
-    Its --help works, too: Megatron 0.19 describes a flag with a bare percent sign, on which
-    argparse ends in a traceback.
+    This applies only if the command line has a --memory flag; otherwise Megatron's own error with
+    the usage stays. It also repairs --help, because Megatron 0.19 has a bare percent sign in the
+    help of a flag, for which argparse raises an exception.
     """
     for action in parser._actions:
         try:
@@ -60,7 +68,7 @@ def friendly_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     original = parser.error
 
     def error(message: str) -> NoReturn:
-        # a run that has nothing to do with memory gets what Megatron says
+        # a run without memory flags gets the error that Megatron gives
         if "--memory" not in " ".join((message, *sys.argv)):
             original(message)
         stop(message + suggestion(message, parser._option_string_actions))
@@ -70,12 +78,18 @@ def friendly_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def suggestion(message: str, known: Iterable[str], *, of_script: bool = True) -> str:
-    """What an unknown flag was probably meant to be, in brackets; empty when nothing is near."""
+    """In brackets, the known flags that unknown ones resemble; empty if there are none.
+
+    Args:
+        message: the error of argparse.
+        known: all flags that the parser has.
+        of_script: whether the flags belong to a training script, where --cpu is a common mistake.
+    """
     _, found, words = message.partition("unrecognized arguments:")
     if not found:
         return ""
     unknown = [word.split("=", 1)[0] for word in words.split() if re.match("--?[a-zA-Z]", word)]
-    # the launcher's flag, among those of the script that it runs
+    # this flag of the launcher was given among the flags of the script
     if of_script and "--cpu" in unknown:
         return " (--cpu goes before the script's path)"
     flags = list(known)

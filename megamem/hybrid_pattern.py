@@ -1,17 +1,17 @@
-"""What `--hybrid-layer-pattern` says: which layer is what, and which stage builds it.
+"""Reads `--hybrid-layer-pattern`: the kind of each layer, and the stage that builds it.
 
-*-|*-/*     two stages of an attention and a feed-forward each; behind "/" layers that predict
-            further tokens
+*-|*-/*     two pipeline stages with an attention and a feed-forward each; the layers behind "/"
+            are for multi-token prediction
 """
 
 FEED_FORWARDS = {"-": "dense", "E": "experts"}
-"""The symbols whose place a memory may take."""
+"""Symbols of the layers that a memory layer can replace -> their kind."""
 
 STAGE, PREDICTION = "|", "/"
 
 
 def symbols(pattern: str) -> str:
-    """One symbol for each layer of the model.
+    """The pattern without separators: one symbol for each layer of the model.
 
     >>> symbols("*-|*-/*")
     '*-*-'
@@ -30,12 +30,12 @@ def stage_layers(
     """Numbers, from 0, of the layers that a stage builds.
 
     Args:
-        pattern: cut at "|", or else as evenly as it goes.
-        stages: pipeline-parallel size.
+        pattern: the pattern; without "|" its layers are divided evenly.
+        stages: the pipeline-parallel size.
         pp_rank: the stage.
-        vp_stage: its virtual stage, where there are several.
-        first: layers of the first stage, where it is uneven.
-        last: layers of the last stage, where it is uneven.
+        vp_stage: the virtual stage, if there are several.
+        first: number of layers of the first stage, if it differs.
+        last: number of layers of the last stage, if it differs.
 
     >>> stage_layers("*-*-|*-", stages=2, pp_rank=1)
     [4, 5]

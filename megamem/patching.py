@@ -1,4 +1,4 @@
-"""Replacing a function of another package while it runs: once, and loudly when it is gone."""
+"""Replaces functions of other packages at run time, each of them once."""
 
 import functools
 import sys
@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 MARKER = "_megamem_replaced"
+"""Attribute of a replacement that names the functions which made it."""
 
 
 class MissingSymbolError(RuntimeError):
@@ -14,24 +15,33 @@ class MissingSymbolError(RuntimeError):
 
 
 def path_of(owner: Any, name: str) -> str:
-    """The dotted path of owner.name, as a person would look it up."""
+    """The dotted path of owner.name, for messages."""
     if isinstance(owner, type):
         return f"{owner.__module__}.{owner.__qualname__}.{name}"
     return f"{getattr(owner, '__name__', type(owner).__name__)}.{name}"
 
 
 def require(owner: Any, name: str) -> Any:
-    """owner.name, or an error that names the missing symbol and the way out."""
+    """The value of owner.name.
+
+    Raises:
+        MissingSymbolError: it does not exist; the message names it and the fix.
+    """
     if not hasattr(owner, name):
         raise MissingSymbolError(
-            f"{path_of(owner, name)} does not exist in the installed release; megamem replaces it. "
-            "Install the releases of torch and megatron-core that megamem's setup.py names."
+            f"{path_of(owner, name)} does not exist in the installed release, but megamem has to "
+            "replace it. Install the releases of torch and megatron-core that setup.py of megamem "
+            "names."
         )
     return getattr(owner, name)
 
 
 def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Set owner.name to make(original); a second call with the same `make` changes nothing."""
+    """Set owner.name to make(original); a second call with the same `make` changes nothing.
+
+    Raises:
+        MissingSymbolError: owner.name does not exist.
+    """
     original = require(owner, name)
     applied: frozenset[str] = getattr(original, MARKER, frozenset())
     label = f"{make.__module__}.{make.__qualname__}"
@@ -43,7 +53,11 @@ def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 
 
 def replace_everywhere(owner: ModuleType, name: str, make: Callable[[Any], Any]) -> None:
-    """replace(), also in modules of the same package that imported the function by name."""
+    """Like replace(), also in modules of the same package that imported the function by name.
+
+    Raises:
+        MissingSymbolError: owner.name does not exist.
+    """
     original = require(owner, name)
     replace(owner, name, make)
     package = owner.__name__.partition(".")[0]

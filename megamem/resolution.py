@@ -1,4 +1,4 @@
-"""From what a person asks for to what it means: the only place where a MemorySpec is made."""
+"""Turns a MemoryConfig into a MemorySpec; no other module makes one."""
 
 from typing import Literal
 
@@ -23,20 +23,20 @@ def resolve(
     tokens_vary: bool = False,
     timeout_minutes: float = 10,
 ) -> MemorySpec:
-    """Fill in every width of a model of this hidden size, and decide how tables lie over its ranks.
+    """The spec of a model of this hidden size: all widths, and the layout of its tables.
 
     Args:
-        config: what was asked for.
-        hidden_size: D.
-        tensor_ranks: tensor-parallel ranks, the default of --memory-group-size.
-        stage_ranks: ranks of a pipeline stage, which memory groups divide evenly; by default those
-            that one table is spread over.
-        ranks_per_node: neighbouring ranks with fast links between them.
-        number_bytes: of a number of a row.
-        link, network: bytes per second and rank, inside a node and between nodes.
-        seed: of the run.
-        tokens_vary: sequences of different lengths may reach the ranks that share a table.
-        timeout_minutes: how long a collective of a memory group may wait for a rank.
+        config: the settings.
+        hidden_size: D, the width of the hidden states.
+        tensor_ranks: the tensor-parallel size, which is the default of --memory-group-size.
+        stage_ranks: number of ranks of a pipeline stage, a multiple of the size of a memory group;
+            by default one memory group.
+        ranks_per_node: number of neighbouring ranks that are connected by fast links.
+        number_bytes: size of one element of a row.
+        link, network: bandwidth of a rank in bytes per second, within a node and between nodes.
+        seed: the seed of the run.
+        tokens_vary: whether ranks that share a table may get sequences of different lengths.
+        timeout_minutes: how long a collective of a memory group waits for a rank.
 
     Raises:
         ConfigurationError: the settings cannot work with this hidden size or these ranks.
@@ -69,8 +69,8 @@ def resolve(
         layout = Layout(mode, size, {"row": 1, "column": size, "2d": neighbours}[mode])
     if layout.mode != "row" and not variant.cuts_rows:
         raise ConfigurationError(
-            f"--memory-mode {layout.mode} cuts rows, but --memory-variant {config.memory_variant} "
-            "needs a whole row to decide what it adds; use --memory-mode row."
+            f"--memory-mode {layout.mode} splits rows, but --memory-variant "
+            f"{config.memory_variant} needs complete rows on a rank; use --memory-mode row."
         )
     if problem := mode_problem(layout, value_dim):
         raise ConfigurationError(problem)
@@ -110,15 +110,15 @@ def resolve(
 def _value_dim(config: MemoryConfig, hidden_size: int, variant: Variant) -> int:
     if config.memory_value_dim is None and hidden_size % 8:
         raise ConfigurationError(
-            f"--hidden-size {hidden_size} is not a multiple of 8, which a row of the value table "
-            "must be: choose another, or (memory+ only) set --memory-value-dim."
+            f"--hidden-size {hidden_size} is not a multiple of 8, as the width of a row must be; "
+            "choose another hidden size, or, with memory+, set --memory-value-dim."
         )
     value_dim = config.memory_value_dim or hidden_size
     if not variant.projects and value_dim != hidden_size:
         raise ConfigurationError(
             f"--memory-value-dim {value_dim} differs from --hidden-size {hidden_size}, but "
-            f"--memory-variant {config.memory_variant} has no projection between them; use memory+ "
-            "or drop --memory-value-dim."
+            f"--memory-variant {config.memory_variant} has no projection between the two; use "
+            "memory+ or drop --memory-value-dim."
         )
     return value_dim
 

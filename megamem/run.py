@@ -1,4 +1,4 @@
-"""python -m megamem.run SCRIPT ...: the script, unmodified, with memory layers at its disposal."""
+"""`python -m megamem.run SCRIPT ...` runs an unmodified training script with memory layers."""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from megamem.megatron import launcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """What `megamem run` calls, as all that its process does."""
+    """Run the launcher as the only work of this process; return the exit status."""
     return launcher.main(argv, ends_process=True)
 
 

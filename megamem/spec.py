@@ -1,8 +1,8 @@
-"""What the memory layers of a run are, with everything decided.
+"""The memory layers of a run with every default filled in.
 
-MemoryConfig is what a person asks for; MemorySpec is what that means in one model on its ranks:
-each width is a number, and a table lies over known ranks. `megamem.resolve` makes it once, and
-every layer, optimizer, plan and report takes it.
+MemoryConfig holds what a user asked for. MemorySpec holds what this means for one model on its
+ranks: each width is a number, and the ranks that hold a table are known. `megamem.resolve` makes it
+once, and every layer, optimizer, plan and report takes it.
 """
 
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ Mode = Literal["row", "column", "2d"]
 Wire = Literal["alltoall", "allgather"]
 Optimizer = Literal["adamw", "lazy_adamw", "rowwise_adamw", "sgd"]
 OfModel = Literal["model"]
-"""In place of a number: whatever the model itself is trained with."""
+"""Stands in place of a number where the tables use the model's own setting."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one table lies over the ranks of a memory group."""
+    """How a table is sharded over the ranks of a memory group."""
 
     mode: Mode = "row"
     group_size: int = 1
-    """W."""
+    """W, the ranks of the memory group."""
     column_ranks: int = 1
-    """Ranks over which the columns of a row are cut."""
+    """Number of ranks that the columns of a row are divided over."""
 
     @property
     def row_ranks(self) -> int:
-        """Ranks over which the rows are cut."""
+        """Number of ranks, or of sets of ranks, that the rows are divided over."""
         return self.group_size // self.column_ranks
 
     def __str__(self) -> str:
@@ -38,31 +38,31 @@ class Layout:
 
     @property
     def flags(self) -> str:
-        """The flags of a command line that asks for this layout."""
+        """The command-line flags that select this layout."""
         cut = f" --memory-column-ranks {self.column_ranks}" if self.mode == "2d" else ""
         return f"--memory-mode {self.mode} --memory-group-size {self.group_size}{cut}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySpec:
-    """The memory layers of one run. MemoryConfig says what each choice means."""
+    """The memory layers of one run. MemoryConfig describes what each setting does."""
 
     layers: tuple[int, ...]
-    """Counted from 0, ascending."""
+    """Numbers of the memory layers, from 0, in ascending order."""
     variant: str
-    """Its name; megamem.layers.variants has what it does."""
+    """Name of the variant; megamem.layers.variants defines what it does."""
     hidden_size: int
-    """D."""
+    """D, the width of the hidden states."""
     num_keys: int
-    """N."""
+    """N, the number of sub-keys per query half."""
     heads: int
-    """H."""
+    """H, the number of heads."""
     topk: int
-    """K."""
+    """K, the number of rows that a head reads."""
     key_dim: int
-    """Q."""
+    """Q, the width of one head's query."""
     value_dim: int
-    """V."""
+    """V, the width of a row of a table."""
     pool: Literal["shared", "layer"]
     qk_norm: bool
     keep_ffn: bool
@@ -73,11 +73,11 @@ class MemorySpec:
     placement_seed: int
     check_row_ids: bool
     tokens_vary: bool
-    """Sequences of different lengths may reach the ranks that share a table."""
+    """Whether the ranks that share a table may get sequences of different lengths."""
     seed: int
-    """Of the run: the initial weights depend on it."""
+    """Seed of the run, on which the initial weights depend."""
     timeout_minutes: float
-    """How long a collective between the ranks that share a table may wait for one of them."""
+    """How long a collective of the ranks that share a table waits for one of them."""
 
     optimizer: Optimizer
     stochastic_rounding: bool
@@ -85,23 +85,24 @@ class MemorySpec:
     lr_schedule: Literal["scheduled", "constant"]
     weight_decay: float | OfModel
     clip_grad: float | OfModel
-    """A norm at which the tables' gradient is clipped apart; "model": together with the model."""
+    """Norm to which the tables' gradient is clipped; "model": it is clipped with the model's."""
     finetune_rows: int
-    """T, rows of a table that a step trains; 0: all of them."""
+    """T, the number of rows of a table that a step trains; 0 means all of them."""
     background: str
-    """Checkpoint folder with the background's read counts; empty: those of --load."""
+    """Checkpoint folder with the read counts of the background; empty for that of --load."""
     metrics: Literal["auto", "on", "off"]
 
     @property
     def num_rows(self) -> int:
-        """R, the rows of one value table."""
+        """R = N * N, the number of rows of a table."""
         return self.num_keys**2
 
     @property
     def timeout(self) -> timedelta:
+        """timeout_minutes as a timedelta."""
         return timedelta(minutes=self.timeout_minutes)
 
     @property
     def lookups_per_token(self) -> int:
-        """L = H * K."""
+        """L = H * K, the number of rows read for a token."""
         return self.heads * self.topk

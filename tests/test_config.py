@@ -10,7 +10,7 @@ from megamem.config import ConfigurationError, MemoryConfig, flag
     ("settings", "message"),
     [
         ({"memory_layers": [1, 2, 1]}, "--memory-layers 1 2 1 names layer 1 more than once"),
-        ({"memory_layers": [-1]}, "--memory-layers -1: layers are counted from 0"),
+        ({"memory_layers": [-1]}, "--memory-layers -1 is negative: layers are counted from 0"),
         ({"memory_heads": 0}, "--memory-heads 0 must be at least 1"),
         ({"memory_topk": 0}, "--memory-topk 0 must be at least 1"),
         ({"memory_num_keys": 46341}, "--memory-num-keys 46341 is larger than 46340"),

@@ -56,7 +56,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(("name", "hint"), [("rum", " (did you mean run?)"), ("zzz", "")])
 def test_unknown_command(capsys, name, hint):
     assert main([name, "--cpu"]) == 2
-    assert f"error: unknown command {name}{hint}; there is: run" in _one_line(capsys)
+    assert f"error: unknown command {name}{hint}; the commands are: run" in _one_line(capsys)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -137,7 +137,7 @@ def test_state_of_u_that_is_missing_is_named() -> None:
 
 @pytest.mark.parametrize("mode", ["column", "2d"])
 def test_columns_are_refused(mode: str) -> None:
-    message = f"--memory-mode {mode} cuts rows, but --memory-variant peer .* --memory-mode row"
+    message = f"--memory-mode {mode} splits rows, but --memory-variant peer .* --memory-mode row"
     with pytest.raises(ConfigurationError, match=message):
         _memory(memory_mode=mode)
     assert _memory(memory_mode="auto").layout.mode == "row"

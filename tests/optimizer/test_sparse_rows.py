@@ -242,7 +242,7 @@ def test_a_state_without_counters_leaves_those_that_there_are() -> None:
     table, other = (pool_of(_spec(), torch.float64).values for _ in range(2))
     bare = other.state_dict()
     assert sorted(bare) == ["placement", "weight"]
-    table.learn_with(RowGradient(table.weight), ReadCounter(table.weight))
+    table.accumulate_into(RowGradient(table.weight), ReadCounter(table.weight))
     _background(table)
     whole = {name: tensor.clone() for name, tensor in table.state_dict().items()}
     table.reads.in_checkpoint = False
@@ -250,7 +250,7 @@ def test_a_state_without_counters_leaves_those_that_there_are() -> None:
     assert table.reads.in_checkpoint
     names = ("read_counts", "batches")
     assert all(torch.equal(table.state_dict()[name], whole[name]) for name in names)
-    other.learn_with(RowGradient(other.weight), ReadCounter(other.weight))
+    other.accumulate_into(RowGradient(other.weight), ReadCounter(other.weight))
     other.load_state_dict(whole)
     assert torch.equal(other.reads.counts, table.reads.counts) and other.reads.batches.tolist() == [
         8
@@ -271,7 +271,7 @@ def test_a_state_without_counters_leaves_those_that_there_are() -> None:
         ),
         (
             {"memory_background": "there"},
-            "--memory-background there is what --memory-finetune-rows compares",
+            "--memory-background there needs --memory-finetune-rows, which",
         ),
     ],
 )
