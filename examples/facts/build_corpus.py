@@ -265,7 +265,7 @@ def _finish(
 def render(report: dict[str, Any], settings: Settings, output: Path) -> Iterator[Table]:
     """The counts as tables for people: all facts, then relation by relation."""
     per_fact = f"{report['documents_train'] / settings.facts:g}"
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("facts held in", f"{settings.facts:,}", f"{settings.facts:,}"),
         ("  real", f"{report['facts_real']:,}", ""),
         ("  generated", f"{report['facts_generated']:,}", ""),

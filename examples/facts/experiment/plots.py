@@ -7,7 +7,6 @@ from statistics import mean, stdev
 from typing import Any
 
 import matplotlib
-
 from experiment.report import Results, Runs, bits_per_parameter, known, runs_of, tokens_at
 
 matplotlib.use("Agg")
@@ -85,6 +84,7 @@ def _by_rows(axes: Axes, groups: Groups) -> None:
     grown = [runs for runs in groups.values() if runs[0]["family"] == "memory+"]
     grown.sort(key=lambda runs: runs[0]["rows"])
     rows, blue = [runs[0]["rows"] for runs in grown], COLORS["memory+"]
+    style: dict[str, Any]
     if grown:
         _points(axes, rows, map(known, grown), color=blue, label="memory+", marker="o")
         unseen = [[run["corpus"]["unseen"] for run in runs] for runs in grown]
@@ -129,5 +129,6 @@ def _points(
     axes: Axes, places: Any, values: Iterable[Sequence[float]], capsize: int = 3, **style: Any
 ) -> None:
     """The mean over the seeds at every place, and its deviation."""
-    spread = [(mean(found), stdev(found) if len(found) > 1 else 0.0) for found in values]
-    axes.errorbar(places, *zip(*spread, strict=True), capsize=capsize, **style)
+    found = [*map(list, values)]
+    errors = [stdev(at) if len(at) > 1 else 0.0 for at in found]
+    axes.errorbar(places, [mean(at) for at in found], errors, capsize=capsize, **style)

@@ -8,9 +8,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from tables import Sheet
-
 from experiment.plan import Run, Scale
+from tables import Sheet
 
 Results = Mapping[str, Any]
 Runs = Sequence[Mapping[str, Any]]
@@ -205,10 +204,11 @@ def ablation_sheets(results: Results) -> list[Sheet]:
     Each is beside the first of its table, if it is not alone, at the seeds of both.
     """
     flags = results["scale"]["flags"]
-    changed, longer, deeper = kinds = ({}, {}, {})
+    changed: dict[str, Runs] = {}
+    longer, deeper = changed.copy(), changed.copy()
     for name, runs in runs_of(results, "ablations").items():
-        deep = runs[0]["layers"] != flags["num_layers"]
-        kinds[2 if deep else runs[0]["iterations"] != flags["train_iters"]][name] = runs
+        kind = longer if runs[0]["iterations"] != flags["train_iters"] else changed
+        (deeper if runs[0]["layers"] != flags["num_layers"] else kind)[name] = runs
     title = "Ablations: the first row with one thing changed, at equal FLOPs and the same seeds"
     deep_title = "Number of memory layers, in a deeper model, at the FLOPs of a dense one as deep"
     return [
@@ -241,8 +241,8 @@ def continual_sheet(results: Results) -> Sheet:
         rows.append((name, *(f"{number:,.0f}" for number in numbers), lost))
     facts = results["scale"]["new"]["facts"]
     title = f"Continual learning: {facts} new facts taught to a trained {before}"
-    columns = ("method (factor of both learning rates)", "new known", "in unseen words")
-    columns = (*columns, "old still known", "old lost")
+    columns = ["method (factor of both learning rates)", "new known", "in unseen words"]
+    columns += ["old still known", "old lost"]
     return Sheet(title, columns, rows, ["LoRA is left out: Megatron-LM's GPT training has none."])
 
 

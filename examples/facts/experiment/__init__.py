@@ -1,1 +1,0 @@
-"""What compare.py is made of: models -> plan -> runs -> records -> report, plots."""
