@@ -1,6 +1,6 @@
-"""A closed-form cost model of memory layers: sizes, bytes, traffic and time, without any rank.
+"""A closed-form cost model of memory layers: parameters, bytes, traffic and time.
 
-`make_plan` weighs all layouts of a job.
+It needs no process group and no GPU. `make_plan` compares all layouts of a job.
 """
 
 from megamem.planner.job import Cluster, Job, group_sizes

@@ -1,7 +1,6 @@
-"""Bytes of memory layers that come and go: what backward needs, and the passing peak of each step.
+"""Bytes of memory layers' buffers: what is saved for backward, and the temporary peak of each step.
 
-`megamem bench --memory` measures them. Letters as in traffic.py; T tokens of a microbatch, M
-lookups that arrive at a rank, H heads, Q query width, D hidden size.
+`megamem bench --memory` measures them.
 """
 
 import math
@@ -13,20 +12,20 @@ from megamem.planner.job import Job, Layout, layout_wire
 
 # int64 row ids, fp32 weights
 ROW_ID_BYTES, WEIGHT_BYTES = 8, 4
-# what the form alltoall keeps of a lookup to bring its weight's gradient back: an int64 place
+# alltoall saves one int64 position per lookup, to return the gradient of the lookup's weight
 ORDER_BYTES = 8
-# a sorted lookup: int32 row, int64 place, int32 bag, fp32 weight; and the gradient of its weight
+# a sorted lookup: int32 row, int64 position, int32 bag, fp32 weight; and its weight's gradient
 SORTED_BYTES = 4 + 8 + 4 + 4 + 4
-# what a score of a sub-key becomes that may be among the best: int64
+# the scores of sub-keys that may be among the best are packed into int64
 CANDIDATE_BYTES = 8
-# pairs of sub-keys while they are ranked: their ids, their gradients, sub-keys of both halves
+# per lookup in the backward pass of product_topk: ids, gradients and the ids of both sub-keys
 RANKED_BYTES = 40
 
 
 def lookup_buffers(job: Job, layout: Layout) -> float:
-    """Bytes that memory layers keep for backward, and the largest passing peak beside them."""
+    """Bytes that memory layers save for backward, plus the largest temporary peak."""
     stages = job.cluster.pipeline_model_parallel_size
-    # a stage holds as many microbatches as there are stages from it to the last
+    # a stage holds activations of as many microbatches as there are stages from it to the last
     kept_layers = max(
         count * min(stages - stage, job.cluster.microbatches)
         for stage, count in enumerate(job.stage_memories)
@@ -35,11 +34,12 @@ def lookup_buffers(job: Job, layout: Layout) -> float:
 
 
 def kept_bytes(job: Job, layout: Layout) -> float:
-    """Of one memory layer and microbatch, from its forward to its backward.
+    """Bytes that one memory layer saves for the backward pass of one microbatch.
 
-    A token: the layer's input, its queries, its rows and their weights, and what the variant's
-    output keeps. And the lookups that arrived here, with what the variant's read-out keeps of each,
-    and the tokens that they are for where it looks at them.
+    For each token these are the layer's input, its queries, its row ids and weights, and what the
+    variant's output saves. For each lookup received from other ranks they are its row id and
+    weight, and what the variant's read-out saves. Where the read-out needs the tokens themselves,
+    the received tokens are saved, too.
     """
     spec, tokens, e = job.spec, job.microbatch_tokens, job.number_bytes
     queries = spec.heads * spec.key_dim
@@ -48,7 +48,7 @@ def kept_bytes(job: Job, layout: Layout) -> float:
     numbers += variant.kept_widths * spec.value_dim
     kept = tokens * numbers * e
     if spec.qk_norm:
-        # queries before and after, and as many sub-keys as all tokens share
+        # queries before and after the norm; the normalised sub-keys are shared by all tokens
         kept += (tokens + spec.num_keys) * queries * e
     lookups = spec.lookups_per_token * tokens
     kept += lookups * (ROW_ID_BYTES + WEIGHT_BYTES)
@@ -57,7 +57,7 @@ def kept_bytes(job: Job, layout: Layout) -> float:
     kept += layout.group_size * tokens * ROW_ID_BYTES
     kept += variant.kept_per_lookup * arrived_lookups(job, layout) * WEIGHT_BYTES
     if variant.reads_tokens and not alone:
-        # alone, they are the layer's input itself
+        # on a single rank the tokens are the layer's input, which is counted already
         kept += layout.group_size * tokens * spec.value_dim * e
     if layout.row_ranks > 1 and layout_wire(job, layout) == "alltoall":
         kept += lookups * layout.column_ranks * ORDER_BYTES
@@ -65,12 +65,13 @@ def kept_bytes(job: Job, layout: Layout) -> float:
 
 
 def passing_bytes(job: Job, layout: Layout) -> float:
-    """The largest of: sub-keys being scored, sums on their way home, gradients going into rows.
+    """The largest number of bytes that is allocated and freed again within one step of a layer.
 
-    Forward, the scores and candidates of as many tokens as are scored at once beside a copy of the
-    sub-keys, then the partial sums of all tokens that are read here, as sent and as arrived, and
-    their total in fp32. Backward, the gradients of read-out and gate, those of the partial sums,
-    and the lookups sorted by row; several tables of a pool take their turns.
+    In the forward pass these are the scores and candidates of the tokens that are scored at once,
+    with a copy of the sub-keys; later the partial sums of all tokens that are read here, as sent
+    and as received, and their total in fp32. In the backward pass they are the gradients of
+    read-out, gate and partial sums, and the lookups sorted by row. The tables of a pool are
+    processed one after the other.
     """
     spec, tokens, e = job.spec, job.microbatch_tokens, job.number_bytes
     width = widest_slice(spec.value_dim, layout.column_ranks)
@@ -89,31 +90,35 @@ def passing_bytes(job: Job, layout: Layout) -> float:
 
 
 def scored_bytes(job: Job) -> float:
-    """While the best sub-keys are chosen: fp32 scores of a few tokens at a time, and candidates."""
+    """Bytes held while the best sub-keys are chosen: fp32 scores of one chunk of tokens, candidates
+    and a copy of the sub-keys."""
     spec = job.spec
-    a_token = 2 * spec.heads * spec.num_keys * 4
+    token_scores = 2 * spec.heads * spec.num_keys * 4
     tokens = min(job.microbatch_tokens, tokens_of_a_piece(spec.num_keys, spec.heads))
     candidates = 2 * spec.heads * 2 * padded_topk(spec.topk)
     sub_keys = spec.heads * spec.num_keys * spec.key_dim * job.number_bytes
-    return tokens * (a_token + candidates * CANDIDATE_BYTES) + sub_keys
+    return tokens * (token_scores + candidates * CANDIDATE_BYTES) + sub_keys
 
 
 def arrived_lookups(job: Job, layout: Layout) -> float:
-    """M: at a fixed size a place is kept for lookups that went elsewhere."""
+    """Lookups for which one rank allocates memory, per microbatch of one layer.
+
+    At fixed sizes (allgather) these include the lookups of rows that other ranks hold.
+    """
     fixed = layout_wire(job, layout) == "allgather"
     senders = layout.group_size if fixed else layout.column_ranks
     return job.spec.lookups_per_token * job.microbatch_tokens * senders
 
 
 def sorted_bytes(lookups: float, width: int, *, weights: bool) -> float:
-    """Of lookups sorted by row, while gradients of this width are summed.
+    """Bytes of lookups sorted by row, while gradients of rows are summed.
 
     Args:
-        lookups: M.
-        width: of a row.
-        weights: the gradients of the lookups' weights are summed, too.
+        lookups: how many lookups are sorted.
+        width: numbers per row.
+        weights: whether the gradients of the lookups' weights are summed, too.
     """
-    # each chunk may end in the middle of two rows
+    # a chunk may begin and end in the middle of a row
     partials = math.ceil(lookups / chunk_length(int(lookups))) * 2 * width * 4
     blocks = math.ceil(width / column_block(width)) if weights else 0
     return lookups * (SORTED_BYTES + 4 * blocks) + partials

@@ -1,4 +1,4 @@
-"""What one layout of the table takes: bytes on a rank, bytes on the wires, seconds of a step."""
+"""What one layout of the table costs: bytes per rank, bytes sent, seconds per step."""
 
 from dataclasses import dataclass
 
@@ -27,19 +27,22 @@ MASTER_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class RankBytes:
-    """Bytes on the fullest rank, activations of the dense model not among them."""
+    """Bytes on the rank that holds most, without the activations of the dense model."""
 
     dense: float
-    """Weights, gradients and optimizer of everything but the table."""
+    """Weights, gradients and optimizer state of everything but the table."""
     weights: float
-    """Of the table."""
+    """The table's weights."""
     gradients: float
+    """The table's gradients."""
     optimizer: float
+    """The table's optimizer state."""
     buffers: float
-    """What comes and goes: what backward needs of every memory layer, and the largest peak."""
+    """What all memory layers save for backward, plus the largest temporary peak."""
 
     @property
     def table(self) -> float:
+        """Weights, gradients and optimizer state of the table."""
         return self.weights + self.gradients + self.optimizer
 
     @property
@@ -52,61 +55,61 @@ class StepSeconds:
     """Estimated time of one step on one kind of GPU."""
 
     dense: float
-    """Matrix work of the whole model, that of the memory layers included."""
+    """Matrix multiplications of the complete model, memory layers included."""
     lookup: float
-    """Rows read forward and backward, partial sums written, gradients added up."""
+    """Reading rows in forward and backward, writing partial sums, and summing gradients."""
     exchange: float
-    """Lookups to the rows and sums back, both directions."""
+    """Sending lookups to the ranks that own the rows and sums back, forward and backward."""
     replicas: float
-    """Gradients summed over replicas of the table."""
+    """All-reduce of the gradients over the replicas of the table."""
     optimizer: float
-    """The table's step."""
+    """Update of the table."""
 
     @property
     def table(self) -> float:
-        """All but the matrix work."""
+        """Everything but the matrix multiplications."""
         return self.lookup + self.exchange + self.replicas + self.optimizer
 
     @property
     def share(self) -> float:
-        """Of the step that the table takes."""
+        """The table's share of the step, from 0 to 1."""
         return self.table / (self.table + self.dense)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutCost:
-    """One layout and what it takes."""
+    """One layout and what it costs."""
 
     layout: Layout
     replicas: int
     bytes: RankBytes
     sent: Traffic
-    """Per token and memory layer."""
+    """Bytes sent per token and memory layer."""
     exchange_per_step: float
-    """Bytes that a rank sends for lookups."""
+    """Bytes that a rank sends for lookups in a step."""
     replicas_per_step: float
-    """Bytes that a rank sends to keep replicas equal."""
+    """Bytes that a rank sends in a step to sum the gradients of the table's replicas."""
     seconds: dict[str, StepSeconds]
-    """GPU -> estimate."""
+    """Name of the GPU -> estimate."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's part of the tables, and of the lookups; counts are expectations."""
+    """The part of the tables and of the lookups that one rank has; counts are expected values."""
 
     tables: int
     rows: int
-    """Of each table, on the rank that holds most."""
+    """Rows of each table on the rank that holds most."""
     width: int
-    """Numbers of a row, there."""
+    """Numbers per row on that rank."""
     picks: float
-    """Lookups that arrive for one layer in one microbatch."""
+    """Lookups that the rank receives for one layer in one microbatch."""
     calls: int
     """Memory layers times microbatches."""
     touched: float
-    """Rows of one table that one layer touches in one microbatch."""
+    """Rows of one table that one layer reads in one microbatch."""
     touched_by_step: float
-    """Rows of one table that all layers, microbatches and replicas touch."""
+    """Rows of one table that all layers, microbatches and replicas read in a step."""
 
     @property
     def numbers(self) -> int:
@@ -114,12 +117,12 @@ class Share:
 
 
 def layout_cost(job: Job, layout: Layout) -> LayoutCost:
-    """What one layout takes on the fullest rank and in every step."""
+    """What one layout costs: bytes on the rank that holds most, bytes sent and time per step."""
     cluster, size = job.cluster, layout.group_size
     share, sent = rank_share(job, layout), layout_traffic(job, layout)
     replicas = cluster.stage_ranks // size
     tokens = job.microbatch_tokens * share.calls
-    # gradients, and for each row whether it has one; every replica then makes the same step
+    # gradients, and for each row whether it has one; every replica then makes the same update
     replica_bytes = all_reduce_bytes(
         share.numbers * job.state.gradient + share.tables * share.rows, replicas
     )
@@ -137,7 +140,7 @@ def layout_cost(job: Job, layout: Layout) -> LayoutCost:
 
 
 def rank_share(job: Job, layout: Layout) -> Share:
-    """What falls to one rank of the stage with most memory layers."""
+    """The share of one rank of the pipeline stage with the most memory layers."""
     spec, microbatches = job.spec, job.cluster.microbatches
     layers, own_tables = max(job.stage_memories), spec.pool == "layer"
     rows = -(-spec.num_rows // layout.row_ranks)
@@ -155,7 +158,7 @@ def rank_share(job: Job, layout: Layout) -> Share:
 
 
 def rank_bytes(job: Job, layout: Layout) -> RankBytes:
-    """What one layout takes on the fullest rank."""
+    """Bytes of one layout on the rank that holds most."""
     state, share = job.state, rank_share(job, layout)
     return RankBytes(
         dense=dense_bytes(job),
@@ -167,7 +170,10 @@ def rank_bytes(job: Job, layout: Layout) -> RankBytes:
 
 
 def dense_bytes(job: Job) -> float:
-    """Weights, gradients and AdamW state of all but the table, on the fullest pipeline stage."""
+    """Bytes of weights, gradients and AdamW state of everything but the table, per rank.
+
+    They are those of the pipeline stage that has the most parameters.
+    """
     cluster, half = job.cluster, job.cluster.half_precision
     parameters = max(
         stage_parameters(
@@ -187,15 +193,20 @@ def dense_bytes(job: Job) -> float:
 def backward_bytes(
     touched: float, width: float, state: TableState, *, e: int = 2, adds: bool = True
 ) -> float:
-    """Read and written by the sorted backward: each touched row once, and its gradient.
+    """Bytes that the sorted backward reads and writes: each touched row once, and its gradient.
 
-    A gradient that is added to a buffer is read and written; one that is returned, only written.
+    Args:
+        touched: number of touched rows.
+        width: numbers per row.
+        state: bytes per parameter.
+        e: bytes per number of a row; 0 where rows are not read.
+        adds: the gradient is added to a buffer (read and written) instead of returned (written).
     """
     return touched * width * (e + state.gradient * (2 if adds else 1))
 
 
 def step_flops(job: Job) -> float:
-    """Matrix FLOPs of a step on one rank, if all ranks share them evenly."""
+    """Matrix FLOPs of a step on one rank, if they are spread evenly over all ranks."""
     per_token = dense_flops_per_token(job.shape, job.spec)
     memories = len(job.spec.layers)
     per_token += memories * memory_flops_per_token(job.spec)
@@ -209,16 +220,16 @@ def _step_seconds(
     spec, cluster, tokens = job.spec, job.cluster, job.microbatch_tokens
     variant = variant_of(spec)
     read = forward_bytes(spec.value_dim, spec.lookups_per_token, tokens, e=e)
-    # what every rank of the group sums for these tokens is written and read again, and where these
-    # travel to the rows, the gradients of the tokens as well
+    # the partial sums of every rank of the group are written and read again; where the tokens are
+    # sent to the rows, so are the gradients of the tokens
     sums = (layout.group_size - 1) * tokens * share.width * e
     moved = sums * (2 if variant.reads_tokens else 1)
     for use in variant.tables:
         if use.read == "bag":
             moved += read + backward_bytes(share.touched, share.width, state, e=e)
         else:
-            # rows are read for the products and for the tokens' gradients; their own gradient
-            # needs the tokens alone
+            # rows are read for the products and for the gradients of the tokens; the gradient of
+            # a row needs only the tokens
             moved += 2 * read + backward_bytes(share.touched, share.width, state, e=0)
     stepped = share.touched_by_step if state.touched_only else share.rows
     within_node = cluster.stage_ranks <= cluster.gpus_per_node

@@ -1,4 +1,4 @@
-"""What is to be planned: a model, its memories, the ranks, and how a table may lie over them."""
+"""The input of a plan: a model, its memory layers, the ranks, and the possible layouts."""
 
 import math
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from megamem.spec import Layout, MemorySpec, Optimizer, Wire
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """The ranks of a run and what each step gives them; fields bear the names of Megatron's."""
+    """The ranks of a run and their batch; fields are named like Megatron's flags."""
 
     world_size: int
     tensor_model_parallel_size: int = 1
@@ -24,7 +24,7 @@ class Cluster:
     context_parallel_size: int = 1
     micro_batch_size: int = 1
     global_batch_size: int | None = None
-    """Sequences of a step. Default: one microbatch on every data-parallel rank."""
+    """Sequences per step. Default: one microbatch on every data-parallel rank."""
     gpus_per_node: int = 8
     half_precision: bool = True
     use_distributed_optimizer: bool = True
@@ -59,7 +59,7 @@ class Cluster:
 
     @property
     def stage_ranks(self) -> int:
-        """TP x CP x DP: the ranks of one pipeline stage."""
+        """Number of ranks of one pipeline stage: TP x CP x DP."""
         return self.world_size // self.pipeline_model_parallel_size
 
     @property
@@ -81,13 +81,13 @@ class Job:
 
     shape: ModelShape
     spec: MemorySpec
-    """With the layout that was asked for."""
+    """The settings of the memory layers, with the layout that the flags select."""
     cluster: Cluster
     gpu: str = "h100"
     wire: Literal["auto", "alltoall", "allgather"] = "auto"
-    """Of --memory-wire."""
+    """The value of --memory-wire."""
     fill: float = 0.6
-    """Share of a GPU's memory that model and optimizer state may take; activations get the rest."""
+    """Share of a GPU's memory that model and optimizer may take; activations get the rest."""
 
     def with_optimizer(self, name: Optimizer, stochastic_rounding: bool = False) -> "Job":
         """The same job with another optimizer for the table."""
@@ -108,23 +108,23 @@ class Job:
 
     @property
     def room(self) -> float:
-        """Bytes of a rank that state may take."""
+        """Bytes per rank that model and optimizer may take."""
         return self.fill * self.hardware.memory
 
     @property
     def number_bytes(self) -> int:
-        """e."""
+        """Bytes per number of the model's weights and activations."""
         return 2 if self.cluster.half_precision else 4
 
     @property
     def microbatch_tokens(self) -> float:
-        """Tokens of a microbatch that one rank looks up."""
+        """Tokens of a microbatch for which one rank makes the lookups."""
         ranks = self.cluster.tensor_model_parallel_size * self.cluster.context_parallel_size
         return self.cluster.micro_batch_size * self.shape.seq_length / ranks
 
     @property
     def stage_memories(self) -> list[int]:
-        """Pipeline stage -> memory layers on it."""
+        """The number of memory layers on each pipeline stage."""
         stages, layers = self.cluster.pipeline_model_parallel_size, self.shape.num_layers
         return [
             sum(layer in stage_layers(layers, stages, stage) for layer in self.spec.layers)
@@ -133,20 +133,24 @@ class Job:
 
 
 def group_sizes(cluster: Cluster) -> list[int]:
-    """The sizes a memory group can have: whatever divides a stage."""
+    """The possible sizes of a memory group: the divisors of the ranks of a stage, ascending."""
     return divisors(cluster.stage_ranks)
 
 
 def layouts(job: Job) -> list[Layout]:
-    """Every group size in every mode that can cut the rows; 2d with its best cut."""
+    """Every possible layout of the job's table.
+
+    These are all group sizes in every mode that the variant and the width allow; 2d comes once per
+    group size, with the number of column ranks whose exchange is fastest.
+    """
     found = []
     for size in group_sizes(job.cluster):
         found.append(Layout("row", size))
         if not variant_of(job.spec).cuts_rows:
             continue
-        whole = Layout("column", size, size)
-        if size > 1 and mode_problem(whole, job.spec.value_dim) is None:
-            found.append(whole)
+        column = Layout("column", size, size)
+        if size > 1 and mode_problem(column, job.spec.value_dim) is None:
+            found.append(column)
         cuts = divisors(math.gcd(size, job.cluster.gpus_per_node))
         options = [Layout("2d", size, cut) for cut in cuts if 1 < cut < size]
         options = [one for one in options if mode_problem(one, job.spec.value_dim) is None]
@@ -156,7 +160,7 @@ def layouts(job: Job) -> list[Layout]:
 
 
 def layout_wire(job: Job, layout: Layout) -> Wire:
-    """How lookups reach the ranks that hold their rows."""
+    """The collective that takes lookups to the ranks that own their rows."""
     return choose_wire(job.wire, layout.row_ranks)
 
 

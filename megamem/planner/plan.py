@@ -1,4 +1,4 @@
-"""All layouts of a table over the ranks of a run, and which of them to take."""
+"""All layouts of a table over the ranks of a run, and the recommended one."""
 
 import math
 from dataclasses import dataclass, replace
@@ -18,26 +18,28 @@ MOST_GPUS = 2**15
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `megamem plan` shows."""
+    """The result that `megamem plan` shows."""
 
     job: Job
     parameters: dict[str, int]
-    """Part of the model -> its parameters."""
+    """Part of the model -> its number of parameters."""
     costs: list[LayoutCost]
-    """Every layout that can be cut."""
+    """Every possible layout."""
     asked: LayoutCost
-    """The layout that the --memory-* flags ask for; it may not fit."""
+    """The layout that the --memory-* flags select; it may not fit."""
     recommended: LayoutCost
     why: str
+    """Why it is recommended, in sentences."""
     gpus_needed: dict[Optimizer, dict[str, int | None]]
-    """Optimizer -> GPU -> the fewest that hold model and table; None where no number does."""
+    """Optimizer -> GPU -> the fewest GPUs that hold model and table; None where none suffice."""
 
 
 def make_plan(job: Job) -> Plan:
-    """All layouts of a job's table, and the recommended one: of those that fit, the fastest.
+    """Compute the cost of all layouts of a job's table, and recommend the fastest that fits.
 
     Raises:
-        ConfigurationError: the layers cannot be placed, or no layout fits the GPUs.
+        ConfigurationError: the memory layers are not possible in this model, or no layout fits
+            into the memory of the GPUs.
     """
     check_layers(job)
     asked = layout_cost(job, job.spec.layout)
@@ -66,31 +68,33 @@ def make_plan(job: Job) -> Plan:
 
 
 def fits(job: Job, cost: LayoutCost) -> bool:
+    """Whether a layout fits into the memory that --fill leaves it."""
     return cost.bytes.total <= job.room
 
 
 def check_layers(job: Job) -> None:
-    """Whether the memory layers can be where they are asked for.
+    """Check that the memory layers are possible in this model.
 
     Raises:
-        ConfigurationError: there are none, or beyond the model, or of one pool on two stages.
+        ConfigurationError: there are no memory layers, the model has no such layers, or layers of
+            a shared pool are on several pipeline stages.
     """
     spec, layers = job.spec, job.spec.layers
     stages = job.cluster.pipeline_model_parallel_size
     if not layers:
         raise ConfigurationError(
-            "no memory layers: name them with --memory-layers, or take a --preset."
+            "there are no memory layers; name them with --memory-layers, or use a --preset."
         )
     if beyond := [layer for layer in layers if layer >= job.shape.num_layers]:
         raise ConfigurationError(
             f"--memory-layers {' '.join(map(str, beyond))} is beyond --num-layers "
-            f"{job.shape.num_layers}: layers are counted from 0; use 0 to "
+            f"{job.shape.num_layers}; layers are counted from 0, so use 0 to "
             f"{job.shape.num_layers - 1}."
         )
     if stages > job.shape.num_layers:
         raise ConfigurationError(
             f"--pipeline-model-parallel-size {stages} is more than --num-layers "
-            f"{job.shape.num_layers}; use at most that many."
+            f"{job.shape.num_layers}; use at most {job.shape.num_layers}."
         )
     places = {
         stage: found
@@ -98,28 +102,33 @@ def check_layers(job: Job) -> None:
         if (found := sorted(set(layers) & set(stage_layers(job.shape.num_layers, stages, stage))))
     }
     if spec.pool == "shared" and len(places) > 1:
-        told = ", ".join(f"{found} on stage {stage}" for stage, found in places.items())
+        listed = ", ".join(f"{found} on stage {stage}" for stage, found in places.items())
         raise ConfigurationError(
-            f"--memory-layers {' '.join(map(str, layers))} share one table but lie on several "
-            f"pipeline stages ({told}); choose layers of one stage, lower "
+            f"--memory-layers {' '.join(map(str, layers))} share one table but are on several "
+            f"pipeline stages ({listed}); choose layers of one stage, lower "
             f"--pipeline-model-parallel-size {stages}, or use --memory-pool layer."
         )
 
 
 def gpus_for_bytes(state: float, room: float) -> int:
-    """GPUs among which this state, cut evenly, leaves each within its room."""
+    """The fewest GPUs that hold this many bytes if they are spread evenly.
+
+    Args:
+        state: bytes of weights and optimizer state in total.
+        room: bytes that each GPU can hold.
+    """
     return math.ceil(state / room)
 
 
 def gpus_needed(job: Job) -> int | None:
-    """The fewest GPUs, in whole model-parallel groups and nodes, on which some layout fits.
+    """The fewest GPUs, in complete model-parallel groups and nodes, on which some layout fits.
 
-    The batch is one microbatch on each data-parallel rank. None where no number up to MOST_GPUS is
-    enough, as when the dense model alone overflows.
+    The batch is one microbatch on each data-parallel rank. The result is None where no number up to
+    MOST_GPUS is enough, for example because the dense model alone does not fit.
     """
     cluster, stages = job.cluster, job.cluster.pipeline_model_parallel_size
     unit = stages * cluster.tensor_model_parallel_size * cluster.context_parallel_size
-    # weights and optimizer state alone are a bound
+    # the search starts at a lower bound: the table's weights and optimizer state alone
     state: float = table_parameters(job.spec) * (job.state.weights + job.state.optimizer)
     if job.spec.pool == "layer":
         state *= max(job.stage_memories) / len(job.spec.layers)
@@ -130,71 +139,72 @@ def gpus_needed(job: Job) -> int | None:
         if world > MOST_GPUS:
             return None
         wider = replace(cluster, world_size=world, global_batch_size=None)
-        if _fits_somehow(replace(job, cluster=wider)):
+        if _some_layout_fits(replace(job, cluster=wider)):
             return world
-        # beyond a few hundred nodes an answer within two hundredths is soon enough found
+        # steps of 1/64 keep the search short; beyond 512 GPUs the result may be 2 % too large
         world += max(1, world // 64)
 
 
 def _why(job: Job, best: LayoutCost, costs: list[LayoutCost]) -> str:
     step, hardware = best.seconds[job.gpu], job.hardware
-    said = [
-        f"{best.layout} takes least time of those that fit: {step.table * 1e3:.1f} ms of a step of "
-        f"{(step.table + step.dense) * 1e3:.0f} ms ({100 * step.share:.0f} %) on {hardware.name}",
-        f"{best.bytes.total / GB:.1f} GB on a rank, of {job.room / GB:.0f} GB "
-        f"({100 * job.fill:.0f} % of {hardware.memory / GB:.0f})",
+    sentences = [
+        f"{best.layout} is the fastest layout that fits: the table takes {step.table * 1e3:.1f} ms "
+        f"of a step of {(step.table + step.dense) * 1e3:.0f} ms ({100 * step.share:.0f} %) on "
+        f"{hardware.name}.",
+        f"It needs {best.bytes.total / GB:.1f} GB per rank; --fill {job.fill:g} allows "
+        f"{job.room / GB:.0f} of {hardware.memory / GB:.0f} GB.",
     ]
     same = [c for c in costs if c.layout.group_size == best.layout.group_size and c is not best]
-    sent = f"{best.sent.total / KIB:.1f} KiB sent per token and layer"
+    sent = f"It sends {best.sent.total / KIB:.1f} KiB per token and memory layer"
     if same:
-        rivals = ", ".join(f"{c.layout.mode} {c.sent.total / KIB:.1f}" for c in same)
-        sent += f" (over as many ranks: {rivals})"
-    said.append(sent)
+        others = ", ".join(f"{c.layout.mode} {c.sent.total / KIB:.1f}" for c in same)
+        sent += f" (other modes over as many ranks: {others})"
+    sentences.append(f"{sent}.")
     if best.replicas > 1:
-        said.append(
-            f"{best.replicas} replicas of the table exchange {best.replicas_per_step / GB:.1f} GB "
-            f"a rank and step ({step.replicas * 1e3:.0f} ms)"
+        sentences.append(
+            f"To sum the gradients of {best.replicas} replicas of the table, each rank sends "
+            f"{best.replicas_per_step / GB:.1f} GB per step ({step.replicas * 1e3:.0f} ms)."
         )
     elif len(costs) > 1:
-        said.append("no replicas to keep equal")
+        sentences.append("The table has no replicas, so no all-reduce of its gradients is needed.")
     too_big = [c for c in costs if not fits(job, c)]
     if too_big:
         smallest = min(too_big, key=lambda c: c.bytes.total)
-        said.append(
-            f"{len(too_big)} of {len(costs)} layouts do not fit, the least of them "
-            f"({smallest.layout}) with {smallest.bytes.total / GB:.0f} GB"
+        sentences.append(
+            f"{len(too_big)} of {len(costs)} layouts do not fit; the smallest of these "
+            f"({smallest.layout}) needs {smallest.bytes.total / GB:.0f} GB per rank."
         )
-    return "; ".join(said) + "."
+    return " ".join(sentences)
 
 
-def _nothing_fits(job: Job, leanest: LayoutCost) -> str:
-    need, world = leanest.bytes, job.cluster.world_size
-    said = (
-        f"nothing fits: {world} x {job.hardware.name} at --fill {job.fill:g} leave "
-        f"{job.room / GB:.0f} GB a rank, and the leanest layout ({leanest.layout}) needs "
-        f"{need.total / GB:.0f} GB: table {need.table / GB:.0f}, dense model "
-        f"{need.dense / GB:.0f}, lookup buffers {need.buffers / GB:.0f}."
+def _nothing_fits(job: Job, smallest: LayoutCost) -> str:
+    need, world = smallest.bytes, job.cluster.world_size
+    problem = (
+        f"no layout fits: {world} x {job.hardware.name} with --fill {job.fill:g} leave "
+        f"{job.room / GB:.0f} GB per rank, but the smallest layout ({smallest.layout}) needs "
+        f"{need.total / GB:.0f} GB: {need.table / GB:.0f} for the table, {need.dense / GB:.0f} for "
+        f"the dense model and {need.buffers / GB:.0f} for lookup buffers."
     )
     options = []
     needed = {gpu: gpus_needed(replace(job, gpu=gpu)) for gpu in HARDWARE}
     if more := needed[job.gpu]:
         others = [f"{n} {HARDWARE[gpu].name}" for gpu, n in needed.items() if n and gpu != job.gpu]
         options.append(f"--world-size {more} (with other GPUs: {', '.join(others)})")
-    leaner = [
+    smaller = [
         job.with_optimizer(name, rounding)
         for rounding in sorted({job.spec.stochastic_rounding, job.cluster.half_precision})
         for name in OPTIMIZERS
     ]
-    for other in leaner:
-        if _fits_somehow(other):
+    for other in smaller:
+        if _some_layout_fits(other):
             spec = other.spec
             rounding = " --memory-stochastic-rounding" if spec.stochastic_rounding else ""
             options.append(f"--memory-optimizer {spec.optimizer}{rounding}")
             break
     if not options:
-        options.append("a smaller --memory-num-keys, or a wider --tensor-model-parallel-size")
-    return f"{said} What would: {', or '.join(options)}."
+        options.append("a smaller --memory-num-keys or a larger --tensor-model-parallel-size")
+    return f"{problem} Use {', or '.join(options)}."
 
 
-def _fits_somehow(job: Job) -> bool:
+def _some_layout_fits(job: Job) -> bool:
     return any(rank_bytes(job, layout).total <= job.room for layout in layouts(job))

@@ -1,4 +1,4 @@
-"""How many parameters and FLOPs a model has, dense parts and memories, in closed form."""
+"""Parameters and FLOPs of a model, dense parts and memory layers, in closed form."""
 
 import functools
 import math
@@ -15,36 +15,36 @@ MULTIPLY_AND_ADD = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A dense GPT as Megatron's flags describe it; fields bear the names of the flags."""
+    """A dense GPT as Megatron's flags describe it; most fields are named like the flags."""
 
     num_layers: int
     """Layers of the model."""
     hidden_size: int
-    """D, width of a token."""
+    """Width of a token's hidden state."""
     num_attention_heads: int
-    """Query heads."""
+    """Query heads of attention."""
     padded_vocab_size: int
     """Rows of the embedding, padding included."""
     seq_length: int
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     ffn_hidden_size: int | None = None
-    """Width inside a feed-forward. Default: Megatron's, 4 D, and two thirds of it with --swiglu."""
+    """Inner width of a feed-forward. Default: Megatron's, 4 hidden sizes; 8 / 3 with --swiglu."""
     num_query_groups: int | None = None
     """Key and value heads. Default: as many as query heads."""
     kv_channels: int | None = None
-    """Width of an attention head. Default: D / heads."""
+    """Width of an attention head. Default: hidden size / heads."""
     swiglu: bool = False
-    """Gated feed-forward, with two matrices in."""
+    """The feed-forward is gated, with two input matrices."""
     add_bias_linear: bool = True
     """Linear layers have biases."""
     add_qkv_bias: bool = False
     """Query, key and value have biases even where other linears do not."""
     layer_norm_bias: bool = True
-    """LayerNorm, which has a bias; RMSNorm has none."""
+    """Norms have biases, as LayerNorm has; RMSNorm has none."""
     qk_layernorm: bool = False
-    """Norms on queries and keys of attention."""
+    """Attention normalises queries and keys."""
     untied: bool = False
-    """The output has a matrix of its own."""
+    """The output layer has its own matrix and does not share the embedding's."""
     learned_positions: int = 0
     """Rows of a learned position embedding; 0 with RoPE."""
 
@@ -67,7 +67,7 @@ class ModelShape:
 
     @property
     def attention_width(self) -> int:
-        """Of all query heads together."""
+        """Width of all query heads together."""
         channels = self.kv_channels or self.hidden_size // self.num_attention_heads
         return channels * self.num_attention_heads
 
@@ -84,12 +84,12 @@ PRESETS = {
     "1.3b": (22, 2048, 16, 5632, 16, 32_000, 2048, [3, 11, 19]),
     "8b": (32, 4096, 32, 14336, 8, 128_256, 4096, [8, 16, 24]),
 }
-"""The bases of "Memory Layers at Scale" (section 4; 8B: Llama 3's shape) and the three layers that
-Memory+ replaces in each."""
+"""The base models of "Memory Layers at Scale" (section 4; the 8B has the shape of Llama 3), and the
+three layers whose feed-forward Memory+ replaces in each."""
 
 
 def preset(name: str) -> tuple[ModelShape, list[int]]:
-    """A published base and the layers that become memories in it."""
+    """The shape of a published base model, and the layers whose feed-forward becomes a memory."""
     layers, hidden, heads, ffn, groups, vocabulary, sequence, places = PRESETS[name]
     shape = ModelShape(
         num_layers=layers,
@@ -109,21 +109,24 @@ def preset(name: str) -> tuple[ModelShape, list[int]]:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers in a model, by part; with tp > 1, those on one tensor-parallel rank."""
+    """Parameters of a model, by part; with tp > 1, those on one tensor-parallel rank."""
 
     embeddings: int
-    """Of tokens and learned positions."""
+    """Embeddings of tokens and learned positions."""
     output: int
-    """The matrix before the loss, where it is not the embedding."""
+    """The output matrix, where it is not shared with the embedding."""
     layer: int
-    """One layer less its feed-forward: attention and norms."""
+    """One layer without its feed-forward: attention and norms."""
     ffn: int
     """One feed-forward."""
     final_norm: int
 
 
 def dense_parts(shape: ModelShape, tp: int = 1) -> Parameters:
-    """The parts of the dense model; matrices are cut over `tp`, norms and output biases are not."""
+    """Parameters of the dense model by part.
+
+    With tp > 1 matrices are sharded; norms and output biases are not.
+    """
     hidden, norm = shape.hidden_size, shape.hidden_size * (2 if shape.layer_norm_bias else 1)
     width, qkv = shape.attention_width, shape.qkv_width
     head = width // shape.num_attention_heads
@@ -144,9 +147,9 @@ def dense_parts(shape: ModelShape, tp: int = 1) -> Parameters:
 
 
 def memory_layer_parameters(spec: MemorySpec) -> int:
-    """Numbers in one memory layer, the value table not among them.
+    """Parameters of one memory layer without the value table.
 
-    Query, sub-keys, the gains of q/k norm, and what the variant's output has.
+    They are the query projection, the sub-keys, the gains of the q/k norm and the variant's output.
     """
     query = (spec.hidden_size + 1) * spec.heads * spec.key_dim
     sub_keys = spec.heads * spec.num_keys * spec.key_dim
@@ -156,18 +159,18 @@ def memory_layer_parameters(spec: MemorySpec) -> int:
 
 @functools.cache
 def output_shapes(spec: MemorySpec) -> list[tuple[int, ...]]:
-    """The shape of each weight of a layer's output, of which none is allocated."""
+    """The shapes of all weights of a memory layer's output; nothing is allocated."""
     make = WeightFactory(seed=0, name="shapes", device="meta")
     return [tuple(weight.shape) for weight in variant_of(spec).output(spec, make).parameters()]
 
 
 def table_parameters(spec: MemorySpec) -> int:
-    """Numbers in all tables of the model."""
+    """Parameters of all value tables of the model."""
     return len(table_names(spec)) * spec.num_rows * spec.value_dim
 
 
 def total_parameters(shape: ModelShape, spec: MemorySpec | None) -> dict[str, int]:
-    """Part of the model -> its parameters, and their sum under `total`."""
+    """Part of the model -> its number of parameters, and their sum as `total`."""
     parts = dense_parts(shape)
     places = len(spec.layers) if spec else 0
     kept = shape.num_layers if spec and spec.keep_ffn else shape.num_layers - places
@@ -183,9 +186,9 @@ def total_parameters(shape: ModelShape, spec: MemorySpec | None) -> dict[str, in
 
 
 def stage_parameters(shape: ModelShape, spec: MemorySpec, tp: int, pp: int) -> list[int]:
-    """Pipeline stage -> parameters on each of its ranks, the value table not among them.
+    """Parameters per rank of each pipeline stage, without the value table.
 
-    A memory layer's own weights are whole on every rank.
+    A memory layer's own weights are not sharded.
     """
     parts = dense_parts(shape, tp)
     own = memory_layer_parameters(spec)
@@ -199,7 +202,7 @@ def stage_parameters(shape: ModelShape, spec: MemorySpec, tp: int, pp: int) -> l
             count += parts.embeddings
         if stage == pp - 1:
             count += parts.final_norm + parts.output
-            # a tied output far from its embedding is a copy of it
+            # under pipeline parallelism the last stage holds a copy of a tied embedding
             count += (
                 0
                 if shape.untied or pp == 1
@@ -210,15 +213,16 @@ def stage_parameters(shape: ModelShape, spec: MemorySpec, tp: int, pp: int) -> l
 
 
 def stage_layers(num_layers: int, pp: int, stage: int) -> range:
-    """The layers of a pipeline stage, when all stages have as many."""
+    """The layers of a pipeline stage, where layers are spread evenly."""
     return range(stage * num_layers // pp, (stage + 1) * num_layers // pp)
 
 
 def memory_flops_per_token(spec: MemorySpec) -> int:
-    """Matrix FLOPs of one memory layer, forward and backward; reading the table is none.
+    """Matrix FLOPs per token of one memory layer, forward and backward.
 
-    Nor are PEER's products of u with the token: they take L * D multiply-adds, as the sum of a bag
-    does, at the pace at which rows are read, and are counted with neither variant.
+    Reading the table counts as none, and so do PEER's products of u with the token: like the sum
+    of a bag they take one multiply-add per number that is read, and their time is that of reading
+    the rows.
     """
     query = spec.hidden_size * spec.heads * spec.key_dim
     scores = spec.heads * spec.num_keys * spec.key_dim
@@ -227,7 +231,10 @@ def memory_flops_per_token(spec: MemorySpec) -> int:
 
 
 def dense_flops_per_token(shape: ModelShape, spec: MemorySpec | None) -> int:
-    """Matrix FLOPs of everything but the memories, forward and backward; causal attention."""
+    """Matrix FLOPs per token of everything but the memory layers, forward and backward.
+
+    Attention is causal.
+    """
     without_norms = replace(shape, add_bias_linear=False, add_qkv_bias=False)
     width, inner = shape.attention_width, shape.ffn_width * (3 if shape.swiglu else 2)
     attention = shape.hidden_size * (without_norms.qkv_width + width)

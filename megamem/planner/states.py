@@ -1,6 +1,7 @@
-"""What an optimizer keeps and moves for each parameter of the value table.
+"""Bytes that an optimizer stores and moves for each parameter of the value table.
 
-The optimizer says which tensors these are; its tests compare what it allocates with this.
+megamem.optimizer.state names the tensors; the optimizer's tests compare what it allocates with
+these numbers.
 """
 
 from dataclasses import dataclass
@@ -17,37 +18,37 @@ OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
 @dataclass(frozen=True)
 class TableState:
-    """Bytes that training keeps for the table."""
+    """Bytes that training stores for the table."""
 
     weights: int
-    """Per parameter: what a lookup reads."""
+    """Bytes per parameter of the weights that lookups read."""
     master: int
-    """Per parameter: the fp32 copy that is stepped, where there is one."""
+    """Bytes per parameter of the fp32 copy that is updated; 0 where there is none."""
     gradient: int
-    """Per parameter: fp32, summed over microbatches."""
+    """Bytes per parameter of the fp32 gradient, summed over microbatches."""
     moments: int
-    """Per parameter: fp32 exp_avg and exp_avg_sq."""
+    """Bytes per parameter of fp32 exp_avg and exp_avg_sq."""
     per_row: int
-    """Per row: what a whole row shares, and the count of batches that read it."""
+    """Bytes per row: optimizer state that a row shares, and the count of batches that read it."""
     touched_only: bool
-    """Only touched rows are stepped."""
+    """Only touched rows are updated."""
 
     @property
     def optimizer(self) -> int:
-        """Bytes per parameter beside weights and gradient."""
+        """Bytes per parameter of the optimizer state."""
         return self.master + self.moments
 
     @property
     def total(self) -> int:
-        """Bytes per parameter of a row that was touched."""
+        """Bytes per parameter of weights, gradient and optimizer state."""
         return self.weights + self.gradient + self.optimizer
 
     @property
     def moved_by_step(self) -> int:
-        """Bytes per stepped parameter that a fused step reads and writes.
+        """Bytes that a fused update reads and writes per updated parameter.
 
-        The gradient is read, moments and master are read and written; of weights with a master
-        only the rounded copy is written.
+        The gradient is read; moments and master are read and written. Weights are read and written
+        where there is no master; otherwise only their rounded copy is written.
         """
         weights = self.weights if self.master else 2 * self.weights
         return self.gradient + 2 * self.optimizer + weights
@@ -56,12 +57,12 @@ class TableState:
 def table_state(
     optimizer: Optimizer, *, half_precision: bool = True, stochastic_rounding: bool = False
 ) -> TableState:
-    """What `--memory-optimizer` keeps.
+    """Bytes that `--memory-optimizer` stores.
 
     Args:
-        optimizer: its name.
+        optimizer: the value of the flag.
         half_precision: the model is bf16 or fp16.
-        stochastic_rounding: weights of half precision are rounded at random and have no master.
+        stochastic_rounding: half-precision weights are rounded stochastically and have no master.
     """
     weights = torch.bfloat16 if half_precision else torch.float32
     kept = slots(optimizer, weights, stochastic_rounding)

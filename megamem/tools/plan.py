@@ -1,10 +1,10 @@
-"""`megamem plan`: what memory layers take on a cluster, and how to lay the table out.
+"""`megamem plan`: memory, traffic and time of the value table on a cluster, for every layout.
 
     python -m megamem plan --preset 1.3b --memory-num-keys 8192 --world-size 128
     python -m megamem plan --world-size 64 <the flags of a training run>
 
-Takes Megatron's own flags, so that the command line of a run can be pasted. Needs neither a GPU nor
-other ranks, and starts none.
+It accepts all of Megatron's flags, so you can paste the command line of a run. It needs neither a
+GPU nor other ranks, and starts no training.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from megamem.tools.plan_tables import show_plan
 
 WIDTH_OF_A_FILE = 120
 
-# flags that change sizes in ways that the planner does not know
+# flags that change sizes in ways that the planner does not support
 UNPLANNED = {
     "num_experts": "mixtures of experts",
     "mtp_num_layers": "multi-token prediction",
@@ -41,26 +41,29 @@ UNPLANNED = {
     "decoder_first_pipeline_num_layers": "uneven pipeline stages",
     "decoder_last_pipeline_num_layers": "uneven pipeline stages",
     "hybrid_layer_pattern": "hybrid models",
-    "heterogeneous_layers_config_path": "layers that differ",
+    "heterogeneous_layers_config_path": "layers of different sizes",
 }
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan, and write it for --json."""
+    """Print the plan, write it to --json, and return the exit status."""
     plan = make_plan(job_from_args(args))
     console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
     show_plan(plan, console)
     if args.json:
         Path(args.json).write_text(json.dumps(as_json(plan), indent=2) + "\n")
-        console.print(f"Written to {args.json}")
+        console.print(f"The plan was written to {args.json}.")
     return 0
 
 
 def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """The planner's own flags, the memory's and Megatron's; those of a --preset as defaults."""
+    """Add the planner's own flags, the --memory-* flags and Megatron's.
+
+    The flags that a --preset stands for become defaults.
+    """
     _add_own_flags(parser)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        # Megatron says at import what it lacks for training
+        # Megatron warns at import about packages that only training needs
         warnings.simplefilter("ignore")
         from megatron.training.arguments import add_megatron_arguments
 
@@ -69,7 +72,7 @@ def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     add_memory_flags(parser)
     page = parser.format_help()
     add_megatron_arguments(parser)
-    # a page of Megatron's hundreds of flags would hide the planner's own
+    # Megatron's hundreds of flags would hide the planner's own in --help
     parser.format_help = lambda: page  # type: ignore[method-assign]
     chosen = parser.parse_args(words).preset
     if chosen:
@@ -81,30 +84,45 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
         "All other flags are Megatron's: --num-layers --hidden-size --ffn-hidden-size\n"
         "--num-attention-heads --vocab-size --seq-length --micro-batch-size --global-batch-size\n"
         "--tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size\n"
-        "--bf16 ...; those that change no size are ignored."
+        "--bf16 ... Flags that change no size are ignored."
     )
     add = parser.add_argument
-    add("--world-size", "--num-gpus", type=int, help="ranks of the run; default: one model's worth")
-    add("--gpus-per-node", type=int, default=8, help="ranks with fast links between them")
-    add("--gpu", choices=HARDWARE, default="h100", help="whose memory and rates decide")
+    add(
+        "--world-size",
+        "--num-gpus",
+        type=int,
+        help="number of GPUs of the run (default: tensor x context x pipeline parallel size)",
+    )
+    add(
+        "--gpus-per-node",
+        type=int,
+        default=8,
+        help="GPUs of a node, which NVLink connects (default: %(default)s)",
+    )
+    add(
+        "--gpu",
+        choices=HARDWARE,
+        default="h100",
+        help="GPU for which the plan is made (default: %(default)s)",
+    )
     add(
         "--fill",
         type=float,
         default=0.6,
-        help="share of a GPU's memory for weights, gradients and optimizer; activations need the "
-        "rest",
+        help="share of a GPU's memory that weights, gradients, optimizer state and lookup buffers "
+        "may take; the rest is for activations (default: %(default)s)",
     )
     add(
         "--preset",
         choices=PRESETS,
-        help='a base of "Memory Layers at Scale" with its three memory layers, in bf16, with the '
-        "distributed optimizer",
+        help='use the flags of a base model of "Memory Layers at Scale" with its three memory '
+        "layers, in bf16 and with the distributed optimizer; other flags override them",
     )
-    add("--json", metavar="FILE", help="write the plan")
+    add("--json", metavar="FILE", help="also write the plan to this file")
 
 
 def _preset_flags(name: str) -> dict[str, Any]:
-    """The flags that a preset stands for, as Megatron names them."""
+    """Megatron's names of flags -> their values for a preset."""
     shape, places = preset(name)
     return {
         "num_layers": shape.num_layers,
@@ -127,20 +145,20 @@ def _preset_flags(name: str) -> dict[str, Any]:
 
 
 def job_from_args(args: argparse.Namespace) -> Job:
-    """What a command line asks to plan.
+    """The job that a command line describes.
 
     Raises:
-        ConfigurationError: a size is missing or impossible, or of a kind that cannot be planned.
+        ConfigurationError: a size is missing or impossible, or the planner does not support a flag.
     """
     ConfigurationError.collect(
         [
-            f"--{name.replace('_', '-')}: {what} cannot be planned; drop it."
+            f"--{name.replace('_', '-')}: megamem plan does not support {what}; remove the flag."
             for name, what in UNPLANNED.items()
             if getattr(args, name, None)
         ]
     )
     if not 0 < args.fill <= 1:
-        raise ConfigurationError(f"--fill {args.fill} must be more than 0 and at most 1.")
+        raise ConfigurationError(f"--fill {args.fill} must be greater than 0 and at most 1.")
     shape = shape_from_args(args)
     tp = args.tensor_model_parallel_size
     cp, pp = args.context_parallel_size, args.pipeline_model_parallel_size
@@ -182,14 +200,15 @@ def shape_from_args(args: argparse.Namespace) -> ModelShape:
     """The dense model of a command line.
 
     Raises:
-        ConfigurationError: a size that Megatron has no default for is missing.
+        ConfigurationError: a size is missing for which Megatron has no default, or the hidden size
+            is not a multiple of the number of heads.
     """
     needed = ["num_layers", "hidden_size", "num_attention_heads", "seq_length"]
     missing = [name for name in needed if getattr(args, name) is None]
     missing += ["vocab_size"] if args.vocab_size is None and args.padded_vocab_size is None else []
     if missing:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
-        raise ConfigurationError(f"{flags}: missing; give them, or take a --preset.")
+        raise ConfigurationError(f"missing flags: {flags}; add them, or use a --preset.")
     if args.num_attention_heads < 1 or args.hidden_size % args.num_attention_heads:
         raise ConfigurationError(
             f"--hidden-size {args.hidden_size} is not a multiple of --num-attention-heads "
@@ -216,13 +235,13 @@ def shape_from_args(args: argparse.Namespace) -> ModelShape:
 
 
 def _padded(args: argparse.Namespace) -> int:
-    """Rows of the embedding, rounded up as Megatron does."""
+    """The number of rows of the embedding, rounded up as Megatron does."""
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     return -(-args.vocab_size // multiple) * multiple
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The whole plan in plain numbers and strings; bytes, seconds, and tokens as counts."""
+    """The complete plan as numbers and strings, in bytes and seconds."""
     costs = {}
     for cost in (*plan.costs, plan.asked):
         record = asdict(replace(cost, seconds={}))

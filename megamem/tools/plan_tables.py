@@ -9,7 +9,7 @@ from megamem.planner.plan import GB, KIB, Plan, fits
 
 
 def show_plan(plan: Plan, console: Console) -> None:
-    """Parameters, every layout, times by GPU, GPUs needed, and what to take."""
+    """Print parameters, all layouts, times by GPU, GPUs needed, and the recommendation."""
     job, best = plan.job, plan.recommended
     show = console.print
     show(_parameters(plan))
@@ -18,24 +18,29 @@ def show_plan(plan: Plan, console: Console) -> None:
     show(_needed(plan))
     state = job.state
     show(
-        f"{job.spec.optimizer} keeps {state.total} bytes per table parameter: weights "
-        f"{state.weights}, fp32 copy {state.master}, gradient {state.gradient}, moments "
-        f"{state.moments}" + (f"; and {state.per_row} per row." if state.per_row else "."),
+        f"\nWith --memory-optimizer {job.spec.optimizer} training stores {state.total} bytes per "
+        f"parameter of the table: weights {state.weights}, fp32 copy {state.master}, gradient "
+        f"{state.gradient}, moments {state.moments}"
+        + (f"; and {state.per_row} bytes per row." if state.per_row else "."),
+        highlight=False,
     )
-    show(ASSUMPTIONS, style="dim")
+    show(ASSUMPTIONS, style="dim", highlight=False)
     show(f"\nRecommended: {best.layout.flags}", style="bold", highlight=False)
-    show(plan.why)
+    show(plan.why, highlight=False)
     if plan.asked.layout != best.layout:
         verdict = "fits" if fits(job, plan.asked) else "does not fit"
         show(
-            f"Your flags ask for {plan.asked.layout}, which {verdict}: "
-            f"{plan.asked.bytes.total / GB:.1f} GB, "
-            f"{plan.asked.seconds[job.gpu].table * 1e3:.1f} ms."
+            f"Your flags select {plan.asked.layout}, which {verdict}: "
+            f"{plan.asked.bytes.total / GB:.1f} GB per rank, and "
+            f"{plan.asked.seconds[job.gpu].table * 1e3:.1f} ms per step for the table.",
+            highlight=False,
         )
 
 
 def _parameters(plan: Plan) -> Table:
-    table = Table("parameters", _right("millions"), box=None, title_justify="left")
+    table = Table(box=None)
+    table.add_column("part of the model")
+    table.add_column("million parameters", justify="right")
     for part, count in plan.parameters.items():
         style = "bold" if part == "total" else None
         table.add_row(part, f"{count / 1e6:,.1f}", style=style)
@@ -43,10 +48,14 @@ def _parameters(plan: Plan) -> Table:
 
 
 def _layouts(plan: Plan) -> Table:
-    table = _table("Layouts: GB on a rank, KiB sent per token and layer, GB sent by a rank a step")
-    for title in ("layout", "replicas", "table", "of it opt", "grads"):
+    table = _table(
+        "All layouts. The columns from table to total are GB per rank (table = weights + optimizer "
+        "+ grads);\nfwd and bwd are KiB sent per token and memory layer; lookups and all-reduce "
+        "(gradients of replicas) are\nGB that a rank sends per step."
+    )
+    for title in ("layout", "replicas", "table", "optimizer", "grads"):
         table.add_column(title, justify="left" if title == "layout" else "right", no_wrap=True)
-    for title in ("buffers", "dense", "total", "fits", "forward", "back", "lookups", "replicas"):
+    for title in ("buffers", "dense", "total", "fits", "fwd", "bwd", "lookups", "all-reduce"):
         table.add_column(title, justify="right", no_wrap=True)
     for cost in plan.costs:
         parts, fit = cost.bytes, fits(plan.job, cost)
@@ -70,8 +79,8 @@ def _layouts(plan: Plan) -> Table:
 
 
 def _times(plan: Plan) -> Table:
-    table = _table(f"{plan.recommended.layout}: estimated ms of a step")
-    columns = ("lookup", "exchange", "replicas", "optimizer", "table", "dense", "table's share")
+    table = _table(f"Estimated time of a step with {plan.recommended.layout}, in ms")
+    columns = ("lookup", "exchange", "all-reduce", "optimizer", "table", "dense", "table's share")
     table.add_column("GPU")
     for title in columns:
         table.add_column(title, justify="right")
@@ -86,7 +95,7 @@ def _times(plan: Plan) -> Table:
 
 def _needed(plan: Plan) -> Table:
     fill = f"{100 * plan.job.fill:.0f} %"
-    table = _table(f"Fewest GPUs that hold it at {fill} of their memory")
+    table = _table(f"Fewest GPUs that hold model and table in {fill} of their memory")
     table.add_column("optimizer")
     for hardware in HARDWARE.values():
         table.add_column(f"{hardware.name} {hardware.memory / GB:.0f} GB", justify="right")
@@ -97,10 +106,6 @@ def _needed(plan: Plan) -> Table:
 
 def _table(title: str) -> Table:
     return Table(box=None, title=f"\n{title}", title_justify="left", title_style="bold")
-
-
-def _right(title: str) -> str:
-    return f"[right]{title}[/right]"
 
 
 def _style(plan: Plan, cost: LayoutCost, fit: bool) -> str | None:

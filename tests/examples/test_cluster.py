@@ -106,7 +106,7 @@ def test_data_without_its_tokenizer(cluster, tmp_path):
 
 def test_plan_starts_nothing(cluster):
     said = cluster("torchrun.sh", "1.3b", "64m", PLAN=1, NODES=8, HEAD="node07")
-    assert isinstance(said, str) and "What would: --world-size 72" in said
+    assert isinstance(said, str) and "Use --world-size 72" in said
 
 
 def slurm(cluster, nodes: int, *words: str, **settings: object) -> Started | str:

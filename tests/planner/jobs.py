@@ -1,4 +1,4 @@
-"""Jobs to plan: the published bases on so many ranks."""
+"""Jobs for the planner's tests: the published base models on any number of ranks."""
 
 from megamem.config import MemoryConfig
 from megamem.planner import Cluster, Job, preset
@@ -7,12 +7,12 @@ from megamem.resolution import resolve
 from megamem.spec import MemorySpec
 
 LOOKUPS, TOKENS, WIDTH = 128, 8192, 2048
-"""Per token; per rank and microbatch; of a row of the 1.3B base."""
+"""Lookups per token, tokens per rank and microbatch, numbers per row of the 1.3B base model."""
 MILLION_ROWS = 2**20
 
 
 def spec_of(base: str = "1.3b", num_keys: int = 1024, **settings) -> MemorySpec:
-    """Of one rank."""
+    """The memory layers' settings of a run on one rank."""
     return resolve(_config(base, num_keys, settings), preset(base)[0].hidden_size)
 
 

@@ -1,6 +1,6 @@
-"""Bytes held and moved by a rank, against tables worked by hand.
+"""Bytes held and moved by a rank, compared with tables that were computed by hand.
 
-For bf16 rows, 128 lookups per token and 8192 tokens a rank where nothing else is said.
+Unless stated otherwise, rows are bf16, with 128 lookups per token and 8192 tokens per rank.
 """
 
 import pytest
@@ -52,13 +52,13 @@ def test_forward_floor(width: int, gb: str, h100: str, h200: str) -> None:
 @pytest.mark.parametrize(
     ("adds", "printed"),
     [
-        # += fp32 main_grad: 10 bytes a number; sparse fp32 out: 6
+        # adding to fp32 main_grad moves 10 bytes per number; writing sparse fp32 moves 6
         (True, [(4.5, 3.2), (5.7, 3.9), (7.0, 4.9)]),
         (False, [(2.7, 1.9), (3.4, 2.4), (4.2, 2.9)]),
     ],
 )
 def test_backward_floor(adds: bool, printed: list) -> None:
-    """The printed times hold some 50 MB of indices beside: within a tenth of a millisecond."""
+    """The printed times include about 50 MB of indices, hence the tolerance of 0.1 ms."""
     for million_rows, (h100, h200) in zip((1, 2, 16), printed, strict=True):
         unique = expected_unique(million_rows * MILLION_ROWS, TOKENS * LOOKUPS)
         moved = backward_bytes(unique, WIDTH, table_state("adamw"), adds=adds)
@@ -89,7 +89,7 @@ def test_rows_touched_by_a_step() -> None:
 
 
 def test_state_per_parameter() -> None:
-    """Bytes per parameter in half precision with an fp32 copy, with random rounding, in fp32."""
+    """Bytes per parameter with an fp32 copy, with stochastic rounding, and in fp32."""
     totals = {
         name: (
             table_state(name).total,
@@ -124,16 +124,16 @@ def test_gpus_for_128b(per_parameter: int, gb: int, h100: int, h200: int) -> Non
 def test_table_bytes_are_the_shards(layout: Layout) -> None:
     job = job_of(num_keys=1024, world=8)
     ours = rank_bytes(job, layout)
-    # how many batches read a row, kept wherever a part of the row is
-    hits = 4 * 2**20 / layout.row_ranks
-    assert ours.table == 18 * 2**20 * 2048 / 8 + hits
+    # every rank that holds a part of a row also counts the batches that read it
+    read_counts = 4 * 2**20 / layout.row_ranks
+    assert ours.table == 18 * 2**20 * 2048 / 8 + read_counts
     assert ours.weights == 2 * 2**20 * 2048 / 8
-    lean = rank_bytes(job.with_optimizer("rowwise_adamw", True), layout)
-    # and a number per row
-    assert lean.table == 10 * 2**20 * 2048 / 8 + 2 * hits
+    rowwise = rank_bytes(job.with_optimizer("rowwise_adamw", True), layout)
+    # the second moment takes 4 bytes per row, like the read count
+    assert rowwise.table == 10 * 2**20 * 2048 / 8 + 2 * read_counts
 
 
-def test_uneven_pieces_count_as_the_largest() -> None:
+def test_uneven_shards_count_as_the_largest() -> None:
     """33 x 33 rows over 2 ranks, 10 blocks of 8 columns over 4."""
     job = job_of(num_keys=33, world=8, memory_value_dim=80)
     assert rank_bytes(job, Layout("2d", 8, 4)).weights == 2 * 545 * 24
@@ -149,7 +149,7 @@ def test_every_row_has_a_place_in_the_gradient_buffer() -> None:
     "layout", [Layout("row", 8, 1), Layout("column", 8, 8), Layout("2d", 8, 4)]
 )
 def test_rows_touched_on_a_rank(layout: Layout) -> None:
-    """Of its rows a rank sees what its own tokens and those of its column ranks look up."""
+    """The tokens of a rank and of its column ranks touch the rows of the rank."""
     share = rank_share(job_of(num_keys=8192, world=16), layout)
     picks, rows = TOKENS * LOOKUPS * layout.column_ranks, 8192**2 / layout.row_ranks
     assert share.touched == pytest.approx(expected_unique(rows, picks))
@@ -158,23 +158,23 @@ def test_rows_touched_on_a_rank(layout: Layout) -> None:
 
 
 def test_buffers_of_one_layer() -> None:
-    """Of 8192 tokens, worked by hand; in units of a token's 128 lookups, or of 2048 numbers."""
+    """Bytes saved for 8192 tokens, computed by hand; per token 128 lookups and 2048 numbers."""
     job = job_of(world=8, memory_layers=[3])
     lookups, width = TOKENS * LOOKUPS, TOKENS * WIDTH * 2
-    # input, 4 heads' queries of 1024, read-out, gate twice, product; ids and weights; bags' starts
+    # input, queries (4 heads of 1024), read-out, gate twice, product; ids, weights; bag offsets
     kept = 7 * width + lookups * (12 + 8) + 8 * TOKENS
     assert kept_bytes(job, Layout("row", 1, 1)) == kept
-    # at a fixed size the lookups of all ranks lie here, with weights of their own
+    # at fixed sizes every rank holds the lookups of all ranks, with their weights
     assert kept_bytes(job, Layout("row", 8, 1)) == kept + lookups * (7 * 12 + 4) + 7 * 8 * TOKENS
     assert kept_bytes(job, Layout("column", 8, 8)) == kept_bytes(job, Layout("row", 8, 1))
-    # only to their owners, with the order that brings them home
+    # alltoall sends lookups only to the owners of their rows, and saves the order of the results
     exact = job_of(world=8, memory_layers=[3], memory_wire="alltoall")
     ours = kept_bytes(exact, Layout("row", 8, 1))
     assert ours == kept + lookups * (4 + 8) + 7 * 8 * TOKENS
 
 
-def test_passing_peak_of_one_exchange() -> None:
-    """Gradients going into rows: of read-out and gate, of the sums of 8 ranks, sorted lookups."""
+def test_temporary_peak_of_one_exchange() -> None:
+    """In backward: gradients of read-out and gate, of the sums of 8 ranks, sorted lookups."""
     job, arrived = job_of(world=8), 8 * TOKENS * LOOKUPS
     sums = 8 * TOKENS * WIDTH * 2
     partials = arrived / 512 * 2 * WIDTH * 4
@@ -185,27 +185,27 @@ def test_passing_peak_of_one_exchange() -> None:
     )
 
 
-def test_scores_pass_in_pieces() -> None:
-    """Of 16384 sub-keys 128 tokens have 64 MB of scores, beside which the keys are copied."""
+def test_scores_are_computed_in_chunks_of_tokens() -> None:
+    """With 16384 sub-keys 128 tokens have 64 MB of scores; the sub-keys are copied, too."""
     job = job_of(num_keys=16384, world=8)
     copied = 4 * 16384 * 1024 * 2
     assert scored_bytes(job) == 2**26 + 128 * 4 * 2 * 64 * 8 + copied
-    # few tokens leave it the largest
+    # with few tokens the scores are the largest part
     job = job_of(num_keys=16384, world=8, cluster={"micro_batch_size": 1})
     assert passing_bytes(job, Layout("row", 1, 1)) == scored_bytes(job)
 
 
-def test_buffers_shrink_with_the_columns_as_sums_do() -> None:
+def test_buffers_shrink_with_the_columns() -> None:
     job = job_of(world=8)
     row, column = (passing_bytes(job, Layout(*of)) for of in (("row", 8, 1), ("column", 8, 8)))
-    # an eighth of each sum, of the blocks that a weight's gradient is summed from, of the pieces
+    # an eighth of each sum, of the blocks of the weights' gradients, and of the partial rows
     arrived = 8 * TOKENS * LOOKUPS
-    pieces = arrived / 512 * 2 * 4 * (WIDTH - WIDTH / 8)
-    assert row - column == 7 * TOKENS * WIDTH * 2 + arrived * 4 * 7 + pieces
+    partials = arrived / 512 * 2 * 4 * (WIDTH - WIDTH / 8)
+    assert row - column == 7 * TOKENS * WIDTH * 2 + arrived * 4 * 7 + partials
 
 
 class _Kernel:
-    """Keeps the arguments of its launches, and does nothing."""
+    """Records the arguments of its launches and does nothing else."""
 
     def __init__(self) -> None:
         self.launches: list[tuple] = []
@@ -217,7 +217,7 @@ class _Kernel:
 @pytest.mark.parametrize("width", [8, 384, 1000, 1024])
 @pytest.mark.parametrize("lookups", [1, 1000, 32 * 8192 + 1, 100 * 8192, 2**23])
 def test_sorted_lookups_take_what_the_backward_allocates(lookups, width, monkeypatch) -> None:
-    """On tensors without memory, and nothing is launched."""
+    """Tensors are on the meta device, and no kernel is launched."""
     row_ids = torch.empty(lookups, dtype=torch.int64, device="meta")
     weights = torch.empty(lookups, device="meta")
     offsets = torch.empty(2, dtype=torch.int64, device="meta")
@@ -235,7 +235,7 @@ def test_sorted_lookups_take_what_the_backward_allocates(lookups, width, monkeyp
 
 @pytest.mark.parametrize(("num_keys", "topk"), [(512, 1), (512, 12), (8192, 32), (16384, 100)])
 def test_scores_take_what_the_search_allocates(num_keys, topk, monkeypatch) -> None:
-    """On tensors without memory, and nothing is launched."""
+    """Tensors are on the meta device, and no kernel is launched."""
     job = job_of(num_keys=num_keys, world=8, memory_topk=topk)
     spec = job.spec
     query = torch.empty(TOKENS, spec.heads, spec.key_dim, dtype=torch.bfloat16, device="meta")
@@ -243,5 +243,5 @@ def test_scores_take_what_the_search_allocates(num_keys, topk, monkeypatch) -> N
     monkeypatch.setattr(product_topk, "_two_looks_kernel", kernel := _Kernel())
     product_topk.product_topk(query, sub_keys, topk)
     scores, _, candidates, *_ = kernel.launches[0]
-    # as the sub-keys are copied, head by head
+    # the kernel's copy of the sub-keys is as large as they are
     assert scores.nbytes + candidates.nbytes + sub_keys.nbytes == scored_bytes(job)

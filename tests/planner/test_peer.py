@@ -1,4 +1,4 @@
-"""What is planned for PEER: two tables, rows only, and tokens on the wire, as ranks send them."""
+"""Plans for PEER: two tables, row mode only, and tokens that are sent to the rows."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ PEER = {"memory_variant": "peer", "memory_layers": [11]}
 
 @pytest.mark.parametrize(("base", "millions"), [("134m", 1036.9), ("1.3b", 3645.7)])
 def test_published_totals(base: str, millions: float) -> None:
-    """One layer, and 768 sub-keys a half."""
+    """One memory layer with 768 sub-keys per half."""
     memory = spec_of(base, 768, **PEER)
     total = total_parameters(preset(base)[0], memory)["total"]
     assert total / 1e6 == pytest.approx(millions, abs=0.051)
@@ -66,10 +66,10 @@ def test_a_rank_holds_two_tables_of_rows() -> None:
 
 
 def test_buffers_by_hand() -> None:
-    """Of 8192 tokens over 8 ranks at a fixed size, so that the lookups of all of them lie here."""
+    """8192 tokens per rank over 8 ranks at fixed sizes: a rank holds the lookups of all ranks."""
     plain, peer = (job_of(**PEER | {"memory_variant": variant}) for variant in ("memory", "peer"))
     arrived, layout = 8 * TOKENS * LOOKUPS, Layout("row", 8, 1)
-    # product, gelu, new weight; and the tokens of all ranks
+    # product, gelu and new weight per lookup; and the tokens of all ranks
     more = 3 * 4 * arrived + 8 * TOKENS * WIDTH * 2
     assert kept_bytes(peer, layout) == kept_bytes(plain, layout) + more
     alone = Layout("row", 1, 1)
@@ -78,13 +78,13 @@ def test_buffers_by_hand() -> None:
 
 
 def test_rows_are_read_three_times() -> None:
-    """v forward, u forward and backward; each gradient is added up once."""
+    """v is read in forward, u in forward and backward; each gradient is summed once."""
     plain, peer = (job_of(**PEER | {"memory_variant": variant}) for variant in ("memory", "peer"))
     times = [layout_cost(job, Layout("row", 1, 1)).seconds["h100"].lookup for job in (plain, peer)]
     assert 2 * times[0] < times[1] < 3 * times[0]
 
 
-def test_the_least_that_could_be_sent_goes_to_owners_alone() -> None:
+def test_minimal_traffic_goes_to_owners_only() -> None:
     least = Packing(lookup=6, count=0, empty_bags=False)
     options = {"wire": "alltoall", "packing": least}
     plain, peer = (row_traffic(64, 4, 16, tokens=t, **options) for t in (False, True))
@@ -114,22 +114,22 @@ def _as_planned(wire: Wire, dtype: torch.dtype) -> None:
     metrics = Metrics(watched, "cpu")
     for table in pool:
         table.metrics = metrics.tables[table.name]
-    # every row once, so that each rank holds as many of the lookups as of the rows
+    # every row is read once, so that each rank owns the same share of lookups as of rows
     generator = torch.Generator().manual_seed(dist.get_rank())
-    pairs_TL = torch.randperm(NUM_KEYS**2, generator=generator).view(LOCAL, READS)
-    weights_TL = torch.rand(LOCAL, READS, requires_grad=True)
-    x_TD = torch.rand(LOCAL, HIDDEN, requires_grad=True, dtype=dtype)
+    pairs = torch.randperm(NUM_KEYS**2, generator=generator).view(LOCAL, READS)
+    weights = torch.rand(LOCAL, READS, requires_grad=True)
+    x = torch.rand(LOCAL, HIDDEN, requires_grad=True, dtype=dtype)
     planned = traffic("row", HIDDEN, READS, size, wire=wire, tokens=True, e=dtype.itemsize)
     with _sent() as sent:
-        out_TV = pool.read(pairs_TL, weights_TL, [LOCAL] * size, x_TD)
+        out = pool.read(pairs, weights, [LOCAL] * size, x)
     assert sent[0] / LOCAL == pytest.approx(planned.forward), (wire, "forward")
     with _sent() as back:
-        out_TV.sum().backward()
+        out.sum().backward()
     assert back[0] / LOCAL == pytest.approx(planned.backward), (wire, "backward")
     shown = sum(table.metrics.bytes_sent for table in pool)
     total = torch.tensor([shown - sent[0] - back[0]])
     dist.all_reduce(total)
-    # ranks differ by where their lookups went
+    # single ranks may differ, by the owners of their lookups
     assert abs(total.item()) < 1e-6 * shown
     _, u = pool
     metrics.tables["shared.u"].fill(u.weight, u.shard)

@@ -1,4 +1,4 @@
-"""Plans for whole clusters, and what cannot be planned."""
+"""Plans for clusters, and jobs that the planner refuses."""
 
 import time
 from dataclasses import replace
@@ -20,14 +20,14 @@ from tests.planner.jobs import job_of
 
 
 def test_the_published_128b_table() -> None:
-    """18 bytes for each of 137.4 billion numbers: 2.5 TB, more than 51 H100s have room for."""
+    """18 bytes for each of 137.4 billion parameters are 2.5 TB, which 51 H100s cannot hold."""
     job = job_of(num_keys=8192, world=128)
     plan = make_plan(job)
     assert plan.parameters["value table"] == 137_438_953_472
     state = 18 * plan.parameters["value table"]
     for gpu, fewest in plan.gpus_needed["adamw"].items():
         alone = gpus_for_bytes(state, 0.6 * HARDWARE[gpu].memory)
-        # the model, its optimizer and the lookups come on top, and nodes are whole
+        # model, optimizer and lookup buffers need memory, too, and only complete nodes are used
         assert alone < fewest <= 1.5 * alone and fewest % 8 == 0, gpu
     assert plan.recommended.bytes.total <= job.room
     assert plan.recommended.layout.group_size == 128
@@ -42,7 +42,7 @@ def test_gpus_needed_is_the_fewest() -> None:
         make_plan(replace(job, cluster=replace(job.cluster, world_size=world)))
 
     plan_on(fewest)
-    with pytest.raises(ConfigurationError, match="nothing fits"):
+    with pytest.raises(ConfigurationError, match="no layout fits"):
         plan_on(fewest - 8)
 
 
@@ -62,7 +62,7 @@ def test_4096_ranks() -> None:
 
 
 def test_a_small_table_stays_where_it_is_read() -> None:
-    """On one node 1M rows fit anywhere; sharing by columns beats replicas and partial sums."""
+    """On one node 1M rows fit in every layout; column mode is faster than replicas or row mode."""
     plan = make_plan(job_of(num_keys=1024, world=8))
     assert plan.recommended.layout == Layout("column", 8, 8)
     assert "no replicas" in plan.why
@@ -107,13 +107,13 @@ def test_impossible_jobs(settings: dict, message: str) -> None:
         make_plan(job_of(**settings))
 
 
-def test_nothing_fits_says_what_would() -> None:
+def test_an_error_names_what_would_fit() -> None:
     job = job_of(num_keys=8192, world=8)
-    with pytest.raises(ConfigurationError, match="nothing fits: 8 x H100") as caught:
+    with pytest.raises(ConfigurationError, match="no layout fits: 8 x H100") as caught:
         make_plan(job)
     assert f"--world-size {gpus_needed(job)}" in str(caught.value)
     assert "--memory-optimizer" not in str(caught.value)
-    # 64 are nearly enough: one moment less makes them so
+    # 64 GPUs are nearly enough: without one of the moments the table fits
     job = job_of(num_keys=8192, world=64)
     with pytest.raises(ConfigurationError, match="or --memory-optimizer rowwise_adamw"):
         make_plan(job)

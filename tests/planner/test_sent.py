@@ -1,4 +1,4 @@
-"""The planner's bytes on the wire against those that ranks really hand to torch.distributed."""
+"""The planner's bytes sent, compared with those that ranks pass to torch.distributed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ NUM_KEYS, TOKENS, LOOKUPS, WIDTH = 32, 64, 16, 64
 
 @contextmanager
 def _sent() -> Iterator[list[float]]:
-    """Counts the bytes that this rank sends to others; one number, in a list."""
+    """Count the bytes that this rank sends to others, as the only element of a list."""
     total = [0.0]
 
     def count(name: str, share: Any) -> Any:
@@ -67,10 +67,10 @@ def _pool(layout: Layout, wire: str, dtype: torch.dtype) -> MemoryPool:
 def _as_planned(mode: Mode, columns: int, wire: Wire, dtype: torch.dtype) -> None:
     size = dist.get_world_size()
     pool = _pool(Layout(mode, size, columns), wire, dtype)
-    # every row once, so that each rank holds as many of the lookups as of the rows
+    # every row is read once, so that each rank owns the same share of lookups as of rows
     generator = torch.Generator().manual_seed(dist.get_rank())
-    pairs_TL = torch.randperm(NUM_KEYS**2, generator=generator).view(TOKENS, LOOKUPS)
-    weights_TL = torch.rand(TOKENS, LOOKUPS, requires_grad=True)
+    pairs = torch.randperm(NUM_KEYS**2, generator=generator).view(TOKENS, LOOKUPS)
+    weights = torch.rand(TOKENS, LOOKUPS, requires_grad=True)
     planned = traffic(
         mode,
         WIDTH,
@@ -81,10 +81,10 @@ def _as_planned(mode: Mode, columns: int, wire: Wire, dtype: torch.dtype) -> Non
         e=dtype.itemsize,
     )
     with _sent() as sent:
-        out_TV = pool.read(pairs_TL, weights_TL, [TOKENS] * size, torch.empty(TOKENS, WIDTH))
+        out = pool.read(pairs, weights, [TOKENS] * size, torch.empty(TOKENS, WIDTH))
     assert sent[0] / TOKENS == pytest.approx(planned.forward), (mode, columns, wire, "forward")
     with _sent() as sent:
-        out_TV.sum().backward()
+        out.sum().backward()
     assert sent[0] / TOKENS == pytest.approx(planned.backward), (mode, columns, wire, "backward")
 
 
@@ -112,7 +112,7 @@ def _replicas_as_planned() -> None:
     with _sent() as sent:
         optimizer.reduce()
     planned = all_reduce_bytes(rows * width * 4 + rows, dist.get_world_size() // 2)
-    # one mark more than there are rows
+    # the flags of the rows are padded by one
     assert sent[0] == pytest.approx(planned, abs=2)
 
 

@@ -1,4 +1,4 @@
-"""Parameter counts against published totals, and against real modules."""
+"""Parameter counts, compared with published totals and with modules."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def test_the_published_plain_memory() -> None:
 
 
 def test_llama_3_8b() -> None:
-    """8,030,261,248 is what Meta's checkpoint holds."""
+    """Meta's checkpoint has 8,030,261,248 parameters."""
     assert total_parameters(preset("8b")[0], None)["total"] == 8_030_261_248
 
 
@@ -68,15 +68,16 @@ def test_counts_are_those_of_the_modules(settings: dict) -> None:
 
 
 def test_stages_and_shards_add_up() -> None:
-    """Stages hold the model once; shards also hold what is whole on every rank."""
+    """All stages together hold the model once; tensor-parallel ranks replicate norms and memory."""
     shape, memory = preset("373m")[0], spec_of("373m", memory_pool="layer")
     parts = total_parameters(shape, memory)
-    whole = parts["total"] - parts["value table"]
-    assert sum(stage_parameters(shape, memory, 1, 4)) == whole
+    total = parts["total"] - parts["value table"]
+    assert sum(stage_parameters(shape, memory, 1, 4)) == total
     norms = (2 * shape.num_layers + 1) * shape.hidden_size
     replicated = norms + parts["memory layers"]
-    assert sum(stage_parameters(shape, memory, 2, 4)) == (whole - replicated) / 2 + replicated
+    assert sum(stage_parameters(shape, memory, 2, 4)) == (total - replicated) / 2 + replicated
     tied = replace(shape, untied=False)
-    words = shape.padded_vocab_size * shape.hidden_size
-    assert sum(stage_parameters(tied, memory, 1, 2)) == whole  # the copy of a tied output counts
-    assert stage_parameters(tied, memory, 1, 1) == [whole - words]
+    embedding = shape.padded_vocab_size * shape.hidden_size
+    # the copy of a tied embedding on the last stage counts
+    assert sum(stage_parameters(tied, memory, 1, 2)) == total
+    assert stage_parameters(tied, memory, 1, 1) == [total - embedding]

@@ -1,7 +1,7 @@
-"""Bytes sent, against tables worked by hand, printed with the digits given here.
+"""Bytes sent, compared with tables that were computed by hand, to the digits given here.
 
-For bf16 rows, 128 lookups per token and lookups as lean as can be (6 bytes) where nothing else is
-said. What is really sent is counted in test_sent.py.
+Unless stated otherwise, rows are bf16, with 128 lookups per token of the minimal size, 6 bytes.
+test_sent.py counts the bytes that ranks send.
 """
 
 import pytest
@@ -63,7 +63,7 @@ def test_exchange_times_at_350_gb_per_second(ranks: int, row: str, column: str) 
 
 
 def test_two_dimensions_end_in_row_and_column() -> None:
-    """Cut over one column rank 2d is row mode, over all of them column mode."""
+    """2d with one column rank is row mode; with as many as ranks it is column mode."""
     for width in (256, 2048):
         for mode, cut in (("row", 1), ("column", 16)):
             ours = traffic("2d", width, LOOKUPS, 16, column_ranks=cut)
@@ -72,15 +72,15 @@ def test_two_dimensions_end_in_row_and_column() -> None:
             assert ours.backward == pytest.approx(other.backward)
 
 
-def test_two_dimensions_send_whole_sums_between_nodes() -> None:
-    """8 nodes of 8: 7 partial sums of 4 KiB and 8 ranks' lookups leave the node, not 200 KiB."""
+def test_two_dimensions_send_complete_sums_between_nodes() -> None:
+    """8 nodes of 8 ranks: 7 partial sums of 4 KiB and the lookups of 8 ranks leave the node."""
     sent = traffic("2d", WIDTH, LOOKUPS, 64, column_ranks=8, ranks_per_node=8, packing=LEAST)
     assert sent.forward_across == pytest.approx(28 * KIB + 8 * 6 * LOOKUPS * 7 / 8)
     assert sent.forward_inside == pytest.approx(column_traffic(WIDTH, LOOKUPS, 8, packing=LEAST)[0])
     assert sent.across < traffic("row", WIDTH, LOOKUPS, 64, ranks_per_node=8).across / 4
 
 
-def test_what_crosses_nodes_is_part_of_the_whole() -> None:
+def test_bytes_between_nodes_are_part_of_the_total() -> None:
     near, far = (traffic("row", WIDTH, LOOKUPS, 16, ranks_per_node=n) for n in (16, 8))
     assert near.across == 0
     assert far.total == pytest.approx(near.total)
@@ -92,16 +92,16 @@ def test_what_crosses_nodes_is_part_of_the_whole() -> None:
     [
         (2048, 128, 1, "auto", "row"),
         (2048, 128, 8, "auto", "column"),
-        # V e against 6 L
+        # the mode depends on bytes per row compared with 6 bytes per lookup
         (400, 128, 2, "alltoall", "column"),
         (256, 128, 2, "alltoall", "row"),
         (128, 32, 2, "alltoall", "column"),
         (64, 32, 2, "alltoall", "row"),
-        # a fixed size makes every rank send every sum
+        # at fixed sizes every rank sends every sum
         (256, 128, 2, "auto", "column"),
         # a slice of 64 bytes is too narrow for column mode
         (2048, 128, 64, "auto", "2d"),
-        # two blocks of 8 columns: three ranks cannot all have one
+        # there are two blocks of 8 columns for three ranks
         (16, 2, 3, "auto", "row"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The plan on the command line: what it prints, what it writes, what it refuses."""
+"""The command `megamem plan`: its output, its JSON file, and its errors."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def test_the_tables_and_the_advice(capsys: pytest.CaptureFixture) -> None:
     for words in ("138,747.7", "137,439.0", "row over 128", "2d 16 x 8", "H200", "KiB", "estimate"):
         assert words in said, words
     assert "Recommended: --memory-mode 2d --memory-group-size 128 --memory-column-ranks" in said
-    assert "Your flags ask for row over 1, which does not fit: 24" in said
+    assert "Your flags select row over 1, which does not fit: 24" in said
 
 
 def test_the_written_plan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -63,7 +63,7 @@ def test_flags_overrule_a_preset() -> None:
 
 
 def test_the_command_line_of_a_run_can_be_pasted() -> None:
-    """Flags that change no size are taken and do nothing; ranks default to one model's worth."""
+    """Flags that change no size are ignored; the default is one model replica."""
     usual = [str(word) for pair in (MODEL | TRAINING).items() for word in pair]
     words = [*usual, *SWITCHES, "--memory-layers", "1", "--tensor-model-parallel-size", "2"]
     job = job_from_args(parse("plan", [*words, "--global-batch-size", "4", "--mock-data"]))
@@ -83,7 +83,7 @@ BIASED = (
 
 @pytest.mark.parametrize("flags", [(), OTHER, BIASED], ids=["plain", "llama", "biased"])
 def test_counts_are_megatrons(flags: tuple) -> None:
-    """A dense model that Megatron builds has the parameters that the planner counts."""
+    """The planner counts as many parameters as a dense model has that Megatron builds."""
     log = run_training("count", 1, "--train-iters", 1, *flags)
     usual = [word for pair in (MODEL | TRAINING).items() for word in pair]
     shape = _shape(*usual, *SWITCHES, *flags)
@@ -96,12 +96,15 @@ def test_counts_are_megatrons(flags: tuple) -> None:
         (("--preset", "1.3b", "--memory-num-key", "8"), "did you mean --memory-num-keys?"),
         (("--preset", "2b"), "invalid choice: '2b'"),
         (("--num-layers", "2"), "--hidden-size, --num-attention-heads, --seq-length, --vocab-size"),
-        (("--preset", "134m", "--num-experts", "8"), "--num-experts: mixtures of experts"),
+        (
+            ("--preset", "134m", "--num-experts", "8"),
+            "--num-experts: megamem plan does not support mixtures of experts",
+        ),
         (("--preset", "134m", "--hidden-size", "760", "--num-attention-heads", "7"), "use|change"),
         (("--preset", "134m", "--fill", "1.5"), "--fill 1.5 must be"),
         (("--preset", "134m", "--memory-topk", "2000"), "--memory-topk 2000 is larger than"),
         (("--preset", "134m", "--world-size", "6", "--memory-group-size", "4"), "does not divide"),
-        ((*BIG[:4], "--world-size", "8"), "nothing fits: .* --world-size 64 "),
+        ((*BIG[:4], "--world-size", "8"), "no layout fits: .* --world-size 64 "),
     ],
 )
 def test_one_clear_error(capsys: pytest.CaptureFixture, words: tuple, message: str) -> None:
