@@ -12,11 +12,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.training.models import gpt, hybrid
+
+try:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.training.models import gpt, hybrid
+except ImportError as error:
+    raise ImportError(
+        "MemoryGPTModelConfig and MemoryHybridModelConfig need Megatron-Core 0.19 or later. Older "
+        "releases have no descriptions of models; use memory_layer_spec() and register_tables()."
+    ) from error
 
 from megamem.layers.memory_pool import MemoryPool
 from megamem.megatron.model.hybrid import memory_stack_spec
