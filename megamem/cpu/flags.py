@@ -1,4 +1,4 @@
-"""Megatron's flags on a CPU: those it needs are set, those it cannot honour are refused."""
+"""Sets the flags that Megatron needs on a CPU, and refuses those that do not work there."""
 
 import argparse
 import functools
@@ -12,7 +12,7 @@ from megamem.cpu.hybrid import ON_CPU
 from megamem.hybrid_pattern import symbols
 from megamem.patching import require
 
-# the argument's name in args, the value that a CPU needs, and how a person writes it
+# the name in args, the value that a CPU needs, and the flag that sets it
 NEEDED: tuple[tuple[str, Any, str], ...] = (
     ("distributed_backend", "gloo", "--distributed-backend gloo"),
     ("transformer_impl", "local", "--transformer-impl local"),
@@ -20,22 +20,23 @@ NEEDED: tuple[tuple[str, Any, str], ...] = (
     ("masked_softmax_fusion", False, "--no-masked-softmax-fusion"),
     ("gradient_accumulation_fusion", False, "--no-gradient-accumulation-fusion"),
     ("no_persist_layer_norm", True, "--no-persist-layer-norm"),
-    # weights drawn whole and then cut, so that they do not depend on the tensor-parallel size
+    # complete weights are drawn and then sharded, so they do not depend on the tensor-parallel size
     ("use_cpu_initialization", True, "--use-cpu-initialization"),
 )
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A flag that has no meaning on a CPU."""
+    """A flag that does not work on a CPU."""
 
     dest: str
     flag: str
     reason: str
     off: Sequence[Any] = (None, False)
+    """Values with which the flag is off."""
 
     def problem(self, args: argparse.Namespace) -> str | None:
-        """What to tell the user when the flag is on."""
+        """A message for the user if the flag is on, otherwise None."""
         value = getattr(args, self.dest, self.off[0])
         if value in self.off:
             return None
@@ -52,7 +53,11 @@ REFUSED = (
     Refusal("moe_grouped_gemm", "--moe-grouped-gemm", NEEDS_TE),
     Refusal("cross_entropy_fusion_impl", "--cross-entropy-fusion-impl", NEEDS_TE, off=("native",)),
     Refusal("use_precision_aware_optimizer", "--use-precision-aware-optimizer", NEEDS_TE),
-    Refusal("optimizer_cpu_offload", "--optimizer-cpu-offload", "moves state off a GPU"),
+    Refusal(
+        "optimizer_cpu_offload",
+        "--optimizer-cpu-offload",
+        "moves optimizer state from a GPU to the CPU",
+    ),
     Refusal("use_torch_fsdp2", "--use-torch-fsdp2", "needs a GPU"),
     Refusal("cuda_graph_impl", "--cuda-graph-impl", "needs a GPU", off=(None, "none")),
     Refusal("enable_cuda_graph", "--enable-cuda-graph", "needs a GPU"),
@@ -61,11 +66,20 @@ REFUSED = (
 
 
 def adapt_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The parser, with a CPU's defaults, refusing what a CPU cannot do once it has parsed."""
+    """Give a parser the defaults for a CPU, and make it refuse flags that do not work there.
+
+    Returns the parser.
+
+    Raises:
+        RuntimeError: this release of Megatron lacks a flag that has to be set.
+    """
     actions = {action.dest: action for action in parser._actions}
     absent = [flag for dest, _, flag in NEEDED if dest not in actions]
     if absent:
-        raise RuntimeError(f"this Megatron does not know {', '.join(absent)}, which --cpu sets")
+        raise RuntimeError(
+            f"this release of Megatron has no {', '.join(absent)}, which --cpu sets; install a "
+            "release that setup.py of megamem names"
+        )
     parser.set_defaults(**{dest: value for dest, value, _ in NEEDED})
     parse = parser.parse_known_args
 
@@ -83,25 +97,25 @@ def adapt_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def find_problems(args: argparse.Namespace) -> list[str]:
-    """Each flag that contradicts a run on a CPU, with its fix."""
-    contrary = [
+    """A message, with the fix, for each flag that does not work on a CPU."""
+    wrong_values = [
         f"{flag.split()[0]} {getattr(args, dest)} needs a GPU; with --cpu, drop it or write {flag}"
         for dest, value, flag in NEEDED
         if getattr(args, dest) != value
     ]
     refused = [*filter(None, (refusal.problem(args) for refusal in REFUSED))]
     pattern = getattr(args, "hybrid_layer_pattern", None) or ""
-    if strange := "".join(sorted(set(symbols(pattern)) - set(ON_CPU))):
+    if unsupported := "".join(sorted(set(symbols(pattern)) - set(ON_CPU))):
         refused.append(
-            f"--hybrid-layer-pattern {pattern} has layers ({strange}) that need kernels of a GPU; "
-            f"with --cpu, only these work: {' '.join(ON_CPU)}"
+            f"--hybrid-layer-pattern {pattern} has layers ({unsupported}) that need GPU kernels; "
+            f"with --cpu, use only {' '.join(ON_CPU)}"
         )
-    return [*contrary, *refused]
+    return [*wrong_values, *refused]
 
 
-@functools.cache  # Megatron reads the command line several times
+@functools.cache  # Megatron parses the command line several times
 def announce(flags: tuple[str, ...]) -> None:
-    """One line, on the first rank, that names the flags --cpu has set."""
+    """Write the flags that --cpu has set in one line, on the first rank."""
     if flags and os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"megamem: --cpu sets {' '.join(flags)}\n")
 
@@ -112,7 +126,7 @@ def _is_given(action: argparse.Action, given: Sequence[str]) -> bool:
 
 
 def adapt_flags() -> None:
-    """Every parser that Megatron builds from here on is a CPU's."""
+    """Apply adapt_parser() to every parser that Megatron makes from now on."""
     import megatron.training.arguments as arguments
 
     from megamem.patching import replace

@@ -1,7 +1,7 @@
-"""Hybrid models on a CPU: the layers of their stack in Megatron's plain torch.
+"""Hybrid models on a CPU, with the layers of Megatron's local (plain torch) implementation.
 
-Megatron has the specs of a hybrid stack for Transformer Engine alone. Here the same names hold the
-local forms, so that the `--spec` of a real run works as it is.
+Megatron has the spec of a hybrid stack for Transformer Engine only. Its layers are replaced here by
+local ones under the same name, so that the `--spec` of a run on GPUs works without a change.
 """
 
 import importlib
@@ -10,13 +10,13 @@ from importlib.util import find_spec
 from typing import Any
 
 ON_CPU = "*-E"
-"""Symbols of layers that need no kernels of a GPU."""
+"""Symbols of the layers that need no GPU kernels."""
 
 HYBRID = "megatron.core.models.hybrid"
 
 
 def supply_local_stack() -> None:
-    """Replace the stack's spec, and the last norm, in releases that have hybrid models."""
+    """Replace the layers of the stack's spec and the final norm, if there are hybrid models."""
     if find_spec(HYBRID) is None:
         return
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -32,7 +32,7 @@ def supply_local_stack() -> None:
 
 
 def _local_layers() -> tuple[Any, Any, Any]:
-    """Attention, dense feed-forward and experts, each behind a norm of its own."""
+    """The submodules of an attention, a dense and an experts layer, each with its norm."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -51,7 +51,7 @@ def _local_layers() -> tuple[Any, Any, Any]:
     )
     causal = {"attn_mask_type": AttnMaskType.causal}
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    behind_norm = partial(
+    with_norm = partial(
         TransformerLayerSubmodules,
         pre_mlp_layernorm=WrappedTorchNorm,
         mlp_bda=get_bias_dropout_add,
@@ -62,7 +62,7 @@ def _local_layers() -> tuple[Any, Any, Any]:
             self_attention=ModuleSpec(SelfAttention, params=causal, submodules=attention),
             self_attn_bda=get_bias_dropout_add,
         ),
-        behind_norm(mlp=partial(MLP.as_mlp_submodule, submodules=linears)),
-        # the number is replaced by that of the command line; it says only that there are experts
-        behind_norm(mlp=get_moe_module_spec(use_te=False, num_experts=2, moe_grouped_gemm=False)),
+        with_norm(mlp=partial(MLP.as_mlp_submodule, submodules=linears)),
+        # the number only says that there are experts; the config of the model replaces it
+        with_norm(mlp=get_moe_module_spec(use_te=False, num_experts=2, moe_grouped_gemm=False)),
     )

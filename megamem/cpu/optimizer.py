@@ -1,7 +1,7 @@
-"""Adam as Megatron finds it in Transformer Engine or Apex, in plain torch.
+"""Adam in plain torch with the interface of FusedAdam of Transformer Engine and Apex.
 
-torch's own Adam keeps `step` per parameter. Megatron's distributed optimizer reads it from the
-parameter group when it saves and loads, and fails on torch's when a rank holds an empty state.
+The Adam of torch keeps `step` per parameter. Megatron's distributed optimizer reads it from the
+parameter group when it saves and loads, and fails with torch's if a rank has no state.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ import torch
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam or AdamW whose `step` is kept once per group, after the contract of fused optimizers."""
+    """Adam or AdamW that keeps `step` once per parameter group, as fused optimizers do."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             if group["params"]:
                 group["step"] = group.get("step", 0) + 1

@@ -1,11 +1,11 @@
-"""Megatron's own training loop on a CPU and gloo, without a GPU and without a change to Megatron.
+"""Runs Megatron's unmodified training loop on CPUs over gloo.
 
-This is for dry runs, tests and learning: the same schedule, collectives, optimizer and checkpoint
-code runs, at a CPU's speed, on one or many ranks. Nothing measured here says anything about a GPU.
-Transformer Engine, context parallelism, CUDA graphs and fp8 are out of its reach.
+This is for dry runs, tests and learning. The same schedule, collectives, optimizer and checkpoint
+code runs as on GPUs, on one or many ranks, but its speed says nothing about that of a GPU.
+Transformer Engine, context parallelism, CUDA graphs and fp8 do not work.
 
-install() replaces names in torch and Megatron for the whole process. It must run before Megatron is
-imported, because Megatron copies many of those names when it is.
+install() replaces names in torch and Megatron for the complete process. It must be called before
+Megatron is imported, because Megatron copies many of these names when it is imported.
 """
 
 import functools
@@ -27,20 +27,24 @@ from megamem.cpu.optimizer import FusedAdam
 from megamem.patching import MARKER, replace, require
 
 ENVIRONMENT = {
-    # Megatron compiles small functions; a compiler costs more than it gives at these sizes
+    # Megatron compiles small functions, which takes longer than it saves at the sizes of a CPU run
     "TORCHDYNAMO_DISABLE": "1",
-    # Megatron insists on it for tensor parallelism on GPUs of before 2024
+    # Megatron requires this for tensor parallelism on GPUs older than Blackwell
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
 }
-# kernels for a GPU, which Megatron prefers to torch's own wherever they are installed
+# packages of GPU kernels, which Megatron uses in place of torch if they are installed
 GPU_PACKAGES = ("transformer_engine", "apex", "amp_C")
 
 
 def install(force: bool = False) -> None:
-    """Make this process a CPU-only one in which Megatron trains.
+    """Let Megatron train on the CPU in this process; a second call changes nothing.
 
     Args:
-        force: also where there is a GPU, which is then not used.
+        force: whether to do so also on a machine with a GPU, which is then not used.
+
+    Raises:
+        ConfigurationError: the machine has a GPU and `force` is not set.
+        RuntimeError: Megatron has already been imported.
     """
     if _installed():
         return
@@ -65,42 +69,42 @@ def _installed() -> bool:
 def _check(force: bool) -> None:
     if not force and torch.cuda.is_available():
         raise ConfigurationError(
-            "--cpu was given on a machine with a GPU. Drop --cpu to train on the GPU, or write "
-            "--cpu=force to leave the GPU idle."
+            "--cpu was given on a machine with a GPU; drop --cpu to train on the GPU, or use "
+            "--cpu=force to train on the CPU and leave the GPU idle."
         )
     if "megatron.core" in sys.modules:
         raise RuntimeError("the CPU runtime must be installed before megatron is imported")
 
 
 def _adapt_core() -> None:
-    """What megatron.core takes from Transformer Engine or Apex is supplied in plain torch."""
+    """Supply in plain torch what megatron.core takes from Transformer Engine or Apex."""
     norm = importlib.import_module("megatron.core.transformer.torch_norm")
     replace(norm.WrappedTorchNorm, "__new__", _norm_under_sequence_parallelism)
     cpu_hybrid.supply_local_stack()
 
     optimizer = importlib.import_module("megatron.core.optimizer")
     distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    answers: list[tuple[Any, str, Any]] = [
+    replacements: list[tuple[Any, str, Any]] = [
         (optimizer, "Adam", FusedAdam),
         (optimizer, "USING_PYTORCH_OPTIMIZER", False),
         (distributed, "Adam", FusedAdam),
         (distributed, "HAVE_APEX_OR_TE", True),
         (distributed, "USING_APEX_OPTIMIZER", True),
     ]
-    for module, name, value in answers:
+    for module, name, value in replacements:
         require(module, name)
         setattr(module, name, value)
 
-    # the tracker of random states forks the only generator there is, and puts it back
+    # not worth a warning: the tracker of random states changes the only generator and restores it
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
 
 
 def _norm_under_sequence_parallelism(new: Callable) -> Any:
-    """torch's norms know nothing of sequence parallelism, so Megatron refuses the pair.
+    """Let torch's norms be used with sequence parallelism, which Megatron refuses.
 
-    All it takes is the mark on the parameters by which Megatron sums their gradients over the
+    They only need the attribute on their parameters with which Megatron sums the gradients over the
     tensor-parallel ranks.
     """
 
@@ -119,9 +123,9 @@ def _norm_under_sequence_parallelism(new: Callable) -> Any:
 
 
 def _adapt_training() -> None:
-    """Flags, and a start without the warm-up of fused kernels."""
+    """Adapt the flags, and turn off the warm-up of fused kernels at start."""
     cpu_flags.adapt_flags()
     training = importlib.import_module("megatron.training.training")
-    # the warm-up draws random numbers, on a GPU from a generator of its own; here it would make
-    # the first weights depend on the tensor-parallel size
+    # the warm-up draws random numbers, on a GPU from a separate generator; on a CPU it would make
+    # the initial weights depend on the tensor-parallel size
     replace(training, "set_jit_fusion_options", lambda _: lambda *args, **kwargs: None)

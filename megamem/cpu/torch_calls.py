@@ -1,8 +1,8 @@
-"""torch as Megatron expects to find it on a GPU, with every tensor in host memory.
+"""Makes torch behave as on a machine with a GPU, with every tensor in host memory.
 
 Megatron's training loop names the device "cuda", asks torch.cuda for streams, random states and
-memory figures, and compares the type names of tensors. Here "cuda" is redirected to the CPU where
-tensors are made or moved, and torch.cuda answers as an idle device without streams would.
+memory figures, and compares the type names of tensors. Here tensors for "cuda" are made on the CPU,
+and torch.cuda answers like an idle device without streams.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ import torch.distributed as dist
 from megamem.patching import replace, require
 
 CPU = torch.device("cpu")
-HOST_BYTES = 16 << 30  # what torch.cuda reports as device memory; only printed and divided by
+HOST_BYTES = 16 << 30  # torch.cuda reports this as device memory, which Megatron only prints
 
-# A TorchFunctionMode would be shorter, but it is popped while autograd runs a backward function,
-# and recomputation under autograd makes tensors there.
+# A TorchFunctionMode would be shorter, but it is not active while autograd runs a backward
+# function, in which recomputation makes tensors.
 FACTORIES = (
     *("tensor", "as_tensor", "empty", "zeros", "ones", "full", "rand", "randn", "randint"),
     *("randperm", "arange", "linspace", "eye", "empty_strided", "empty_like", "zeros_like"),
@@ -31,7 +31,7 @@ TENSOR_FACTORIES = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tenso
 
 
 def on_host(device: Any) -> Any:
-    """The device to use where `device` was asked for: the CPU for every name of a GPU."""
+    """The CPU if `device` is a GPU, under any of its names; otherwise `device`."""
     is_index = isinstance(device, int) and not isinstance(device, bool)
     is_name = isinstance(device, str) and device.startswith("cuda")
     is_device = isinstance(device, torch.device) and device.type == "cuda"
@@ -39,7 +39,7 @@ def on_host(device: Any) -> Any:
 
 
 def redirect_tensors() -> None:
-    """From here on, tensors asked for on, or moved to, "cuda" are made on the CPU."""
+    """From now on, make tensors that are created on or moved to "cuda" on the CPU."""
     for name in FACTORIES:
         replace(torch, name, _with_host_device)
     for name in TENSOR_FACTORIES:
@@ -72,7 +72,7 @@ def _to_host(to: Callable) -> Callable:
 
 
 def _type_named_as_cuda(tensor_type: Callable) -> Callable:
-    """Megatron's mixed-precision optimizers sort parameters by the name torch.cuda.FloatTensor."""
+    """Tensor.type() with the torch.cuda names that Megatron's mixed-precision optimizers expect."""
 
     def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = tensor_type(self, *args, **kwargs)
@@ -84,7 +84,7 @@ def _type_named_as_cuda(tensor_type: Callable) -> Callable:
 
 
 class Stream:
-    """A stream on which everything has already happened."""
+    """A stream on which all work is already done."""
 
     cuda_stream = 0
     stream_id = 0
@@ -118,7 +118,7 @@ class Stream:
 
 
 class Event:
-    """An event that keeps the host's clock."""
+    """An event that records the time of the host."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.time = 0.0
@@ -149,7 +149,7 @@ def _answer(value: Any) -> Callable:
 
 
 def _cuda_answers() -> dict[str, Any]:
-    """Name in torch.cuda -> what stands there instead."""
+    """Name in torch.cuda -> its replacement."""
     stream = Stream()
     properties = SimpleNamespace(
         name="cpu", major=9, minor=0, total_memory=HOST_BYTES, multi_processor_count=1, warp_size=32
@@ -181,7 +181,7 @@ def _cuda_answers() -> dict[str, Any]:
         "reset_peak_memory_stats": _answer(None),
         "memory_stats": lambda *args, **kwargs: defaultdict(int),
         "mem_get_info": _answer((HOST_BYTES // 2, HOST_BYTES)),
-        # torch.manual_seed calls both of these, hence the generator and not torch.manual_seed
+        # torch.manual_seed calls both of these, so the first must not call torch.manual_seed
         "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
         "manual_seed_all": _answer(None),
         "get_rng_state": lambda device=None: torch.get_rng_state(),
@@ -192,7 +192,7 @@ def _cuda_answers() -> dict[str, Any]:
 
 
 def stand_in_for_cuda() -> None:
-    """torch.cuda answers as one idle device; its random state is the CPU's."""
+    """Let torch.cuda answer like one idle device whose random state is that of the CPU."""
     answers = _cuda_answers()
     for name, value in answers.items():
         require(torch.cuda, name)
@@ -204,13 +204,13 @@ def stand_in_for_cuda() -> None:
         setattr(torch.cuda.nvtx, name, _answer(None))
     torch.cuda.nvtx.range = _nothing
     torch._C._cuda_setRNGState = answers["set_rng_state"]  # type: ignore[attr-defined]
-    # optimizers ask torch.accelerator (C++) for graph capture; it must keep saying "none here"
+    # optimizers ask torch.accelerator about graph capture; it must report no accelerator
     torch.accelerator.is_available = _answer(False)
     torch.accelerator.current_stream = _answer(SimpleNamespace(is_capturing=_answer(False)))
 
 
 def accept_tensor_splits() -> None:
-    """all_to_all_single takes split sizes as tensors, which on a GPU Megatron turns into lists."""
+    """Let all_to_all_single accept split sizes as tensors, which Megatron converts only on GPUs."""
 
     def make(all_to_all_single: Callable) -> Callable:
         def with_list_splits(

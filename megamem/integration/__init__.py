@@ -1,1 +1,1 @@
-"""The old home of what knows Megatron, kept for checkouts that an older megamem has patched."""
+"""The former place of megamem.megatron, kept for checkouts that an older megamem has patched."""

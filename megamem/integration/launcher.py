@@ -1,4 +1,4 @@
-"""What the seam of an older megamem imports; `megamem patch` renews such seams."""
+"""The seam that an older megamem inserted imports this; `megamem patch` updates such seams."""
 
 from megamem.megatron.launcher import attach
 
