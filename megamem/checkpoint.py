@@ -1,8 +1,8 @@
-"""How a value table lies in a checkpoint: as what it is, R rows of width V.
+"""The format of value tables in a checkpoint: one [R, V] tensor for each table.
 
-Every rank writes the piece it holds, at its place in the whole table; nothing is gathered, padded
-or flattened, so that any other number of ranks, cutting by rows, columns or both, can read it back.
-The optimizer's state lies beside it in the same way.
+Every rank writes its shard, with its offset in the unsharded table. Nothing is gathered, padded or
+flattened, so a run with any other number of ranks or any other --memory-mode can load it. The state
+of the optimizer is stored in the same way. A rank's shard has r rows and v columns.
 """
 
 from typing import TYPE_CHECKING
@@ -15,53 +15,53 @@ if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 TABLES = "memory_values"
-"""Name, in the model, of what holds its value tables; checkpoint keys start with it."""
+"""Name of the submodule of the model that holds the value tables; keys start with it."""
 
 OPTIMIZER = "optimizer"
-"""What checkpoint keys of optimizer state start with."""
+"""Prefix of the keys of optimizer state."""
 
 SHARED = "shared"
-"""Name of the table of `--memory-pool shared`."""
+"""Name of the pool of `--memory-pool shared`."""
 
 
 def table_key(table: str) -> str:
-    """Checkpoint key of a table's weight."""
+    """Return the checkpoint key of a table's weight."""
     return f"{TABLES}.{table}.weight"
 
 
 def layer_table(layer: int) -> str:
-    """Name of a layer's own table, under `--memory-pool layer`."""
+    """Return the name of a layer's own pool, with `--memory-pool layer`."""
     return f"layer_{layer}"
 
 
 def sub_keys_key(layer: int) -> str:
-    """Checkpoint key of a memory layer's sub-keys."""
+    """Return the checkpoint key of a memory layer's sub-keys."""
     return f"decoder.layers.{layer}.mlp.memory.keys.sub_keys"
 
 
 def state_key(table: str, slot: str) -> str:
-    """Checkpoint key of a table's optimizer state."""
+    """Return the checkpoint key of a tensor of a table's optimizer state."""
     return f"{OPTIMIZER}.{TABLES}.{table}.{slot}"
 
 
 def placement_key(table: str) -> str:
-    """Checkpoint key of the seed that placed a table's rows."""
+    """Return the checkpoint key of the placement seed of a table."""
     return f"{TABLES}.{table}.placement"
 
 
 def sharded_piece(
     key: str, piece: Tensor, shard: TableShard, replica: int, per_row: bool = False
 ) -> "ShardedTensor":
-    """This rank's piece of an [R, V] table, or of something with one number per row.
+    """Return a ShardedTensor for this rank's shard of an [R, V] tensor, or of an [R] one.
 
     Args:
-        key: in the checkpoint.
+        key: the key in the checkpoint.
         piece: [r, v], or [r] where per_row.
-        shard: where it lies.
-        replica: 0 on one of the ranks that hold this piece, another number on each other.
-        per_row: the column ranks hold the same numbers.
+        shard: the position of the shard in the unsharded tensor.
+        replica: number of this rank among those that hold the same shard; 0 on exactly one.
+        per_row: whether the tensor has one number per row, which all column ranks hold.
     """
-    # only who saves has imported Megatron: layers, which take names from here, have no need of it
+    # imported here, as the layers, which use the names above, do not need Megatron
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     rows, columns = shard.rows, shard.column_blocks
@@ -76,14 +76,14 @@ def sharded_piece(
         tuple(piece.shape),
         shard.global_shape[:dims],
         shard.offset[:dims],
-        # None says that the pieces differ in size
+        # None where the shards differ in size
         fragments if even else None,
         replica_id=(0, columns.rank if per_row else 0, replica),
     )
 
 
 def same_everywhere(key: str, tensor: Tensor, shard: TableShard, replica: int) -> "ShardedTensor":
-    """A tensor that all ranks of a table hold alike."""
+    """Return a ShardedTensor for a tensor that is replicated over all ranks of a table."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     return ShardedTensor(

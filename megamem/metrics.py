@@ -313,7 +313,7 @@ def sent_bytes(
         counts = peers * own * torch.int64.itemsize
     total = counts + away * lookup + home * weight
     # partial bags home, and their gradients to everybody who summed a part
-    total += there_and_back(plan, slice_bytes)
+    total += gather_and_scatter_bytes(plan, slice_bytes)
 
     # lookups to the neighbours that hold other columns, and columns home
     total += neighbours * max(column_counts) * lookups * (lookup + weight)
@@ -322,7 +322,7 @@ def sent_bytes(
     return total + tokens * (width - bags_Gv.shape[1]) * number
 
 
-def there_and_back(plan: RoutingPlan, row_bytes: int) -> int:
+def gather_and_scatter_bytes(plan: RoutingPlan, row_bytes: int) -> int:
     """Bytes that this rank sends where a row for every bag is gathered, and its like scattered."""
     own, peers = plan.bag_counts[group_rank(plan.group)], len(plan.bag_counts) - 1
     return (sum(plan.bag_counts) - own + peers * max(plan.bag_counts)) * row_bytes

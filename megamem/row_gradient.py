@@ -1,14 +1,15 @@
-"""The gradient of a table's rows over one batch, which autograd never sees.
+"""The gradient of a table over one batch, accumulated outside of autograd.
 
-An optimizer makes it and hands it to the table:
+An optimizer creates it and passes it to the table:
 
-    table's forward      mark(rows)                      these rows will have a gradient
-    table's backward     adds to `buffer`                touched rows only
-    once per batch       scale(factor), reduce(group)    mean over tokens, sum over replicas
-                         squared_norm(), count_zeros()   what Megatron asks
-                         step reads buffer and touched   then forget(), or take(rows) row by row
+    forward of the table    mark(rows)                      marks rows that get a gradient
+    backward of the table   adds to `buffer`                touched rows only
+    once per batch          scale(factor), reduce(group)    mean over tokens, sum over replicas
+                            squared_norm(), count_zeros()   for Megatron's norm and its logs
+                            the optimizer's step            reads `buffer` and `touched`, then calls
+                                                            forget(); or calls take(rows)
 
-Rows that were not touched are zero in the buffer.
+Rows that were not touched are zero in the buffer. This rank holds r rows and v columns of a table.
 """
 
 from collections.abc import Sequence
@@ -18,85 +19,85 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# numbers: 256 MB in fp64
+# numbers in a block, which take 256 MB in fp64
 BLOCK = 2**25
 
 
 class RowGradient:
-    """factor * buffer[row] is the gradient of each touched row."""
+    """The gradient of each touched row is factor * buffer[row]."""
 
     buffer: Tensor
-    """[r, v] sum over the batch's tokens."""
+    """[r, v], the sum of gradients over the tokens of the batch."""
 
     factor: float | Tensor
-    """What the buffer is multiplied by when it is read, so that scaling costs no pass."""
+    """Multiplies the buffer when it is read, so that scaling needs no pass over the buffer."""
 
-    def __init__(self, weight_rv: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        """An empty gradient of these weights; the sums are kept in `dtype`."""
-        self.buffer = torch.zeros_like(weight_rv, dtype=dtype)
+    def __init__(self, weight: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        """Allocate a zero gradient for a weight of shape [r, v], with a buffer in `dtype`."""
+        self.buffer = torch.zeros_like(weight, dtype=dtype)
         self.factor = 1.0
-        # the last place is for row -1, which stands for none
-        self._touched = torch.zeros(len(weight_rv) + 1, dtype=torch.bool, device=weight_rv.device)
+        # the last entry is for row -1, which stands for no row
+        self._touched = torch.zeros(len(weight) + 1, dtype=torch.bool, device=weight.device)
 
     @property
-    def touched_r(self) -> Tensor:
-        """Which rows have a gradient; a view."""
+    def touched(self) -> Tensor:
+        """[r] bool, whether each row has a gradient; a view."""
         return self._touched[:-1]
 
-    def mark(self, rows_M: Tensor) -> None:
-        """These rows are read in a pass that will be learnt from; -1 reads none."""
-        self._touched[rows_M] = True
+    def mark(self, rows: Tensor) -> None:
+        """Mark rows that a pass with a backward reads; -1 stands for no row."""
+        self._touched[rows] = True
 
     def scale(self, factor: float | Tensor) -> None:
-        """Multiply the gradient by a number, or by one on the device."""
+        """Multiply the gradient by a number, which may be a tensor on the device."""
         self.factor = self.factor * factor
 
     def zero(self) -> None:
-        """Empty it: only touched rows are written, as the others are empty."""
-        self.buffer[self.touched_r.nonzero().squeeze(1)] = 0
+        """Set the gradient to zero. Only touched rows are written, as the others are zero."""
+        self.buffer[self.touched.nonzero().squeeze(1)] = 0
         self.factor = 1.0
         self.forget()
 
     def forget(self) -> None:
-        """The batch is over, and whoever stepped has emptied the buffer."""
+        """Unmark all rows. The buffer must be zero, which the optimizer's step leaves it."""
         self._touched.zero_()
 
     def reduce(self, group: ProcessGroup | None) -> None:
-        """Sum over ranks that hold the same rows and saw other tokens."""
+        """Sum the gradient over replicas, which hold the same shard and read other tokens."""
         if group is None:
             return
         dist.all_reduce(self.buffer, group=group)
-        seen = self._touched.to(torch.uint8)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=group)
-        self._touched.copy_(seen)
+        touched = self._touched.to(torch.uint8)
+        dist.all_reduce(touched, op=dist.ReduceOp.MAX, group=group)
+        self._touched.copy_(touched)
 
-    def keep(self, rows_E: Tensor) -> None:
-        """Drop the gradient of all rows but these."""
+    def keep(self, rows: Tensor) -> None:
+        """Set the gradient of all other rows to zero and unmark them."""
         dropped = self._touched.clone()
-        dropped[rows_E] = False
+        dropped[rows] = False
         self.buffer[dropped[:-1].nonzero().squeeze(1)] = 0
         self._touched ^= dropped
 
     def touched_blocks(self) -> Sequence[Tensor]:
-        """The touched rows, some at a time, so that their gradients are never copied at once."""
-        return self.touched_r.nonzero().squeeze(1).split(self._block_rows())
+        """Return the touched rows in blocks, so that copies of their gradients stay small."""
+        return self.touched.nonzero().squeeze(1).split(self._block_rows())
 
-    def take(self, rows_E: Tensor) -> Tensor:
-        """Their part of the buffer -> [E, v], which is empty afterwards."""
-        grads_EV = self.buffer[rows_E]
-        self.buffer[rows_E] = 0
-        return grads_EV
+    def take(self, rows: Tensor) -> Tensor:
+        """Return a copy of these rows of the buffer, [len(rows), v], and set them to zero in it."""
+        grads = self.buffer[rows]
+        self.buffer[rows] = 0
+        return grads
 
     def squared_norm(self, *, by_row: bool = False) -> Tensor:
-        """Sum of squares in fp64, in blocks, as torch makes an fp64 copy of what it is given.
+        """Return the sum of squares of the gradient in fp64; not finite where a gradient is not.
 
-        Not finite where a gradient is not.
+        The buffer is read in blocks, as torch makes an fp64 copy of its argument.
 
         Args:
-            by_row: read the touched rows alone, where they are few.
+            by_row: read only the touched rows, which is faster where they are few.
         """
         blocks = (
-            (self.buffer[rows_E] for rows_E in self.touched_blocks())
+            (self.buffer[rows] for rows in self.touched_blocks())
             if by_row
             else self.buffer.split(self._block_rows())
         )
@@ -106,25 +107,28 @@ class RowGradient:
         return total * torch.as_tensor(self.factor, device=total.device).double().square()
 
     def count_zeros(self) -> Tensor:
-        """Elements that are zero, those of rows that were not touched included."""
+        """Return the number of zeros in the gradient, rows that were not touched included."""
         return (self.buffer == 0).sum()
 
     def mean_squares(self, width: int, columns: ProcessGroup | None) -> Tensor | None:
-        """[r] of rows whose columns lie on several ranks, before the factor; None for whole rows.
+        """Return each row's mean square over all of its columns, [r], without the factor.
 
         Args:
-            width: of a whole row.
-            columns: the ranks that hold the other columns.
+            width: V, the columns of the unsharded table.
+            columns: the ranks that hold the other columns; None if this rank holds all of them.
+
+        Returns:
+            None if this rank holds all columns.
         """
         if columns is None:
             return None
-        # one row at a time in the reduction, so that no copy of the buffer is made
+        # a norm over one dimension makes no copy of the buffer in another dtype
         compute = torch.promote_types(self.buffer.dtype, torch.float32)
-        squares_r = torch.linalg.vector_norm(self.buffer, dim=1, dtype=compute).square_()
-        dist.all_reduce(squares_r, group=columns)
-        return squares_r / width
+        squares = torch.linalg.vector_norm(self.buffer, dim=1, dtype=compute).square_()
+        dist.all_reduce(squares, group=columns)
+        return squares / width
 
     def _block_rows(self) -> int:
-        """Rows of which a copy is small beside the table, and large enough to fill a GPU."""
+        """Rows of a block: few enough for a copy to be small, enough of them to occupy a GPU."""
         rows, width = self.buffer.shape
         return max(1, min(-(-rows // 64), BLOCK // width))

@@ -1,7 +1,7 @@
-"""Initial weights that are a function of (seed, name, row) and of nothing else.
+"""Initial weights that depend only on the seed, the name of the weight and the row.
 
-However a model is spread over ranks, every rank draws the same numbers for the same row, and no
-rank ever holds a row that is not its own.
+Every rank therefore draws the same numbers for a row, whatever the parallel sizes, and draws only
+the rows of its own shard.
 """
 
 import zlib
@@ -16,50 +16,56 @@ from torch.distributed import ProcessGroup
 from megamem.ops import random_rows
 from megamem.parallel.row_shard import TableShard
 
-# rows are drawn in blocks of this many numbers, so that fp64 draws never fill the device
+# numbers drawn at a time, so that the fp64 copies stay small beside the memory of a device
 _BLOCK = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFactory:
-    """Makes the parameters of one layer, or of one table."""
+    """Makes the initialized parameters of one layer or one table."""
 
     seed: int
-    """Of the run."""
+    """The seed of the run."""
 
     name: str
-    """Of the layer or table in the model; two names never share numbers."""
+    """Name of the layer or table in the model; different names draw different numbers."""
 
     gradient_group: ProcessGroup | None = None
-    """Ranks that use these weights on tokens of their own, and whose gradients must be summed."""
+    """Ranks that hold these weights and use them on different tokens, so that the gradients must be
+    summed over them. None: the gradients are not summed."""
 
     device: torch.device | str | int | None = None
+    """Device of the parameters; on the meta device nothing is drawn."""
+
     dtype: torch.dtype | None = None
+    """Dtype of the parameters; numbers are drawn in fp64 and rounded to it."""
 
     def normal(
         self,
         name: str,
         *shape: int,
         std: float,
-        piece: TableShard | None = None,
-        name_rows: Callable[[Tensor], Tensor] = lambda rows: rows,
+        shard: TableShard | None = None,
+        drawn_as: Callable[[Tensor], Tensor] = lambda rows: rows,
     ) -> nn.Parameter:
-        """N(0, std).
+        """Return a parameter of the given shape, drawn from N(0, std**2).
 
         Args:
-            name: of the weight.
-            shape: of the tensor.
+            name: name of the weight within the layer or table.
+            shape: shape of the tensor, this rank's shard of it where there is a shard.
             std: standard deviation.
-            piece: what the tensor is of a larger one.
-            name_rows: row of the larger one -> the number that its values depend on.
+            shard: the position of the tensor in an unsharded [R, V] table; None for all of it.
+            drawn_as: maps row ids of the unsharded table to the row numbers that the random numbers
+                are drawn for. By default a row is drawn for its own id.
         """
-        return self._random(name, shape, std, "normal", piece, name_rows)
+        return self._random(name, shape, std, "normal", shard, drawn_as)
 
     def uniform(self, name: str, *shape: int, bound: float) -> nn.Parameter:
-        """U(-bound, bound)."""
+        """Return a parameter of the given shape, drawn from U(-bound, bound)."""
         return self._random(name, shape, bound, "uniform")
 
     def constant(self, *shape: int, value: float) -> nn.Parameter:
+        """Return a parameter of the given shape, filled with one value."""
         return nn.Parameter(torch.full(shape, float(value), device=self.device, dtype=self.dtype))
 
     def _random(
@@ -68,20 +74,20 @@ class WeightFactory:
         shape: tuple[int, ...],
         scale: float,
         distribution: Literal["normal", "uniform"],
-        piece: TableShard | None = None,
-        name_rows: Callable[[Tensor], Tensor] = lambda rows: rows,
+        shard: TableShard | None = None,
+        drawn_as: Callable[[Tensor], Tensor] = lambda rows: rows,
     ) -> nn.Parameter:
         tensor = torch.empty(shape, device=self.device, dtype=self.dtype)
         if not tensor.is_meta:
             rows = tensor.view(-1, shape[-1])
             first, columns, width = 0, slice(None), shape[-1]
-            if piece is not None:
-                first, columns, width = piece.offset[0], piece.columns, piece.global_shape[1]
+            if shard is not None:
+                first, columns, width = shard.offset[0], shard.columns, shard.global_shape[1]
             stream = zlib.crc32(f"{self.name}.{name}".encode())
             step = max(1, _BLOCK // width)
             for start in range(0, len(rows), step):
                 part = rows[start : start + step]
                 ids = torch.arange(len(part), device=part.device) + (first + start)
-                drawn = random_rows(name_rows(ids), width, self.seed, stream, distribution)
+                drawn = random_rows(drawn_as(ids), width, self.seed, stream, distribution)
                 part.copy_(drawn[:, columns] * scale)
         return nn.Parameter(tensor)

@@ -1,4 +1,4 @@
-"""A linear layer and a norm whose weights every rank of a group holds whole."""
+"""A linear layer and a norm whose weights are replicated over the ranks of a group."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,7 +8,10 @@ from megamem.parallel.collectives import reduce_gradient
 
 
 class ReplicatedLinear(nn.Module):
-    """x -> x W^T + b. Where ranks bring tokens of their own, gradients are summed over them."""
+    """x W^T + b, with the gradients of W and b summed over the factory's gradient group.
+
+    The bias starts at zero.
+    """
 
     def __init__(self, weight: nn.Parameter, make: WeightFactory) -> None:
         super().__init__()
@@ -17,6 +20,7 @@ class ReplicatedLinear(nn.Module):
         self.bias = make.constant(len(weight), value=0)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
         weight = reduce_gradient(self.weight, self.gradient_group)
         return F.linear(x, weight, reduce_gradient(self.bias, self.gradient_group))
 
@@ -25,7 +29,7 @@ class ReplicatedLinear(nn.Module):
 
 
 class ReplicatedRMSNorm(nn.Module):
-    """x -> gain * x / rms(x) over the last dimension."""
+    """gain * x / rms(x) over the last dimension; the gradient of the gain is summed likewise."""
 
     def __init__(self, width: int, make: WeightFactory, gain: float = 1, eps: float = 1e-6) -> None:
         super().__init__()
@@ -33,5 +37,6 @@ class ReplicatedRMSNorm(nn.Module):
         self.weight = make.constant(width, value=gain)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize [..., width] over the last dimension."""
         weight = reduce_gradient(self.weight, self.gradient_group)
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)

@@ -1,14 +1,15 @@
-"""The memory layer: read this file first; its forward is the whole data path.
+"""The memory layer. Read this file first: its forward is the complete data path.
 
-Shape key, for the package:
+Tensor names end in one letter per axis. Letters, for all files of the package:
 
     S, B sequence, batch            T tokens on this rank           D hidden size
-    H heads                         Q = 2C query width of a head    C half-query = sub-key width
+    H heads                         Q = 2C query width of a head    C sub-key width, half a query
     N sub-keys per half             K top-k                         L = H * K lookups per token
     J = T * L local lookups         M lookups received here         R = N * N rows, r on this rank
-    V row width                     W ranks of the memory group     G bags: the tokens of all ranks
+    V row width, v on this rank     W ranks of the memory group     G bags: the tokens of all ranks
+    E entries of a list             U distinct rows                 X tokens of all column ranks
 
-A lower-case letter is this rank's part of the upper-case one.
+A lower-case letter is this rank's part of the upper-case one, and a digit is an axis of that size.
 """
 
 import torch
@@ -21,7 +22,7 @@ from megamem.layers.product_keys import ProductKeys
 from megamem.layers.query import Query
 from megamem.layers.variants import variant_of
 from megamem.metrics import LayerMetrics
-from megamem.parallel.collectives import gather_tokens, group_size, share_counts, split_tokens
+from megamem.parallel.collectives import gather_counts, gather_tokens, group_size, split_tokens
 from megamem.parallel.row_shard import even_counts
 from megamem.spec import MemorySpec
 
@@ -29,14 +30,14 @@ from megamem.spec import MemorySpec
 class MemoryLayer(nn.Module):
     """hidden states -> query -> product-key top-k -> read-out of the pool's tables -> output.
 
-    The layer is token-parallel: no two ranks look up the same token. Where hidden states are
-    replicated over `group` (`tokens_sharded=False`, plain tensor parallelism) each rank takes its
-    share first and gathers the output last; where they are sharded (sequence parallelism, or ranks
-    with data of their own) it works on what it gets.
+    The layer is token-parallel: each token is looked up by one rank. Where hidden states are
+    replicated over `group` (`tokens_sharded=False`, tensor parallelism without sequence
+    parallelism), each rank computes its share of the tokens and the outputs are gathered. Where
+    they are sharded (sequence parallelism, or data parallelism), each rank computes its own tokens.
 
-    The pool is used, not owned: it may serve several layers, so whoever builds it registers its
-    tables once in the model. The ranks that it is spread over are its own affair: they may be fewer
-    or many more than `group`.
+    The pool is not a submodule, as it may serve several layers: the code that builds the model
+    registers the pool's tables once. The memory group of the pool may be smaller or larger than
+    `group`.
     """
 
     def __init__(
@@ -50,15 +51,16 @@ class MemoryLayer(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Build the layer's own weights.
+        """Allocate and initialize the layer's own weights: query, sub-keys and output.
 
         Args:
-            spec: of the run.
+            spec: the memory layers of the run.
             pool: the tables that this layer reads.
-            layer: its number in the model, from 0; the initial weights depend on it.
+            layer: number of the layer in the model, from 0; the initial weights depend on it.
             group: ranks that hold the same hidden states, or shards of one sequence.
-            tokens_sharded: hidden states differ from rank to rank of the group.
-            device, dtype: of the layer's own weights.
+            tokens_sharded: whether each rank of the group holds different tokens.
+            device: device of the layer's own weights.
+            dtype: dtype of the layer's own weights.
         """
         super().__init__()
         assert pool.spec.variant == spec.variant, (pool.spec.variant, spec.variant)
@@ -67,8 +69,8 @@ class MemoryLayer(nn.Module):
         make = WeightFactory(
             seed=spec.seed,
             name=f"layer_{layer}",
-            # sharded tokens come with sharded gradients, which the caller's framework sums, as it
-            # does for norms under sequence parallelism; of replicated ones it knows nothing
+            # where tokens are sharded, the caller's framework sums the gradients, as it does for
+            # norms under sequence parallelism; where they are replicated, it does not
             gradient_group=None if tokens_sharded else group,
             device=device,
             dtype=dtype,
@@ -79,11 +81,12 @@ class MemoryLayer(nn.Module):
         self.metrics: LayerMetrics | None = None
 
     def forward(self, hidden_SBD: Tensor, token_counts: list[int] | None = None) -> Tensor:
-        """Replace each token by what the memory holds for it.
+        """Return the memory's output for each token, [S, B, D].
 
         Args:
-            hidden_SBD: after the block's norm.
-            token_counts: tokens of every rank that shares the table, where the caller knows them.
+            hidden_SBD: hidden states after the norm of the transformer block.
+            token_counts: number of tokens of every rank that shares the tables, where the caller
+                knows it; by default it is derived or exchanged.
         """
         x_TD = hidden_SBD.flatten(0, 1)
         split = even_counts(len(x_TD), group_size(self.group))
@@ -94,8 +97,8 @@ class MemoryLayer(nn.Module):
         row_ids_TL, weights_TL = self.keys(query_THQ)
         counts = token_counts or self._token_counts(len(x_TD), split)
         lookups = self.pool.launch(row_ids_TL, weights_TL, counts, x_TD)
-        # the gate needs only the token: it is computed while the lookups travel
-        gate_TV = self.output.gate_of(x_TD)
+        # the gate depends on the token alone, so it is computed while the lookups are sent
+        gate_TV = self.output.compute_gate(x_TD)
         if self.metrics is not None and torch.is_grad_enabled():
             self.metrics.record(row_ids_TL, weights_TL, gate_TV)
         out_TV = self.pool.collect(lookups)
@@ -106,10 +109,10 @@ class MemoryLayer(nn.Module):
         return y_TD.view_as(hidden_SBD)
 
     def _token_counts(self, tokens: int, split: list[int]) -> list[int]:
-        """Tokens of every rank that shares the tables."""
+        """Return the number of tokens of every rank that shares the tables."""
         group = self.pool.group
         if self.tokens_vary:
-            return share_counts(tokens, group.members, self.pool.device)
+            return gather_counts(tokens, group.members, self.pool.device)
         if self.tokens_sharded:
             return [tokens] * group.world_size
         return group.split_counts(split)

@@ -1,8 +1,11 @@
-"""The tables that memory layers read, and the way of lookups to their rows and back.
+"""The tables that memory layers read, and the exchange of lookups between ranks.
 
-launch     row_ids_TL, weights_TL   travel to the ranks that hold the rows
-collect    bags_Gv                  summed there (megamem.layers.variants)
-           out_TV                   travels home and is added up
+launch     row_ids_TL, weights_TL   are sent to the ranks that hold the rows
+collect    bags_Gv                  are summed there (megamem.layers.variants)
+           out_TV                   is sent back to the rank of each token and summed
+
+Letters: T tokens on this rank, L lookups per token, D hidden size, M lookups received here, X the
+tokens of all column ranks, G bags (the tokens of all ranks), V row width, v on this rank.
 """
 
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megamem.layers.init import WeightFactory
-from megamem.layers.value_table import Arrived, ValueTable
+from megamem.layers.value_table import ReceivedLookups, ValueTable
 from megamem.layers.variants import variant_of
 from megamem.metrics import sent_bytes, untimed
 from megamem.ops import place_rows
@@ -22,10 +25,10 @@ from megamem.parallel.memory_group import MemoryGroup
 from megamem.parallel.routing import (
     RoutingPlan,
     all_gather_tokens,
-    arrive,
     combine,
     dispatch,
     plan_routing,
+    receive,
     tokens_of_bags,
 )
 from megamem.spec import MemorySpec
@@ -33,25 +36,27 @@ from megamem.spec import MemorySpec
 
 @dataclass(frozen=True)
 class Lookups:
-    """What a pool was asked, on its way to the rows."""
+    """Lookups that launch() has sent and collect() has yet to wait for."""
 
     plan: RoutingPlan
+    """Which rank reads which rows for which."""
     weights_M: Tensor
+    """Weights of the lookups; readable once the exchange is complete."""
     column_counts: list[int]
     """T of every column rank."""
     tokens: Tensor | None
-    """The tokens, on their way to all owners, where these look at them."""
+    """The tokens, sent to all owners of rows, where the variant reads them; otherwise None."""
 
 
 class MemoryPool:
-    """The tables of one pool, spread over the ranks of a memory group.
+    """The tables of one pool, sharded over the ranks of a memory group.
 
-    No module: a pool may serve several layers (`--memory-pool shared`), so a layer uses it without
-    owning it, and whoever builds the model registers `tables` in it once.
+    A pool is not a module: it may serve several layers (`--memory-pool shared`), so the code that
+    builds the model registers `tables` as a submodule once.
     """
 
     tables: nn.ModuleDict
-    """Name within the pool -> ValueTable, the values first."""
+    """Name within the pool -> ValueTable; the values come first."""
 
     def __init__(
         self,
@@ -62,13 +67,14 @@ class MemoryPool:
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Allocate this rank's piece of every table, with the initial rows of the spec's seed.
+        """Allocate and initialize this rank's shard of every table.
 
         Args:
-            spec: of the run.
-            name: of the pool; the initial rows depend on it.
-            group: the ranks that hold the tables; by default this rank holds all of them.
-            device, dtype: of the tables.
+            spec: the memory layers of the run; its seed and layout are used.
+            name: name of the pool; the initial rows depend on it.
+            group: the ranks over which the tables are sharded; by default this rank alone.
+            device: device of the tables.
+            dtype: dtype of the tables.
         """
         self.spec, self.name, self.group = spec, name, group or MemoryGroup()
         self.variant = variant_of(spec)
@@ -82,7 +88,7 @@ class MemoryPool:
             self.tables[use.name] = ValueTable(spec, table, std, make, self.group)
 
     def __iter__(self) -> Iterator[ValueTable]:
-        """The tables, the values first."""
+        """Yield the tables; the values come first."""
         for table in self.tables.values():
             assert isinstance(table, ValueTable)
             yield table
@@ -94,19 +100,19 @@ class MemoryPool:
 
     @property
     def device(self) -> torch.device:
-        """Where the tables are."""
+        """The device of the tables."""
         return self.values.weight.device
 
     def launch(
         self, row_ids_TL: Tensor, weights_TL: Tensor, token_counts: list[int], x_TD: Tensor
     ) -> Lookups:
-        """Send lookups to the ranks that hold their rows; returns while they travel.
+        """Start sending lookups to the ranks that hold their rows, and return without waiting.
 
         Args:
             row_ids_TL: pairs of sub-keys, i * N + j.
-            weights_TL: how much of each.
+            weights_TL: weight of each lookup.
             token_counts: T of every member of the group.
-            x_TD: the tokens, which travel, too, where the variant looks at them.
+            x_TD: the tokens; they are sent to the owners of rows if the variant reads them.
         """
         spec, group, rows = self.spec, self.group, self.values.shard.rows
         rows_TL = place_rows(row_ids_TL, spec.num_keys, spec.placement_seed)
@@ -121,15 +127,19 @@ class MemoryPool:
         return Lookups(plan, weights_M, column_counts, tokens)
 
     def collect(self, lookups: Lookups) -> Tensor:
-        """Wait for the lookups, read every token's rows out, send the sums home -> out_TV."""
+        """Wait for the lookups, read this rank's rows and exchange the partial sums.
+
+        Returns:
+            out_TV: the read-out of this rank's tokens.
+        """
         plan, values = lookups.plan, self.values
         metrics = values.metrics if torch.is_grad_enabled() else None
         end_of = metrics.start() if metrics else untimed
-        rows_M = arrive(plan)
+        rows_M = receive(plan)
         end_of("exchange")
         x_GD = None if lookups.tokens is None else tokens_of_bags(plan, lookups.tokens)
-        arrived = Arrived(plan, rows_M, lookups.weights_M, x_GD)
-        bags_Gv = self.variant.read_out(self._by_name(), arrived)
+        received = ReceivedLookups(plan, rows_M, lookups.weights_M, x_GD)
+        bags_Gv = self.variant.read_out(self._by_name(), received)
         end_of("lookup")
         sums_Xv = combine(plan, bags_Gv)
         out_TV = join_columns(
@@ -151,7 +161,7 @@ class MemoryPool:
     def read(
         self, row_ids_TL: Tensor, weights_TL: Tensor, token_counts: list[int], x_TD: Tensor
     ) -> Tensor:
-        """launch() and collect() -> out_TV."""
+        """Do launch() and collect() in one call, and return out_TV."""
         return self.collect(self.launch(row_ids_TL, weights_TL, token_counts, x_TD))
 
     def _by_name(self) -> dict[str, ValueTable]:

@@ -1,4 +1,7 @@
-"""Read-out -> the layer's output."""
+"""Turns the read-out of the tables into the output of a memory layer.
+
+Letters: T tokens on this rank, D hidden size, V row width.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,19 +12,25 @@ from megamem.spec import MemorySpec
 
 
 class Output(nn.Module):
-    """The read-out is the output."""
+    """Returns the read-out itself."""
 
-    def gate_of(self, x_TD: Tensor) -> Tensor | None:
-        """What the output needs of the token alone, computed while the lookups travel."""
+    def compute_gate(self, x_TD: Tensor) -> Tensor | None:
+        """Return the factor of the read-out that depends on the token alone; None if there is none.
+
+        It is computed while the lookups are sent.
+        """
         return None
 
     def forward(self, out_TV: Tensor, gate_TV: Tensor | None) -> Tensor:
-        """y_TD of the read-out and what gate_of() returned."""
+        """Return y_TD from the read-out and the result of compute_gate()."""
         return out_TV
 
 
 class GatedOutput(Output):
-    """W2 (read-out * silu(W1 x)). Both weights N(0, hidden**-0.5), biases zero."""
+    """W2 (read-out * silu(W1 x)), the output of Memory+ ("Memory Layers at Scale", section 3.1).
+
+    The weights start with a standard deviation of D**-0.5, the biases at zero.
+    """
 
     def __init__(self, spec: MemorySpec, make: WeightFactory) -> None:
         super().__init__()
@@ -30,10 +39,11 @@ class GatedOutput(Output):
         self.gate = ReplicatedLinear(make.normal("gate", width, hidden, std=std), make)
         self.proj = ReplicatedLinear(make.normal("proj", hidden, width, std=std), make)
 
-    def gate_of(self, x_TD: Tensor) -> Tensor:
-        """gate_TV, which needs no read-out."""
+    def compute_gate(self, x_TD: Tensor) -> Tensor:
+        """Return gate_TV = silu(W1 x)."""
         return F.silu(self.gate(x_TD))
 
     def forward(self, out_TV: Tensor, gate_TV: Tensor | None) -> Tensor:
+        """Return y_TD = W2 (out_TV * gate_TV)."""
         assert gate_TV is not None
         return self.proj(out_TV * gate_TV)

@@ -1,4 +1,8 @@
-"""Queries -> the rows a token reads, and their weights."""
+"""Product keys: which rows each token reads, and with which weights.
+
+Letters: T tokens on this rank, H heads, Q = 2C query width of a head, C sub-key width, N sub-keys
+per half, K top-k, L = H * K lookups per token; 2 halves.
+"""
 
 from torch import Tensor, nn
 
@@ -10,10 +14,11 @@ from megamem.spec import MemorySpec
 
 
 class ProductKeys(nn.Module):
-    """Per head, the K product keys nearest the query, and a softmax over their scores alone.
+    """Product-key top-k of each head, with a softmax over the K best scores (Lample et al. 2019).
 
-    Every head of every layer has sub-keys of its own, U(-b, b) with b = Q**-0.5. With q/k norm the
-    keys' gain starts at C**-0.5, so that scores start with a variance near one at any width.
+    Every head of every layer has its own sub-keys. They start as U(-b, b) with b = Q**-0.5. With
+    q/k norm the gain of the keys starts at C**-0.5, so that scores start with a variance near one
+    at any width.
     """
 
     def __init__(self, spec: MemorySpec, make: WeightFactory) -> None:
@@ -26,11 +31,11 @@ class ProductKeys(nn.Module):
         self.norm = ReplicatedRMSNorm(half, make, gain=half**-0.5) if spec.qk_norm else None
 
     def forward(self, query_THQ: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows each token reads, and in fp32 (fp64 for fp64 queries) how much of each.
+        """Return the rows that each token reads and their weights.
 
         Returns:
-            row_ids_TL: int64.
-            weights_TL: a head's K weights sum to one.
+            row_ids_TL: int64 pairs of sub-keys, i * N + j.
+            weights_TL: fp32 (fp64 for fp64 queries); the K weights of a head sum to one.
         """
         sub_keys_2HNC = reduce_gradient(self.sub_keys, self.gradient_group)
         if self.norm is not None:

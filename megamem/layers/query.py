@@ -1,4 +1,7 @@
-"""Token -> the queries of its heads."""
+"""The query network: one query per token and head.
+
+Letters: T tokens on this rank, D hidden size, H heads, Q query width of a head.
+"""
 
 import math
 
@@ -10,9 +13,9 @@ from megamem.spec import MemorySpec
 
 
 class Query(nn.Module):
-    """One linear from the token to H queries of width Q; optionally RMS-normalised per head.
+    """One linear layer from a token to H queries of width Q, optionally RMS-normalized per head.
 
-    Xavier uniform, as the published layer.
+    The weight starts Xavier uniform, as in the published layer ("Memory Layers at Scale").
     """
 
     def __init__(self, spec: MemorySpec, make: WeightFactory) -> None:
@@ -24,5 +27,6 @@ class Query(nn.Module):
         self.norm = ReplicatedRMSNorm(spec.key_dim, make) if spec.qk_norm else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """Return query_THQ."""
         query_THQ = self.linear(x_TD).unflatten(-1, (self.heads, -1))
         return query_THQ if self.norm is None else self.norm(query_THQ)

@@ -1,4 +1,8 @@
-"""One table of rows, of which this rank holds some rows or columns."""
+"""One [R, V] table, of which this rank holds a shard of rows, columns or both.
+
+Letters: M lookups received here, G bags (the tokens of all ranks), D hidden size, v columns on this
+rank.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megamem.layers.init import WeightFactory
-from megamem.metrics import TableMetrics, there_and_back
+from megamem.metrics import TableMetrics, gather_and_scatter_bytes
 from megamem.ops import embedding_bag, row_dot, unplace_rows
 from megamem.parallel.collectives import group_rank
 from megamem.parallel.memory_group import MemoryGroup
@@ -19,52 +23,56 @@ from megamem.spec import MemorySpec
 
 
 @dataclass(frozen=True)
-class Arrived:
-    """Lookups at the rank that holds their rows."""
+class ReceivedLookups:
+    """Lookups as received by the rank that holds their rows."""
 
     plan: RoutingPlan
+    """Where they came from; its offsets delimit the bags."""
     rows_M: Tensor
-    """Of this rank's piece; -1 reads nothing."""
+    """Rows of this rank's shard; -1 reads nothing."""
     weights_M: Tensor
+    """Weight of each lookup."""
     x_GD: Tensor | None
-    """The token of every bag, where the variant looks at them."""
+    """The token of every bag, where the variant reads tokens; otherwise None."""
 
 
 def initial_rows(
     spec: MemorySpec, std: float, make: WeightFactory, shard: TableShard
 ) -> nn.Parameter:
-    """A piece of a table before training, N(0, std).
+    """Return one shard of a table as it is before training, drawn from N(0, std**2).
 
-    A pair of sub-keys starts with the same row, wherever that row is placed.
+    The initial values of a row belong to its pair of sub-keys: they are the same under every
+    placement seed.
     """
     return make.normal(
         "values",
         *shard.shape,
         std=std,
-        piece=shard,
-        name_rows=lambda rows: unplace_rows(rows, spec.num_keys, spec.placement_seed),
+        shard=shard,
+        drawn_as=lambda rows: unplace_rows(rows, spec.num_keys, spec.placement_seed),
     )
 
 
 class ValueTable(nn.Module):
-    """R rows of width V, initialised N(0, std), of which this rank holds [r, v].
+    """R rows of width V, of which this rank holds [r, v].
 
-    By default autograd makes a dense gradient. An optimizer hands the table a RowGradient, to which
-    the gradients of touched rows are added, so that nothing per backward is as large as the table,
-    and a ReadCounter, which is a part of the model's state.
+    By default autograd computes a dense gradient. An optimizer calls accumulate_into() with a
+    RowGradient, to which each backward adds the gradients of the touched rows, so that no backward
+    allocates a tensor as large as the table, and with a ReadCounter, whose counts are part of the
+    model's state.
     """
 
     def __init__(
         self, spec: MemorySpec, name: str, std: float, make: WeightFactory, group: MemoryGroup
     ) -> None:
-        """Draw this rank's piece.
+        """Allocate and initialize this rank's shard.
 
         Args:
-            spec: of the run.
-            name: of the table in the model and in checkpoints.
+            spec: the memory layers of the run.
+            name: name of the table in the model and in checkpoints.
             std: standard deviation of the initial rows.
-            make: draws them.
-            group: the ranks that hold the other pieces.
+            make: draws the initial rows.
+            group: the ranks over which the table is sharded.
         """
         super().__init__()
         self.name, self.group = name, group
@@ -81,63 +89,63 @@ class ValueTable(nn.Module):
         self.reads: ReadCounter | None = None
         self.metrics: TableMetrics | None = None
 
-    def learn_with(self, gradient: RowGradient, reads: ReadCounter | None = None) -> None:
-        """Add gradients to one that an optimizer owns, from now on, and count what is read.
+    def accumulate_into(self, gradient: RowGradient, reads: ReadCounter | None = None) -> None:
+        """Add the gradients of later passes to `gradient`, and count the rows that are read.
 
-        Autograd makes none any longer.
+        Autograd then computes no gradient of the weight. The counts become buffers of this module.
         """
         self.weight.requires_grad_(False)
         self.gradient, self.reads = gradient, reads
         for name, count in reads.state.items() if reads else ():
             self.register_buffer(name, count)
 
-    def bag(self, arrived: Arrived, weights_M: Tensor) -> Tensor:
-        """The sum of each bag's rows by weight -> bags_Gv."""
-        self._mark(arrived.rows_M)
+    def bag(self, received: ReceivedLookups, weights_M: Tensor) -> Tensor:
+        """Return bags_Gv, the weighted sum of the rows of each bag."""
+        self._mark(received.rows_M)
         return embedding_bag(
             self.weight,
-            arrived.rows_M,
+            received.rows_M,
             weights_M,
-            arrived.plan.offsets,
+            received.plan.offsets,
             check_row_ids=self.check_row_ids,
             add_value_grad_to=self._buffer(),
         )
 
-    def dot(self, arrived: Arrived) -> Tensor:
-        """The product of each lookup's row with the token of its bag -> dots_M."""
-        assert arrived.x_GD is not None
-        self._mark(arrived.rows_M)
+    def dot(self, received: ReceivedLookups) -> Tensor:
+        """Return dots_M, the dot product of each lookup's row with the token of its bag."""
+        assert received.x_GD is not None
+        self._mark(received.rows_M)
         dots_M = row_dot(
             self.weight,
-            arrived.x_GD,
-            arrived.rows_M,
-            arrived.plan.offsets,
+            received.x_GD,
+            received.rows_M,
+            received.plan.offsets,
             check_row_ids=self.check_row_ids,
             add_value_grad_to=self._buffer(),
         )
         if self.metrics is not None and torch.is_grad_enabled():
-            token_bytes = arrived.x_GD.shape[1] * arrived.x_GD.element_size()
-            self.metrics.bytes_sent += there_and_back(arrived.plan, token_bytes)
+            token_bytes = received.x_GD.shape[1] * received.x_GD.element_size()
+            self.metrics.bytes_sent += gather_and_scatter_bytes(received.plan, token_bytes)
         return dots_M
 
     def _buffer(self) -> Tensor | None:
-        """What the backward of this pass adds to, where there is a backward."""
+        """Return the buffer that the backward adds to; None if autograd takes the gradient."""
         if self.gradient is None or not torch.is_grad_enabled():
             return None
         return self.gradient.buffer
 
     def _mark(self, rows_M: Tensor) -> None:
-        """Note what is read, where somebody asked for it, in passes that will be learnt from."""
+        """Mark the rows that are read, in passes that compute gradients."""
         if not torch.is_grad_enabled():
             return
-        for watcher in (self.gradient, self.reads, self.metrics):
-            if watcher is not None:
-                watcher.mark(rows_M)
+        for observer in (self.gradient, self.reads, self.metrics):
+            if observer is not None:
+                observer.mark(rows_M)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
     ) -> None:
-        """As of any module; a state without counts leaves them as they are."""
+        """Load as any module does; a state without read counts leaves the counts unchanged."""
         for name, count in self.reads.state.items() if self.reads else ():
             state_dict.setdefault(prefix + name, count)
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)

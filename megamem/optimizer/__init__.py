@@ -1,4 +1,4 @@
-"""The value table's own optimizer: what it keeps per row, and how it steps."""
+"""The optimizer of the value tables: its state, its step, and sparse finetuning."""
 
 from megamem.optimizer.table_optimizer import StepOptions, TableOptimizer
 

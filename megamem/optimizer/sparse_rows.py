@@ -1,22 +1,21 @@
-"""Which rows a batch is learnt in, where a memory is finetuned sparsely.
+"""Sparse finetuning: which rows of a table a batch trains.
 
 Lin et al. 2025, "Continual Learning via Sparse Memory Finetuning" (arXiv 2510.15103), section 3:
-of the rows that a batch reads, those are trained that it reads much and others read seldom,
+a batch trains the rows that it reads often and that the batches of the background read seldom. It
+ranks the rows by a TF-IDF score,
 
     score of a row = lookups of the row / all lookups of the batch * log((B + 1) / (1 + b))
 
-with B batches of the background, of which b read the row. The T rows of the highest score are
-trained; of equal scores the smaller row comes first.
+where B is the number of background batches and b the number of those that read the row. The T rows
+with the highest scores are trained; of equal scores the smaller row comes first.
 
-Each rank scores the rows that it holds, from counts of the whole batch, and sends the T best scores
-to the others; the counts never travel but between replicas:
+Each rank computes the scores of its rows from the lookups of the complete batch, and all-gathers
+its T best scores. The lookups themselves are summed over replicas only. With T = 3:
 
-    rank 0, rows 0-3    0.4 0.1 .          0.4 0.1 0.3 0.2    T = 3: rank 0 trains its first,
-    rank 1, rows 4-7    0.3 0.2 .          on every rank      rank 1 its first two
+    rank 0, rows 0-3    0.4 0.1 .    gathered: 0.4 0.1 0.3 0.2    rank 0 trains its best row,
+    rank 1, rows 4-7    0.3 0.2 .                                 rank 1 its best two
 
-Kept per row while finetuning, beside the table: 8 bytes of lookups, 8 of the logarithm.
-
-Shape key: U rows read, E rows chosen, here; X scores that are compared, from all ranks.
+Finetuning keeps 16 bytes per row beside the table: 8 for the lookups, 8 for the logarithm.
 """
 
 import math
@@ -33,76 +32,79 @@ from megamem.parallel.row_shard import RowShard
 
 @dataclass(frozen=True)
 class Choice:
-    """The rows of this rank that are trained."""
+    """The rows of this rank that a batch trains."""
 
-    rows_E: Tensor
-    """Local rows, ascending."""
+    rows: Tensor
+    """Rows of this rank's shard, ascending."""
 
-    counts_3: Tensor
-    """Their number, their lookups, and the lookups of all rows here, in int64."""
+    counts: Tensor
+    """[3] int64: the number of these rows, their lookups, and the lookups of all rows here."""
 
 
-def rarity(hits_r: Tensor, batches: int) -> Tensor:
-    """log((B + 1) / (1 + b)) of every row -> [r] in fp64.
+def inverse_frequency(read_counts: Tensor, batches: int) -> Tensor:
+    """Return log((B + 1) / (1 + b)) of every row, [r] in fp64.
 
-    Without a background, B = 0, the logarithm says nothing about any row; it is then 1 for all, so
-    that rows are chosen by their lookups alone.
+    Without a background, that is for B = 0, it is 1 for every row instead of 0, so that rows are
+    chosen by their lookups alone.
 
     Args:
-        hits_r: b, the background batches that read the row.
-        batches: B.
+        read_counts: b, the number of background batches that read each row.
+        batches: B, the number of all background batches.
     """
     if batches == 0:
-        return torch.ones_like(hits_r, dtype=torch.float64)
-    counts, place_of_r = hits_r.unique(return_inverse=True)
-    # by the host's log, so that equal counts have equal scores on every rank and device
+        return torch.ones_like(read_counts, dtype=torch.float64)
+    counts, index = read_counts.unique(return_inverse=True)
+    # computed on the host, so that equal counts have equal scores on every rank and device
     logs = [math.log((batches + 1) / (1 + count)) for count in counts.tolist()]
-    return torch.tensor(logs, dtype=torch.float64, device=hits_r.device)[place_of_r]
+    return torch.tensor(logs, dtype=torch.float64, device=read_counts.device)[index]
 
 
 def choose_rows(
-    lookups_r: Tensor,
-    rarity_r: Tensor,
+    lookups: Tensor,
+    inverse_frequencies: Tensor,
     limit: int,
     rows: RowShard,
     group: ProcessGroup | None,
 ) -> Choice:
-    """The rows here that are among the `limit` of the highest score of all ranks.
+    """Return the rows of this rank that are among the `limit` best scores of all ranks.
 
-    All rows that were read, where these are fewer. The same rows whatever the number of ranks.
+    If fewer rows were read, all of them are chosen. The number of ranks does not change the choice.
 
     Args:
-        lookups_r: of the whole batch, replicas included.
-        rarity_r: of the same rows.
-        limit: T.
-        rows: which rows these are.
-        group: the ranks that hold the others, in their order.
+        lookups: [r], the lookups of each row in the complete batch, summed over replicas.
+        inverse_frequencies: [r], the result of inverse_frequency() for the same rows.
+        limit: T, the number of rows to train.
+        rows: the rows of this rank.
+        group: the ranks that hold the other rows, in their order.
     """
-    total = lookups_r.sum()
+    total = lookups.sum()
     if group is not None:
         dist.all_reduce(total, group=group)
-    read_U = lookups_r.nonzero().squeeze(1)
-    scores_U = lookups_r[read_U].double() / total * rarity_r[read_U]
-    # stable sorts: rows are in their order here, and so are ranks in what is gathered
-    scores_U, order_U = scores_U.sort(descending=True, stable=True)
-    best_E = read_U[order_U[:limit]]
+    read_rows = lookups.nonzero().squeeze(1)
+    scores = lookups[read_rows].double() / total * inverse_frequencies[read_rows]
+    # stable sorts, so that of equal scores the smaller row wins, on one rank and between ranks
+    scores, order = scores.sort(descending=True, stable=True)
+    best_rows = read_rows[order[:limit]]
     if group is not None:
-        best_E = best_E[: _places_won(scores_U[:limit], limit, rows, group)]
-    rows_E = best_E.sort().values
-    counts = (torch.full_like(total, len(rows_E)), lookups_r[rows_E].sum(), lookups_r.sum())
-    return Choice(rows_E, torch.stack(counts))
+        best_rows = best_rows[: _rows_won(scores[:limit], limit, rows, group)]
+    chosen = best_rows.sort().values
+    counts = (torch.full_like(total, len(chosen)), lookups[chosen].sum(), lookups.sum())
+    return Choice(chosen, torch.stack(counts))
 
 
-def _places_won(scores_E: Tensor, limit: int, rows: RowShard, group: ProcessGroup) -> int:
-    """How many of this rank's best scores, the highest first, are among the best of all ranks.
+def _rows_won(scores: Tensor, limit: int, rows: RowShard, group: ProcessGroup) -> int:
+    """Return how many of this rank's best scores are among the `limit` best of all ranks.
 
-    More than it has, where there are fewer scores than places to win.
+    The result may exceed len(scores) if all ranks together have fewer than `limit` scores.
+
+    Args:
+        scores: the best scores of this rank, descending, at most `limit`.
     """
     most = -(-rows.num_rows // rows.world_size)
     width, rank = min(limit, most), group_rank(group)
-    padded = scores_E.new_full((width,), -math.inf)
-    padded[: len(scores_E)] = scores_E
-    scores_X = padded.new_empty(width * rows.world_size)
-    dist.all_gather_into_tensor(scores_X, padded, group=group)
-    winners = scores_X.sort(descending=True, stable=True).indices[:limit]
+    padded = scores.new_full((width,), -math.inf)
+    padded[: len(scores)] = scores
+    all_scores = padded.new_empty(width * rows.world_size)
+    dist.all_gather_into_tensor(all_scores, padded, group=group)
+    winners = all_scores.sort(descending=True, stable=True).indices[:limit]
     return int((winners // width == rank).sum())

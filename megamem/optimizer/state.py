@@ -1,15 +1,17 @@
-"""What each optimizer keeps beside the weights, and how it lies on a rank.
+"""The state that each optimizer keeps for a table, sharded as the table is.
 
-    optimizer        beside the gradient buffer     bytes per parameter of a V-wide row
-    adamw            two moments                    8
-    lazy_adamw       two moments, two counters      8 + 8 / V
-    rowwise_adamw    a moment, one number           4 + 4 / V
-    sgd              nothing                        0
+    optimizer        state beside the gradient buffer            bytes per parameter, row width V
+    adamw            two moments                                 8
+    lazy_adamw       two moments, two counters per row           8 + 8 / V
+    rowwise_adamw    one moment, one second moment per row       4 + 4 / V
+    sgd              none                                        0
 
-A table in bf16 or fp16 has an fp32 master copy (4 more), unless it is rounded stochastically.
+A table in bf16 or fp16 also has an fp32 master copy (4 bytes per parameter), unless it is rounded
+stochastically.
 
-Beside every table, whatever its optimizer, 4 bytes a row count the batches that read the row. They
-are part of the model in a checkpoint, so that they are there where its optimizer is not loaded.
+With every optimizer, a read count per row takes 4 bytes. Read counts are saved with the model and
+not with the optimizer, so that they are loaded where the optimizer's state is not. This rank holds
+r rows and v columns of a table.
 """
 
 from dataclasses import dataclass
@@ -18,9 +20,10 @@ import torch
 from torch import Tensor
 
 MASTER = "master"
+"""Name of the fp32 master copy."""
 
 HITS, BATCHES = "hits", "batches"
-"""[r], batches of training that read each row, and [1], all of them, as a checkpoint names them."""
+"""Names in a checkpoint of the read counts, [r], and of the number of all training batches, [1]."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,10 @@ class Slot:
     """One tensor of an optimizer's state."""
 
     per_row: bool
-    """[r] rather than [r, v]."""
+    """Whether its shape is [r] rather than [r, v]."""
 
     dtype: torch.dtype = torch.float32
+    """Its dtype; fp32 becomes fp64 for a table in fp64."""
 
 
 SLOTS: dict[str, dict[str, Slot]] = {
@@ -44,30 +48,31 @@ SLOTS: dict[str, dict[str, Slot]] = {
     "rowwise_adamw": {"exp_avg": Slot(False), "exp_avg_sq": Slot(True)},
     "sgd": {},
 }
+"""Optimizer -> name -> tensor of its state, without the master copy."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums and states of this dtype are kept in: fp32, or fp64 for fp64."""
+    """Return the dtype of sums and states for weights of a dtype: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def slots(optimizer: str, weights: torch.dtype, stochastic_rounding: bool) -> dict[str, Slot]:
-    """Name -> slot of all state that a table of these weights has."""
+    """Return name -> slot of the state of a table whose weights have the given dtype."""
     found = dict(SLOTS[optimizer])
     if weights != wide(weights) and not stochastic_rounding:
         found[MASTER] = Slot(False)
     return found
 
 
-def allocate(weight_rv: Tensor, wanted: dict[str, Slot]) -> dict[str, Tensor]:
-    """The state of a table that has made no step: zeros, and its weights where it has a master."""
+def allocate(weight: Tensor, wanted: dict[str, Slot]) -> dict[str, Tensor]:
+    """Return the state of a table before the first step: zeros, and the weights as the master."""
 
     def empty(slot: Slot) -> Tensor:
-        dtype = wide(weight_rv.dtype) if slot.dtype.is_floating_point else slot.dtype
-        shape = weight_rv.shape[:1] if slot.per_row else weight_rv.shape
-        return torch.zeros(shape, dtype=dtype, device=weight_rv.device)
+        dtype = wide(weight.dtype) if slot.dtype.is_floating_point else slot.dtype
+        shape = weight.shape[:1] if slot.per_row else weight.shape
+        return torch.zeros(shape, dtype=dtype, device=weight.device)
 
     state = {name: empty(slot) for name, slot in wanted.items()}
     if MASTER in state:
-        state[MASTER].copy_(weight_rv)
+        state[MASTER].copy_(weight)
     return state

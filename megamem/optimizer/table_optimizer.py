@@ -1,4 +1,4 @@
-"""Updates value tables where they lie, from gradient buffers of their own."""
+"""The optimizer of the value tables, which updates each shard in place from its RowGradient."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from megamem.ops import (
     touched_adamw_,
     touched_sgd_,
 )
-from megamem.optimizer.sparse_rows import choose_rows, rarity
+from megamem.optimizer.sparse_rows import choose_rows, inverse_frequency
 from megamem.optimizer.state import MASTER, Slot, allocate, slots, wide
 from megamem.parallel.collectives import group_rank
 from megamem.parallel.memory_group import MemoryGroup
@@ -26,51 +26,56 @@ from megamem.spec import MemorySpec
 
 
 class Table(Protocol):
-    """What the optimizer needs of a layers.ValueTable."""
+    """The part of layers.ValueTable that the optimizer uses."""
 
     name: str
     weight: Any
     shard: TableShard
     group: MemoryGroup
 
-    def learn_with(self, gradient: RowGradient, reads: ReadCounter) -> None: ...
+    def accumulate_into(self, gradient: RowGradient, reads: ReadCounter) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """What does not change during a run."""
+    """Options of the step that stay the same for the run."""
 
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and of the second moment."""
+
     eps: float = 1e-8
+    """Added to the root of the second moment."""
+
     buffer_dtype: torch.dtype | None = None
-    """Of the gradient buffers; by default fp32."""
+    """Dtype of the gradient buffers; by default fp32, and always fp64 for tables in fp64."""
 
     seed: int = 0
-    """Of stochastic rounding."""
+    """Seed of stochastic rounding."""
 
 
 DEFAULTS = StepOptions()
 
 
 class TableOptimizer(torch.optim.Optimizer):
-    """One step per batch for every table that this rank holds a piece of.
+    """Updates this rank's shard of every table, once per batch.
 
-    State, per table of [r, v]: see state.py. All of it is cut as the table is; nothing is gathered.
+    megamem.optimizer.state lists the state. It is sharded as the tables are, and never gathered.
 
-    A step has these phases:
+    An update has these phases:
 
-    1. backward passes add the gradients of touched rows to the table's RowGradient
-    2. `reduce()` sums these over replicas
-    3. `squared_norm()` of what this rank answers for, which the caller sums over all ranks
-    4. `step(scale)` updates rows by scale * gradient, and leaves the gradients empty
+    1. Backward passes add the gradients of touched rows to the RowGradient of each table.
+    2. `reduce()` sums them over the replicas.
+    3. `squared_norm()` returns this rank's part of the squared norm, for the caller to sum over all
+       ranks.
+    4. `step(scale)` updates the rows by scale * gradient, and sets the gradients to zero.
 
-    Only 2 to 4 do work proportional to R, once per batch. A step also counts the batch, and for
-    each row that it was read, in the table's ReadCounter.
+    Only phases 2 to 4 take time proportional to the size of the table, once per batch. A step also
+    counts the batch and the rows that it read in the ReadCounter of each table.
 
-    Where `finetunes` is true (`--memory-finetune-rows`), `choose()` stands between 2 and 3, or
-    between 3 and 4: it drops the gradients of all rows but those that are trained, and the step
-    leaves all other rows and their state as they are. The counts are then the background: what they
-    were at the start is what is used, and saved.
+    For sparse finetuning (`finetunes`, `--memory-finetune-rows`), `choose()` is called between 2
+    and 3, or between 3 and 4. It sets the gradients of all rows that are not trained to zero, and
+    the step leaves these rows and their state unchanged. The read counts are then the background:
+    they do not change, and are saved as they were loaded.
     """
 
     def __init__(
@@ -80,20 +85,20 @@ class TableOptimizer(torch.optim.Optimizer):
         options: StepOptions = DEFAULTS,
         **group: Any,
     ) -> None:
-        """Allocate gradients, counts and state, and hand the tables what is theirs to fill.
+        """Allocate gradients, read counts and state, and pass the first two to the tables.
 
         Args:
-            tables: of this rank; there may be none, as on a pipeline stage without memory layers.
-            spec: which optimizer.
-            options: of the run.
-            group: what the parameter group holds beside the weights: lr, weight_decay, ...
+            tables: the tables of this rank; a pipeline stage without memory layers has none.
+            spec: the memory layers of the run; its optimizer settings are used.
+            options: options of the step.
+            group: entries of the parameter group beside the weights: lr, weight_decay, ...
         """
         self.tables, self.options = {table.name: table for table in tables}, options
         self.kind = spec.optimizer
         self.rounds_randomly = spec.stochastic_rounding
         self.table_steps = 0
         self.limit = spec.finetune_rows
-        self.rarity: dict[str, Tensor] = {}
+        self.inverse_frequencies: dict[str, Tensor] = {}
         self.chosen: dict[str, Tensor] = {}
         self.has_chosen = False
         self.gradients: dict[str, RowGradient] = {}
@@ -101,27 +106,27 @@ class TableOptimizer(torch.optim.Optimizer):
         weights = [table.weight for table in self.tables.values()]
         super().__init__([{"params": weights, **group}], defaults={"lr": 0.0, "weight_decay": 0.0})
         for name, table in self.tables.items():
-            weight_rv = table.weight
+            weight = table.weight
             dtype = options.buffer_dtype or torch.float32
-            if weight_rv.dtype == torch.float64:
+            if weight.dtype == torch.float64:
                 dtype = torch.float64
-            self.gradients[name] = RowGradient(weight_rv, dtype)
-            self.reads[name] = ReadCounter(weight_rv, per_batch=self.finetunes)
-            table.learn_with(self.gradients[name], self.reads[name])
-            self.state[weight_rv] = allocate(weight_rv, self.slots_of(table))
+            self.gradients[name] = RowGradient(weight, dtype)
+            self.reads[name] = ReadCounter(weight, per_batch=self.finetunes)
+            table.accumulate_into(self.gradients[name], self.reads[name])
+            self.state[weight] = allocate(weight, self.slots_of(table))
 
     @property
     def finetunes(self) -> bool:
-        """Only chosen rows are trained."""
+        """Whether only chosen rows are trained: sparse finetuning."""
         return self.limit > 0
 
     def slots_of(self, table: Table) -> dict[str, Slot]:
-        """Name -> slot of a table's state."""
+        """Return name -> slot of the state of a table."""
         return slots(self.kind, table.weight.dtype, self.rounds_randomly)
 
     @torch.no_grad()
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Empty the gradients."""
+        """Set the gradients and the lookups of the batch to zero."""
         for name, gradient in self.gradients.items():
             gradient.zero()
             self.reads[name].forget_batch()
@@ -129,36 +134,39 @@ class TableOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Sum the gradients and the lookups of replicas, which saw other tokens."""
+        """Sum gradients and lookups of the batch over the replicas, which read other tokens."""
         for name, table in self.tables.items():
             self.gradients[name].reduce(table.group.replicas)
             self.reads[name].reduce(table.group.replicas)
 
     @torch.no_grad()
     def choose(self) -> None:
-        """Where `finetunes`: drop the gradients of all rows but those that are trained.
+        """In sparse finetuning, set the gradients of all rows that are not trained to zero.
 
-        `chosen` then adds up, for each table, how many those were, their lookups and all lookups,
-        of which the ranks of a memory group hold parts; replicas and columns count once.
+        Adds the Choice.counts of each table to `chosen`. The sum of `chosen` over all ranks is that
+        of the table, as replicas and column ranks are counted once.
         """
         if not self.finetunes:
             return
         self.has_chosen = True
         for name, table in self.tables.items():
             group, rows, reads = table.group, table.shard.rows, self.reads[name]
-            if name not in self.rarity:
-                self.rarity[name] = rarity(reads.counts, int(reads.batches))
-            choice = choose_rows(reads.lookups_r, self.rarity[name], self.limit, rows, group.rows)
-            self.gradients[name].keep(choice.rows_E)
-            first = group.replica == 0 and group_rank(group.columns) == 0
-            before_3 = self.chosen.get(name, torch.zeros_like(choice.counts_3))
-            self.chosen[name] = before_3 + choice.counts_3 * first
+            if name not in self.inverse_frequencies:
+                frequencies = inverse_frequency(reads.counts, int(reads.batches))
+                self.inverse_frequencies[name] = frequencies
+            choice = choose_rows(
+                reads.lookups, self.inverse_frequencies[name], self.limit, rows, group.rows
+            )
+            self.gradients[name].keep(choice.rows)
+            is_first = group.replica == 0 and group_rank(group.columns) == 0
+            before = self.chosen.get(name, torch.zeros_like(choice.counts))
+            self.chosen[name] = before + choice.counts * is_first
 
     @torch.no_grad()
     def squared_norm(self) -> dict[str, Tensor]:
-        """Table -> sum of its squared gradients, in fp64, with replicas counted once.
+        """Return, for each table, this rank's sum of squared gradients in fp64.
 
-        Not finite where a gradient is not.
+        It is zero on all but one of the replicas, and not finite where a gradient is not.
         """
         return {
             name: self.gradients[name].squared_norm(by_row=self.finetunes)
@@ -168,7 +176,7 @@ class TableOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def count_zeros(self) -> Tensor:
-        """Elements whose gradient is zero, with replicas counted once."""
+        """Return the number of zero gradients of this rank, 0 on all but one of the replicas."""
         counts = [
             (self.gradients[name].count_zeros() * (table.group.replica == 0)).float()
             for name, table in self.tables.items()
@@ -177,35 +185,35 @@ class TableOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, scale: float | Tensor = 1.0) -> None:  # type: ignore[override]
-        """One step of every table, by `scale` times its gradient, which is empty after it.
+        """Update every table by `scale` times its gradient, and set the gradients to zero.
 
         Args:
-            scale: a number, or one on the device, which is not waited for.
+            scale: a number, or a tensor on the device, for which the host does not wait.
         """
-        assert self.has_chosen or not self.finetunes, "choose() first"
+        assert self.has_chosen or not self.finetunes, "call choose() before step()"
         self.table_steps += 1
         (group,) = self.param_groups
         for name, table in self.tables.items():
-            weight_rv, state = table.weight, self.state[table.weight]
+            weight, state = table.weight, self.state[table.weight]
             gradient, reads = self.gradients[name], self.reads[name]
-            factor = torch.as_tensor(scale, device=weight_rv.device) * gradient.factor
-            master_rv = state.get(MASTER)
+            factor = torch.as_tensor(scale, device=weight.device) * gradient.factor
+            master = state.get(MASTER)
             options = AdamOptions(
                 step=self.table_steps,
                 lr=float(group["lr"]),
                 weight_decay=float(group["weight_decay"]),
                 betas=self.options.betas,
                 eps=self.options.eps,
-                grad_scale=factor.reshape(1).to(wide(weight_rv.dtype)),
-                copy_rV=None if master_rv is None else weight_rv.data,
-                seed=self.options.seed if self._rounds(weight_rv) else None,
+                grad_scale=factor.reshape(1).to(wide(weight.dtype)),
+                copy_rV=None if master is None else weight.data,
+                seed=self.options.seed if self._rounds(weight) else None,
                 row_offset=table.shard.offset[0],
                 column_offset=table.shard.offset[1],
             )
             if not self.finetunes:
-                reads.count_batch(gradient.touched_r)
-            weights_rv = weight_rv.data if master_rv is None else master_rv
-            self._update(table, gradient, weights_rv, state, options)
+                reads.count_batch(gradient.touched)
+            weights = weight.data if master is None else master
+            self._update(table, gradient, weights, state, options)
             gradient.forget()
             reads.forget_batch()
         self.has_chosen = False
@@ -214,23 +222,23 @@ class TableOptimizer(torch.optim.Optimizer):
         self,
         table: Table,
         gradient: RowGradient,
-        weights_rv: Tensor,
+        weights: Tensor,
         state: dict[str, Tensor],
         options: AdamOptions,
     ) -> None:
         if self.kind == "lazy_adamw" or self.finetunes:
-            for rows_E in gradient.touched_blocks():
-                grads_EV = gradient.take(rows_E)
+            for rows in gradient.touched_blocks():
+                grads = gradient.take(rows)
                 if self.kind == "sgd":
-                    touched_sgd_(weights_rv, rows_E, grads_EV, options)
+                    touched_sgd_(weights, rows, grads, options)
                 else:
                     if self.finetunes:
-                        # a row that was not chosen lately was frozen: it has no decay to catch up
-                        state["last_steps"][rows_E] = self.table_steps - 1
+                        # a row that was not chosen was frozen, and has no decay to catch up on
+                        state["last_steps"][rows] = self.table_steps - 1
                     touched_adamw_(
-                        weights_rv,
-                        rows_E,
-                        grads_EV,
+                        weights,
+                        rows,
+                        grads,
                         state["exp_avg"],
                         state["exp_avg_sq"],
                         state["touches"],
@@ -238,25 +246,25 @@ class TableOptimizer(torch.optim.Optimizer):
                         options,
                     )
             return
-        buffer_rv = gradient.buffer
-        options = replace(options, touched_r=gradient.touched_r, clear_grads=True)
+        buffer = gradient.buffer
+        options = replace(options, touched_r=gradient.touched, clear_grads=True)
         if self.kind == "sgd":
-            sgd_(weights_rv, buffer_rv, options)
+            sgd_(weights, buffer, options)
         elif self.kind == "rowwise_adamw":
             moments = state["exp_avg"], state["exp_avg_sq"]
             width, columns = table.shard.global_shape[1], table.group.columns
             options = replace(options, row_squares_r=gradient.mean_squares(width, columns))
-            rowwise_adamw_(weights_rv, buffer_rv, *moments, options)
+            rowwise_adamw_(weights, buffer, *moments, options)
         else:
             moments = state["exp_avg"], state["exp_avg_sq"]
-            adamw_(weights_rv, buffer_rv, *moments, options)
+            adamw_(weights, buffer, *moments, options)
 
-    def _rounds(self, weight_rv: Tensor) -> bool:
-        return self.rounds_randomly and weight_rv.dtype == torch.bfloat16
+    def _rounds(self, weight: Tensor) -> bool:
+        return self.rounds_randomly and weight.dtype == torch.bfloat16
 
     @torch.no_grad()
     def reload_masters(self) -> None:
-        """Take the weights as they are now for the master copies."""
+        """Copy the weights to the master copies, after the weights were loaded or changed."""
         for table in self.tables.values():
-            if (master_rv := self.state[table.weight].get(MASTER)) is not None:
-                master_rv.copy_(table.weight)
+            if (master := self.state[table.weight].get(MASTER)) is not None:
+                master.copy_(table.weight)

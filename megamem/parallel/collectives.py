@@ -1,8 +1,11 @@
-"""Collectives that autograd can cross. Every pair says what its backward sends.
+"""Collectives with a backward. Each docstring states what the forward and the backward send.
 
-A group of None stands for this process alone. Counts are Python numbers that every rank knows:
-nothing here waits for the device. Where PendingCollectives are given, an exchange only begins, and
-its result may be read after pending.wait().
+A group of None stands for this process alone. Counts are Python numbers that every rank knows, so
+that nothing here waits for the device, except gather_counts(). Where PendingCollectives are given,
+a collective is only started, and its result may be read after pending.wait().
+
+Letters: T tokens on this rank, X tokens of all column ranks, G bags (the tokens of all ranks),
+V row width, v on this rank; W ranks of the group.
 """
 
 from typing import Any
@@ -14,25 +17,27 @@ from torch.distributed import ProcessGroup
 
 
 def group_size(group: ProcessGroup | None) -> int:
+    """Return the number of ranks of a group; 1 for None."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def group_rank(group: ProcessGroup | None) -> int:
+    """Return this rank's number in a group; 0 for None."""
     return 0 if group is None else dist.get_rank(group)
 
 
 class PendingCollectives:
-    """Exchanges that have begun and are still to be waited for."""
+    """Collectives that were started and not yet waited for."""
 
     def __init__(self) -> None:
         self._pending: list[tuple[Any, Tensor]] = []
 
     def add(self, work: Any, sent: Tensor) -> None:
-        """Take an exchange along; what was sent must live until it has arrived."""
+        """Add a collective, and keep the tensor that it sends alive until wait()."""
         self._pending.append((work, sent))
 
     def wait(self) -> None:
-        """Return when all have arrived (on a GPU: when later kernels will find them arrived)."""
+        """Wait for all of them. On a GPU the current stream waits, not the host."""
         for work, _ in self._pending:
             work.wait()
         self._pending.clear()
@@ -45,9 +50,12 @@ def exchange(
     group: ProcessGroup | None,
     pending: PendingCollectives | None = None,
 ) -> Tensor:
-    """Send `send[p]` leading rows of x to each rank p; return the `recv[p]` rows each sent here.
+    """All-to-all of rows, without a gradient; all_to_all() is the same with one.
 
-    No gradient; all_to_all has one.
+    The rows of x are sent in the order of the ranks, `send[p]` of them to rank p.
+
+    Returns:
+        [sum(recv), ...], the `recv[p]` rows that each rank p sent, in the order of the ranks.
     """
     if group is None:
         return x
@@ -67,7 +75,7 @@ def gather_padded(
     fill: float = 0,
     pending: PendingCollectives | None = None,
 ) -> Tensor:
-    """Every rank's x, filled up to `size` rows each: [W, size, ...]. No gradient."""
+    """All-gather, with every rank's x padded to `size` rows: [W, size, ...]. It has no gradient."""
     padded = x.contiguous()
     if len(x) < size:
         padded = x.new_full((size, *x.shape[1:]), fill)
@@ -83,7 +91,7 @@ def gather_padded(
 
 
 def join_padded(padded: Tensor, counts: list[int]) -> Tensor:
-    """The first counts[p] rows of every part p, one after another; undoes gather_padded's fill."""
+    """Concatenate the first counts[p] rows of every part p, which drops gather_padded's padding."""
     if len(set(counts)) == 1:
         return padded[:, : counts[0]].flatten(0, 1)
     return torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)])
@@ -111,7 +119,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _GatherWeights(torch.autograd.Function):
-    """Forward: all-gather at a fixed size. Backward: reduce-scatter."""
+    """Forward: all-gather of padded rows. Backward: reduce-scatter."""
 
     @staticmethod
     def forward(ctx, x, size, group, pending):  # type: ignore[no-untyped-def]
@@ -127,15 +135,16 @@ class _GatherWeights(torch.autograd.Function):
         return out[: ctx.rows], None, None, None
 
 
-def _sum_home(bags_GV: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
-    """Reduce-scatter, as an all-to-all and a sum.
+def _reduce_scatter(bags_GV: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+    """Reduce-scatter, carried out as an all-to-all and a sum.
 
-    The sum is ours so that it runs in fp32 and in rank order: the same bits in every run.
+    The sum is taken here so that it is in fp32 and in the order of the ranks, which makes repeated
+    runs agree bit for bit.
     """
     own = counts[group_rank(group)]
-    home = exchange(bags_GV, counts, [own] * len(counts), group)
+    partial_sums = exchange(bags_GV, counts, [own] * len(counts), group)
     accumulate = torch.promote_types(bags_GV.dtype, torch.float32)
-    total = home.unflatten(0, (len(counts), own)).sum(0, dtype=accumulate)
+    total = partial_sums.unflatten(0, (len(counts), own)).sum(0, dtype=accumulate)
     return total.to(bags_GV.dtype)
 
 
@@ -145,15 +154,15 @@ class _ReduceScatterBags(torch.autograd.Function):
     @staticmethod
     def forward(ctx, bags_GV, counts, group):  # type: ignore[no-untyped-def]
         ctx.counts, ctx.group = counts, group
-        return _sum_home(bags_GV, counts, group)
+        return _reduce_scatter(bags_GV, counts, group)
 
     @staticmethod
     def backward(ctx, grad_TV):  # type: ignore[no-untyped-def]
         return _gather(grad_TV, ctx.counts, ctx.group), None, None
 
 
-class _SpreadTokens(torch.autograd.Function):
-    """Forward: all-gather at a fixed size. Backward: reduce-scatter."""
+class _GatherBagTokens(torch.autograd.Function):
+    """Forward: all-gather of padded rows. Backward: reduce-scatter of as many rows as are used."""
 
     @staticmethod
     def forward(ctx, x, counts, group, pending):  # type: ignore[no-untyped-def]
@@ -162,12 +171,12 @@ class _SpreadTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        home = _sum_home(join_padded(grad, ctx.counts), ctx.counts, ctx.group)
-        return home[: ctx.rows], None, None, None
+        total = _reduce_scatter(join_padded(grad, ctx.counts), ctx.counts, ctx.group)
+        return total[: ctx.rows], None, None, None
 
 
 class _JoinColumns(torch.autograd.Function):
-    """Forward: all-to-all of column slices, joined. Backward: cut, and the all-to-all back."""
+    """Forward: all-to-all of column slices, then a concatenation. Backward: the reverse."""
 
     @staticmethod
     def forward(ctx, slices_Xv, counts, widths, group):  # type: ignore[no-untyped-def]
@@ -186,8 +195,8 @@ class _JoinColumns(torch.autograd.Function):
         send = [ctx.counts[rank] * width for width in ctx.widths]
         recv = [count * ctx.widths[rank] for count in ctx.counts]
         cut = torch.cat([part.flatten() for part in grad_TV.split(ctx.widths, 1)])
-        home = exchange(cut, send, recv, ctx.group)
-        return home.view(sum(ctx.counts), ctx.widths[rank]), None, None, None
+        slices = exchange(cut, send, recv, ctx.group)
+        return slices.view(sum(ctx.counts), ctx.widths[rank]), None, None, None
 
 
 class _SplitTokens(torch.autograd.Function):
@@ -238,61 +247,76 @@ def all_to_all(
     group: ProcessGroup | None,
     pending: PendingCollectives | None = None,
 ) -> Tensor:
-    """exchange() that autograd can cross."""
+    """exchange() with a gradient, which the reverse all-to-all sends back."""
     return _AllToAll.apply(x, send, recv, group, pending)
 
 
 def gather_weights(
     x: Tensor, size: int, group: ProcessGroup | None, pending: PendingCollectives | None = None
 ) -> Tensor:
-    """gather_padded() that autograd can cross: [W, size, ...]."""
+    """gather_padded() with a gradient, which is reduce-scattered: [W, size, ...]."""
     return _GatherWeights.apply(x, size, group, pending)
 
 
 def reduce_scatter_bags(bags_GV: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
-    """Send rank p its `counts[p]` partial bags; return the sum of those that came home."""
+    """Send rank p its `counts[p]` partial bags, and return the sums over all ranks, [T, V].
+
+    The gradient is all-gathered.
+    """
     return _ReduceScatterBags.apply(bags_GV, counts, group)
 
 
-def spread_tokens(
+def gather_bag_tokens(
     x: Tensor,
     counts: list[int],
     group: ProcessGroup | None,
     pending: PendingCollectives | None = None,
 ) -> Tensor:
-    """Every rank's tokens to all ranks, [W, max(counts), ...]; what they make of them is summed.
+    """All-gather every rank's tokens, [W, max(counts), ...]; their gradients are reduce-scattered.
 
     Args:
         x: at most `counts[rank]` rows.
-        counts: rows of every rank that are used; the rest is zero.
+        counts: rows of every rank; missing rows are zero.
+        group: the ranks.
+        pending: if given, the all-gather is only started.
     """
-    return _SpreadTokens.apply(x, counts, group, pending)
+    return _GatherBagTokens.apply(x, counts, group, pending)
 
 
 def join_columns(
     slices_Xv: Tensor, counts: list[int], widths: list[int], group: ProcessGroup | None
 ) -> Tensor:
-    """Send rank p this rank's columns of its `counts[p]` tokens; join what came home -> [T, V]."""
+    """Send rank p this rank's columns of its `counts[p]` tokens; return this rank's tokens, [T, V].
+
+    Args:
+        slices_Xv: this rank's columns of the tokens of all ranks, in the order of the ranks.
+        counts: tokens of every rank.
+        widths: columns of every rank; their sum is V.
+        group: the ranks that hold the other columns.
+    """
     return slices_Xv if group is None else _JoinColumns.apply(slices_Xv, counts, widths, group)
 
 
-def share_counts(own: int, group: ProcessGroup | None, device: torch.device) -> list[int]:
-    """Every rank's number, where they are not known beforehand. Waits for the device."""
+def gather_counts(own: int, group: ProcessGroup | None, device: torch.device) -> list[int]:
+    """Return every rank's number, in the order of the ranks. The host waits for the device."""
     if group is None:
         return [own]
     return [int(n) for n in gather_padded(torch.tensor([own], device=device), 1, group).flatten()]
 
 
 def split_tokens(x: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
-    """This rank's `counts[rank]` rows of an x that every rank holds whole."""
+    """Return this rank's `counts[rank]` rows of a replicated x. The gradient is all-gathered."""
     return x if group is None else _SplitTokens.apply(x, counts, group)
 
 
 def gather_tokens(x: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
-    """The whole of which every rank p holds `counts[p]` rows; undoes split_tokens."""
+    """All-gather the `counts[p]` rows of every rank p, which undoes split_tokens().
+
+    In the backward each rank keeps the gradient of its own rows.
+    """
     return x if group is None else _GatherTokens.apply(x, counts, group)
 
 
 def reduce_gradient(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """x itself; its gradient is summed over the group, as each rank uses x on its own tokens."""
+    """Return x unchanged. Its gradient is all-reduced, as each rank uses x on different tokens."""
     return x if group is None else _ReduceGradient.apply(x, group)

@@ -1,9 +1,12 @@
-"""Brings lookups to the ranks that hold the columns of a row, and the columns home.
+"""Exchanges lookups and column slices between the ranks that hold columns of the same rows.
 
-rank p of the column ranks         [r, v_p]: its columns of every row of the set
-gather_lookups                     every lookup of the set's tokens to every rank of the set
-(each sums its columns)
-join_columns                       token by token, the columns travel home and are joined
+rank p of the column ranks         holds [r, v_p], its columns of r rows
+gather_lookups                     sends the lookups of all column ranks to all of them
+(embedding_bag)                    each rank sums its columns of the rows
+join_columns                       sends the column slices back to the rank of the token
+
+Letters: T tokens on this rank, X tokens of all column ranks, L lookups per token, r rows and
+v columns on this rank.
 """
 
 import torch
@@ -25,19 +28,23 @@ def gather_lookups(
     counts: list[int],
     group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
-    """The lookups of all the column ranks' tokens -> row_ids_XL, weights_XL.
+    """All-gather the lookups of the tokens of all column ranks.
 
     Args:
-        row_ids_TL: rows of the whole table, not negative.
+        row_ids_TL: row ids of the unsharded table, none negative.
         weights_TL: their weights.
-        num_rows: R.
+        num_rows: R, the rows of the unsharded table.
         counts: T of every column rank; X is their sum.
         group: the column ranks.
+
+    Returns:
+        row_ids_XL: int32 where the table is small enough, otherwise int64.
+        weights_XL: their weights, whose gradient is reduce-scattered.
     """
     if group is None:
         return row_ids_TL, weights_TL
     size, pending = max(counts), PendingCollectives()
-    # rows of all but the largest tables fit in half the bytes
+    # int32 ids, which all but the largest tables allow, halve the bytes sent
     row_ids_TL = row_ids_TL.to(torch.int32 if num_rows < 2**31 else torch.int64)
     row_ids = gather_padded(row_ids_TL, size, group, pending=pending)
     weights = gather_weights(weights_TL, size, group, pending)

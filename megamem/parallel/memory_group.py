@@ -1,12 +1,13 @@
-"""The ranks that one table is spread over, and which of them this rank exchanges what with.
+"""The memory group: the ranks over which one table is sharded, and its process groups.
 
-The ranks of a pipeline stage, tensor-parallel rank fastest, are cut into memory groups of W
-neighbours. Each holds the whole table, as `row_ranks` x `column_ranks` pieces:
+The ranks of a pipeline stage, with the tensor-parallel rank varying fastest, are divided into
+memory groups of W consecutive ranks. Each group holds one complete table, as `row_ranks` x
+`column_ranks` shards. With a stage of 8 ranks, W = 4 and 2 column ranks:
 
-    stage of 8 ranks, groups of 4, 2 column ranks      rank 5 of the stage
-    group 0: ranks 0 1 | 2 3                           columns   4 5   hold its rows
-    group 1: ranks 4 5 | 6 7                           rows      5 7   hold its columns
-                                                       replicas  1 5   hold the same piece
+    memory groups                  groups of rank 5
+    0: ranks 0 1 | 2 3             columns   4 5   the same rows, other columns
+    1: ranks 4 5 | 6 7             rows      5 7   the same columns, other rows
+                                   replicas  1 5   the same shard, in another memory group
 """
 
 from dataclasses import dataclass
@@ -21,54 +22,62 @@ from megamem.parallel.collectives import group_rank, group_size
 
 @dataclass(frozen=True)
 class MemoryGroup:
-    """Process groups of one rank. None stands for this rank alone."""
+    """The process groups of one rank. None stands for a group of this rank alone."""
 
     members: ProcessGroup | None = None
-    """All that share the table: W = row_ranks * column_ranks, column rank fastest."""
+    """The W = row_ranks * column_ranks ranks that share the table; the column rank varies fastest.
+    """
 
     rows: ProcessGroup | None = None
-    """Those that hold other rows of the same columns."""
+    """The ranks that hold the same columns of other rows."""
 
     columns: ProcessGroup | None = None
-    """Those that hold other columns of the same rows."""
+    """The ranks that hold other columns of the same rows."""
 
     replicas: ProcessGroup | None = None
-    """Those that hold the same piece in another memory group."""
+    """The ranks that hold the same shard in other memory groups."""
 
     token_ranks: tuple[int, ...] | None = None
-    """For each member, its rank in the group that splits replicated tokens; by default its own."""
+    """Each member's rank in the group over which replicated tokens are split; by default its rank
+    among the members."""
 
     @classmethod
     def of_rows(cls, group: ProcessGroup | None) -> "MemoryGroup":
-        """Every rank of the group holds rows of its own; no replicas."""
+        """Return a memory group that shards a table by rows over `group`, without replicas."""
         return cls(members=group, rows=group)
 
     @property
     def world_size(self) -> int:
-        """W."""
+        """W, the ranks that share the table."""
         return group_size(self.members)
 
     @property
     def row_ranks(self) -> int:
+        """Ranks over which the rows are sharded."""
         return group_size(self.rows)
 
     @property
     def column_ranks(self) -> int:
+        """Ranks over which the columns of a row are sharded."""
         return group_size(self.columns)
 
     @property
     def replica(self) -> int:
-        """0 on one of the ranks that hold this piece, another number on each other."""
+        """Number of this rank among those that hold the same shard; 0 on exactly one of them."""
         return group_rank(self.replicas)
 
     def split_counts(self, counts: list[int]) -> list[int]:
-        """Tokens of each member, where rank p of the splitting group takes counts[p]."""
+        """Return the number of tokens of each member.
+
+        Args:
+            counts: number of tokens of each rank of the group that splits replicated tokens.
+        """
         return [counts[rank] for rank in self.token_ranks or range(self.world_size)]
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Every group of one kind that a world has; each rank is in one of each kind."""
+    """All process groups of a world, as ranks; each rank is in one group of each kind."""
 
     members: list[list[int]]
     rows: list[list[int]]
@@ -77,12 +86,12 @@ class Partition:
 
 
 def partition(stages: list[list[int]], world_size: int, column_ranks: int) -> Partition:
-    """Cut each stage's ranks into memory groups.
+    """Divide the ranks of each pipeline stage into memory groups.
 
     Args:
-        stages: the ranks of each pipeline stage, neighbours first.
-        world_size: W, a divisor of a stage's ranks.
-        column_ranks: a divisor of W.
+        stages: the ranks of each pipeline stage; ranks with the fastest links are consecutive.
+        world_size: W, which divides the number of ranks of a stage.
+        column_ranks: ranks over which the columns of a row are sharded, which divides W.
     """
     found = Partition([], [], [], [])
     for ranks in stages:
@@ -103,22 +112,22 @@ def form(
     token_ranks: list[int] | None = None,
     timeout: timedelta | None = None,
 ) -> MemoryGroup:
-    """Make the process groups of a partition; every rank of the world must call this.
+    """Create the process groups of a partition. Every rank of the world must call this.
 
     Args:
-        groups: of the whole world.
-        token_ranks: of every rank of the world, its rank in the group that splits its tokens.
-        timeout: of every collective; None is that of the backend.
+        groups: the groups of the world.
+        token_ranks: for every rank of the world, its rank in the group that splits its tokens.
+        timeout: time-out of every collective; None is the default of the backend.
 
     Returns:
-        those that this rank is in.
+        The groups of which this rank is a member.
     """
     rank = dist.get_rank()
 
     def own(lists: list[list[int]]) -> ProcessGroup | None:
         mine = None
         for ranks in lists:
-            # a group of one exchanges nothing, so it needs no communicator
+            # a group of one rank sends nothing, so it needs no communicator
             group: Any = dist.new_group(ranks, timeout) if len(ranks) > 1 else None
             mine = group if rank in ranks else mine
         return mine

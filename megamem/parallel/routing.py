@@ -1,23 +1,27 @@
-"""Moves lookups to the ranks that hold their rows, and the bags back.
+"""Sends lookups to the ranks that hold their rows, and the partial bags back.
 
-    plan      = plan_routing(row_ids_TL, ...)            who needs which rows from whom
-    weights_M = dispatch(plan, weights_TL)               lookups travel to the row owners
-    row_ids_M = arrive(plan)                             what arrived, as local rows
-    bags_GV   = embedding_bag(values_rV, ...)            local work only
-    out_TV    = combine(plan, bags_GV)                   partial bags travel home and are summed
+    plan      = plan_routing(row_ids_TL, ...)     start to send row ids to the owners of the rows
+    weights_M = dispatch(plan, weights_TL)        start to send the weights likewise
+    row_ids_M = receive(plan)                     wait for both; ids are rows of this rank's shard
+    bags_GV   = embedding_bag(values_rV, ...)     sum the rows of this rank; nothing is sent
+    out_TV    = combine(plan, bags_GV)            return partial bags to the ranks of the tokens
 
-Lookups travel from plan_routing to arrive; whoever has other work does it in between. Where an
-owner must see what asks, too, the tokens travel with them: all_gather_tokens, and after arrive
-tokens_of_bags.
+Other work can overlap with the exchange between plan_routing and receive. Where the owners of rows
+need the tokens as well, all_gather_tokens sends them; after receive, tokens_of_bags returns them.
 
-Two wire forms differ in how a lookup finds its owner:
+One of two collectives (`--memory-wire`) sends the lookups:
 
-    alltoall    counts first, then each lookup to its owner alone. M is what arrived; the device
-                waits for the counts once.
-    allgather   every lookup to every rank, at a fixed size; those of other owners get row -1,
-                which reads nothing. No wait, so it can be captured in a CUDA graph.
+    alltoall    sends each lookup to the owner of its row alone, after the counts were exchanged.
+                The host waits for the counts. M is the number of lookups received.
+    allgather   sends every lookup to every rank. Sizes are fixed, so the host never waits, and the
+                exchange can be captured in a CUDA graph. Lookups of other ranks' rows get row -1,
+                which reads nothing.
 
-The plan is a value, never state on a module: dispatch and combine are pure functions of it.
+The plan is a value, not the state of a module: dispatch and combine are pure functions of it.
+
+Letters: T tokens on this rank, L lookups per token, J = T * L local lookups, M lookups received
+here, W ranks of the group, G bags (the tokens of all ranks), D hidden size, V row width, r rows on
+this rank.
 """
 
 from dataclasses import dataclass
@@ -31,46 +35,52 @@ from megamem.parallel.collectives import (
     PendingCollectives,
     all_to_all,
     exchange,
+    gather_bag_tokens,
     gather_padded,
     gather_weights,
     join_padded,
     reduce_scatter_bags,
-    spread_tokens,
 )
 from megamem.parallel.row_shard import RowShard
 from megamem.spec import Wire
 
-# at 8 ranks a fixed size costs 33 KiB per token against 28.7 KiB, and no wait; beyond, it grows
-# with the number of ranks (2048-wide bf16 rows, 128 lookups)
+# At 8 ranks, with bf16 rows of width 2048 and 128 lookups, a rank sends 33 KiB per token with
+# allgather and 28.7 KiB with alltoall, which also waits for the counts. The cost of allgather grows
+# with the number of ranks.
 ALLGATHER_UP_TO = 8
 
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """The integer facts of one exchange of lookups."""
+    """One exchange of lookups: what is sent where, and the bags on the receiving ranks."""
 
     sent_M: Tensor
-    """Row ids as they travel: of the whole table in the form allgather, of the owner's shard in
-    the form alltoall."""
+    """Row ids as sent: rows of the owner's shard with alltoall, of the unsharded table with
+    allgather. They may be read after receive() has waited for them."""
     shard: RowShard
+    """The rows of this rank."""
     pending: PendingCollectives
-    """Lookups under way."""
+    """The collectives that receive() waits for."""
     offsets: Tensor
-    """[G + 1] where each bag's lookups start among the M."""
+    """[G + 1], where the lookups of each bag start; the last entry is M."""
     bag_counts: list[int]
-    """Bags of each source rank; their sum is G."""
+    """Number of bags of each source rank; their sum is G."""
     num_tokens: int
-    """T, the tokens of this rank."""
+    """T, the number of tokens of this rank."""
     group: ProcessGroup | None
+    """The ranks that hold the other rows."""
     wire: Wire
+    """The collective that sends the lookups."""
     order_J: Tensor | None = None
-    """alltoall: permutation that groups the local lookups by owner."""
+    """alltoall: the permutation that sorts the local lookups by owner."""
     send: list[int] | None = None
+    """alltoall: number of lookups sent to each rank."""
     recv: list[int] | None = None
+    """alltoall: number of lookups received from each rank."""
 
 
 def choose_wire(wanted: Literal["auto", "alltoall", "allgather"], world_size: int) -> Wire:
-    """The wire form of a group of `world_size` ranks."""
+    """Return the collective for `world_size` ranks; auto is allgather up to 8 ranks."""
     if wanted != "auto":
         return wanted
     return "allgather" if world_size <= ALLGATHER_UP_TO else "alltoall"
@@ -83,15 +93,16 @@ def plan_routing(
     token_counts: list[int],
     wire: Wire,
 ) -> RoutingPlan:
-    """Tell every owner which of its rows are wanted.
+    """Start to send row ids to the owners of the rows, and return the plan of the exchange.
 
     Args:
-        row_ids_TL: rows of the whole table.
-        shard: this rank's rows.
-        token_counts: T of every rank of the group; they may differ, and may be 0.
-        wire: how lookups travel.
+        row_ids_TL: row ids of the unsharded table.
+        shard: the rows of this rank.
+        group: the ranks that hold the other rows.
+        token_counts: T of every rank of the group; the counts may differ, and may be 0.
+        wire: the collective that sends the lookups.
     """
-    # local rows and, but for the largest tables, all rows fit in half the bytes
+    # int32 ids, which all but the largest tables allow, halve the bytes sent
     id_dtype = torch.int32 if shard.num_rows < 2**31 else torch.int64
     if wire == "allgather":
         return _plan_allgather(row_ids_TL.to(id_dtype), shard, group, token_counts)
@@ -128,16 +139,16 @@ def _plan_alltoall(
     row_ids_J = row_ids_TL.flatten()
     owners_J = shard.owner(row_ids_J)
     tokens_J = torch.arange(len(row_ids_J), device=row_ids_J.device) // lookups
-    # stable: lookups for one owner stay in token order, so that arriving bags are contiguous
+    # stable, so that the lookups for one owner stay in token order and bags are contiguous there
     order_J = owners_J.argsort(stable=True)
 
-    # 1. how many lookups of each token an owner gets; these are the sizes of its bags
+    # 1. exchange how many lookups of each token an owner gets, which are the sizes of its bags
     sizes_WT = torch.bincount(owners_J * num_tokens + tokens_J, minlength=world_size * num_tokens)
     sizes_G = exchange(sizes_WT, [num_tokens] * world_size, token_counts, group)
     send = [int(part.sum()) for part in sizes_WT.cpu().split([num_tokens] * world_size)]
     recv = [int(part.sum()) for part in sizes_G.cpu().split(token_counts)]
 
-    # 2. which rows of its shard
+    # 2. send the row ids, as rows of the owner's shard
     local_J = shard.local_on(owners_J, row_ids_J).to(id_dtype)
     pending = PendingCollectives()
     sent_M = exchange(local_J[order_J], send, recv, group, pending)
@@ -157,7 +168,11 @@ def _plan_alltoall(
 
 
 def dispatch(plan: RoutingPlan, weights_TL: Tensor) -> Tensor:
-    """Send each lookup's weight where plan_routing sends its row id -> weights_M."""
+    """Start to send each lookup's weight where plan_routing sends its row id.
+
+    Returns:
+        weights_M, which may be read after receive().
+    """
     if plan.wire == "allgather":
         size = plan.bag_counts[0]
         return gather_weights(weights_TL, size, plan.group, plan.pending).flatten()
@@ -167,17 +182,21 @@ def dispatch(plan: RoutingPlan, weights_TL: Tensor) -> Tensor:
 
 
 def all_gather_tokens(plan: RoutingPlan, x_TD: Tensor) -> Tensor:
-    """Send every token to all owners; they arrive with the lookups. For tokens_of_bags."""
-    return spread_tokens(x_TD, plan.bag_counts, plan.group, plan.pending)
+    """Start to send every token to all ranks of the group.
+
+    Returns:
+        [W, max(bag_counts), D] for tokens_of_bags(), which may be read after receive().
+    """
+    return gather_bag_tokens(x_TD, plan.bag_counts, plan.group, plan.pending)
 
 
 def tokens_of_bags(plan: RoutingPlan, gathered: Tensor) -> Tensor:
-    """What all_gather_tokens() sent, once it has arrived: the token of every bag -> x_GD."""
+    """Return x_GD, the token of every bag, from the result of all_gather_tokens()."""
     return join_padded(gathered, plan.bag_counts)
 
 
-def arrive(plan: RoutingPlan) -> Tensor:
-    """Wait for the lookups -> row_ids_M, as rows of this rank's shard; -1 reads nothing."""
+def receive(plan: RoutingPlan) -> Tensor:
+    """Wait for the lookups; return row_ids_M, int64 rows of this rank's shard or -1 for none."""
     plan.pending.wait()
     if plan.wire == "alltoall":
         return plan.sent_M.long()
@@ -188,5 +207,5 @@ def arrive(plan: RoutingPlan) -> Tensor:
 
 
 def combine(plan: RoutingPlan, bags_GV: Tensor) -> Tensor:
-    """Send every partial bag home and add up what the owners returned -> out_TV."""
+    """Send the partial bags to the ranks of their tokens; return out_TV, their sums."""
     return reduce_scatter_bags(bags_GV, plan.bag_counts, plan.group)[: plan.num_tokens]

@@ -1,19 +1,21 @@
-"""What a lookup sends and reads, mode by mode, in closed form.
+"""Bytes that memory layers send and read in each mode, in closed form.
 
-Letters: L lookups per token, V row width, e bytes of a number of a row, P ranks of the memory
-group, f = (P - 1) / P, and E = P (1 - (1 - 1/P)^L), the ranks that hold rows of a token when rows
-lie at random. Everything counts bytes that a rank sends, for one token of its own and one memory
-layer. A lookup is b bytes (id and weight), the gradient of its weight 4, a count c.
+All formulas count the bytes that a rank sends for one of its tokens and one memory layer. Letters:
+L lookups per token, V row width, e bytes per number of a row, P ranks of the memory group, C column
+ranks, f = (P - 1) / P, and E = P (1 - (1 - 1/P)^L), the expected number of ranks that hold rows of
+a token where rows are distributed at random. A lookup (id and weight) takes b bytes, the gradient
+of its weight 4, and a count c; a rank sends B partial sums per token.
 
-    row, alltoall    b L f + c (P - 1) + B V e    back  B V e + 4 L f
-    row, allgather   b L (P - 1) + (P - 1) V e    back  (P - 1) V e + 4 L (P - 1)
-    row of PEER      either form with twice the V e: tokens travel as sums do, the other way round
-    column           b L (P - 1) + V f e          back  V f e + 4 L (P - 1)
-    2d               column among the C neighbours that share rows, and among the P / C ranks that
-                     share columns row, with the lookups of C ranks each and slices of V / C
+                     forward                      backward
+    row, alltoall    b L f + c (P - 1) + B V e    B V e + 4 L f
+    row, allgather   b L (P - 1) + (P - 1) V e    (P - 1) V e + 4 L (P - 1)
+    row of PEER      as above with 2 V e for V e, as tokens and their gradients are sent as well
+    column           b L (P - 1) + V f e          V f e + 4 L (P - 1)
+    2d               column among the C consecutive ranks that share rows, plus row among the P / C
+                     ranks that share columns, with the lookups of C ranks and slices of V / C
 
-Packing says what b, c and B are. megamem.parallel sends b = 8, c = 8 and B = P - 1: every rank
-returns a sum for every token. The least that could be sent is b = 6, c = 0 and B = E f.
+Packing holds b, c and B. megamem.parallel sends b = 8, c = 8 and B = P - 1, as every rank returns
+a sum for every token. The minimum is b = 6, c = 0 and B = E f.
 """
 
 import math
@@ -25,26 +27,26 @@ from megamem.parallel.routing import choose_wire
 from megamem.parallel.row_shard import COLUMN_BLOCK
 from megamem.spec import Layout, Mode, Wire
 
-# an id of 4 bytes, a weight of 2: what a lookup is at least
+# the minimum for a lookup: an id of 4 bytes and a weight of 2
 LEAST_LOOKUP_BYTES = 6
 WEIGHT_GRADIENT_BYTES = 4
-# a narrower slice of a row wastes a read
+# a narrower slice of a row does not fill one memory access of a GPU
 NARROWEST_SLICE_BYTES = 128
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What things weigh when they travel."""
+    """Bytes of what is sent for a lookup."""
 
     lookup: int
     """Bytes of an id and a weight."""
     count: int
-    """Bytes that announce, in the form alltoall, how many lookups of a token a rank gets."""
+    """alltoall: bytes of the number of lookups of a token that a rank gets."""
     empty_bags: bool
-    """In the form alltoall, sums come home from ranks that hold no row of a token, too."""
+    """alltoall: whether ranks that hold no row of a token return a sum for it as well."""
 
 
-# int32 ids and fp32 weights, int64 counts: megamem.parallel as it is, and what could be left out
+# what megamem.parallel sends (int32 ids, fp32 weights, int64 counts), and the minimum
 SENT = Packing(lookup=8, count=8, empty_bags=True)
 LEAST = Packing(lookup=LEAST_LOOKUP_BYTES, count=0, empty_bags=False)
 
@@ -54,41 +56,52 @@ class Traffic:
     """Bytes sent per token and memory layer."""
 
     forward_inside: float
-    """Forward, to ranks of the same node."""
+    """In the forward, to ranks of the same node."""
     forward_across: float
-    """Forward, to other nodes."""
+    """In the forward, to ranks of other nodes."""
     backward_inside: float
+    """In the backward, to ranks of the same node."""
     backward_across: float
+    """In the backward, to ranks of other nodes."""
 
     @property
     def forward(self) -> float:
+        """In the forward, to all ranks."""
         return self.forward_inside + self.forward_across
 
     @property
     def backward(self) -> float:
+        """In the backward, to all ranks."""
         return self.backward_inside + self.backward_across
 
     @property
     def total(self) -> float:
-        """Both directions."""
+        """In forward and backward, to all ranks."""
         return self.forward + self.backward
 
     @property
     def across(self) -> float:
-        """Both directions, to other nodes."""
+        """In forward and backward, to ranks of other nodes."""
         return self.forward_across + self.backward_across
 
     @property
     def inside(self) -> float:
+        """In forward and backward, to ranks of the same node."""
         return self.forward_inside + self.backward_inside
 
     def seconds(self, tokens: float, link: float, network: float) -> float:
-        """Time for these tokens at bytes per second inside and across nodes, both at once."""
+        """Return the seconds that an exchange takes, inside and between nodes at the same time.
+
+        Args:
+            tokens: number of tokens.
+            link: bytes per second inside a node.
+            network: bytes per second between nodes.
+        """
         return tokens * max(self.inside / link, self.across / network)
 
 
 def owners_per_token(lookups: int, ranks: int) -> float:
-    """E: ranks that hold at least one of a token's rows, when rows lie at random."""
+    """Return E, the expected number of ranks that hold a row of a token, for rows at random."""
     return ranks * (1 - (1 - 1 / ranks) ** lookups)
 
 
@@ -98,16 +111,17 @@ def row_traffic(
     ranks: int,
     *,
     wire: Wire = "alltoall",
-    brought: int = 1,
+    column_ranks: int = 1,
     tokens: bool = False,
     e: int = 2,
     packing: Packing = SENT,
 ) -> tuple[float, float]:
-    """Forward and backward bytes of row mode.
+    """Return the forward and backward bytes of row mode.
 
-    In 2d a rank brings the lookups of its `brought` neighbours as well, for a slice of the rows:
-    as many bytes of sums, and so many times the bytes of lookups. Where `tokens` travel to the
-    owners, they and their gradients weigh what sums and theirs do.
+    In mode 2d a rank sends the lookups of the tokens of all `column_ranks` ranks that share its
+    rows, for a slice of each row: as many bytes of sums as in row mode, and `column_ranks` times
+    the bytes of lookups. Where `tokens` is set, the tokens are sent to the owners as well; they and
+    their gradients take as many bytes as the sums and theirs.
     """
     peers = ranks - 1
     if wire == "allgather":
@@ -116,9 +130,9 @@ def row_traffic(
         lookup_peers, bag_peers, counts = peers / ranks, float(peers), packing.count * peers
         if not packing.empty_bags:
             bag_peers = owners_per_token(lookups, ranks) * lookup_peers
-    bags, lookups = (2 if tokens else 1) * bag_peers * width * e, brought * lookups
+    bags, lookups = (2 if tokens else 1) * bag_peers * width * e, column_ranks * lookups
     return (
-        packing.lookup * lookups * lookup_peers + brought * counts + bags,
+        packing.lookup * lookups * lookup_peers + column_ranks * counts + bags,
         bags + WEIGHT_GRADIENT_BYTES * lookups * lookup_peers,
     )
 
@@ -126,7 +140,7 @@ def row_traffic(
 def column_traffic(
     width: int, lookups: int, ranks: int, *, e: int = 2, packing: Packing = SENT
 ) -> tuple[float, float]:
-    """Forward and backward bytes of column mode."""
+    """Return the forward and backward bytes of column mode."""
     slices = width * (ranks - 1) / ranks * e
     return (
         packing.lookup * lookups * (ranks - 1) + slices,
@@ -147,30 +161,30 @@ def traffic(
     e: int = 2,
     packing: Packing = SENT,
 ) -> Traffic:
-    """What a mode sends, by where it goes.
+    """Return the bytes that a mode sends, inside and between nodes.
 
     Args:
         mode: row, column or 2d.
-        width: V.
-        lookups: L.
-        ranks: P.
-        column_ranks: 2d: neighbouring ranks over which the columns of one row are cut.
-        ranks_per_node: of the group; without it all are on one node.
-        wire: of the ranks among which rows are cut.
-        tokens: they travel to the owners of their rows, as PEER's do.
-        e: bytes of a number of a row.
-        packing: what a lookup weighs.
+        width: V, the row width.
+        lookups: L, lookups per token.
+        ranks: P, ranks of the memory group.
+        column_ranks: in mode 2d, consecutive ranks over which the columns of a row are sharded.
+        ranks_per_node: ranks of the group on one node; by default all of them.
+        wire: the collective that sends lookups among the ranks that hold different rows.
+        tokens: whether tokens are sent to the owners of their rows, as for PEER.
+        e: bytes per number of a row.
+        packing: bytes of what is sent for a lookup.
     """
     near = min(ranks, ranks_per_node or ranks)
     cut = {"row": 1, "column": ranks, "2d": column_ranks}[mode]
     row_ranks = ranks // cut
     near_rows, near_columns = max(1, near // cut), min(near, cut)
-    # columns of one row lie with neighbours, rows of one column far apart
+    # consecutive ranks hold the columns of one row; those that hold other rows are farther apart
     across_columns = (cut - near_columns) / (cut - 1) if cut > 1 else 0
     across_rows = (row_ranks - near_rows) / (row_ranks - 1) if row_ranks > 1 else 0
     column, column_back = column_traffic(width, lookups, cut, e=e, packing=packing)
     row, row_back = row_traffic(
-        width, lookups, row_ranks, wire=wire, brought=cut, tokens=tokens, e=e, packing=packing
+        width, lookups, row_ranks, wire=wire, column_ranks=cut, tokens=tokens, e=e, packing=packing
     )
     across = column * across_columns + row * across_rows
     across_back = column_back * across_columns + row_back * across_rows
@@ -178,7 +192,7 @@ def traffic(
 
 
 def mode_problem(layout: Layout, width: int) -> str | None:
-    """Why a table of this width cannot be cut so, and what would do; None where it can."""
+    """Return why a table of this width cannot have this layout, with the fix; None if it can."""
     mode, ranks, cut = layout.mode, layout.group_size, layout.column_ranks
     if mode == "2d" and (cut < 1 or ranks % cut):
         return (
@@ -189,15 +203,15 @@ def mode_problem(layout: Layout, width: int) -> str | None:
     if cut > blocks:
         widest = max(d for d in divisors(ranks) if d <= blocks)
         return (
-            f"--memory-mode {mode} cuts rows of --memory-value-dim {width} over {cut} ranks, but "
-            f"columns are dealt out {COLUMN_BLOCK} at a time; use --memory-mode 2d with "
-            f"--memory-column-ranks {widest} or fewer, or --memory-mode row."
+            f"--memory-mode {mode} divides the columns of --memory-value-dim {width} over {cut} "
+            f"ranks, but each rank needs a block of {COLUMN_BLOCK} columns; use --memory-mode 2d "
+            f"with --memory-column-ranks {widest} or fewer, or --memory-mode row."
         )
     return None
 
 
 def widest_slice(width: int, column_ranks: int) -> int:
-    """Columns on the rank that holds most."""
+    """Return the number of columns on the rank that holds the most."""
     return -(-(width // COLUMN_BLOCK) // column_ranks) * COLUMN_BLOCK
 
 
@@ -213,21 +227,23 @@ def choose_layout(
     link: float = 350e9,
     network: float = 45e9,
 ) -> Layout:
-    """The layout of `--memory-mode auto`: whose exchange takes least time, by the formulas above.
+    """Return the layout of `--memory-mode auto`: the one whose exchange is estimated to be fastest.
 
-    Inside one node columns beat the alltoall form of rows where V e > 6 L or so: then the ids and
-    weights that go to every rank weigh less than the partial sums that come from every rank. They
-    always beat the allgather form, which sends both. Slices narrower than 128 bytes are left out.
+    Inside one node, column mode is faster than row mode with alltoall where V e exceeds about 6 L:
+    the ids and weights sent to every rank then take fewer bytes than the partial sums returned by
+    every rank. It is always faster than row mode with allgather, which sends both. Layouts whose
+    slices of a row are narrower than 128 bytes are left out.
 
     Args:
-        width: V.
-        lookups: L.
-        ranks: P.
-        ranks_per_node: neighbouring ranks of the group with fast links between them.
-        column_ranks: of 2d; by default the best cut inside a node.
-        wire: of row mode.
-        e: bytes of a number of a row.
-        link, network: bytes per second and rank, inside a node and between nodes.
+        width: V, the row width.
+        lookups: L, lookups per token.
+        ranks: P, ranks of the memory group.
+        ranks_per_node: consecutive ranks of the group that share a node.
+        column_ranks: column ranks of mode 2d; by default the best number inside a node.
+        wire: the collective of row mode.
+        e: bytes per number of a row.
+        link: bytes per second and rank inside a node.
+        network: bytes per second and rank between nodes.
     """
     if ranks == 1:
         return Layout()
@@ -256,22 +272,22 @@ def choose_layout(
 
 
 def expected_unique(rows: float, picks: float) -> float:
-    """U: distinct rows among uniform picks."""
+    """Return the expected number of distinct rows among uniform random picks."""
     return rows * -math.expm1(-picks / rows)
 
 
 def forward_bytes(width: int, lookups: int, tokens: float, *, e: int = 2) -> float:
-    """Read and written by the bags of these tokens, no row read twice from cache."""
+    """Return the bytes that embedding_bag reads and writes for these tokens, without cache hits."""
     return tokens * (lookups * width * e + width * e + LEAST_LOOKUP_BYTES * lookups)
 
 
 def all_reduce_bytes(bytes_held: float, ranks: int) -> float:
-    """Sent by each of these ranks when they add up what each holds: out once, and back once."""
+    """Return the bytes that each rank sends in an all-reduce: reduce-scatter, then all-gather."""
     return 2 * bytes_held * (ranks - 1) / ranks
 
 
 def divisors(number: int) -> list[int]:
-    """Ascending."""
+    """Return the divisors of a number, ascending."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 

@@ -63,7 +63,7 @@ def _nan(rank: str, step: str) -> None:
     def spoil(optimizer: Any) -> None:
         for table in optimizer.tables.values():
             table.gradient.buffer[0, 0] = float("nan")
-            table.gradient.touched_r[0] = True
+            table.gradient.touched[0] = True
 
     _in_step(rank, step, spoil)
 
@@ -72,7 +72,7 @@ def _nan_table(rank: str, step: str) -> None:
     def spoil(optimizer: Any) -> None:
         for table in optimizer.tables.values():
             # a row that is read, so that it will be again
-            row = table.gradient.touched_r.nonzero()[0]
+            row = table.gradient.touched.nonzero()[0]
             table.weight.data[row, 0] = float("nan")
 
     _in_step(rank, step, spoil)

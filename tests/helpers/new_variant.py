@@ -14,7 +14,7 @@ from torch import Tensor
 from megamem.config import MemoryConfig
 from megamem.layers.init import WeightFactory
 from megamem.layers.output import Output
-from megamem.layers.value_table import Arrived, ValueTable
+from megamem.layers.value_table import ReceivedLookups, ValueTable
 from megamem.layers.variants import VARIANTS
 from megamem.layers.variants.variant import VALUES, TableUse, Variant
 from megamem.parallel.collectives import reduce_gradient
@@ -40,9 +40,9 @@ class Squared(Variant):
     silent_output = ("scale",)
     kept_widths = 1
 
-    def read_out(self, tables: Mapping[str, ValueTable], arrived: Arrived) -> Tensor:
-        plain = tables[VALUES].bag(arrived, arrived.weights_M)
-        return plain + tables["s"].bag(arrived, arrived.weights_M.square())
+    def read_out(self, tables: Mapping[str, ValueTable], received: ReceivedLookups) -> Tensor:
+        plain = tables[VALUES].bag(received, received.weights_M)
+        return plain + tables["s"].bag(received, received.weights_M.square())
 
     def output(self, spec: MemorySpec, make: WeightFactory) -> Output:
         return Scaled(spec, make)

@@ -12,18 +12,18 @@ def _make(**settings) -> WeightFactory:
 
 def test_rows_do_not_depend_on_the_rows_around_them() -> None:
     whole = _make().normal("values", 100, 24, std=0.5)
-    pieces = [TableShard.cut((100, 24), (row, 7), (column, 2)) for row, column in PLACES]
-    for piece in pieces:
-        part = _make().normal("values", *piece.shape, std=0.5, piece=piece)
-        assert torch.equal(part, whole[piece.rows.local, piece.columns])
-    assert sum(piece.shape[0] * piece.shape[1] for piece in pieces) == whole.numel()
+    shards = [TableShard.cut((100, 24), (row, 7), (column, 2)) for row, column in PLACES]
+    for shard in shards:
+        part = _make().normal("values", *shard.shape, std=0.5, shard=shard)
+        assert torch.equal(part, whole[shard.rows.local, shard.columns])
+    assert sum(shard.shape[0] * shard.shape[1] for shard in shards) == whole.numel()
 
 
-def test_a_row_is_drawn_by_its_name() -> None:
+def test_a_row_is_drawn_for_the_number_it_is_mapped_to() -> None:
     whole = _make().normal("values", 100, 24, std=0.5)
-    piece = TableShard.cut((100, 24), (1, 3))
-    part = _make().normal("values", *piece.shape, std=0.5, piece=piece, name_rows=lambda r: 99 - r)
-    assert torch.equal(part, whole.flip(0)[piece.rows.local])
+    shard = TableShard.cut((100, 24), (1, 3))
+    part = _make().normal("values", *shard.shape, std=0.5, shard=shard, drawn_as=lambda r: 99 - r)
+    assert torch.equal(part, whole.flip(0)[shard.rows.local])
 
 
 def test_blocks_leave_no_seam(monkeypatch) -> None:

@@ -128,7 +128,7 @@ def _matches_one_process(case: Case) -> None:
         assert torch.equal(weight, start[name][piece]), f"a shard of {name} starts otherwise"
     for table in many.pool if case.buffer else []:
         table.weight.requires_grad_(False)
-        table.learn_with(RowGradient(table.weight, table.weight.dtype))
+        table.accumulate_into(RowGradient(table.weight, table.weight.dtype))
     counts = list(case.counts or even_counts(tokens, world))
 
     def mine(x: Tensor) -> Tensor:

@@ -115,13 +115,13 @@ def test_experts_learn_what_nothing_else_wants() -> None:
     pool, layer = _build()
     for table in pool:
         table.weight.requires_grad_(False)
-        table.learn_with(RowGradient(table.weight, table.weight.dtype))
+        table.accumulate_into(RowGradient(table.weight, table.weight.dtype))
     x_TD = torch.randn(4, HIDDEN, dtype=torch.float64)
     row_ids_TL, weights_TL = (y.detach() for y in layer.keys(layer.query(x_TD)))
     pool.read(row_ids_TL, weights_TL, [4], x_TD).sum().backward()
     for table in pool:
         gradient = table.gradient
-        assert (gradient.buffer.abs().sum(1) > 0).equal(gradient.touched_r)
+        assert (gradient.buffer.abs().sum(1) > 0).equal(gradient.touched)
 
 
 def _cases(world: int) -> list[Case]:

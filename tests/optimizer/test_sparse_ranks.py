@@ -17,7 +17,7 @@ from tests.optimizer.test_ranks import TOKENS, _batch
 from tests.optimizer.test_table_optimizer import NUM_KEYS, _optimizer, _spec
 
 STEPS, ROWS = 3, NUM_KEYS**2
-HITS = torch.tensor([(0, 8, 3, 3, 0)[row % 5] for row in range(ROWS)], dtype=torch.int32)
+READ_COUNTS = torch.tensor([(0, 8, 3, 3, 0)[row % 5] for row in range(ROWS)], dtype=torch.int32)
 BATCHES = 8
 
 
@@ -43,7 +43,7 @@ def _build(spec: MemorySpec, group: MemoryGroup) -> tuple[MemoryPool, TableOptim
     optimizer = _optimizer(pool)
     if spec.finetune_rows:
         table = pool.values
-        table.reads.counts.copy_(HITS[table.shard.rows.local])
+        table.reads.counts.copy_(READ_COUNTS[table.shard.rows.local])
         table.reads.batches.fill_(BATCHES)
     return pool, optimizer
 

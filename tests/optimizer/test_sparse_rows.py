@@ -1,4 +1,4 @@
-"""Sparse finetuning: the rows that are chosen, and that nothing else moves."""
+"""Sparse finetuning: which rows are chosen, and that no other row changes."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ from megamem.config import ConfigurationError, MemoryConfig
 from megamem.layers.value_table import ValueTable
 from megamem.ops import place_rows
 from megamem.optimizer import StepOptions, TableOptimizer
-from megamem.optimizer.sparse_rows import choose_rows, rarity
+from megamem.optimizer.sparse_rows import choose_rows, inverse_frequency
 from megamem.optimizer.state import MASTER
 from megamem.parallel.row_shard import RowShard
 from megamem.read_counter import ReadCounter
@@ -38,12 +38,12 @@ SPARSE = ("sgd", "lazy_adamw")
 ROWS = NUM_KEYS**2
 
 
-def best_rows(lookups: list[int], hits: list[int], batches: int, limit: int) -> list[int]:
+def best_rows(lookups: list[int], read_counts: list[int], batches: int, limit: int) -> list[int]:
     """The definition, row by row; without a background the share alone."""
 
     def score(row: int) -> float:
         share = lookups[row] / sum(lookups)
-        return share * math.log((batches + 1) / (1 + hits[row])) if batches else share
+        return share * math.log((batches + 1) / (1 + read_counts[row])) if batches else share
 
     read = [row for row, count in enumerate(lookups) if count]
     return sorted(sorted(read, key=lambda row: (-score(row), row))[:limit])
@@ -54,8 +54,8 @@ def cases(draw) -> tuple[list[int], list[int], int, int]:
     """Few different numbers, so that many scores are equal."""
     rows, batches = draw(st.integers(1, 40)), draw(st.integers(0, 6))
     lookups = draw(st.lists(st.integers(0, 4), min_size=rows, max_size=rows))
-    hits = draw(st.lists(st.integers(0, batches), min_size=rows, max_size=rows))
-    return lookups, hits, batches, draw(st.integers(1, 50))
+    read_counts = draw(st.lists(st.integers(0, batches), min_size=rows, max_size=rows))
+    return lookups, read_counts, batches, draw(st.integers(1, 50))
 
 
 @given(cases())
@@ -64,31 +64,31 @@ def cases(draw) -> tuple[list[int], list[int], int, int]:
 @example(([0, 0], [1, 1], 1, 3))
 @example(([5, 1, 4], [2, 2, 2], 2, 2))
 def test_the_rows_are_those_of_the_definition(case) -> None:
-    lookups, hits, batches, limit = case
-    lookups_r = torch.tensor(lookups)
-    rarity_r = rarity(torch.tensor(hits, dtype=torch.int32), batches)
-    choice = choose_rows(lookups_r, rarity_r, limit, RowShard(len(lookups), 0, 1), None)
+    lookups, read_counts, batches, limit = case
+    frequencies = inverse_frequency(torch.tensor(read_counts, dtype=torch.int32), batches)
+    shard = RowShard(len(lookups), 0, 1)
+    choice = choose_rows(torch.tensor(lookups), frequencies, limit, shard, None)
     expected = best_rows(*case) if any(lookups) else []
-    assert choice.rows_E.tolist() == expected
+    assert choice.rows.tolist() == expected
     theirs = sum(lookups[row] for row in expected)
-    assert choice.counts_3.tolist() == [len(expected), theirs, sum(lookups)]
+    assert choice.counts.tolist() == [len(expected), theirs, sum(lookups)]
 
 
 def _background(table: ValueTable) -> tuple[list[int], int]:
     """Some rows read always, some never, some now and then."""
     batches = 8
-    hits = [(0, 8, 3, 5)[row % 4] for row in range(len(table.weight))]
-    table.reads.counts.copy_(torch.tensor(hits))
+    read_counts = [(0, 8, 3, 5)[row % 4] for row in range(len(table.weight))]
+    table.reads.counts.copy_(torch.tensor(read_counts))
     table.reads.batches.fill_(batches)
-    return hits, batches
+    return read_counts, batches
 
 
-def _expected_rows(limit: int, hits: list[int], batches: int) -> list[list[int]]:
+def _expected_rows(limit: int, read_counts: list[int], batches: int) -> list[list[int]]:
     """By the definition, the rows of every step."""
     found = []
     for pairs, _, _ in _batches(torch.float64):
         counted = Counter(place_rows(pairs, NUM_KEYS, 0).flatten().tolist())
-        found.append(best_rows([counted[row] for row in range(ROWS)], hits, batches, limit))
+        found.append(best_rows([counted[row] for row in range(ROWS)], read_counts, batches, limit))
     return found
 
 
@@ -116,9 +116,9 @@ def test_only_chosen_rows_move_and_only_then(kind: str, microbatches: int, limit
     pool = pool_of(_spec(kind, memory_finetune_rows=limit), torch.float64)
     table = pool.values
     optimizer = _optimizer(pool)
-    hits, batches = _background(table)
+    read_counts, batches = _background(table)
     start, grads = table.weight.detach().clone(), _dense_gradients(torch.float64)
-    chosen = _expected_rows(limit, hits, batches)
+    chosen = _expected_rows(limit, read_counts, batches)
     assert limit > ROWS or len({row for rows in chosen for row in rows}) < ROWS
     for batch, rows, grad in zip(_batches(torch.float64), chosen, grads, strict=True):
         before = table.weight.detach().clone()
@@ -135,10 +135,10 @@ def test_only_chosen_rows_move_and_only_then(kind: str, microbatches: int, limit
         for name, state in optimizer.state[table.weight].items():
             others = [row for row in range(ROWS) if row not in rows]
             assert torch.equal(state[others], kept[name][others]), name
-        assert not table.gradient.buffer.any() and not table.gradient.touched_r.any()
-        assert not table.reads.lookups_r.any()
+        assert not table.gradient.buffer.any() and not table.gradient.touched.any()
+        assert not table.reads.lookups.any()
     torch.testing.assert_close(table.weight.detach(), _of_chosen(start, grads, chosen, kind))
-    assert table.reads.counts.tolist() == hits and table.reads.batches.tolist() == [batches]
+    assert table.reads.counts.tolist() == read_counts and table.reads.batches.tolist() == [batches]
     lookups = [
         sum((place_rows(pairs, NUM_KEYS, 0) == row).sum() for row in rows)
         for rows, (pairs, _, _) in zip(chosen, _batches(torch.float64), strict=True)
@@ -164,7 +164,7 @@ def test_a_bf16_table_and_its_master_stay_bit_for_bit(kind: str, random: bool) -
         before = [table.weight.detach().clone(), state.get(MASTER, torch.zeros(ROWS, 1)).clone()]
         _read(pool, batch)
         optimizer.choose()
-        rows = table.gradient.touched_r.nonzero().squeeze(1).tolist()
+        rows = table.gradient.touched.nonzero().squeeze(1).tolist()
         assert len(rows) == 2
         optimizer.step()
         others = [row for row in range(ROWS) if row not in rows]
@@ -198,9 +198,9 @@ def test_a_skipped_batch_leaves_no_lookups_and_a_nan_outside_the_choice_shows() 
     pool = pool_of(_spec("sgd", memory_finetune_rows=1), torch.float64)
     table = pool.values
     optimizer = _optimizer(pool)
-    hits, batches = _background(table)
+    read_counts, batches = _background(table)
     first, second, *_ = _batches(torch.float64)
-    chosen = _expected_rows(1, hits, batches)
+    chosen = _expected_rows(1, read_counts, batches)
     _read(pool, first)
     table.gradient.buffer[[row for row in range(ROWS) if row not in chosen[0]]] = float("nan")
     assert not optimizer.squared_norm()["t"].isfinite()
@@ -225,9 +225,9 @@ def test_a_row_of_u_and_its_row_of_v_are_chosen_together() -> None:
     pool = pool_of(resolve(config, WIDTH, seed=1), torch.float64)
     optimizer = TableOptimizer(pool, pool.spec, StepOptions(), lr=LR)
     for table in pool:
-        hits, batches = _background(table)
+        read_counts, batches = _background(table)
     for (pairs, weights, grads), rows in zip(
-        _batches(torch.float64), _expected_rows(3, hits, batches), strict=True
+        _batches(torch.float64), _expected_rows(3, read_counts, batches), strict=True
     ):
         before = [table.weight.clone() for table in pool]
         x_TD = torch.randn(len(pairs), WIDTH, dtype=torch.float64, requires_grad=True)
@@ -263,11 +263,11 @@ def test_a_state_without_counters_leaves_those_that_there_are() -> None:
         ({"memory_finetune_rows": 0}, "--memory-finetune-rows 0 must be at least 1"),
         (
             {"memory_finetune_rows": 5},
-            "--memory-optimizer adamw moves every row .* use --memory-optimizer sgd or lazy_adamw",
+            "--memory-optimizer adamw updates every row .* --memory-optimizer sgd or lazy_adamw",
         ),
         (
             {"memory_finetune_rows": 5, "memory_optimizer": "rowwise_adamw"},
-            "--memory-optimizer rowwise_adamw moves every row",
+            "--memory-optimizer rowwise_adamw updates every row",
         ),
         (
             {"memory_background": "there"},

@@ -131,7 +131,7 @@ def test_each_optimizer_is_its_reference(kind: str, microbatches: int) -> None:
         for part in range(microbatches):
             _read(pool, batch, slice(part * 4 // microbatches, (part + 1) * 4 // microbatches))
         optimizer.step()
-        assert not table.gradient.buffer.any() and not table.gradient.touched_r.any()
+        assert not table.gradient.buffer.any() and not table.gradient.touched.any()
     torch.testing.assert_close(table.weight.detach(), expected)
     assert optimizer.table_steps == STEPS
 
@@ -186,7 +186,7 @@ def test_evaluation_leaves_no_trace() -> None:
     pairs, weights, _ = _batches(torch.float32)[0]
     with torch.no_grad():
         read(pool, pairs, weights, [len(pairs)])
-    assert not table.gradient.touched_r.any()
+    assert not table.gradient.touched.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""Who shares a table with whom."""
+"""Memory groups: which ranks share a table, its rows or its columns."""
 
 import pytest
 import torch.distributed as dist

@@ -1,10 +1,10 @@
-"""What a plan promises, on one rank and on several; the sums are tests/layers' business."""
+"""Routing plans on one rank and on several. tests/layers checks the sums."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megamem.parallel.routing import arrive, choose_wire, combine, dispatch, plan_routing
+from megamem.parallel.routing import choose_wire, combine, dispatch, plan_routing, receive
 from megamem.parallel.row_shard import RowShard
 from tests.helpers.distributed import run_distributed
 
@@ -24,7 +24,7 @@ def test_alone_every_lookup_stays_in_its_bag(wire) -> None:
     row_ids_TL = torch.randint(NUM_ROWS, (5, LOOKUPS))
     plan = plan_routing(row_ids_TL, RowShard(NUM_ROWS, 0, 1), None, [5], wire)
     assert plan.offsets.tolist() == list(range(0, 31, LOOKUPS))
-    assert torch.equal(arrive(plan).view(5, LOOKUPS), row_ids_TL)
+    assert torch.equal(receive(plan).view(5, LOOKUPS), row_ids_TL)
     weights_TL = torch.rand(5, LOOKUPS)
     assert torch.equal(dispatch(plan, weights_TL).view(5, LOOKUPS), weights_TL)
     bags_GV = torch.rand(5, 8)
@@ -43,7 +43,7 @@ def _lookups_arrive_where_their_rows_are(counts: list[int], skewed: bool) -> Non
     for wire in WIRES:
         plan = plan_routing(row_ids[rank], shard, dist.group.WORLD, counts, wire)
         weights_M = dispatch(plan, weights[rank])
-        row_ids_M = arrive(plan)
+        row_ids_M = receive(plan)
         assert plan.offsets[-1] == len(row_ids_M) == len(weights_M)
         assert len(plan.offsets) == sum(plan.bag_counts) + 1
 
@@ -51,10 +51,10 @@ def _lookups_arrive_where_their_rows_are(counts: list[int], skewed: bool) -> Non
         bag = 0
         for source in range(world):
             for token in range(plan.bag_counts[source]):
-                arrived = slice(plan.offsets[bag], plan.offsets[bag + 1])
-                present = row_ids_M[arrived] >= 0
-                found = row_ids_M[arrived][present] + shard.start
-                found_weights = weights_M[arrived][present]
+                lookups = slice(plan.offsets[bag], plan.offsets[bag + 1])
+                present = row_ids_M[lookups] >= 0
+                found = row_ids_M[lookups][present] + shard.start
+                found_weights = weights_M[lookups][present]
                 expected = expected_weights = torch.empty(0)
                 if token < counts[source]:
                     here = shard.owner(row_ids[source][token]) == rank
@@ -64,9 +64,9 @@ def _lookups_arrive_where_their_rows_are(counts: list[int], skewed: bool) -> Non
                 assert found_weights.tolist() == expected_weights.tolist()
                 bag += 1
 
-        # partial bags of ones come home as the number of ranks
-        home = combine(plan, torch.ones(sum(plan.bag_counts), 8))
-        assert torch.equal(home, torch.full((counts[rank], 8), float(world)))
+        # partial bags of ones sum to the number of ranks
+        out_TV = combine(plan, torch.ones(sum(plan.bag_counts), 8))
+        assert torch.equal(out_TV, torch.full((counts[rank], 8), float(world)))
 
 
 def _checks(counts: list[int]) -> None:

@@ -1,6 +1,7 @@
-"""Kinds of memory layers, one small file each. A new one is a file and a line here.
+"""The variants of memory layers, one file each.
 
-And a line in MemoryConfig.memory_variant, from which the flag's choices are made.
+A new variant takes a file in this package, an entry in VARIANTS, and its name in
+MemoryConfig.memory_variant, from which the choices of the flag are generated.
 """
 
 from megamem.checkpoint import SHARED, layer_table
@@ -15,25 +16,25 @@ VARIANTS: dict[str, Variant] = {
     "memory+": MemoryPlus(),
     "peer": Peer(),
 }
-"""Name, as of --memory-variant, -> what it does."""
+"""Value of --memory-variant -> the variant."""
 
 
 def variant_of(spec: MemorySpec) -> Variant:
-    """What the memory layers of a run do."""
+    """Return the variant of the memory layers of a run."""
     return VARIANTS[spec.variant]
 
 
 def pool_of(layer: int, spec: MemorySpec) -> str:
-    """The name of the pool that a layer reads."""
+    """Return the name of the pool that a layer reads."""
     return SHARED if spec.pool == "shared" else layer_table(layer)
 
 
 def pool_names(spec: MemorySpec) -> list[str]:
-    """Every pool of a model."""
+    """Return the names of all pools of a model."""
     return list(dict.fromkeys(pool_of(layer, spec) for layer in spec.layers))
 
 
 def table_names(spec: MemorySpec) -> list[str]:
-    """Every table of a model, pool by pool."""
+    """Return the names of all tables of a model, pool by pool."""
     variant = variant_of(spec)
     return [variant.table_name(pool, use) for pool in pool_names(spec) for use in variant.tables]

@@ -1,4 +1,4 @@
-"""Memory+ of "Memory Layers at Scale" (section 3.1): the read-out is gated and projected."""
+"""Memory+ of "Memory Layers at Scale", section 3.1: the read-out is gated, then projected."""
 
 from megamem.layers.init import WeightFactory
 from megamem.layers.output import GatedOutput, Output
@@ -7,19 +7,19 @@ from megamem.spec import MemorySpec
 
 
 class MemoryPlus(Memory):
-    """W2 (sum of weight * row * silu(W1 x))."""
+    """The output is W2 ((sum of weight * row) * silu(W1 x))."""
 
     projects = True
     silent_output = ("proj.weight", "proj.bias")
     # the read-out, the gate before and after silu, and their product
     kept_widths = 4
-    # of the read-out and of the gate
+    # the gradients of the read-out and of the gate
     gradient_widths = 2
 
     def key_dim(self, value_dim: int) -> int:
-        """Half of the value width."""
+        """Return half of the value width."""
         return value_dim // 2
 
     def output(self, spec: MemorySpec, make: WeightFactory) -> Output:
-        """Gate and projection."""
+        """Return the gate and the projection."""
         return GatedOutput(spec, make)

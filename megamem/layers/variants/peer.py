@@ -1,12 +1,15 @@
-"""PEER, whose row pairs are experts of one hidden unit each.
+"""PEER (He 2024, "Mixture of a Million Experts"): R experts of one hidden unit each.
 
-He 2024, "Mixture of a Million Experts": what a token x gets of its lookups is the sum of
+The output for a token x is the sum over its lookups of
 
     weight * gelu(u_row . x) * v_row
 
-u and v are tables of R rows as wide as the token. The owner of a row holds both of its halves, so a
-pass is that of any memory, but for the tokens, which travel to all owners beside their lookups; and
-backward the gradient of x is summed home as bags are.
+u and v are tables of R rows as wide as the token. The owner of a row holds the row of both tables.
+The data path is that of the other variants, except that the tokens are sent to all owners with
+their lookups, and in the backward the gradients of the tokens are summed over the owners, as the
+bags are in the forward.
+
+Letters: M lookups received here.
 """
 
 from collections.abc import Mapping
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from megamem.layers.init import WeightFactory
 from megamem.layers.output import Output
-from megamem.layers.value_table import Arrived, ValueTable
+from megamem.layers.value_table import ReceivedLookups, ValueTable
 from megamem.layers.variants.variant import VALUES, TableUse, Variant
 from megamem.spec import MemorySpec
 
@@ -24,31 +27,30 @@ U = "u"
 
 
 class Peer(Variant):
-    """R experts.
+    """The output is the sum of weight * gelu(u . x) * v over the experts of a token.
 
-    u and v start N(0, V**-0.5), as the values of the published memory layer do; u . x of a
-    normalised token then has a variance of one. An own standard deviation
-    (`--memory-value-init-std`) is that of v, so that 0 silences the experts without keeping them
-    from learning.
+    u and v start with a standard deviation of V**-0.5, as the values of the published memory layer
+    do, so that u . x of a normalized token has a variance of one. `--memory-value-init-std` sets
+    the standard deviation of v alone: at 0 the experts output nothing at first, and still train.
 
-    gelu is the exact one, by erf: the paper says GELU and names no approximation.
+    The activation is the exact GELU, x * Phi(x): the paper names no approximation.
     """
 
     tables = (TableUse(), TableUse(U, "dot"))
-    # an expert's dot product takes a whole row
+    # the dot product of an expert needs all columns of its row
     cuts_rows = False
-    # the product with u, its gelu, and that times the weight
+    # u . x, its gelu, and the product with the weight
     kept_per_lookup = 3
 
     def init_std(self, spec: MemorySpec, use: TableUse) -> float:
-        """u always starts at V**-0.5."""
+        """Return V**-0.5 for u, and the configured value for v."""
         return spec.value_dim**-0.5 if use.name == U else spec.value_init_std
 
-    def read_out(self, tables: Mapping[str, ValueTable], arrived: Arrived) -> Tensor:
-        """The experts' outputs, summed for every bag."""
-        hidden_M = F.gelu(tables[U].dot(arrived))
-        return tables[VALUES].bag(arrived, arrived.weights_M * hidden_M)
+    def read_out(self, tables: Mapping[str, ValueTable], received: ReceivedLookups) -> Tensor:
+        """Return the sum of the experts' outputs for each bag."""
+        hidden_M = F.gelu(tables[U].dot(received))
+        return tables[VALUES].bag(received, received.weights_M * hidden_M)
 
     def output(self, spec: MemorySpec, make: WeightFactory) -> Output:
-        """The read-out itself."""
+        """Return a module that outputs the read-out itself."""
         return Output()

@@ -1,14 +1,14 @@
-"""What one kind of memory layer has that others have not.
+"""The interface of a variant of memory layers.
 
-MemoryLayer's forward is the data path of all of them: query, product keys, lookups to the rows'
-owners, read-out there, output. A variant fills in two steps of it and says what they need:
+All variants share the data path of MemoryLayer.forward: query, product keys, lookups sent to the
+owners of rows, read-out there, output. A variant defines two of these steps and what they need:
 
-    tables       what a pool holds: the rows that lookups name
-    read_out     at the owner: rows -> a sum for every bag
-    output       at home: read-out -> what the layer adds to the model
+    tables       the tables of a pool, all indexed by the same row ids
+    read_out     on the owner of the rows: rows -> a sum for every bag
+    output       on the rank of the token: read-out -> the output of the layer
 
-The planner, checkpoints, converters and reports ask the same object, so a new variant needs no
-change in any of them.
+The planner, checkpoints, converters and reports use the same object, so a new variant changes none
+of them.
 """
 
 from abc import ABC, abstractmethod
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from megamem.layers.init import WeightFactory
 from megamem.layers.output import Output
-from megamem.layers.value_table import Arrived, ValueTable
+from megamem.layers.value_table import ReceivedLookups, ValueTable
 from megamem.spec import MemorySpec
 
 VALUES = "v"
-"""The table that every variant has; in checkpoints it bears the name of its pool."""
+"""The table that every variant has; in checkpoints it has the name of its pool."""
 
 
 @dataclass(frozen=True)
@@ -32,67 +32,70 @@ class TableUse:
     """One table of a pool."""
 
     name: str = VALUES
-    """Within the pool."""
+    """Name within the pool."""
 
     read: Literal["bag", "dot"] = "bag"
-    """bag: rows are summed by weight. dot: rows are multiplied with the tokens of their bags."""
+    """bag: the weighted sum of the rows of each bag. dot: the dot product of each row with the
+    token of its bag, which the owner of the row therefore needs."""
 
 
 class Variant(ABC):
-    """One kind of memory layer."""
+    """One variant of memory layers."""
 
     tables: ClassVar[tuple[TableUse, ...]] = (TableUse(),)
-    """The values first."""
+    """The tables of a pool; the values come first."""
 
     cuts_rows: ClassVar[bool] = True
-    """A rank can do with some columns of a row, so that modes column and 2d are possible."""
+    """Whether a rank can work with some of the columns of a row, so that `--memory-mode column` and
+    `2d` are possible."""
 
     projects: ClassVar[bool] = False
-    """The output projects V-wide read-outs to the hidden size, so that the two may differ."""
+    """Whether the output projects read-outs of width V to the hidden size, so that the two may
+    differ."""
 
     silent_output: ClassVar[tuple[str, ...]] = ()
-    """Weights of the output that silence a new layer when they are zero. Without any, its values
-    start at zero."""
+    """Weights of the output that make the output of a new layer zero when they are zero. If there
+    are none, the values are set to zero instead."""
 
     kept_widths: ClassVar[int] = 0
-    """V-wide rows for each token that the output keeps from forward to backward."""
+    """Number of [T, V] tensors that the output keeps from the forward to the backward."""
 
     gradient_widths: ClassVar[int] = 1
-    """V-wide gradients for each token that exist at once in the output's backward."""
+    """Number of [T, V] gradients that exist at the same time in the backward of the output."""
 
     kept_per_lookup: ClassVar[int] = 0
-    """fp32 numbers for each lookup that the read-out keeps, beside row and weight."""
+    """fp32 numbers per lookup that the read-out keeps for the backward, beside id and weight."""
 
     @property
     def reads_tokens(self) -> bool:
-        """The owners of rows need the tokens, which then travel with their lookups."""
+        """Whether the owners of rows need the tokens, which are then sent with the lookups."""
         return any(use.read == "dot" for use in self.tables)
 
     def table_name(self, pool: str, use: TableUse) -> str:
-        """The name of a table in the model, in checkpoints and reports."""
+        """Return the name of a table in the model, in checkpoints and in reports."""
         return pool if use.name == VALUES else f"{pool}.{use.name}"
 
     def key_dim(self, value_dim: int) -> int:
-        """Q, where --memory-key-dim is not given."""
+        """Return Q for a model that does not set --memory-key-dim."""
         return 256
 
     def init_std(self, spec: MemorySpec, use: TableUse) -> float:
-        """Standard deviation of a table's initial rows."""
+        """Return the standard deviation of a table's initial rows."""
         return spec.value_init_std
 
     @abstractmethod
-    def read_out(self, tables: Mapping[str, ValueTable], arrived: Arrived) -> Tensor:
-        """What the rows here contribute to each bag -> bags_Gv.
+    def read_out(self, tables: Mapping[str, ValueTable], received: ReceivedLookups) -> Tensor:
+        """Return what the rows of this rank contribute to each bag, [G, v].
 
         Args:
-            tables: of the pool, by their names within it.
-            arrived: the lookups of this rank's rows.
+            tables: the tables of the pool, by their names within it.
+            received: the lookups of this rank's rows.
         """
 
     @abstractmethod
     def output(self, spec: MemorySpec, make: WeightFactory) -> Output:
-        """The module that turns a layer's read-outs into its output.
+        """Return the module that turns a layer's read-outs into its output.
 
-        Every rank holds its weights whole: they are linears of megamem.layers.linear, or are used
-        through `reduce_gradient`, so that their gradients are those of all tokens.
+        Its weights are replicated. They are linears of megamem.layers.linear, or are used through
+        `reduce_gradient`, so that their gradients are summed over the tokens of all ranks.
         """
