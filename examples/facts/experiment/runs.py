@@ -34,11 +34,10 @@ from threading import Event
 from typing import Any
 
 import psutil
+from experiment.plan import Rates, Run, words
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from experiment.plan import Rates, Run, words
 
 ROOT = Path(__file__).parents[3]
 TRAIN, PROBE = ROOT / "examples" / "pretrain_gpt.py", ROOT / "examples" / "facts" / "probe.py"
