@@ -1,7 +1,8 @@
-"""`megamem bench`: how near the kernels come to what the memory of this machine can do.
+"""`megamem bench`: speed of the kernels, compared with the memory bandwidth of this machine.
 
-Measures a large copy first, which is the ceiling; then, case by case, checks the result of an op
-against its reference and times it beside torch. A case whose result is wrong is not timed.
+It first measures the bandwidth of a large copy, which is the upper bound. Then, for each op and
+size, it compares the result with the plain-torch reference, and measures the time of the op and of
+torch's own. A case with a wrong result is reported and not timed.
 """
 
 import argparse
@@ -46,7 +47,7 @@ from megamem.tools.markers import rewrite
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPS = ("bag", "topk", "adam", "dot")
 MARKER = "bench"
-"""Of the table in a page."""
+"""Name of the markers around the table in a Markdown page."""
 WRONG_RESULT = 1
 
 
@@ -57,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
     if args.table:
         return _show_table([Path(path) for path in args.table], args.into)
     if args.into:
-        raise ConfigurationError("--into is for a --table; measure with --json first")
+        raise ConfigurationError(
+            f"--into {args.into} needs --table FILE; measure with --json FILE first"
+        )
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     published = None
     if args.published:
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.json, args.plot):
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            # before minutes have gone into it
+            # a file that cannot be written is an error now, not after minutes of measurements
             Path(path).open("a").close()
     torch.manual_seed(args.seed)
     cases = list(_cases(args, device, published))
@@ -84,25 +87,28 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Found:
-    """What came of the cases."""
+    """The results of all cases."""
 
     records: list[Record] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    """Cases for which there was no memory, and how much they take."""
+    """Cases that were skipped for lack of memory, and how much they need."""
     wrong: list[str] = field(default_factory=list)
-    """Cases whose result is wrong, or that failed."""
+    """Cases that raised an exception or whose result is wrong."""
 
 
 def _measure_all(cases: list[Case], args: argparse.Namespace, device: torch.device) -> Found:
-    """Measure one case after the other, show and write what comes of them."""
-    # a file has no width of its own
+    """Measure one case after the other, print the table, and write the records."""
+    # where the output is a file or a pipe, rich does not know a width
     console = Console(width=None if sys.stdout.isatty() else 160)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     ceiling = copy_gbps(device)
-    console.print(f"{name}: a large copy moves {ceiling:.0f} GB/s, which is the ceiling below")
+    console.print(
+        f"{name}: a large copy runs at {ceiling:.0f} GB/s; the column '% of copy' compares with it."
+    )
     if device.type == "cpu":
         console.print(
-            "No GPU: the twins in plain torch run, on small shapes; only ratios mean anything."
+            "There is no GPU, so the plain-torch versions of the ops run on small shapes; these "
+            "times do not tell how fast the kernels are."
         )
     if args.json:
         Path(args.json).write_text("")
@@ -110,65 +116,74 @@ def _measure_all(cases: list[Case], args: argparse.Namespace, device: torch.devi
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
-            named = f"{case.op} {numbers(case.shape)} {case.distribution}"
-            progress.update(task, description=named)
+            title = f"{case.op} {numbers(case.shape)} {case.distribution}"
+            progress.update(task, description=title)
             free = _free_bytes(device)
             try:
                 if case.memory > free:
-                    needed = f"{case.memory / 2**30:.0f} GiB of {free / 2**30:.0f} GiB free"
-                    raise torch.OutOfMemoryError(f"it takes {needed}")
+                    needed, there = f"{case.memory / 2**30:.0f} GiB", f"{free / 2**30:.0f} GiB"
+                    raise torch.OutOfMemoryError(f"it needs {needed}, and {there} are free")
                 record = measure(case, device, name, ceiling, args.min_ms, args.command)
             except torch.OutOfMemoryError as error:
-                found.skipped.append(f"{named}: {first_line(error)}")
+                found.skipped.append(f"{title}: {first_line(error)}")
             except Exception as error:
-                found.wrong.append(f"{named} fails: {type(error).__name__}: {first_line(error)}")
+                found.wrong.append(f"{title} fails: {type(error).__name__}: {first_line(error)}")
             else:
-                _keep(record, named, found, args.json)
+                _keep(record, title, found, args.json)
             progress.advance(task)
     console.print(rich_table(found.records))
     for line in found.skipped:
         console.print(f"skipped: {line}")
     for line in failures(found.records):
-        console.print(f"could not: {line}")
+        console.print(f"not compared: {line}")
     return found
 
 
-def _keep(record: Record, named: str, found: Found, path: str | None) -> None:
-    # written so that NaN is wrong, too
+def _keep(record: Record, title: str, found: Found, path: str | None) -> None:
+    # this form of the comparison also finds NaN
     if not record.error <= MAX_RELATIVE_ERROR:
         error = f"relative error {record.error:.1e}"
-        found.wrong.append(f"{named} is wrong: {error}; it was not timed")
+        found.wrong.append(f"{title} is wrong: {error}; it was not timed")
         return
     found.records.append(record)
     if path:
-        # at once, so that a run that is cut off leaves what it measured
+        # written at once, so that an interrupted run leaves what it has measured
         with Path(path).open("a") as file:
             file.write(json.dumps(asdict(record)) + "\n")
 
 
 def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Those of `megamem bench`, or, where --memory is among the words, of that."""
+    """Add the flags of `megamem bench`, or of `megamem bench --memory` if that is asked for."""
     add = parser.add_argument
-    add("--memory", action="store_true", help="measure what ranks hold instead; has its own --help")
+    add(
+        "--memory",
+        action="store_true",
+        help="measure peak memory per rank instead of speed; megamem bench --memory --help lists "
+        "the flags",
+    )
     if "--memory" in words:
         parser.description = memory_bench.__doc__
         memory_bench.add_flags(parser)
         return
     parser.set_defaults(command=" ".join(("python -m megamem bench", *words)))
-    add("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
-    add("--ops", nargs="+", choices=OPS, default=OPS)
-    add("--quick", action="store_true", help="one size of each op, that of a layer of 2048")
-    add("--dtype", choices=DTYPES, default="bf16", help="of tables and queries")
-    add("--min-ms", type=float, default=200, help="time spent on each timing")
-    add("--json", metavar="FILE", help="write one record per line")
-    add("--plot", metavar="FILE", help="draw the roofline as a PNG")
-    published = "also time the bag kernels in this checkout of facebookresearch/memory"
+    add("--device", help="cuda, cuda:1 or cpu (default: the GPU if there is one)")
+    ops = "ops to measure: embedding_bag, product_topk, optimizer steps, row_dot (default: all)"
+    add("--ops", nargs="+", choices=OPS, default=OPS, help=ops)
+    quick = "measure each op at one size only, that of a layer of width 2048"
+    add("--quick", action="store_true", help=quick)
+    dtype = "dtype of tables and queries (default: %(default)s)"
+    add("--dtype", choices=DTYPES, default="bf16", help=dtype)
+    min_ms = "milliseconds spent on each measurement (default: %(default)g)"
+    add("--min-ms", type=float, default=200, help=min_ms)
+    add("--json", metavar="FILE", help="also write the records to this file, one JSON per line")
+    add("--plot", metavar="FILE", help="also draw a roofline plot as a PNG")
+    published = "also measure the embedding-bag kernels of this checkout of facebookresearch/memory"
     add("--published", metavar="DIR", help=published)
-    table = "measure nothing: turn --json files into Markdown"
+    table = "measure nothing, and print the records of --json files as a Markdown table"
     add("--table", nargs="+", metavar="FILE", help=table)
-    into = f"with --table: put it between the markers {MARKER!r} of this page"
+    into = f"with --table: write the table between the {MARKER!r} markers of this Markdown page"
     add("--into", metavar="PAGE", help=into)
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="seed of the random inputs (default: %(default)s)")
 
 
 def _show_table(paths: list[Path], page: str | None) -> int:
@@ -177,7 +192,9 @@ def _show_table(paths: list[Path], page: str | None) -> int:
         try:
             records += read_records(path)
         except (OSError, ValueError) as error:
-            raise ConfigurationError(f"{path} holds no records of --json: {error}") from error
+            raise ConfigurationError(
+                f"--table {path}: the file does not hold records of --json ({error})"
+            ) from error
     if page is None:
         sys.stdout.write(markdown(records))
         return 0
@@ -198,7 +215,7 @@ def _cases(
         sizes, tokens, lookups = [128, 1024, 4096, 16384], 8192, 128
     else:
         widths, rows, sizes, tokens, lookups = [64, 256], [2**12], [128], 64, 32
-    # a layer of width V reads rows of V with halves of queries of V / 4
+    # in a layer of width V rows have V numbers, and sub-keys V / 4
     typical = 2048 if gpu else 64
     if args.quick:
         widths, rows = [typical], [2**20 if gpu else 2**12]
@@ -221,10 +238,14 @@ def measure(
     min_ms: float,
     command: str = "",
 ) -> Record:
-    """Check a case, then time it and its rivals; a wrong one has no times."""
+    """Check a case, then time it and what it is compared with.
+
+    Returns:
+        The record; its times are NaN or None where the result is wrong.
+    """
     work = case.build()
     error = work.check()
-    # written so that NaN is wrong, too
+    # this form of the comparison also finds NaN
     right = error <= MAX_RELATIVE_ERROR
     ms = median_ms(work.run, device, min_ms) if right else math.nan
     failed: list[str] = []
@@ -259,25 +280,29 @@ def measure(
 def _first_timed(
     rivals: Iterable[Rival], device: torch.device, min_ms: float, failed: list[str]
 ) -> tuple[str, float | None]:
-    """Name and time of the first rival that runs; `failed` gets those before it, and why."""
+    """Name and median ms of the first rival that runs, or "" and None.
+
+    Rivals that raise an exception are appended to `failed`, with the exception.
+    """
     for rival in rivals:
         try:
             return rival.name, median_ms(rival.build(), device, min_ms)
         except Exception as error:
             failed.append(f"{rival.name}: {type(error).__name__}: {first_line(error)}")
-        # what it held is free again here, outside of the handler, whose traceback holds on to it
+        # here, as inside of the handler the traceback would keep the tensors alive
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return "", None
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; "" if it has none."""
     return (str(error).strip().splitlines() or [""])[0]
 
 
 @lru_cache
 def commit() -> str:
-    """The commit of the checkout that runs, "+" behind it where files differ; "" outside of one."""
+    """The commit of this checkout, followed by "+" if files are modified; "" outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         words = [
@@ -290,7 +315,7 @@ def commit() -> str:
 
 
 def copy_gbps(device: torch.device) -> float:
-    """Bytes read plus bytes written per second by a copy several times as large as the cache."""
+    """GB/s, read plus written, of a copy that is several times as large as the cache."""
     size = 2**31 if device.type == "cuda" else 2**26
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
@@ -298,7 +323,7 @@ def copy_gbps(device: torch.device) -> float:
 
 
 def median_ms(run: Callable[[], object], device: torch.device, min_ms: float) -> float:
-    """Median time of a run; on a GPU by events, with the cache flushed before each."""
+    """Median milliseconds of a call; on a GPU from events, with the cache flushed before each."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
@@ -317,5 +342,5 @@ def _free_bytes(device: torch.device) -> float:
     if device.type != "cuda":
         return 2**30
     torch.cuda.empty_cache()
-    # what allocating needs to round up and to keep
+    # the allocator needs some of it for rounding up and for blocks that it caches
     return 0.85 * torch.cuda.mem_get_info(device)[0]

@@ -1,8 +1,8 @@
-"""What the benchmark runs: an op on inputs of one shape, the bytes it must move, and its rival.
+"""The cases of the benchmark: an op on inputs of one shape, the bytes it moves, and its rivals.
 
-Bytes are counted as if nothing were reused: each lookup reads its row. Rows that many lookups share
-come from the cache, so skewed lookups may show more than the memory's bandwidth; the distribution
-is in the table for that reason. Gradients count distinct rows, which no cache can save.
+Forward passes count the bytes of a row once per lookup. Rows that many lookups share come from the
+cache, so skewed lookups may exceed the bandwidth of the memory; this is why the table names the
+distribution. Gradients count each distinct row once, as every one has to be written.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,55 +20,64 @@ from megamem.reference.row_dot import row_dot as dot_reference
 from megamem.tools.bench_published import PublishedKernels
 
 CHECKED_BAGS = 64
-# a bf16 result may be off by its rounding, a wrong one is off by its size
+# far more than rounding to bf16 causes, and far less than the error of a wrong result
 MAX_RELATIVE_ERROR = 2e-2
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table."""
+    """One row of the table."""
 
     op: str
     shape: dict[str, int]
     dtype: torch.dtype
     distribution: str
     build: Callable[[], "Work"]
-    """Makes the inputs; called when the case's turn has come, so that one case is in memory."""
+    """Makes the inputs; called just before the case is measured, so that one case is in memory."""
     memory: int
-    """Bytes of device memory that it takes, roughly; its rivals may take more."""
+    """Approximate bytes of device memory that the case needs; its rivals may need more."""
 
 
 @dataclass(frozen=True)
 class Rival:
-    """Something else that does the same."""
+    """Another implementation of the same op."""
 
     name: str
     build: Callable[[], Callable[[], object]]
-    """Makes what it needs beside the case's inputs, and returns what is timed."""
+    """Makes the tensors that it needs beside the case's inputs; returns the call to be timed."""
 
 
 @dataclass(frozen=True)
 class Work:
+    """A case whose inputs are in memory."""
+
     run: Callable[[], object]
+    """The call to be timed."""
     bytes: int
+    """Bytes that it has to read and write."""
     check: Callable[[], float]
-    """Relative error against the reference."""
+    """Returns the relative error of its result, compared with the reference."""
     rivals: tuple[Rival, ...] = ()
-    """Of torch; the first that runs is timed."""
+    """Torch's implementations; the first that runs is timed."""
     published: Rival | None = None
+    """The paper's kernels, where --published names them."""
 
 
 def draw_rows(count: int, num_rows: int, distribution: str, device: torch.device) -> Tensor:
-    """Row ids, uniform, or so that the k-th most popular row comes up about 1 / k as often."""
+    """Random row ids [count], int64.
+
+    They are uniform, or, as "zipf 1.0", the k-th most popular row is read about 1 / k as often.
+    """
     if distribution == "uniform":
         return torch.randint(num_rows, (count,), device=device)
     draws = torch.rand(count, dtype=torch.float64, device=device)
     ranks = (draws * torch.log(torch.tensor(float(num_rows)))).exp().long() - 1
-    # popular rows are not neighbours: an odd factor permutes a power of two
+    # multiplying by an odd factor permutes a power of two, so that popular rows are not neighbours
     return ranks.clamp(0, num_rows - 1) * 2654435761 % num_rows
 
 
 def relative_error(ours: Tensor, truth: Tensor) -> float:
+    """Norm of the difference, divided by the norm of the truth, in float64."""
     return float((ours.double() - truth.double()).norm() / truth.double().norm())
 
 
@@ -81,13 +90,14 @@ def bag_cases(
     device: torch.device,
     published: PublishedKernels | None = None,
 ) -> Iterator[Case]:
+    """embedding_bag for each width and number of rows, with uniform and skewed lookups."""
     size = dtype.itemsize
     kinds = ("forward", "forward + backward", "sparse backward", "backward += fp32")
     for width in widths:
         for num_rows in rows:
             for distribution in ("uniform", "zipf 1.0"):
                 for kind in kinds:
-                    # a dense gradient of torch's and one of ours, or a buffer in fp32
+                    # torch's dense gradient and ours, or a buffer in fp32
                     tables = {"forward": 1, "sparse backward": 1, "forward + backward": 3}
                     touched = min(num_rows, tokens * lookups)
                     memory = num_rows * width * (tables.get(kind, 1) * size)
@@ -115,14 +125,14 @@ def _bag(
     size, distinct = dtype.itemsize, len(row_ids.unique())
     lookup_bytes = len(row_ids) * 12
     forward_bytes = len(row_ids) * width * size + tokens * width * size + lookup_bytes
-    # V row in, gradient of the row out, gradient of the bags in
+    # rows are read and their gradients written; the gradients of the bags are read
     backward_bytes = 2 * distinct * width * size + tokens * width * size + lookup_bytes
 
     def check() -> float:
         return _bag_error(values, row_ids, weights, offsets, grad)
 
     def torch_forward(table: Tensor, per_sample: Tensor) -> Tensor:
-        # torch wants weights of the table's dtype
+        # torch needs per_sample_weights in the dtype of the table
         return F.embedding_bag(
             row_ids, table, offsets[:-1], mode="sum", per_sample_weights=per_sample
         )
@@ -132,7 +142,7 @@ def _bag(
         return published.bag(row_ids.view(tokens, -1), table, per_sample.view(tokens, -1))
 
     def rival(name: str, forward: Callable[[Tensor, Tensor], Tensor], wide: bool = False) -> Rival:
-        """In the dtype of the table, or in fp32; also backward, where that is asked for."""
+        """A rival in the dtype of the table, or in fp32, with backward if the case has one."""
 
         def build() -> Callable[[], object]:
             per_sample = weights.to(torch.float32 if wide else dtype, copy=True)
@@ -149,7 +159,7 @@ def _bag(
     theirs = None if published is None else rival("published", published_forward)
     torchs = [rival("F.embedding_bag", torch_forward)]
     if dtype != torch.float32:
-        # torch has no backward of per_sample_weights in bf16
+        # torch has no bf16 backward with per_sample_weights, so fp32 is tried next
         torchs.append(rival("F.embedding_bag", torch_forward, wide=True))
 
     if kind == "forward":
@@ -167,7 +177,7 @@ def _bag(
             bags = ops.embedding_bag(leaves[0], row_ids, leaves[1], offsets, check_row_ids=False)
             return torch.autograd.grad(bags, leaves, grad)
 
-        # autograd wants a dense gradient: every row of it is zeroed first
+        # autograd returns a dense gradient, of which every row is zeroed first
         dense_bytes = forward_bytes + backward_bytes + num_rows * width * size
         return Work(ours, dense_bytes, check, tuple(torchs), theirs)
     if kind == "sparse backward":
@@ -176,7 +186,7 @@ def _bag(
             backward_bytes,
             check,
         )
-    # as in training: value gradient into the optimizer's buffer, and the weight gradient
+    # as in training: the rows' gradient is added to the optimizer's buffer
     buffer = torch.zeros(num_rows, width, device=device)
     leaf = weights.clone().requires_grad_()
     out = ops.embedding_bag(
@@ -187,7 +197,7 @@ def _bag(
         check_row_ids=False,
         add_value_grad_to=buffer,
     )
-    # beside the V row in, the buffer's touched rows in and out
+    # touched rows are read, and the buffer's touched rows are read and written
     buffer_bytes = backward_bytes - distinct * width * size + 2 * distinct * width * 4
     return Work(
         lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True), buffer_bytes, check
@@ -197,7 +207,7 @@ def _bag(
 def _bag_error(
     values: Tensor, row_ids: Tensor, weights: Tensor, offsets: Tensor, grad: Tensor
 ) -> float:
-    """Outputs and all gradients of the first bags against float64."""
+    """Largest relative error of output and gradients of the first bags, compared with float64."""
     bags = min(CHECKED_BAGS, len(grad))
     count = int(offsets[bags])
     row_ids, weights, offsets = row_ids[:count], weights[:count], offsets[: bags + 1]
@@ -233,7 +243,7 @@ def dot_cases(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Iterator[Case]:
-    """Products of rows with tokens, which the experts of the peer variant take."""
+    """row_dot, the products of rows with tokens that the peer variant needs, for each size."""
     for width in widths:
         for num_rows in rows:
             for kind in ("forward", "backward += fp32"):
@@ -288,7 +298,7 @@ def _dot(kind: str, shape: dict[str, int], dtype: torch.dtype, device: torch.dev
     dots = ops.row_dot(
         values, vectors, row_ids, offsets, check_row_ids=False, add_value_grad_to=buffer
     )
-    # rows for the gradient of the vectors, the buffer's touched rows in and out
+    # rows are read for the gradient of the vectors; touched rows of the buffer are read and written
     return Work(
         lambda: torch.autograd.grad(dots, vectors, grad, retain_graph=True),
         moved + 2 * distinct * width * 4 + tokens * width * size,
@@ -305,17 +315,18 @@ def topk_cases(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Iterator[Case]:
+    """product_topk for each number of sub-keys."""
     for num_keys in sizes:
         for kind in ("forward", "forward + backward"):
             shape = {"T": tokens, "H": heads, "N": num_keys, "C": key_dim, "K": min(topk, num_keys)}
-            # torch's scores of both halves and what its sort takes
+            # torch's scores of both halves, and the memory of its sort
             memory = 2 * tokens * heads * num_keys * 40
             build = partial(_topk, kind, shape, dtype, device)
             yield Case(f"product_topk {kind}", shape, dtype, "normal", build, memory)
 
 
 def _torch_topk(query: Tensor, sub_keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """The usual path: scores, two topk, all K * K sums, a third topk."""
+    """The usual way in torch: scores, a topk per half, all K * K sums, and a topk of these."""
     num_keys = sub_keys.shape[2]
     halves = torch.stack(query.chunk(2, dim=-1))
     (left, right), (i, j) = torch.einsum("zthc,zhnc->zthn", halves, sub_keys).topk(topk, dim=-1)

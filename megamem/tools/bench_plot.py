@@ -1,4 +1,4 @@
-"""A picture of benchmark records under the roof that the memory sets."""
+"""A roofline plot of benchmark records."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ from megamem.tools.bench_table import Record
 
 
 def plot(records: list[Record], path: Path) -> None:
-    """GB/s of every case over the bytes it moves, one colour per op, the copy as the roof."""
-    # matplotlib is for who asks for a picture
+    """Write a PNG: GB/s of every case over the bytes it moves, with the large copy as the roof."""
+    # imported here, as only --plot needs matplotlib
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,9 +29,9 @@ def plot(records: list[Record], path: Path) -> None:
                 label=f"{op} {distribution}".strip() if points else None,
             )
     if records:
-        axes.axhline(records[0].ceiling_gbps, color="black", linewidth=1, label="copy")
+        axes.axhline(records[0].ceiling_gbps, color="black", linewidth=1, label="large copy")
         axes.set_title(records[0].device)
-    axes.set(xscale="log", yscale="log", xlabel="MB that must be moved", ylabel="GB/s")
+    axes.set(xscale="log", yscale="log", xlabel="MB read and written", ylabel="GB/s")
     figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, format="png", dpi=120)
     pyplot.close(figure)

@@ -1,6 +1,6 @@
-"""Runs the kernels that were published with the paper, from a checkout that the user has.
+"""Runs the kernels that were published with the paper, from a checkout of the user's.
 
-None of that code is in megamem. One function of it is called, by its name and arguments.
+megamem contains none of that code; it imports the checkout and calls one of its functions.
 """
 
 import importlib.util
@@ -23,17 +23,19 @@ class PublishedKernels:
 
     @classmethod
     def load(cls, checkout: Path, device: torch.device) -> "PublishedKernels":
-        """Import them.
+        """Import the kernels from a checkout.
 
         Raises:
-            ValueError: there is no GPU to run them on, or the folder does not hold them.
+            ValueError: the device is not a GPU, or the folder does not contain the kernels.
         """
         if device.type != "cuda":
-            raise ValueError("--published needs a GPU: the published kernels run nowhere else.")
+            raise ValueError(
+                f"--published {checkout} needs a GPU, and --device is {device}; leave it out."
+            )
         path = checkout / MODULE
         if not path.is_file():
             raise ValueError(
-                f"--published {checkout}: there is no {MODULE}; name a checkout of "
+                f"--published {checkout} has no {MODULE}; name a checkout of "
                 "https://github.com/facebookresearch/memory."
             )
         spec = importlib.util.spec_from_file_location("published_embedding_bag", path)
@@ -41,5 +43,7 @@ class PublishedKernels:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         if not hasattr(module, FUNCTION):
-            raise ValueError(f"--published {checkout}: {MODULE} has no {FUNCTION}.")
+            raise ValueError(
+                f"--published {checkout}: {MODULE} has no {FUNCTION}; check out another commit."
+            )
         return cls(getattr(module, FUNCTION))

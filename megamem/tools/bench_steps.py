@@ -1,4 +1,4 @@
-"""What the benchmark runs of the table's optimizers; megamem.tools.bench_cases has the others."""
+"""The benchmark's cases of optimizer steps; megamem.tools.bench_cases has the others."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,17 +12,18 @@ from megamem.tools.bench_cases import Case, Rival, Work, relative_error
 
 ADAM = ("fp32", "fp32, as in training", "bf16, moment per row")
 TOUCHED = 0.63
-"""Share of the rows that as many uniform lookups as there are rows touch."""
+"""Share of the rows that are touched if there are as many uniform lookups as rows: 1 - 1 / e."""
 
 
 def adam_cases(widths: list[int], rows: list[int], device: torch.device) -> Iterator[Case]:
+    """Optimizer steps for each width and number of rows."""
     for width in widths:
         for num_rows in rows:
             for kind in ADAM:
                 shape = {"R": num_rows, "V": width}
                 dtype = torch.bfloat16 if kind.startswith("bf16") else torch.float32
                 build = partial(_adam, kind, shape, device)
-                # weights, gradient, moments, copy; as they are drawn in fp32
+                # bytes per number of weights, gradient, moments and copy, while drawn in fp32
                 memory = num_rows * width * (11 if dtype == torch.bfloat16 else 19)
                 picked = f"{TOUCHED:.0%} of rows" if kind.endswith("training") else "all rows"
                 yield Case(f"adamw_ {kind}", shape, dtype, picked, build, memory)
@@ -46,8 +47,8 @@ def _adam(kind: str, shape: dict[str, int], device: torch.device) -> Work:
 
     touched = torch.rand(num_rows, device=device) < TOUCHED
 
-    def step(op: Callable[..., None], state: list[Tensor | None], seed: int | None) -> None:
-        *tensors, copy = state
+    def step(op: Callable[..., None], table: list[Tensor | None], seed: int | None) -> None:
+        *tensors, copy = table
         assert tensors[0] is not None
         options = ops.AdamOptions(
             step=3,
@@ -61,20 +62,20 @@ def _adam(kind: str, shape: dict[str, int], device: torch.device) -> Work:
         op(*tensors, options)
 
     seed = None if fp32 else 1
-    state = tables(num_rows)
+    table = tables(num_rows)
 
     def check() -> float:
         ours = tables(min(256, num_rows))
         twin = [None if x is None else x.clone() for x in ours]
         step(ops.adamw_, ours, seed)
         step(row_adam_reference.adamw_, twin, seed)
-        # the change, not the weights, must be right
+
         assert ours[2] is not None and twin[2] is not None
         assert ours[0] is not None and twin[0] is not None
         return max(relative_error(ours[n], twin[n]) for n in (0, 2))  # type: ignore[arg-type]
 
-    # weights and moments in and out, the copy out, gradient in; in training, gradients of touched
-    # rows are read and cleared
+    # weights and moments are read and written, the copy is written, the gradient is read; in
+    # training the gradients of touched rows are also cleared
     gradient = 8 * float(touched.double().mean()) if training else 4
     per_number = 26 + gradient if fp32 else 8 + gradient
     moved = int(num_rows * width * per_number) + (0 if fp32 else 8 * num_rows)
@@ -82,15 +83,15 @@ def _adam(kind: str, shape: dict[str, int], device: torch.device) -> Work:
 
     def torchs() -> Callable[[], object]:
         parameter = torch.zeros(num_rows, width, device=device, requires_grad=True)
-        parameter.grad = state[1]
+        parameter.grad = table[1]
         return torch.optim.AdamW([parameter], lr=1e-3, fused=True).step
 
     rivals = (Rival("torch fused AdamW", torchs),) if fp32 and device.type == "cuda" else ()
-    return Work(lambda: step(ops.adamw_, state, seed), moved, check, rivals)
+    return Work(lambda: step(ops.adamw_, table, seed), moved, check, rivals)
 
 
 def _lazy(shape: dict[str, int], device: torch.device) -> Work:
-    """The step of lazy_adamw: touched rows, each with counters of its own."""
+    """The step of lazy_adamw on touched rows, each of which has its own counters."""
     num_rows, width = shape.values()
 
     def tables(count: int) -> tuple[list[Tensor], Tensor]:
@@ -102,10 +103,10 @@ def _lazy(shape: dict[str, int], device: torch.device) -> Work:
         copy = torch.empty_like(weights, dtype=torch.bfloat16)
         return [weights, rows, grads, *moments, *counters], copy
 
-    def step(op: Callable[..., None], state: list[Tensor], copy: Tensor) -> None:
-        op(*state, ops.AdamOptions(step=3, lr=1e-3, weight_decay=0.1, copy_rV=copy))
+    def step(op: Callable[..., None], table: list[Tensor], copy: Tensor) -> None:
+        op(*table, ops.AdamOptions(step=3, lr=1e-3, weight_decay=0.1, copy_rV=copy))
 
-    state, copy = tables(num_rows)
+    table, copy = tables(num_rows)
 
     def check() -> float:
         ours, out = tables(min(256, num_rows))
@@ -114,6 +115,6 @@ def _lazy(shape: dict[str, int], device: torch.device) -> Work:
         step(row_adam_reference.touched_adamw_, twin, out.clone())
         return max(relative_error(ours[n], twin[n]) for n in (0, 3))
 
-    # gradient in; weights and moments in and out; the copy out; counters in and out
-    moved = len(state[1]) * (width * 30 + 8 + 16)
-    return Work(lambda: step(ops.touched_adamw_, state, copy), moved, check)
+    # the gradient is read, weights, moments and counters are read and written, the copy is written
+    moved = len(table[1]) * (width * 30 + 8 + 16)
+    return Work(lambda: step(ops.touched_adamw_, table, copy), moved, check)

@@ -1,4 +1,4 @@
-"""What the benchmark found, and how it looks: in a terminal, in a file, in the README."""
+"""Records of the benchmark, as a table in a terminal and in Markdown."""
 
 import json
 from dataclasses import MISSING, dataclass, fields
@@ -28,19 +28,19 @@ class Record:
     error: float
     commit: str
     command: str
-    # what records of earlier commits lack
+    # records of earlier commits do not have the following fields
     failures: tuple[str, ...] = ()
-    """Rivals that could not do it, and why."""
+    """Rivals that raised an exception, with the exception."""
     torch: str = ""
     triton: str = ""
-    """Their versions."""
+    """The versions of torch and Triton."""
 
 
 def read_records(path: Path) -> list[Record]:
     """The records of a --json file.
 
     Raises:
-        ValueError: a line is not such a record, or there is none.
+        ValueError: a line is not a record, or the file is empty.
     """
     known = {field.name for field in fields(Record)}
     needed = {field.name for field in fields(Record) if field.default is MISSING}
@@ -48,11 +48,11 @@ def read_records(path: Path) -> list[Record]:
     for line in path.read_text().splitlines():
         record = json.loads(line)
         if not isinstance(record, dict) or not needed <= set(record) <= known:
-            raise ValueError(f"{line[:60]!r} is not one")
+            raise ValueError(f"{line[:60]!r} is not a record")
         record["failures"] = tuple(record.get("failures", ()))
         records.append(Record(**record))
     if not records:
-        raise ValueError("it is empty")
+        raise ValueError("the file is empty")
     return records
 
 
@@ -63,7 +63,7 @@ HEADINGS = (
 
 
 def cells(record: Record) -> tuple[str, ...]:
-    """A line of the table, under HEADINGS."""
+    """The cells of a row of the table, under HEADINGS."""
     r = record
     wide = " (fp32)" if r.baseline.endswith("in fp32") else ""
     return (
@@ -82,6 +82,7 @@ def cells(record: Record) -> tuple[str, ...]:
 
 
 def rich_table(records: list[Record]) -> Table:
+    """The table for a terminal."""
     table = Table(box=None)
     for n, title in enumerate(HEADINGS):
         table.add_column(title, justify="left" if n < 4 else "right", no_wrap=True)
@@ -91,18 +92,18 @@ def rich_table(records: list[Record]) -> Table:
 
 
 def failures(records: list[Record]) -> list[str]:
-    """What rivals could not do, and in which of the cases."""
-    told: dict[str, list[str]] = {}
+    """A sentence for each exception of a rival, with the cases in which it was raised."""
+    cases: dict[str, list[str]] = {}
     for record in records:
         for failure in record.failures:
-            told.setdefault(failure, []).append(f"{record.op} {numbers(record.shape)}")
-    return [f"{failure} (in {', '.join(dict.fromkeys(of))})" for failure, of in told.items()]
+            cases.setdefault(failure, []).append(f"{record.op} {numbers(record.shape)}")
+    return [f"{failure} (in {', '.join(dict.fromkeys(of))})" for failure, of in cases.items()]
 
 
 def markdown(records: list[Record]) -> str:
-    """A table of what was measured in one or more runs: on what, at which commit, by which command.
+    """A Markdown table for each run, under a line with device, commit and command.
 
-    Columns that no record has anything in are left out.
+    Columns that are empty in all records of a run are left out.
     """
     runs: dict[tuple[str, ...], list[Record]] = {}
     for r in records:
@@ -127,10 +128,10 @@ def _run(records: list[Record]) -> str:
         "|" + "".join("---|" if n < 4 else "---:|" for n in used),
     ]
     lines += ["| " + " | ".join(row[n] for n in used) + " |" for row in rows]
-    lines += ["", *(f"Could not: {failure}." for failure in failures(records))]
+    lines += ["", *(f"Not compared: {failure}." for failure in failures(records))]
     return "\n".join(lines) + ("\n" if lines[-1] else "")
 
 
 def numbers(shape: dict[str, int]) -> str:
-    """T=8192 L=128"""
+    """A shape as text, such as "T=8192 L=128"."""
     return " ".join(f"{letter}={number}" for letter, number in shape.items())

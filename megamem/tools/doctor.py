@@ -1,9 +1,10 @@
-"""megamem doctor: can this machine train with memory layers, and what will it use?
+"""`megamem doctor`: checks whether this machine can train memory layers, and what will be used.
 
-One table: versions, what is used for norms, optimizer and kernels, devices and their links, a tiny
-memory layer forward and backward, and known answers put through every kernel, on a GPU at the size
-of a real run; under torchrun also the collectives that lookups travel by. The exit status is 0 when
-nothing is wrong and 1 otherwise, so that a health check can use it.
+It prints one table: versions of packages, the implementations of norms, optimizer and kernels,
+devices and their links, a small memory layer in forward and backward, and a test of every kernel on
+inputs with known results (known answers), on a GPU at the size of a real run. Under torchrun it
+also tests the collectives that send lookups to other ranks. The exit status is 0 if there is no
+problem and 1 otherwise, so that a health check can use it.
 """
 
 import argparse
@@ -49,23 +50,29 @@ SHOWN: dict[Status, str] = {
 VERSIONS = ("torch", "triton", "megatron-core")
 TOLERANCE = 1e-3
 CPU_SCALE = 4096
-"""What sizes of the known answers are divided by where there is no GPU."""
+"""The sizes of the known answers are divided by this number where there is no GPU."""
 
 
 def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Those of `megamem doctor`."""
+    """Add the flags of `megamem doctor`."""
     add = parser.add_argument
-    add("--mib", type=int, help="size of a collective on each rank; default 64, on CPUs 4")
-    add("--timeout", type=int, default=60, help="seconds that a rank waits for the others")
+    mib = "MiB per rank in each test of a collective (default: 64 on GPUs, 4 on CPUs)"
+    add("--mib", type=int, help=mib)
+    timeout = "seconds that a rank waits for the other ranks (default: %(default)s)"
+    add("--timeout", type=int, default=60, help=timeout)
     add(
         "--light",
         action="store_true",
-        help="without known answers, which take a GPU's memory: for a health check beside a run",
+        help="skip the known answers, which need much GPU memory; for health checks during a run",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Examine this machine, or under torchrun all of them; 1 if something is wrong."""
+    """Check this machine, or under torchrun all of them; return 1 if there is a problem, else 0.
+
+    Raises:
+        ConfigurationError: --mib or --timeout is less than 1.
+    """
     for name, value in (("--mib", options.mib), ("--timeout", options.timeout)):
         if value is not None and value < 1:
             raise ConfigurationError(f"{name} {value} must be at least 1")
@@ -74,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     findings = [*versions(), *megatron(), *used(device), *devices()]
     findings.append(layer_check(device))
     if options.light:
-        findings.append(Finding("known answers", "not tried: --light", "note"))
+        findings.append(Finding("known answers", "skipped because of --light", "note"))
     else:
         findings += answers_check(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -82,19 +89,19 @@ def run(options: argparse.Namespace) -> int:
         findings, is_first = with_all_ranks(findings, device, mib * MIB, options.timeout)
     else:
         is_first = True
-        advice = "not tried: start with torchrun to try them"
+        advice = "not tested; start megamem doctor with torchrun to test them"
         findings.append(Finding("collectives", advice, "note"))
     problems = sum(finding.status == "problem" for finding in findings)
     if is_first:
         show(findings, problems)
     status = 1 if problems else 0
-    # where collectives failed, the process group is still there
+    # after a failed collective the process group still exists, and would block the exit
     lost_ranks.end_process(SystemExit(status), sys.excepthook)
     return status
 
 
 def own_device() -> torch.device:
-    """The GPU of this local rank, or the CPU."""
+    """The GPU of this local rank, or the CPU if there is no GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -104,34 +111,34 @@ def show(findings: list[Finding], problems: int) -> None:
     """Print the table and the verdict."""
     console = Console()
     table = Table(title=f"megamem {__version__}", title_justify="left")
-    table.add_column("what", no_wrap=True)
-    table.add_column("found", overflow="fold")
-    table.add_column("")
+    table.add_column("check", no_wrap=True)
+    table.add_column("result", overflow="fold")
+    table.add_column("status")
     for finding in findings:
         table.add_row(finding.what, finding.found, SHOWN[finding.status])
     console.print(table)
     if problems:
         word = "problem" if problems == 1 else "problems"
-        console.print(f"[red]Not ready:[/] {problems} {word}, marked above with what to do.")
+        console.print(f"[red]Not ready:[/] {problems} {word}; see the rows marked PROBLEM above.")
         return
-    trains = "on GPUs" if torch.cuda.is_available() else "on CPUs, for dry runs (megamem.run --cpu)"
-    console.print(f"[green]Ready:[/] this machine trains memory layers {trains}.")
+    where = "on GPUs" if torch.cuda.is_available() else "on CPUs, for dry runs (megamem.run --cpu)"
+    console.print(f"[green]Ready:[/] this machine can train memory layers {where}.")
 
 
 def versions() -> list[Finding]:
-    """Python and what megamem is built on, against what its metadata asks for."""
+    """The versions of Python and of megamem's main dependencies, checked against its metadata."""
     wanted = requirements()
     found = [Finding("python", platform.python_version())]
     for name in VERSIONS:
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            advice = f"not installed; pip install '{wanted.get(name, name)}'"
+            advice = f"not installed; run pip install '{wanted.get(name, name)}'"
             found.append(Finding(name, advice, "problem"))
             continue
         need = wanted.get(name)
         if need is not None and not need.specifier.contains(version, prereleases=True):
-            gap = f"{version}, but megamem needs {name}{need.specifier}"
+            gap = f"{version}, but megamem needs {name}{need.specifier}; run pip install '{need}'"
             found.append(Finding(name, gap, "problem"))
         else:
             found.append(Finding(name, version))
@@ -141,7 +148,7 @@ def versions() -> list[Finding]:
 
 
 def requirements() -> dict[str, Requirement]:
-    """Package -> what megamem's own metadata asks of it; nothing where it was not installed."""
+    """Package -> its requirement in megamem's metadata; empty if megamem is not installed."""
     try:
         lines = metadata.requires("megamem") or []
     except metadata.PackageNotFoundError:
@@ -151,8 +158,8 @@ def requirements() -> dict[str, Requirement]:
 
 
 def megatron() -> list[Finding]:
-    """Whether Megatron imports, and still has every function that megamem replaces."""
-    what = "megatron hooks"
+    """Whether Megatron can be imported and has every function that megamem replaces."""
+    what = "Megatron functions"
     failure = import_failure("megamem.megatron.patches")
     if not failure:
         from megamem.megatron import patches
@@ -165,11 +172,11 @@ def megatron() -> list[Finding]:
     if failure:
         advice = "install the release of megatron-core that megamem needs"
         return [Finding(what, f"{failure}; {advice}", "problem")]
-    return [Finding(what, "every function that megamem replaces is there")]
+    return [Finding(what, "all functions that megamem replaces exist")]
 
 
 def used(device: torch.device) -> list[Finding]:
-    """What will run norms, optimizer steps and memory lookups."""
+    """The implementations of norms, optimizer steps and memory lookups that a run will use."""
     engine, apex = transformer_engine(), nvidia_apex()
     if engine.status == "ok":
         norms = optimizer = "Transformer Engine"
@@ -178,25 +185,26 @@ def used(device: torch.device) -> list[Finding]:
     else:
         norms = optimizer = "torch"
     on_triton = use_triton(torch.empty(0, device=device))
-    kernels = Finding("memory kernels", "Triton" if on_triton else "torch, slow: there is no GPU")
+    plain = "plain torch, which is slow, as there is no GPU"
+    kernels = Finding("memory kernels", "Triton" if on_triton else plain)
     if device.type == "cpu" and on_triton:
         kernels = Finding(
             "memory kernels",
-            "Triton's interpreter, far slower than torch; unset TRITON_INTERPRET",
+            "Triton's interpreter, which is far slower than torch; unset TRITON_INTERPRET",
             "note",
         )
     return [
         engine,
         apex,
-        Finding("norms by", norms),
-        Finding("optimizer by", f"{optimizer}; value tables by megamem's own"),
+        Finding("norms", norms),
+        Finding("optimizer", f"{optimizer}; megamem's own for value tables"),
         kernels,
         *selected_forms(),
     ]
 
 
 def selected_forms() -> list[Finding]:
-    """What the environment selects in place of the defaults; nothing where it selects nothing."""
+    """The forms of ops that MEGAMEM_FORMS selects instead of the defaults; empty if none."""
     name = "forms of ops"
     try:
         selected = forms.selected()
@@ -204,42 +212,40 @@ def selected_forms() -> list[Finding]:
         return [Finding(name, str(error), "problem")]
     if not selected:
         return []
-    told = ", ".join(f"{op}={form}" for op, form in selected.items())
-    return [Finding(name, f"{told}, selected by {forms.ENVIRONMENT}", "note")]
+    listed = ", ".join(f"{op}={form}" for op, form in selected.items())
+    return [Finding(name, f"{listed}, selected by {forms.ENVIRONMENT}", "note")]
 
 
 def transformer_engine() -> Finding:
-    """Whether Transformer Engine is there and imports."""
+    """Whether Transformer Engine is installed and can be imported."""
     name = "Transformer Engine"
     if util.find_spec("transformer_engine") is None:
-        advice = (
-            "--transformer-impl local works without; on GPUs --sequence-parallel then needs Apex"
-        )
+        advice = "use --transformer-impl local; on GPUs --sequence-parallel then needs Apex"
         return Finding(name, f"not installed; {advice}", "note")
     if failure := import_failure("transformer_engine.pytorch"):
         advice = "reinstall it for this torch and CUDA, or uninstall it"
-        # without a GPU nobody will use it
+        # without a GPU no run uses it
         status: Status = "problem" if torch.cuda.is_available() else "note"
         return Finding(name, f"installed, but {failure}; {advice}", status)
     return Finding(name, version_of("transformer-engine", "transformer_engine"))
 
 
 def nvidia_apex() -> Finding:
-    """Whether NVIDIA's Apex is there; the package of that name on PyPI is something else."""
+    """Whether NVIDIA's Apex is installed; the package apex on PyPI is another project."""
     if util.find_spec("apex") is None:
-        return Finding("Apex", "not installed; nothing needs it", "note")
+        return Finding("Apex", "not installed; it is optional", "note")
     if util.find_spec("amp_C") is None or import_failure("apex.optimizers"):
         return Finding(
             "Apex",
-            "installed, but without NVIDIA's compiled kernels: PyPI's apex is another project. "
-            "pip uninstall apex, or build NVIDIA's from source",
+            "installed, but without NVIDIA's compiled kernels; PyPI's apex is another project. "
+            "Run pip uninstall apex, or build NVIDIA's from source",
             "problem",
         )
     return Finding("Apex", f"{version_of('apex', 'apex')}, built from source")
 
 
 def import_failure(module: str) -> str:
-    """Why a module does not import, in one line; empty if it does."""
+    """The exception that importing a module raises, in one line; empty if it can be imported."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -250,7 +256,7 @@ def import_failure(module: str) -> str:
 
 
 def version_of(distribution: str, module: str) -> str:
-    """Of an installed package, as its metadata or its module says."""
+    """The version of an installed package, from its metadata or its module."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -258,7 +264,7 @@ def version_of(distribution: str, module: str) -> str:
 
 
 def devices() -> list[Finding]:
-    """GPUs of one kind in one line, and how they are linked."""
+    """The GPUs, one row per kind, and their links."""
     if not torch.cuda.is_available():
         cpus = len(os.sched_getaffinity(0))
         return [Finding("GPUs", f"none; {cpus} CPU cores", "note")]
@@ -270,23 +276,26 @@ def devices() -> list[Finding]:
     found = [Finding("GPUs", f"{count} x {kind}") for kind, count in kinds.items()]
     if shutil.which("nvidia-smi"):
         said = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True)
-        found.append(Finding("links", links(said.stdout) or "nvidia-smi names none"))
+        found.append(Finding("links", links(said.stdout) or "nvidia-smi lists none"))
     return found
 
 
 def links(topology: str) -> str:
-    """`nvidia-smi topo -m` -> each kind of link between two GPUs, and how many pairs have it."""
+    """Kinds of links between GPUs, with the number of pairs, from `nvidia-smi topo -m`."""
     rows = [line.split() for line in re.sub(r"\x1b\[[0-9;]*m", "", topology).splitlines()]
     rows = [row for row in rows if row and row[0].startswith("GPU") and "X" in row]
     pairs: Counter[str] = Counter()
     for place, row in enumerate(rows):
         pairs.update(row[1 : 1 + place])
-    return ", ".join(f"{kind} between {count} pairs" for kind, count in pairs.most_common())
+    return ", ".join(
+        f"{kind} ({count} {'pair' if count == 1 else 'pairs'})"
+        for kind, count in pairs.most_common()
+    )
 
 
 def layer_check(device: torch.device) -> Finding:
-    """A tiny memory layer, forward and backward, against itself in float64."""
-    what = "tiny memory layer"
+    """A small memory layer in float32, forward and backward, compared with itself in float64."""
+    what = "small memory layer"
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             ours, truth = (tiny_layer(device, dtype) for dtype in (torch.float32, torch.float64))
@@ -295,36 +304,41 @@ def layer_check(device: torch.device) -> Finding:
         return Finding(what, f"fails on {device}: {type(error).__name__}: {line}", "problem")
     for name, exact in truth.items():
         wrong = float((ours[name].double() - exact).norm() / exact.norm())
-        # a NaN is no small error
+        # this form of the comparison also finds NaN
         if not wrong <= TOLERANCE:
-            return Finding(what, f"{name} on {device} is wrong by {wrong:.1%}", "problem")
-    return Finding(what, f"forward and backward on {device} are right")
+            said = f"the {name} on {device} is wrong by {wrong:.1%}; do not train on it"
+            return Finding(what, said, "problem")
+    return Finding(what, f"forward and backward on {device} are correct")
 
 
 def tiny_layer(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Name -> output and gradients of a layer whose weights and input are the same every time."""
+    """Output and gradients of a layer, by name; its weights and its input are fixed."""
     hidden = 64
     config = MemoryConfig(memory_layers=[0], memory_num_keys=32, memory_heads=2, memory_topk=8)
     spec = resolve(config, hidden, seed=1)
     pool = MemoryPool(spec, "doctor", device=device, dtype=dtype)
     layer = MemoryLayer(spec, pool, device=device, dtype=dtype)
     torch.manual_seed(1)
-    x_SBD = torch.randn(32, 2, hidden).to(device, dtype).requires_grad_()
-    out_SBD = layer(x_SBD)
-    out_SBD.square().sum().backward()
-    assert x_SBD.grad is not None
+    x = torch.randn(32, 2, hidden).to(device, dtype).requires_grad_()
+    out = layer(x)
+    out.square().sum().backward()
+    assert x.grad is not None
     values_grad, keys_grad = pool.values.weight.grad, layer.keys.sub_keys.grad
     assert values_grad is not None and keys_grad is not None
     return {
-        "output": out_SBD.detach(),
-        "gradient of the input": x_SBD.grad,
+        "output": out.detach(),
+        "gradient of the input": x.grad,
         "gradient of the values": values_grad,
         "gradient of the sub-keys": keys_grad,
     }
 
 
 def answers_check(device: torch.device) -> list[Finding]:
-    """Every kernel on inputs whose results are known: one line if all are right, else one each."""
+    """Test every kernel on inputs whose results are known.
+
+    Returns:
+        One finding for all correct answers, and one for each that is wrong or was skipped.
+    """
     on_gpu = device.type == "cuda"
     scale = 1 if on_gpu else CPU_SCALE
     console = Console(stderr=True)
@@ -337,16 +351,16 @@ def answers_check(device: torch.device) -> list[Finding]:
     for outcome in outcomes:
         name, op = outcome.answer.name, outcome.answer.op
         if outcome.wrong:
-            advice = "do not train with this: take another commit of megamem or release of Triton"
+            advice = "do not train with it; use another commit of megamem or release of Triton"
             said = f"wrong on {device} at {size}: {name}: {outcome.wrong}; {advice}"
             found.append(Finding(op, said, "problem"))
         elif outcome.skipped:
-            found.append(Finding(op, f"{name} was not tried: {outcome.skipped}", "note"))
+            found.append(Finding(op, f"{name} was skipped: {outcome.skipped}", "note"))
     right = len(outcomes) - len(found)
     if right:
         ops = len({outcome.answer.op for outcome in outcomes})
         seconds = sum(outcome.seconds for outcome in outcomes)
-        said = f"{right} of {len(outcomes)} for {ops} ops are right on {device}, at {size}"
+        said = f"{right} of {len(outcomes)} answers of {ops} ops are correct on {device}, at {size}"
         found.insert(0, Finding("known answers", f"{said}; {seconds:.1f} s"))
     return found
 
@@ -354,7 +368,18 @@ def answers_check(device: torch.device) -> list[Finding]:
 def with_all_ranks(
     findings: list[Finding], device: torch.device, size: int, patience: int
 ) -> tuple[list[Finding], bool]:
-    """The first rank's findings, the problems of all, and the collectives; and if we are first."""
+    """Add the problems of other ranks and the tests of the collectives to this rank's findings.
+
+    Args:
+        findings: this rank's.
+        device: this rank's.
+        size: bytes per rank in each test.
+        patience: seconds to wait for the other ranks.
+
+    Returns:
+        The findings, and whether this rank should print them: rank 0, and each rank whose
+        collectives fail.
+    """
     rank = int(os.environ.get("RANK", "0"))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -369,7 +394,7 @@ def with_all_ranks(
         dist.all_gather_object(hosts, host)
         findings = [
             *findings,
-            Finding("ranks", f"{world}, hosts {len(set(hosts))}, over {backend}"),
+            Finding("ranks", f"{world} ranks on {len(set(hosts))} hosts, over {backend}"),
             *(
                 Finding(f"rank {other} on {host}: {problem.what}", problem.found, "problem")
                 for other, problems in enumerate(everybody)
@@ -382,6 +407,6 @@ def with_all_ranks(
     except Exception as error:
         line = str(error).strip().splitlines()[0] if str(error) else ""
         text = f"rank {rank} on {platform.node()}: {type(error).__name__}: {line}"
-        # whoever fails says so itself: the others may be gone
+        # every rank that fails reports it, as the other ranks may have ended
         return [*findings, Finding("collectives", text, "problem")], True
     return findings, rank == 0

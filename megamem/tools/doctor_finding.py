@@ -1,4 +1,4 @@
-"""What doctor says of one thing."""
+"""The result of one check of `megamem doctor`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,8 +8,10 @@ Status = Literal["ok", "note", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table."""
+    """One row of the table."""
 
     what: str
+    """The name of the check."""
     found: str
+    """Its result, and for a problem what to do."""
     status: Status = "ok"

@@ -1,6 +1,6 @@
-"""The table of all flags in megamem/FLAGS.md, made from MemoryConfig.
+"""Makes the table of all --memory-* flags in megamem/FLAGS.md from MemoryConfig.
 
-python -m megamem.tools.flag_table megamem/FLAGS.md     rewrites it there
+python -m megamem.tools.flag_table megamem/FLAGS.md     rewrites the table in this file
 """
 
 import ast
@@ -15,7 +15,7 @@ from megamem.tools import markers
 
 
 def field_docs() -> dict[str, str]:
-    """Field -> the sentence under it, which is its --help text too."""
+    """Field -> the docstring under it, which is also its --help text."""
     body = ast.parse(inspect.getsource(MemoryConfig)).body[0]
     assert isinstance(body, ast.ClassDef)
     docs = {}
@@ -29,7 +29,7 @@ def field_docs() -> dict[str, str]:
 
 
 def flag_table() -> str:
-    """Markdown: one row for every field of MemoryConfig, in their order."""
+    """A Markdown table with a row for every field of MemoryConfig, in their order."""
     docs, hints = field_docs(), get_type_hints(MemoryConfig)
     rows = ["| flag | values | default | what it sets |", "|---|---|---|---|"]
     for field in fields(MemoryConfig):
@@ -61,7 +61,7 @@ def _default(value: Any) -> str:
 
 
 def rewrite(readme: str) -> str:
-    """The same text with the table between its markers as it should be."""
+    """The same text with the current table between its markers."""
     return markers.rewrite(readme, "flags", flag_table())
 
 

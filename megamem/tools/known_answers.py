@@ -1,8 +1,8 @@
-"""Known answers: every kernel at the size of a real run, on inputs whose results are known.
+"""Known answers: tests of every kernel at the size of a real run, on inputs with known results.
 
-Races and reads of memory that belongs to others show in large runs on a GPU, and neither in small
-ones nor in Triton's interpreter. So this is what `megamem doctor` and the tests on a GPU put
-through the ops that training calls, one answer after the other, in a few seconds.
+Races and out-of-bounds reads show in large runs on a GPU, but neither in small ones nor in Triton's
+interpreter. `megamem doctor` and the GPU tests therefore run the ops that training calls on these
+inputs, which takes a few seconds.
 """
 
 import time
@@ -18,7 +18,8 @@ from megamem.tools.known_steps import Form
 
 BF16 = torch.bfloat16
 NUMBERS = 2**28
-"""Of a table that an optimizer steps. Twelve runs of twice as many lost tens of millions."""
+"""Numbers in a table that an optimizer updates: half as many as in the runs in which a race lost
+tens of millions of updates."""
 KEPT_FREE = 0.9
 """Share of a GPU's free memory that an answer may take."""
 
@@ -31,31 +32,36 @@ class KnownAnswer:
     op: str
     """Its name in megamem.ops."""
     look: Callable[[torch.device, int], str | None]
+    """Runs the op at a scale; returns what `check` does."""
     needs: Callable[[int], float]
+    """Bytes of device memory at a scale."""
 
     def bytes(self, scale: int = 1) -> int:
-        """Device memory that it takes at most, roughly."""
+        """Approximate peak of device memory, in bytes."""
         return int(self.needs(scale))
 
     def check(self, device: torch.device, scale: int = 1) -> str | None:
-        """None where the op is right, else what was wrong, and in how many numbers of how many.
+        """Run the op and compare its result.
 
         Args:
-            device: where it runs.
-            scale: what sizes are divided by; 1 is the size of a real run.
+            device: where the op runs.
+            scale: sizes are divided by this number; 1 is the size of a real run.
+
+        Returns:
+            None if the result is correct, else which numbers are wrong, and how many of how many.
         """
         return self.look(device, scale)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one answer."""
+    """The result of one known answer."""
 
     answer: KnownAnswer
     wrong: str | None = None
-    """What was wrong, or the exception that the op raised."""
+    """What is wrong, or the exception that the op raised."""
     skipped: str | None = None
-    """Why it was not tried: there was no memory for it."""
+    """Why it was skipped: there is too little memory."""
     seconds: float = 0.0
 
 
@@ -66,18 +72,21 @@ def run(
     progress: Callable[[KnownAnswer], None] | None = None,
     answers: Sequence[KnownAnswer] | None = None,
 ) -> list[Outcome]:
-    """Ask for all of them, one after the other; an exception of one does not lose the others.
+    """Check known answers one after the other; an exception in one does not stop the others.
 
     Args:
-        device: where they run.
-        scale: what sizes are divided by.
-        memory: bytes that an answer may take. Default: what is free on a GPU; on a CPU, any.
-        progress: called with each answer before it is tried.
-        answers: which; all of ANSWERS by default.
+        device: where the ops run.
+        scale: sizes are divided by this number.
+        memory: bytes that an answer may use. Default: the free memory of a GPU; no limit on a CPU.
+        progress: called with each answer before it is checked.
+        answers: the answers to check. Default: ANSWERS.
+
+    Returns:
+        The outcomes, in the order of the answers.
     """
     threads = torch.get_num_threads()
     if device.type == "cpu":
-        # on small pieces threads wait for each other longer than they work
+        # for such small tensors several threads are slower than one
         torch.set_num_threads(1)
     try:
         return [_outcome(a, device, scale, memory, progress) for a in answers or ANSWERS]
@@ -96,13 +105,13 @@ def _outcome(
         progress(answer)
     started = time.perf_counter()
     try:
-        room = _free_bytes(device) if memory is None else memory
-        if answer.bytes(scale) > room:
-            needed, free = answer.bytes(scale) / 2**30, room / 2**30
-            return Outcome(answer, skipped=f"it takes {needed:.1f} GiB of {free:.1f} GiB free")
+        available = _free_bytes(device) if memory is None else memory
+        if answer.bytes(scale) > available:
+            needed, free = f"{answer.bytes(scale) / 2**30:.1f} GiB", f"{available / 2**30:.1f} GiB"
+            return Outcome(answer, skipped=f"it needs {needed}, and {free} are free")
         wrong = answer.check(device, scale)
         if device.type == "cuda":
-            # what a kernel did wrong is raised here and not in the next answer
+            # so that an error of a kernel is raised here and not in the next answer
             torch.cuda.synchronize(device)
     except torch.OutOfMemoryError as error:
         return Outcome(answer, skipped=f"it ran out of memory: {_first_line(error)}")
@@ -130,14 +139,14 @@ def _topk(
     heads: int = 4,
     topk: int = 32,
 ) -> KnownAnswer:
-    """bf16. A scale divides tokens: sub-keys are what matters."""
+    """A check of product_topk in bf16. The scale divides the tokens, not the sub-keys."""
     key_dim = 512
 
     def checked(device: torch.device, scale: int) -> str | None:
         return look(device, max(4, tokens // scale), heads, num_keys, key_dim, topk)
 
     def needs(scale: int) -> float:
-        # queries and sub-keys, their gradients, what torch works out at once in float64
+        # queries and sub-keys, their gradients, and the reference's chunk in float64
         count = max(4, tokens // scale) * heads
         return 24 * count * (key_dim + topk) + 60 * heads * num_keys * key_dim + 3e9 / scale**0.5
 
@@ -148,10 +157,16 @@ def _topk(
 def _bag(
     op: str, case: str, look: Callable[..., str | None], rows: int, per_number: int
 ) -> KnownAnswer:
-    """8192 bags of 128 lookups of a bf16 table of width 2048. A scale divides bags and rows.
+    """A check with 8192 bags of 128 lookups of a bf16 table of width 2048.
+
+    The scale divides bags and rows.
 
     Args:
-        per_number: bytes held for each number of the table, the table's own 2 among them.
+        op: its name in megamem.ops.
+        case: words for the name of the answer.
+        look: the check.
+        rows: rows of the table.
+        per_number: bytes held for each number of the table, including the table's own 2.
     """
     tokens, lookups, width = 8192, 128, 2048
 
@@ -173,7 +188,7 @@ def _bag(
 def _step(
     op: str, case: str, look: Callable[..., str | None], form: Form, width: int = 2048
 ) -> KnownAnswer:
-    """A table of NUMBERS. A scale divides its rows."""
+    """A check of an optimizer step on a table of NUMBERS numbers. The scale divides its rows."""
 
     def rows(scale: int) -> int:
         return max(1, NUMBERS // width // scale // steps.BLOCK) * steps.BLOCK
@@ -188,6 +203,8 @@ def _step(
 
 
 def _placement(num_keys: int) -> KnownAnswer:
+    """A check of place_rows and unplace_rows. The scale divides the rows."""
+
     def keys(scale: int) -> int:
         return max(8, int(num_keys / scale**0.5))
 

@@ -1,8 +1,10 @@
-"""What reading a table must give, to the last bit: the checks of known_answers for its reads.
+"""The checks of known_answers for ops that read a table, correct to the last bit.
 
-Inputs are small whole numbers and powers of two. Every sum of them is exact in fp32, whatever the
-order of its terms, so a result must be equal to plain torch's; one that is kept in bf16 is rounded
-once, to nearest. Only scores of normally distributed queries have an error bound.
+Inputs are small whole numbers and powers of two. Every sum of them is exact in fp32 in any order,
+so a result must equal that of plain torch; a result in bf16 is rounded to nearest once. Only the
+scores of normally distributed queries have an error bound.
+
+Each check returns None, or a sentence that says how many of which numbers are wrong.
 """
 
 from typing import Any
@@ -14,10 +16,10 @@ from megamem import ops
 from megamem.reference.product_topk import product_topk as topk_reference
 
 PERIOD = 1021
-"""Rows after which a table repeats itself. A prime, so that no offset that is wrong by a power of
-two finds the right numbers elsewhere."""
+"""Number of rows after which a table repeats. It is prime, so that an offset that is wrong by a
+power of two does not find the expected numbers in another row."""
 CHUNK = 2**26
-"""Numbers that plain torch works out at once."""
+"""Numbers that the plain-torch computation holds at once."""
 
 
 def whole_numbers(
@@ -30,13 +32,13 @@ def whole_numbers(
 
 
 def unlike(ours: Tensor, truth: Tensor, what: str) -> str | None:
-    """How many numbers differ from the truth, as a sentence; None for none. NaN is unlike all.
+    """How many numbers differ from the truth, as a sentence; None if none do. NaN always differs.
 
-    The truth are exact sums. What is kept in bf16 is rounded to nearest, either way of a tie:
-    Triton's interpreter rounds a tie down, a GPU to even.
+    The truth is an exact sum. A bf16 result must be that sum rounded to nearest; ties may go either
+    way, as Triton's interpreter rounds them down, and a GPU to even.
     """
     if ours.shape != truth.shape:
-        return f"{what} are of shape {tuple(ours.shape)} instead of {tuple(truth.shape)}"
+        return f"the {what} have shape {tuple(ours.shape)} instead of {tuple(truth.shape)}"
     share = 2.0**-8 if ours.dtype == torch.bfloat16 else 0.0
     wrong = 0
     for a, b in zip(ours.split(2**12), truth.split(2**12), strict=True):
@@ -51,7 +53,7 @@ def unlike(ours: Tensor, truth: Tensor, what: str) -> str | None:
 def topk_is_exact(
     device: torch.device, tokens: int, heads: int, num_keys: int, key_dim: int, topk: int
 ) -> str | None:
-    """Scores are whole numbers, so that ids and their order are known, ties included."""
+    """product_topk with scores that are whole numbers: row ids and their order are exact."""
     query = whole_numbers((tokens, heads, 2 * key_dim), 3, torch.bfloat16, device, 1)
     sub_keys = whole_numbers((2, heads, num_keys, key_dim), 3, torch.bfloat16, device, 2)
     scores, rows = ops.product_topk(query, sub_keys, topk)
@@ -62,7 +64,7 @@ def topk_is_exact(
 def topk_is_within_rounding(
     device: torch.device, tokens: int, heads: int, num_keys: int, key_dim: int, topk: int
 ) -> str | None:
-    """Normal queries and sub-keys, against float64."""
+    """product_topk of normally distributed queries and sub-keys, compared with float64."""
     generator = torch.Generator(device).manual_seed(3)
     options: dict[str, Any] = {"generator": generator, "device": device}
     query = torch.randn(tokens, heads, 2 * key_dim, **options).bfloat16()
@@ -75,7 +77,7 @@ def topk_is_within_rounding(
     wrong_scores = wrong_rows = 0
     for chunk in torch.arange(tokens).split(_tokens_at_once(num_keys)):
         halves = torch.stack(query[chunk].double().chunk(2, dim=-1))
-        # of a sum of C products in fp32, in any order; tensor cores cut off where others round
+        # error bound of a sum of C products in fp32, in any order; tensor cores truncate
         bound = key_dim * 2.0**-22 * (halves.norm(dim=-1) * longest.unsqueeze(1)).sum(0)
         bound = bound.unsqueeze(-1)
         left, right = torch.einsum("zthc,zhnc->zthn", halves, keys)
@@ -94,7 +96,7 @@ def topk_is_within_rounding(
 def topk_breaks_ties(
     device: torch.device, tokens: int, heads: int, num_keys: int, key_dim: int, topk: int
 ) -> str | None:
-    """A query of zeros scores all rows alike: the first of them are the best."""
+    """product_topk of queries of zeros: all scores are equal, so the first rows are returned."""
     query = torch.zeros(tokens, heads, 2 * key_dim, dtype=torch.bfloat16, device=device)
     sub_keys = whole_numbers((2, heads, num_keys, key_dim), 3, torch.bfloat16, device, 2)
     scores, rows = ops.product_topk(query, sub_keys, topk)
@@ -106,7 +108,7 @@ def topk_breaks_ties(
 def topk_shows_nan(
     device: torch.device, tokens: int, heads: int, num_keys: int, key_dim: int, topk: int
 ) -> str | None:
-    """A sub-key that is NaN comes before all others, in its head alone."""
+    """product_topk with a NaN in one sub-key: it is ranked first, in its head only."""
     broken = num_keys * 2 // 3
     query = whole_numbers((tokens, heads, 2 * key_dim), 3, torch.bfloat16, device, 1)
     sub_keys = whole_numbers((2, heads, num_keys, key_dim), 3, torch.bfloat16, device, 2)
@@ -115,12 +117,14 @@ def topk_shows_nan(
     scores, rows = ops.product_topk(query, spoiled, topk)
     missed = int((~scores[:, 0].isnan()).sum())
     if missed:
-        return f"{missed:,} of {scores[:, 0].numel():,} scores of a sub-key that is NaN are not NaN"
+        count = scores[:, 0].numel()
+        return f"{missed:,} of {count:,} scores of a sub-key with a NaN are not NaN"
     if problem := _impossible_rows(rows, num_keys):
         return problem
     elsewhere = int((rows[:, 0] // num_keys != broken).sum())
     if elsewhere:
-        return f"{elsewhere:,} of {rows[:, 0].numel():,} row ids are not of the sub-key that is NaN"
+        count = rows[:, 0].numel()
+        return f"{elsewhere:,} of {count:,} row ids do not belong to the sub-key with a NaN"
     true_scores, true_rows = _true_topk(query[:, 1:], sub_keys[:, 1:], topk)
     wrong = unlike(rows[:, 1:], true_rows, "row ids beside a head with a NaN")
     return wrong or unlike(scores[:, 1:], true_scores, "scores beside a head with a NaN")
@@ -129,7 +133,7 @@ def topk_shows_nan(
 def topk_has_gradients(
     device: torch.device, tokens: int, heads: int, num_keys: int, key_dim: int, topk: int
 ) -> str | None:
-    """Gradients of the queries and of the sub-keys, rounded to bf16 from exact sums."""
+    """Gradients of product_topk: exact sums for queries and sub-keys, rounded to bf16."""
     query = whole_numbers((tokens, heads, 2 * key_dim), 3, torch.bfloat16, device, 1)
     sub_keys = whole_numbers((2, heads, num_keys, key_dim), 3, torch.bfloat16, device, 2)
     leaves = (query.requires_grad_(), sub_keys.requires_grad_())
@@ -153,7 +157,7 @@ def topk_has_gradients(
 
 
 def _true_topk(query: Tensor, sub_keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """The reference in float64, where the scores of whole numbers are exact."""
+    """Scores and row ids of the reference in float64, in which whole numbers are exact."""
     keys = sub_keys.double()
     chunks = query.split(_tokens_at_once(sub_keys.shape[2]))
     found = [topk_reference(chunk.double(), keys, topk) for chunk in chunks]
@@ -166,22 +170,22 @@ def _tokens_at_once(num_keys: int) -> int:
 
 
 def _impossible_rows(rows: Tensor, num_keys: int) -> str | None:
-    """Row ids that do not exist, or that one read has twice."""
+    """A sentence if row ids do not exist or occur twice in one read; else None."""
     outside = int(((rows < 0) | (rows >= num_keys**2)).sum())
     if outside:
         return f"{outside:,} of {rows.numel():,} row ids do not exist"
     twice = int((rows.sort(dim=-1).values.diff(dim=-1) == 0).sum())
-    return f"{twice:,} of {rows.numel():,} row ids come twice in one read" if twice else None
+    return f"{twice:,} of {rows.numel():,} row ids occur twice in one read" if twice else None
 
 
 # embedding_bag and row_dot ------------------------------------------------------------------------
 
 
 class Reads:
-    """Lookups of a table that repeats every PERIOD rows, and what they must give, by plain torch.
+    """Random lookups in a table that repeats every PERIOD rows, and their results by plain torch.
 
-    Half of the lookups read 16 rows, as a few rows of a trained table are far more popular than
-    others; bags are of all lengths, some of them empty; one lookup of 16 reads no row.
+    Half of the lookups read one of 16 rows, as a few rows of a trained table are far more popular
+    than the others. Bags have random lengths, and some are empty. One lookup in 16 reads no row.
     """
 
     def __init__(self, device: torch.device, tokens: int, lookups: int, rows: int, width: int):
@@ -206,24 +210,24 @@ class Reads:
         )
 
     def table(self) -> Tensor:
-        """[rows, width] bf16"""
+        """The table, [rows, width] in bf16."""
         rows, _ = self.shape
         return self.block.repeat(-(-rows // self.period), 1)[:rows]
 
     def bags(self) -> Tensor:
-        """Sums of the rows that each bag reads, fp32."""
+        """The weighted sum of the rows of each bag, [bags, width] in fp32."""
         sums = torch.zeros(self.grad.shape, device=self.grad.device)
         for m in self._chunks():
             sums.index_add_(0, self.bag_ids[m], self._read(m) * self.weights[m].unsqueeze(-1))
         return sums
 
     def dots(self) -> Tensor:
-        """Each row with the gradient of its bag, fp32; 0 where no row is read."""
+        """The product of each lookup's row and its bag's gradient, fp32; 0 where no row is read."""
         products = [self._read(m).mul_(self.grad[self.bag_ids[m]]).sum(-1) for m in self._chunks()]
         return torch.cat(products)
 
     def add_row_gradient_(self, sums: Tensor) -> Tensor:
-        """Add weight times gradient of the bag to each row that is read."""
+        """Add weight times gradient of the bag to the sum of each row that is read."""
         for m in self._chunks():
             present = self.row_ids[m] >= 0
             share = self.grad[self.bag_ids[m]] * self.weights[m].unsqueeze(-1)
@@ -242,23 +246,24 @@ class Reads:
 def bags_are_exact(
     device: torch.device, tokens: int, lookups: int, rows: int, width: int
 ) -> str | None:
-    """Forward, with lookups that read no row, and without."""
+    """embedding_bag forward, with and without lookups that read no row."""
     reads = Reads(device, tokens, lookups, rows, width)
     table, truth = reads.table(), reads.bags()
     row_ids, weights = reads.row_ids, reads.weights
     bags = ops.embedding_bag(table, row_ids, weights, reads.offsets)
     if wrong := unlike(bags, truth, "numbers of the bags"):
         return wrong
-    # a row with weight 0 is as good as none
-    promised = row_ids.clamp(min=0), weights * (row_ids >= 0)
-    bags = ops.embedding_bag(table, *promised, reads.offsets, may_skip=False)
-    return unlike(bags, truth, "numbers of the bags, may_skip=False,")
+    # a row with weight 0 adds nothing, like a lookup that reads no row
+    present = row_ids.clamp(min=0), weights * (row_ids >= 0)
+    bags = ops.embedding_bag(table, *present, reads.offsets, may_skip=False)
+    return unlike(bags, truth, "numbers of the bags with may_skip=False")
 
 
 def bag_gradients_are_exact(
     device: torch.device, tokens: int, lookups: int, rows: int, width: int
 ) -> str | None:
-    """Backward as in training: added to an fp32 buffer that holds something, and of the weights."""
+    """embedding_bag backward as in training: gradients of rows are added to an fp32 buffer that is
+    not zero; gradients of weights are returned."""
     reads = Reads(device, tokens, lookups, rows, width)
     leaf = reads.weights.clone().requires_grad_()
     buffer = torch.full((rows, width), 5.0, device=device)
@@ -274,7 +279,7 @@ def bag_gradients_are_exact(
 def sparse_gradients_are_exact(
     device: torch.device, tokens: int, lookups: int, rows: int, width: int
 ) -> str | None:
-    """The gradients of touched rows alone."""
+    """sparse_gradients: touched rows, their gradients, and those of the weights."""
     reads = Reads(device, tokens, lookups, rows, width)
     found, grads, weight_grad = ops.sparse_gradients(
         reads.table(), reads.grad, reads.row_ids, reads.weights, reads.offsets
@@ -291,7 +296,7 @@ def sparse_gradients_are_exact(
 def row_dots_are_exact(
     device: torch.device, tokens: int, lookups: int, rows: int, width: int
 ) -> str | None:
-    """Dots of rows and vectors, the gradient of the vectors, and that of the rows in a buffer."""
+    """row_dot forward and backward; the rows' gradients are added to a buffer that is not zero."""
     reads = Reads(device, tokens, lookups, rows, width)
     vectors = reads.grad.clone().requires_grad_()
     buffer = torch.full((rows, width), 5.0, device=device)
@@ -310,7 +315,7 @@ def row_dots_are_exact(
 
 
 def placement_is_a_bijection(device: torch.device, num_keys: int) -> str | None:
-    """Every row of a table is read by one pair of sub-keys, which unplace_rows finds again."""
+    """place_rows gives each row to one pair of sub-keys, and unplace_rows returns that pair."""
     pairs = torch.arange(num_keys**2, device=device)
     rows = ops.place_rows(pairs, num_keys, seed=7)
     outside = int(((rows < 0) | (rows >= num_keys**2)).sum())
@@ -320,4 +325,4 @@ def placement_is_a_bijection(device: torch.device, num_keys: int) -> str | None:
     if missed:
         return f"{missed:,} of {len(pairs):,} rows are not read by exactly one pair of sub-keys"
     again = ops.unplace_rows(rows, num_keys, seed=7)
-    return unlike(again, pairs, "pairs that unplace_rows finds again")
+    return unlike(again, pairs, "pairs that unplace_rows returns")

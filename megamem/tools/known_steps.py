@@ -1,9 +1,10 @@
-"""What one step of an optimizer must give: the checks of known_answers for row_adam.
+"""The checks of known_answers for one step of an optimizer.
 
-A table repeats the same BLOCK rows, so that one block in float64 says what all of it must be, and
-what ought to come out alike is seen to. Where a step loses a gradient, clears one too early, reads
-a counter that was already written or touches a row that it should not, numbers differ by far more
-than the rounding that is allowed.
+A table repeats the same BLOCK rows, so one block in float64 is the truth for all of it. If a step
+loses a gradient, clears one too early, reads a counter that was already written, or changes a row
+that it must not, numbers differ by far more than the rounding that is allowed.
+
+Each check returns None, or a sentence that says how many of which numbers are wrong.
 """
 
 from collections.abc import Callable
@@ -17,45 +18,49 @@ from megamem import ops
 from megamem.reference import row_adam as reference
 
 BLOCK = 16
-"""Rows after which a table repeats itself."""
+"""Number of rows after which a table repeats."""
 CHUNK = 2**25
 """Numbers that are compared at once."""
 POISON = 1e30
-"""Gradients that a step must not read."""
+"""Value of the gradients that a step must not read."""
 STEP, LR, WEIGHT_DECAY = 50, 2.0**-6, 0.1
 SCALE = 0.5
 FP32_BOUND, BF16_BOUND = 2e-6, 2.0**-7
-"""Relative: some roundings of fp32; one unit in the last place of bf16, rounded at random."""
+"""Relative error bounds: several roundings in fp32; one unit in the last place for bf16 weights,
+which are rounded stochastically."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """Which of the forms of a step."""
+    """The dtype and the optimizer state of a step."""
 
     weights: torch.dtype = torch.float32
+    """The dtype of the weights that are updated."""
     copy: bool = False
-    """A bf16 copy of the weights is written, too."""
+    """The step also writes a bf16 copy of the weights."""
     first: bool = True
     """There is a first moment."""
     second: str = "number"
-    """One second moment for each "number", for each "row", or "" for none."""
+    """A second moment per "number" or per "row"; "" for none."""
 
 
 @dataclass
 class Table:
-    """Weights and their state, in the order in which the ops take them."""
+    """Weights and optimizer state, in the order of the ops' arguments."""
 
     weights: Tensor
     grads: Tensor
     exp_avg: Tensor | None
     exp_avg_sq: Tensor | None
     touched: Tensor
-    """[r] bool"""
+    """Whether each row has a gradient: [rows] bool."""
     touches: Tensor
+    """How often each row was updated, for lazy optimizers: [rows] int32."""
     last_steps: Tensor
-    """[r] int32, of the lazy optimizers"""
+    """The last step that updated each row, for lazy optimizers: [rows] int32."""
 
     def repeated(self, times: int) -> "Table":
+        """The table repeated along its rows."""
         return self._map(lambda x: x.repeat(times, *[1] * (x.dim() - 1)))
 
     def exact(self) -> "Table":
@@ -71,11 +76,11 @@ class Table:
 
 
 def block_of(form: Form, width: int, device: torch.device) -> Table:
-    """BLOCK rows in the middle of a training; every third has no gradient."""
+    """BLOCK rows as they are during training; every third row has no gradient."""
     generator = torch.Generator(device).manual_seed(8)
 
     def draw(*shape: int) -> Tensor:
-        # away from 0, where relative errors mean nothing
+        # magnitudes from 1 to 2, as relative errors near 0 are meaningless
         signs = torch.randint(2, shape, generator=generator, device=device) * 2 - 1
         return (torch.rand(shape, generator=generator, device=device) + 1) * signs
 
@@ -84,7 +89,7 @@ def block_of(form: Form, width: int, device: torch.device) -> Table:
     grads = torch.where(touched.unsqueeze(-1), draw(BLOCK, width), POISON)
     squares = {"number": (BLOCK, width), "row": (BLOCK,)}.get(form.second)
     return Table(
-        # an update changes them by a tenth or more
+        # small enough that an update changes them by a tenth or more
         weights=(draw(BLOCK, width) / 8).to(form.weights),
         grads=grads,
         exp_avg=draw(BLOCK, width) / 4 if form.first else None,
@@ -98,7 +103,7 @@ def block_of(form: Form, width: int, device: torch.device) -> Table:
 def dense_step_is_right(
     device: torch.device, rows: int, width: int, op: str, form: Form
 ) -> str | None:
-    """A step on every row that clears the gradients it has read."""
+    """A step on all rows that clears the gradients it has read."""
     block = block_of(form, width, device)
     table = block.repeated(rows // BLOCK)
     copy = None
@@ -118,13 +123,13 @@ def dense_step_is_right(
 def touched_step_is_right(
     device: torch.device, rows: int, width: int, op: str, form: Form
 ) -> str | None:
-    """A step on touched rows, each with counters of its own."""
+    """A step on touched rows, each of which has its own counters."""
     block = block_of(form, width, device)
     table = block.repeated(rows // BLOCK)
     copy = table.weights.bfloat16() if form.copy else None
     chosen = table.touched.nonzero().squeeze(-1)
     grads = table.grads[chosen]
-    # as sparse_gradients returns them: then slots of no row, whose gradients are undefined
+    # as from sparse_gradients: slots without a row follow, whose gradients are undefined
     chosen = torch.nn.functional.pad(chosen, (0, BLOCK), value=-1)
     grads = torch.nn.functional.pad(grads, (0, 0, 0, BLOCK), value=POISON)
     lazy = op != "touched_sgd_"
@@ -148,7 +153,7 @@ def touched_step_is_right(
 
 
 def _options(form: Form, copy: Tensor | None, device: torch.device) -> ops.AdamOptions:
-    """What every op takes; bf16 weights are rounded at random."""
+    """The options of the op under test; bf16 weights are rounded stochastically."""
     return ops.AdamOptions(
         step=STEP,
         lr=LR,
@@ -165,7 +170,7 @@ def _exact_options(device: torch.device) -> ops.AdamOptions:
 
 
 def _differences(table: Table, truth: Table, copy: Tensor | None) -> str | None:
-    """The first tensor that is not as it should be, and in how many numbers."""
+    """A sentence about the first tensor with wrong numbers; None if all are correct."""
     rounded = table.weights.dtype == torch.bfloat16
     expected: list[tuple[str, Tensor | None, Tensor | None, float]] = [
         ("gradients after the step", table.grads, truth.grads, 0.0),
@@ -186,12 +191,12 @@ def _differences(table: Table, truth: Table, copy: Tensor | None) -> str | None:
 
 
 def _far(ours: Tensor, block: Tensor, bound: float) -> int:
-    """How many numbers of a table are not those of the block that it repeats."""
+    """How many numbers of a table differ from the block that it repeats."""
     blocks = ours.view(-1, *block.shape)
-    room = bound * block.abs()
-    # POISON that stayed is as fp32 has it
+    tolerance = bound * block.abs()
+    # exact comparisons are made in the dtype of the table
     truth = block.to(ours.dtype) if bound == 0 else block
     return sum(
-        int((~((part - truth).abs() <= room)).sum())
+        int((~((part - truth).abs() <= tolerance)).sum())
         for part in blocks.split(max(1, CHUNK // block.numel()))
     )

@@ -1,18 +1,17 @@
-"""`megamem bench --memory`: the bytes that a rank holds at most, beside the plan's.
+"""`megamem bench --memory`: the peak memory of a rank, compared with the planner's.
 
-Every case spreads one table that two memory layers share over some ranks, and makes one step:
-forward, backward, gradient norm, update. The peak counts every byte of every tensor, with those
-that an op allocates for itself, in each of these phases:
+Each case shards one table, which two memory layers share, over some ranks and makes one step:
+forward, backward, gradient norm, update. The peak of each phase counts the bytes of all tensors,
+temporary ones included:
 
     on a GPU      torch.cuda.max_memory_allocated
-    on a CPU      the allocations that torch.profiler sees, made by the code that feeds the kernels
-                  on a GPU. The kernels themselves, which allocate nothing, are left out: their
-                  twins in plain torch would hold more. Rows to read are drawn at random; no number
-                  that a kernel would compute means anything
+    on a CPU      the allocations that torch.profiler records. The code that calls the kernels runs
+                  as on a GPU; the kernels, which allocate nothing, do not run, as their plain-torch
+                  versions would allocate more. Row ids are random, and results are meaningless
 
-Not counted either is what lies outside of torch: NCCL's and gloo's own buffers, CUDA's context,
-and what the allocator keeps for reuse. Beside the table the plan counts the layers' own weights
-and gradients in the table's dtype; no optimizer steps them here, as it is Megatron's.
+Memory outside of torch's tensors is not counted: buffers of NCCL and gloo, the CUDA context, and
+what the allocator caches. Beside the table the plan counts the layers' own weights and gradients in
+the table's dtype. Their optimizer is Megatron's and does not run here.
 """
 
 import argparse
@@ -55,15 +54,15 @@ PATIENCE = timedelta(minutes=10)
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of the model that is built."""
+    """The sizes of the model that is built."""
 
     num_keys: int
     width: int
-    """Of a row, and of the model."""
+    """Numbers per row of the table; also the hidden size."""
     key_dim: int
-    """Of a query."""
+    """Width of a head's query."""
     tokens: int
-    """Of each rank."""
+    """Tokens of each rank."""
     heads: int
     topk: int
     optimizer: str = "adamw"
@@ -76,42 +75,44 @@ CPU_SIZES = Sizes(num_keys=256, width=256, key_dim=64, tokens=128, heads=4, topk
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One case, on the rank that held most."""
+    """One case, on the rank with the highest peak."""
 
     device: str
     mode: str
     ranks: int
     sizes: Sizes
     planned: dict[str, float]
-    """weights, gradients, optimizer, buffers of the table, layers -> bytes."""
+    """Planned bytes of the table's weights, gradients, optimizer and buffers, and of the layers."""
     measured: dict[str, int]
-    """Phase -> peak."""
+    """Phase -> peak in bytes."""
 
     @property
     def plan(self) -> float:
+        """Planned bytes in total."""
         return sum(self.planned.values())
 
     @property
     def peak(self) -> int:
+        """Measured bytes: the highest peak of all phases."""
         return max(self.measured.values())
 
     @property
     def ratio(self) -> float:
-        """Measured to planned."""
+        """Measured bytes divided by planned bytes."""
         return self.peak / self.plan
 
     @property
     def buffers_ratio(self) -> float:
-        """The same of what forward and backward need beside what is held throughout."""
+        """The same ratio for the lookup buffers of forward and backward alone."""
         held = self.plan - self.planned["buffers"]
         peak = max(self.measured["forward"], self.measured["backward"])
         return (peak - held) / self.planned["buffers"]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark; return its exit status, not 0 where a peak is off the plan."""
+    """Run the benchmark; return 0, or 1 if a peak differs from the plan by more than TOLERANCE."""
     if args.json:
-        # before minutes have gone into it
+        # a file that cannot be written is an error now, not after minutes of measurements
         Path(args.json).open("a").close()
     gpus = torch.cuda.device_count() if args.device != "cpu" else 0
     sizes = _sizes(args, GPU_SIZES if gpus else CPU_SIZES)
@@ -130,7 +131,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(rich_table(records))
     if left_out := [str(ranks) for ranks in args.ranks if gpus and ranks > gpus]:
         console.print(
-            f"left out: {', '.join(left_out)} ranks, as there are {gpus} GPUs; --device cpu"
+            f"--ranks {' '.join(left_out)} was skipped, as there are {gpus} GPUs; --device cpu "
+            "measures any number of ranks."
         )
     if args.json:
         Path(args.json).write_text(json.dumps([as_json(r) for r in records], indent=2) + "\n")
@@ -138,23 +140,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Those of `megamem bench --memory`."""
+    """Add the flags of `megamem bench --memory`."""
     add = parser.add_argument
-    add("--ranks", nargs="+", type=int, default=[1, 2, 4], help="sizes of the memory group")
-    add("--modes", nargs="+", choices=MODES, default=MODES)
+    ranks = "numbers of ranks that share the table, measured one after the other (default: 1 2 4)"
+    add("--ranks", nargs="+", type=int, default=[1, 2, 4], help=ranks)
+    modes = "how the table is sharded, as --memory-mode (default: both)"
+    add("--modes", nargs="+", choices=MODES, default=MODES, help=modes)
     add("--device", choices=("cuda", "cpu"), help="default: GPUs if there are any")
-    add("--optimizer", choices=OPTIMIZERS, default="adamw")
-    add("--wire", choices=("auto", "alltoall", "allgather"), default="auto")
+    optimizer = "optimizer of the table, as --memory-optimizer (default: %(default)s)"
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help=optimizer)
+    wire = "collective used for the lookups, as --memory-wire (default: %(default)s)"
+    add("--wire", choices=("auto", "alltoall", "allgather"), default="auto", help=wire)
     for name, meaning in (
-        ("num-keys", "N, sub-keys of a half"),
-        ("width", "of a row"),
-        ("key-dim", "of a query"),
-        ("tokens", "of each rank"),
-        ("heads", "of a layer"),
-        ("topk", "rows that a head reads"),
+        ("num-keys", "sub-keys per query half"),
+        ("width", "numbers per row of the table; also the hidden size"),
+        ("key-dim", "width of a head's query"),
+        ("tokens", "tokens per rank"),
+        ("heads", "heads of a memory layer"),
+        ("topk", "rows that each head reads"),
     ):
-        add(f"--{name}", type=int, help=meaning)
-    add("--json", metavar="FILE", help="write the records")
+        field = name.replace("-", "_")
+        on_gpu, on_cpu = getattr(GPU_SIZES, field), getattr(CPU_SIZES, field)
+        default = f"{on_gpu}" if on_gpu == on_cpu else f"{on_gpu} on GPUs, {on_cpu} on CPUs"
+        add(f"--{name}", type=int, help=f"{meaning} (default: {default})")
+    add("--json", metavar="FILE", help="also write the records to this file")
 
 
 def _sizes(args: argparse.Namespace, default: Sizes) -> Sizes:
@@ -163,10 +172,10 @@ def _sizes(args: argparse.Namespace, default: Sizes) -> Sizes:
 
 
 def measure(mode: str, ranks: int, sizes: Sizes, *, on_gpu: bool = False) -> Record:
-    """Build, make a step on spawned ranks, and compare the fullest with the plan.
+    """Make a step on spawned ranks; return the highest peak of a rank, and the plan.
 
     Raises:
-        ConfigurationError: sizes that no layer can have.
+        ConfigurationError: no memory layer can have these sizes.
     """
     job, layout = job_of(mode, ranks, sizes)
     planned = planned_bytes(job, layout)
@@ -181,7 +190,7 @@ def measure(mode: str, ranks: int, sizes: Sizes, *, on_gpu: bool = False) -> Rec
 
 
 def job_of(mode: str, ranks: int, sizes: Sizes) -> tuple[Job, Layout]:
-    """What the planner is asked."""
+    """The planner's input for a case."""
     shape = ModelShape(
         num_layers=LAYERS,
         hidden_size=sizes.width,
@@ -209,7 +218,7 @@ def _spec(mode: str, ranks: int, sizes: Sizes) -> MemorySpec:
 
 
 def planned_bytes(job: Job, layout: Layout) -> dict[str, float]:
-    """Part -> bytes on the fullest rank."""
+    """Part -> bytes on the rank that holds most."""
     parts = rank_bytes(job, layout)
     own = LAYERS * memory_layer_parameters(job.spec)
     return {
@@ -223,7 +232,7 @@ def planned_bytes(job: Job, layout: Layout) -> dict[str, float]:
 
 @contextmanager
 def _environment(on_gpu: bool) -> Iterator[None]:
-    """What ranks must find before they import Triton."""
+    """Set the variables that ranks need in their environment before they import Triton."""
     wanted = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0" if on_gpu else "1"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
@@ -238,7 +247,7 @@ def _environment(on_gpu: bool) -> Iterator[None]:
 
 
 def _rank(rank: int, folder: str, mode: str, ranks: int, sizes: Sizes, on_gpu: bool) -> None:
-    """One rank of a case: writes its peaks."""
+    """Run one rank of a case and write its peaks to FOLDER/RANK.json."""
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -256,29 +265,29 @@ def _rank(rank: int, folder: str, mode: str, ranks: int, sizes: Sizes, on_gpu: b
     with recorder:
         _step(mode, ranks, sizes, device, recorder)
     Path(folder, f"{rank}.json").write_text(json.dumps(recorder.peaks()))
-    # not of a rank that fails: NCCL would wait there for those that wait for it
+    # not in a finally: after a failure NCCL would wait for ranks that wait for this one
     dist.destroy_process_group()
 
 
 def _step(
     mode: str, ranks: int, sizes: Sizes, device: torch.device, phase: Callable[[str], None]
 ) -> None:
-    """Build a table and its layers, and make one step, naming the phases as they begin."""
+    """Build a table and its layers and make one step; call `phase` when a phase begins."""
     spec = _spec(mode, ranks, sizes)
     group = form(partition([list(range(ranks))], ranks, ranks if mode == "column" else 1))
     place: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     pool = MemoryPool(spec, group=group, **place)
-    # as in a run: no gradient of it is autograd's
+    # as in a run: the table's gradient does not come from autograd
     pool.tables.requires_grad_(False)
     layers = [MemoryLayer(spec, pool, layer=n, group=group.members, **place) for n in range(LAYERS)]
     optimizer = TableOptimizer(pool, spec, StepOptions(), lr=1e-3, weight_decay=0.1)
     for layer in layers:
         for weight in layer.parameters():
-            # where Megatron sums gradients there is room for them all the time
+            # Megatron allocates the gradients of all weights for the complete run
             weight.grad = torch.zeros_like(weight)
-    hidden_SBD = torch.randn(sizes.tokens, 1, sizes.width, **place).requires_grad_()
+    hidden = torch.randn(sizes.tokens, 1, sizes.width, **place).requires_grad_()
     phase("forward")
-    y = hidden_SBD
+    y = hidden
     for layer in layers:
         y = layer(y)
     phase("backward")
@@ -294,11 +303,15 @@ def _step(
 
 
 def rich_table(records: list[Record]) -> Table:
-    """Planned and measured, a row a case."""
-    table = Table(box=None, title="MB on the fullest rank", title_justify="left")
+    """A table with a row per case: planned bytes by part, and measured peaks by phase."""
+    title = (
+        "MB on the rank with the highest peak. The columns up to plan are the planner's, those up\n"
+        "to peak are measured; buffers / plan compares the lookup buffers alone."
+    )
+    table = Table(box=None, title=title, title_justify="left")
     table.add_column("layout")
     parts, phases = list(records[0].planned) if records else [], PHASES
-    for title in (*parts, "plan", *phases, "peak", "peak / plan", "buffers"):
+    for title in (*parts, "plan", *phases, "peak", "peak / plan", "buffers / plan"):
         table.add_column(title, justify="right")
     for r in records:
         planned = [f"{r.planned[part] / 1e6:.2f}" for part in parts]
@@ -310,7 +323,7 @@ def rich_table(records: list[Record]) -> Table:
 
 
 def as_json(record: Record) -> dict[str, Any]:
-    """A record and its ratio."""
+    """The fields of a record, its totals and its ratios."""
     return asdict(record) | {
         "plan": record.plan,
         "peak": record.peak,

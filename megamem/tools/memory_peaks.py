@@ -1,4 +1,4 @@
-"""Counts the bytes that tensors hold at most, phase by phase of a step."""
+"""Records the peak memory of tensors in each phase of a step."""
 
 from typing import Any
 
@@ -8,7 +8,10 @@ PHASES = ("forward", "backward", "norm", "update")
 
 
 class GpuPeaks:
-    """Peak of each phase, as CUDA's allocator counts."""
+    """Peak memory of each phase, from torch's CUDA allocator.
+
+    A call with the name of a phase begins that phase.
+    """
 
     def __init__(self) -> None:
         self._phase, self._peaks = "", dict[str, int]()
@@ -27,11 +30,15 @@ class GpuPeaks:
         self._phase = phase
 
     def peaks(self) -> dict[str, int]:
+        """Phase -> peak in bytes."""
         return self._peaks
 
 
 class CpuPeaks:
-    """Peak of each phase, as the sum of all allocations and releases since this was entered."""
+    """Peak memory of each phase, from the allocations and releases since the context was entered.
+
+    A call with the name of a phase begins that phase.
+    """
 
     def __init__(self) -> None:
         cpu = torch.profiler.ProfilerActivity.CPU
@@ -50,6 +57,7 @@ class CpuPeaks:
             pass
 
     def peaks(self) -> dict[str, int]:
+        """Phase -> peak in bytes."""
         profiler = self._profiler.profiler
         assert profiler is not None and profiler.kineto_results is not None
         found, phase, held = dict.fromkeys(PHASES, 0), "", 0
@@ -64,7 +72,7 @@ class CpuPeaks:
 
 
 def leave_kernels_out() -> None:
-    """From here on launching a kernel does nothing, but for those that say which rows are read."""
+    """Make launches of kernels do nothing in this process; row ids become random numbers."""
     from triton.runtime.interpreter import InterpretedFunction
 
     run = InterpretedFunction.run

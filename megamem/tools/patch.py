@@ -1,12 +1,13 @@
-"""`megamem patch`: gives the training scripts of a Megatron-LM checkout memory layers for good.
+"""`megamem patch`: patches the training scripts of a Megatron-LM checkout, so that they accept the
+--memory-* flags without `-m megamem.run`.
 
-    megamem patch --megatron-dir DIR              insert the seam, or renew that of an older megamem
-    megamem patch --megatron-dir DIR --check      would that work? Nothing is written
-    megamem patch --megatron-dir DIR --reverse    take the seam out again
+    megamem patch --megatron-dir DIR              insert the patch, or update an older megamem's
+    megamem patch --megatron-dir DIR --check      only say whether that is possible; write nothing
+    megamem patch --megatron-dir DIR --reverse    remove the patch
 
-The patches for a release lie in patches/<release>/, and `git apply` applies them. The SHA256SUMS
-beside them pins the files as Megatron released them, so a patch needs no lines of context. A tree
-whose files are not these, with or without the seam, is left as it was.
+The patches for a release are in patches/<release>/ and are applied with `git apply`. The SHA256SUMS
+beside them are those of the scripts as Megatron released them. A checkout with other scripts, apart
+from megamem's own patch, is an error and is left unchanged.
 """
 
 import argparse
@@ -27,10 +28,10 @@ from rich.console import Console
 
 from megamem.config import ConfigurationError
 
-# installed, the patches lie inside the package; in a checkout, beside it
+# in an installed package the patches are inside of it; in a checkout they are beside it
 HOMES = (Path(__file__).parents[1] / "patches", Path(__file__).parents[2] / "patches")
-WITHOUT_PATCH = "or leave the tree as it is and start the script through `python -m megamem.run`"
-# what a seam says -> what it said before megamem.integration became megamem.megatron
+WITHOUT_PATCH = "or leave the checkout as it is and start the script with `python -m megamem.run`"
+# lines of the patch -> the same lines before megamem.integration became megamem.megatron
 OLD_SEAM = {
     b"# its patches must be in place before the imports": b"# its hooks must precede the imports",
     b"from megamem.megatron.launcher import": b"from megamem.integration.launcher import",
@@ -39,16 +40,16 @@ OLD_SEAM = {
 
 @dataclass(frozen=True)
 class Series:
-    """The patches for one line of releases, and the files they were made for."""
+    """The patches for one line of releases, and the checksums of the scripts."""
 
     release: str
     patches: bytes
     """The patch files, one after the other."""
     sums: dict[str, str]
-    """Path in the tree -> sha256 of the file as released."""
+    """Path in the checkout -> sha256 of the script as released."""
 
     def without_seam(self, path: str, content: bytes) -> bytes | None:
-        """The file as released, or None where it differs from that in more than a seam."""
+        """The script as released; None if it differs in more than megamem's lines."""
         old_patches = self.patches
         for new, old in OLD_SEAM.items():
             old_patches = old_patches.replace(new, old)
@@ -63,60 +64,62 @@ class Series:
 
 
 def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Which checkout, and what to do with it."""
+    """Add the flags of `megamem patch`."""
     parser.add_argument(
         *("--megatron-dir", "-d"),
         type=Path,
         default=Path("."),
         metavar="DIR",
-        help="the checkout (default: the working directory)",
+        help="the Megatron-LM checkout (default: the working directory)",
     )
-    parser.add_argument("--check", action="store_true", help="do all but write")
-    parser.add_argument("--reverse", action="store_true", help="take the patches out again")
+    check = "only say whether it is possible; write nothing"
+    parser.add_argument("--check", action="store_true", help=check)
+    parser.add_argument("--reverse", action="store_true", help="remove the patch")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Patch, check or restore a checkout.
+    """Patch, check or restore a checkout; return the exit status.
 
     Raises:
-        ConfigurationError: it is not what the patches were made for, or cannot be written to.
+        ConfigurationError: there are no patches for the checkout, its scripts were changed, or
+            they cannot be written.
     """
     tree: Path = args.megatron_dir
     version, series = find_release(tree)
-    done, contents = plan(tree, version, series, reverse=args.reverse)
+    done, contents = new_contents(tree, version, series, reverse=args.reverse)
     try:
         if not args.check:
             replace_files({tree / path: content for path, content in contents.items()})
     except OSError as error:
         raise ConfigurationError(
-            f"the scripts in --megatron-dir {tree} cannot be replaced ({error}); all are as they "
-            f"were. Make the tree writable, {WITHOUT_PATCH}"
+            f"the scripts in --megatron-dir {tree} cannot be replaced ({error}), and none was "
+            f"changed; make the checkout writable, {WITHOUT_PATCH}"
         ) from error
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"Megatron-LM {version} in {tree}, patches for {series.release}:")
     for path in contents:
         console.print(f"  {path}: {'can be ' if args.check else ''}{done}")
     if not args.check and not args.reverse:
-        console.print("Its scripts take --memory-* flags now; --help lists them.")
+        console.print("These scripts now accept the --memory-* flags; --help lists them.")
         if not _importable_from(tree):
             console.print(
-                "megamem itself is not installed in this Python, and the scripts do without it "
-                f"until it is: {sys.executable} -m pip install {Path(__file__).parents[2]}"
+                "megamem is not installed in this Python, and without it the scripts do not know "
+                f"the flags. Run {sys.executable} -m pip install {Path(__file__).parents[2]}"
             )
     return 0
 
 
 def find_release(tree: Path) -> tuple[str, Series]:
-    """The version of Megatron-LM that a tree holds, and the patches for it.
+    """The version of a Megatron-LM checkout, and the patches for it.
 
     Raises:
-        ConfigurationError: the tree is none of Megatron-LM, or no patches fit its release.
+        ConfigurationError: the folder is not a checkout, or there are no patches for its release.
     """
     facts = tree / "megatron" / "core" / "package_info.py"
     if not facts.is_file():
         raise ConfigurationError(
             f"--megatron-dir {tree} is not a Megatron-LM checkout: it has no "
-            f"{facts.relative_to(tree)}; give the folder that holds pretrain_gpt.py"
+            f"{facts.relative_to(tree)}; give the folder that contains pretrain_gpt.py"
         )
     numbers = dict(re.findall(r"^(MAJOR|MINOR|PATCH) *= *(\d+)", facts.read_text(), re.MULTILINE))
     known = available()
@@ -124,19 +127,23 @@ def find_release(tree: Path) -> tuple[str, Series]:
     release = f"core_v{version.rpartition('.')[0]}.x"
     if release not in known:
         raise ConfigurationError(
-            f"--megatron-dir {tree} holds Megatron-LM {version}, and there are patches for "
-            f"{', '.join(sorted(known))} only; check out one of these, {WITHOUT_PATCH}"
+            f"--megatron-dir {tree} is Megatron-LM {version}, but there are only patches for "
+            f"{', '.join(sorted(known))}; check out one of these releases, {WITHOUT_PATCH}"
         )
     return version, read_series(known[release])
 
 
 def available() -> dict[str, Path]:
-    """Line of releases, such as core_v0.19.x -> the folder of its patches."""
+    """Line of releases, such as core_v0.19.x -> the folder with its patches.
+
+    Raises:
+        ConfigurationError: megamem was installed without its patches.
+    """
     homes = [home for home in HOMES if home.is_dir()]
     if not homes:
         raise ConfigurationError(
-            f"the patches are missing: {' and '.join(map(str, HOMES))} do not exist; install "
-            "megamem from its checkout"
+            f"megamem's patches are missing, as {' and '.join(map(str, HOMES))} do not exist; "
+            "install megamem from its checkout"
         )
     return {folder.name: folder for folder in homes[0].glob("core_v*")}
 
@@ -148,13 +155,16 @@ def read_series(folder: Path) -> Series:
     return Series(folder.name, patches, {path: digest for digest, path in sums})
 
 
-def plan(
+def new_contents(
     tree: Path, version: str, series: Series, *, reverse: bool
 ) -> tuple[str, dict[str, bytes]]:
-    """What is done to the tree, in a word, and the new contents of the files it is done to.
+    """The new contents of the scripts.
+
+    Returns:
+        A participle for the output ("patched"), and path -> new content of each changed script.
 
     Raises:
-        ConfigurationError: a file is not what the patches were made for, or nothing is to be done.
+        ConfigurationError: a script is not as released, or there is nothing to do.
     """
     paths = sorted(series.sums)
     found = {path: (tree / path).read_bytes() for path in paths if (tree / path).is_file()}
@@ -167,50 +177,50 @@ def plan(
             f"{path} mentions megamem" for path in other if b"megamem" in found.get(path, b"")
         ]
         if any(b"\r\n" in found.get(path, b"") for path in other):
-            known.append("for LF line ends, clone with core.autocrlf=false")
+            known.append("it has CRLF line ends; clone with core.autocrlf=false")
         hint = f" ({', '.join(known)})" if known else ""
         raise ConfigurationError(
-            f"{', '.join(other)} in --megatron-dir {tree} is not as Megatron-LM {version} released "
-            f"it{hint}; restore it (`{restore} {' '.join(other)}` does, and drops what was "
-            f"changed), {WITHOUT_PATCH}"
+            f"{', '.join(other)} in --megatron-dir {tree} differs from Megatron-LM {version} as "
+            f"released{hint}; run `{restore} {' '.join(other)}`, which discards all changes, "
+            f"{WITHOUT_PATCH}"
         )
     patched = [path for path in paths if found[path] != released[path]]
     if patched and patched != paths:
         raise ConfigurationError(
-            f"--megatron-dir {tree} is half patched: of {', '.join(paths)} only "
-            f"{', '.join(patched)} has the seam; `{restore} {' '.join(patched)}` makes them alike"
+            f"--megatron-dir {tree} is only partly patched: of {', '.join(paths)} only "
+            f"{', '.join(patched)} has the patch; run `{restore} {' '.join(patched)}` to remove it"
         )
     wanted = released if reverse else git_apply(series.patches, released)
     assert wanted is not None, f"the patches for {series.release} do not fit the files they pin"
     contents = {path: wanted[path] for path in paths if wanted[path] != found[path]}
     if not contents:
-        state = "not patched" if reverse else "patched already (--reverse undoes it)"
-        raise ConfigurationError(f"--megatron-dir {tree} is {state}, so there is nothing to do")
+        status = "not patched" if reverse else "already patched (--reverse removes the patch)"
+        raise ConfigurationError(f"--megatron-dir {tree} is {status}, so there is nothing to do")
     if reverse:
         return "restored", contents
-    return "renewed, as its seam is an older megamem's" if patched else "patched", contents
+    return "updated from the patch of an older megamem" if patched else "patched", contents
 
 
 def git_apply(patches: bytes, files: dict[str, bytes], *options: str) -> dict[str, bytes] | None:
-    """The files as `git apply` leaves copies of them, or None where the patches do not fit.
+    """Apply patches to copies of the files; return the results, or None if they do not apply.
 
-    In the tree itself git would skip files without a word where another repository surrounds it,
-    refuse links, drop permissions, and leave a part done where it fails to write.
+    In the checkout itself git would silently skip files inside of another repository, refuse
+    symbolic links, drop permissions, and leave some files patched when it cannot write others.
 
     Raises:
         ConfigurationError: git is not installed.
-        OSError: git fails, for example where no space is left.
+        OSError: git fails, for example because the disk is full.
     """
     if not shutil.which("git"):
         raise ConfigurationError(
-            f"megamem patch needs git, and there is none on PATH; install git, {WITHOUT_PATCH}"
+            f"megamem patch needs git, which is not on PATH; install git, {WITHOUT_PATCH}"
         )
     with TemporaryDirectory() as home:
         folder = Path(home)
         for path, content in files.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)
-        # neither a repository around the folder nor a setting such as core.autocrlf takes part
+        # so that neither a surrounding repository nor a setting such as core.autocrlf matters
         alone = {"GIT_CEILING_DIRECTORIES": str(folder.parent), "HOME": home}
         alone |= {"XDG_CONFIG_HOME": home, "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1"}
         kept = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
@@ -220,21 +230,21 @@ def git_apply(patches: bytes, files: dict[str, bytes], *options: str) -> dict[st
             return None
         if ran.returncode:
             said = " ".join(ran.stderr.decode(errors="replace").split())
-            raise OSError(f"git apply ended with status {ran.returncode} {said}".rstrip())
+            raise OSError(f"git apply ended with status {ran.returncode}: {said}".rstrip(": "))
         return {path: (folder / path).read_bytes() for path in files}
 
 
 def replace_files(contents: dict[Path, bytes]) -> None:
-    """Give all files their new contents, or, where one cannot be replaced, none.
+    """Replace the contents of all files, or of none if one of them cannot be replaced.
 
     Raises:
-        OSError: one cannot be replaced.
+        OSError: a file cannot be replaced.
     """
     with ExitStack() as cleanup, ExitStack() as undo:
         staged: list[tuple[Path, Path, Path]] = []
-        # all that needs space is written first: from here on files only change their names
+        # everything is written to the disk first; replacing then only renames files
         for path, content in contents.items():
-            # the scripts of a checkout may be links
+            # scripts may be symbolic links
             script = path.resolve()
             folder = TemporaryDirectory(prefix=".megamem-patch-", dir=script.parent)
             home = Path(cleanup.enter_context(folder))
@@ -253,6 +263,9 @@ def replace_files(contents: dict[Path, bytes]) -> None:
 
 
 def _importable_from(tree: Path) -> bool:
-    """Whether a script of the tree finds megamem, which may lie in the working directory only."""
+    """Whether a script in the checkout can import megamem.
+
+    megamem may be importable here only because it is in the working directory.
+    """
     question = "import importlib.util, sys; sys.exit(importlib.util.find_spec('megamem') is None)"
     return subprocess.run([sys.executable, "-c", question], cwd=tree).returncode == 0

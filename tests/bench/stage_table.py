@@ -1,10 +1,11 @@
-"""The README's tables of stages and of forms of ops, made from the records of runs on GPUs.
+"""Makes the README's tables of stages and of forms of ops from the records of runs on GPUs.
 
-python -m tests.bench.stage_table megamem/kernels/README.md     rewrites them there
+python -m tests.bench.stage_table megamem/kernels/README.md     rewrites the tables in this file
 
 Records are JSON files under results/: the `results.json` of `bash tests/gpu.sh` under any name,
-which is a list of what its parts found, or one written by hand. Shown are those whose `rows` have a
-stage and its ms; those written by hand also have the floor that bytes set, notes, and forms.
+which is a list with an entry per part, or one written by hand. The tables show entries whose `rows`
+have a stage and its milliseconds. Those written by hand also have the lower bound that the bytes
+set, notes, and forms.
 """
 
 import json
@@ -20,7 +21,7 @@ MARKER = "stages"
 
 
 def records(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """What of every file has stages, the newest run first; a dry run is none."""
+    """The entries of all files that have stages, the newest run first, without dry runs."""
     contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     found = [
         part
@@ -36,7 +37,7 @@ def records(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def tables(found: list[dict[str, Any]]) -> str:
-    """Markdown: of each run its machine in a line, its stages, and its forms where it has some."""
+    """Markdown: for each run a line with its machine, its stages, and its forms if it has some."""
     return "\n\n".join(
         part for record in found for part in (_stages(record), _forms(record)) if part
     )
@@ -60,7 +61,7 @@ def _stages(record: dict[str, Any]) -> str:
 
 
 def _forms(record: dict[str, Any]) -> str:
-    """One line a shape, one column a form."""
+    """A Markdown table with a row per shape and a column per form; "" if there are no forms."""
     forms = record.get("forms", [])
     if not forms:
         return ""
@@ -82,7 +83,7 @@ def _forms(record: dict[str, Any]) -> str:
 
 
 def rewrite(readme: str) -> str:
-    """The same text with the tables between its markers as they should be."""
+    """The same text with the current tables between its markers."""
     return markers.rewrite(readme, MARKER, tables(records()))
 
 

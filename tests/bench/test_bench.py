@@ -1,4 +1,4 @@
-"""The benchmark on a CPU: it runs, writes what it says, and times nothing that is wrong."""
+"""The benchmark on a CPU: its table, its records, its plot, and that wrong results have no time."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ FIELDS = {
 
 @pytest.fixture(autouse=True)
 def small_and_on_the_twins(monkeypatch):
-    # the interpreter is for tests of the kernels; here it would only be timed
+    # Triton's interpreter is for tests of the kernels; here it would only take time
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(bench, "copy_gbps", lambda device: 10.0)
 
@@ -60,13 +60,13 @@ def test_writes_a_record_of_each_case_and_a_picture(tmp_path, capsys):
         assert (r["speedup"] is None) == (r["baseline_ms"] is None)
     assert files[1].read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "only ratios mean anything" in printed and "zipf 1.0" in printed
+    assert "do not tell how fast the kernels are" in printed and "zipf 1.0" in printed
 
     assert run_bench(["--table", str(files[0])]) == 0
     caption, _, heading, rule, *rows = capsys.readouterr().out.splitlines()
     assert "a large copy 10 GB/s" in caption and f"--json {files[0]}" in caption
     assert f"torch {torch.__version__}, Triton {triton.__version__}; commit" in caption
-    # no published kernels ran
+    # the column of the published kernels is left out, as they did not run
     assert len(rows) == len(records) and heading.count("|") == rule.count("|") == 11
     for row, r in zip(rows, records, strict=True):
         assert r["op"] in row and f"| {r['ms']:.3f} |" in row and row.count("|") == 11
@@ -99,15 +99,16 @@ def test_a_table_of_several_runs_goes_into_a_page(tmp_path, capsys):
     assert text.endswith("\n<!-- bench: end -->\nafter\n")
     assert text.index(f"commit {record['commit']}") < text.index("commit 0ther")
     assert (
-        "Could not: theirs: NotImplementedError: not in bf16 (in embedding_bag forward T=" in text
+        "Not compared: theirs: NotImplementedError: not in bf16 (in embedding_bag forward T="
+        in text
     )
     assert run_bench(words) == 0
     assert capsys.readouterr().out.strip() in text
     page.write_text("no markers")
     assert run_bench([*words, "--into", str(page)]) == USER_ERROR
-    assert "no <!-- bench: begin -->" in capsys.readouterr().err
+    assert "the page has no <!-- bench: begin -->" in capsys.readouterr().err
     assert run_bench(["--into", str(page)]) == USER_ERROR
-    assert "--into is for a --table" in capsys.readouterr().err
+    assert f"--into {page} needs --table FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["", "{}\n", "[1]\n", "not json\n"])
@@ -117,7 +118,7 @@ def test_a_file_without_records_makes_no_table(content, tmp_path, capsys):
     for wrong in (path, tmp_path / "absent.json"):
         assert run_bench(["--table", str(wrong)]) == USER_ERROR
         streams = capsys.readouterr()
-        assert not streams.out and f"{wrong} holds no records" in streams.err
+        assert not streams.out and f"{wrong}: the file does not hold records" in streams.err
 
 
 def test_published_kernels_come_from_a_checkout(tmp_path, capsys):
@@ -193,7 +194,7 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path, 
     failed = capsys.readouterr().err
     assert "sparse backward T=64" in failed and "fails: RuntimeError: ptxas went away" in failed
     kept = [record.op for record in bench_table.read_records(path)]
-    # the check of every bag case goes through that op, too
+    # the check of every embedding_bag case uses that op, too
     steps = [f"adamw_ {kind}" for kind in bench_steps.ADAM]
     assert kept == [*steps, "touched_adamw_ fp32"]
 
@@ -212,7 +213,7 @@ def test_a_rival_that_fails_is_left_out_and_named():
 
 
 def test_where_torch_has_no_backward_in_bf16_its_rival_is_in_fp32(monkeypatch):
-    """As on a GPU."""
+    """On a GPU torch raises NotImplementedError."""
     truly = F.embedding_bag
 
     def embedding_bag(row_ids, table, *args, per_sample_weights, **options):
@@ -243,7 +244,7 @@ def test_a_quick_run_on_a_gpu_of_80_gb_measures_every_op_at_the_size_of_a_real_r
     cases = list(bench._cases(args, torch.device("cuda"), None))
     assert {case.op.split()[0] for case in cases} == MEASURED
     for case in cases:
-        # what an H100 has free, as bench counts it
+        # 85 % of the memory of an H100, as in bench._free_bytes
         assert case.memory < 0.85 * 78 * 2**30, case.op
         sizes = {"V": 2048, "R": 2**20, "N": 1024, "C": 512, "T": 8192, "K": 32}
         assert all(sizes.get(letter, size) == size for letter, size in case.shape.items())
@@ -253,7 +254,7 @@ def test_cases_too_large_for_the_memory_are_named(monkeypatch, capsys):
     monkeypatch.setattr(bench, "_free_bytes", lambda device: 0)
     assert run_bench(["--device", "cpu", "--quick", "--ops", "adam"]) == 0
     assert "skipped: adamw_ fp32" in (said := capsys.readouterr().out)
-    assert "it takes 0 GiB of 0 GiB free" in said
+    assert "it needs 0 GiB, and 0 GiB are free" in said
 
 
 def test_skewed_rows_follow_their_law():
@@ -262,7 +263,7 @@ def test_skewed_rows_follow_their_law():
     rows = bench_cases.draw_rows(count, num_rows, "zipf 1.0", torch.device("cpu"))
     assert rows.min() >= 0 and rows.max() < num_rows
     counts = rows.bincount(minlength=num_rows).sort(descending=True).values.double() / count
-    # the first of 4096 ranks takes ln 2 / ln 4096 of the lookups, the first 63 half of them
+    # the most popular of 4096 rows gets ln 2 / ln 4096 of the lookups, the first 63 get half
     assert counts[0] == pytest.approx(1 / 12, rel=0.05)
     assert counts[:63].sum() == pytest.approx(0.5, rel=0.05)
 

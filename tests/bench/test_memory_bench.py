@@ -1,4 +1,4 @@
-"""What ranks hold at most is what the planner says, part by part."""
+"""The peak memory of ranks is what the planner computes, part by part."""
 
 import json
 from functools import cache
@@ -10,7 +10,7 @@ from megamem.tools.memory_bench import PHASES, Record, Sizes, measure
 from tests.helpers.commands import command
 
 run_bench = command("bench")
-# small, but with lookups that weigh something beside the table
+# small, but with lookup buffers that are not negligible beside the table
 SMALL = {"num_keys": 64, "width": 128, "key_dim": 32, "tokens": 64, "heads": 2, "topk": 16}
 
 
@@ -25,7 +25,7 @@ CASES = [("row", 1), ("row", 2), ("column", 2), ("row", 4), ("column", 4)]
 @pytest.mark.gloo
 @pytest.mark.parametrize(
     ("mode", "ranks"),
-    # the whole range is for the slow tier: each case starts as many processes as it has ranks
+    # the other cases are marked slow: each starts as many processes as it has ranks
     [pytest.param(*case, marks=[] if case[1] == 2 else pytest.mark.slow) for case in CASES],
 )
 def test_peaks_are_as_planned(mode: str, ranks: int) -> None:
@@ -34,7 +34,7 @@ def test_peaks_are_as_planned(mode: str, ranks: int) -> None:
     assert held > 2 * record.planned["buffers"], "the table does not dominate"
     peak = max(record.measured[phase] for phase in ("forward", "backward", "update"))
     assert peak == pytest.approx(record.plan, rel=memory_bench.TOLERANCE)
-    # that is mostly the table; what comes and goes is as planned by itself, too
+    # most of the peak is the table, so the buffers are also compared by themselves
     assert record.buffers_ratio == pytest.approx(1, abs=0.15)
 
 
@@ -49,7 +49,7 @@ def test_no_phase_copies_a_table(optimizer: str) -> None:
 @pytest.mark.gloo
 @pytest.mark.slow
 def test_exact_sizes_hold_less() -> None:
-    """Lookups that go only to their owners: fewer of them lie at each rank, and the plan agrees."""
+    """alltoall sends lookups only to their owners: each rank holds fewer, as the plan says."""
     exact, fixed = _measured("row", 4, wire="alltoall"), _measured("row", 4)
     assert exact.planned["buffers"] < 0.75 * fixed.planned["buffers"]
     assert exact.buffers_ratio == pytest.approx(1, abs=0.2)
@@ -67,6 +67,6 @@ def test_on_the_command_line(tmp_path, capsys, monkeypatch) -> None:
     assert "row over 1" in printed and f"{record['ratio']:.3f}" in printed
     within = abs(record["ratio"] - 1) <= memory_bench.TOLERANCE
     assert status == (0 if within else memory_bench.BEYOND_PLAN)
-    # columns of 8 over 32 ranks: there are too few
+    # 65 rows per head are more than there are sub-keys
     assert run_bench(["--memory", "--device=cpu", "--ranks=1", "--topk=65", *words[:-1]]) == 2
     assert "--memory-topk 65" in capsys.readouterr().err

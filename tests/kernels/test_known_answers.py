@@ -179,7 +179,7 @@ WRONG = [
     ("touched_adamw_", reads_counters_after_the_store, "numbers of the weights"),
     ("product_topk", reads_garbage_from_the_third_block_on, "row ids"),
     ("product_topk", prefers_the_larger_row_of_a_tie, "row ids of equal scores"),
-    ("product_topk", puts_nan_last, "scores of a sub-key that is NaN are not NaN"),
+    ("product_topk", puts_nan_last, "scores of a sub-key with a NaN are not NaN"),
     ("product_topk", halves_a_gradient, "numbers of the gradient of the queries"),
     ("embedding_bag", misreads_the_last_lookup, "numbers of the bags"),
     ("embedding_bag", overwrites_a_buffer, "numbers of the gradient buffer"),
@@ -226,7 +226,7 @@ def test_a_failure_is_a_wrong_answer_and_loses_no_other() -> None:
     assert tried == [answer.name for answer in answers]
     assert [(outcome.wrong, outcome.skipped) for outcome in outcomes] == [
         ("it fails: RuntimeError: an illegal memory access", None),
-        (None, "it takes 2.0 GiB of 1.0 GiB free"),
+        (None, "it needs 2.0 GiB, and 1.0 GiB are free"),
         (None, "it ran out of memory: no room"),
         ("wrong at 3", None),
         (None, None),

@@ -21,7 +21,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch) -> Tree:
-    """Two scripts, one of them patched in two places, and patches that fit them."""
+    """A checkout with two scripts, one of them patched in two places, and its patches."""
     released = {"pretrain_gpt.py": SCRIPT, "deep/pretrain.py": "a\rb\r\nc\x0cd\nno end"}
     patched = {
         "pretrain_gpt.py": insert(SCRIPT, (4, SEAM), (20, "two\n")),
@@ -48,7 +48,7 @@ def git(folder: Path, *words: str) -> None:
 
 
 def give_to_nobody(*paths: Path) -> None:
-    """Only root can; whoever else runs the tests owns the files and is no root."""
+    """Change the owner to nobody if root runs the tests; other users own the files anyway."""
     for path in paths:
         if os.geteuid() == 0:
             os.chown(path, NOBODY, NOBODY)
@@ -62,7 +62,7 @@ def goes_there_and_back(tree: Tree) -> None:
 
 
 def is_refused(tree: Tree, capsys, *words: str) -> str:
-    """What is said, in one line, of a tree that stays as it is."""
+    """The error message, which must be one line; the checkout must not change."""
     before = tree.everything()
     capsys.readouterr()
     assert run(tree.root, *words) == 2
@@ -103,14 +103,14 @@ def test_an_old_seam_is_renewed(tree, capsys):
     assert tree.read() == tree.old != tree.patched
     assert run(tree.root, "--check") == 0
     said = capsys.readouterr().out
-    assert "pretrain_gpt.py: can be renewed, as its seam is an older megamem's\n" in said
+    assert "pretrain_gpt.py: can be updated from the patch of an older megamem\n" in said
     assert tree.read() == tree.old
 
     assert run(tree.root) == 0
     said = capsys.readouterr().out
-    assert "deep/pretrain.py: renewed, as its seam is an older megamem's\n" in said
+    assert "deep/pretrain.py: updated from the patch of an older megamem\n" in said
     assert tree.read() == tree.patched
-    assert "patched already" in is_refused(tree, capsys)
+    assert "already patched" in is_refused(tree, capsys)
 
 
 def test_only_an_old_seam_is_renewed(tree, capsys):
@@ -118,7 +118,7 @@ def test_only_an_old_seam_is_renewed(tree, capsys):
     assert run(tree.root) == 0
     assert tree.read() == tree.patched
     said = capsys.readouterr().out
-    assert "deep/pretrain.py: renewed" in said and "pretrain_gpt.py" not in said
+    assert "deep/pretrain.py: updated" in said and "pretrain_gpt.py" not in said
 
 
 @pytest.mark.parametrize("new", [[], ["pretrain_gpt.py"]], ids=["all old", "one old"])
@@ -134,8 +134,8 @@ def test_an_old_seam_is_taken_out(tree, capsys, new):
 
 def test_an_old_seam_in_one_file_only_is_half_a_patch(tree, capsys):
     tree.write({"pretrain_gpt.py": tree.old["pretrain_gpt.py"]})
-    assert "is half patched" in is_refused(tree, capsys)
-    assert "is half patched" in is_refused(tree, capsys, "--reverse")
+    assert "is only partly patched" in is_refused(tree, capsys)
+    assert "is only partly patched" in is_refused(tree, capsys, "--reverse")
 
 
 def test_a_link_is_followed(tree, tmp_path):
@@ -186,7 +186,7 @@ def _below_a_hook_of_another_repository(tree: Tree, monkeypatch) -> None:
 def _temporary_files_in_a_repository(tree: Tree, monkeypatch) -> None:
     git(tree.root.parent, "init")
     (tree.root.parent / "temporary").mkdir()
-    # git looks at the folder, not at its other name
+    # git follows the symbolic link
     (tree.root.parent / "link").symlink_to("temporary")
     monkeypatch.setattr(tempfile, "tempdir", str(tree.root.parent / "link"))
 
@@ -276,23 +276,26 @@ def _one_file_only(tree: Tree) -> None:
     ("spoil", "message"),
     [
         (_not_megatron, "is not a Megatron-LM checkout: it has no megatron/core/package_info.py"),
-        (_unknown_release, "holds Megatron-LM 0.16.2, and there are patches for core_v0.19.x only"),
-        (_no_version, "holds Megatron-LM ?.?.?, and there are"),
+        (_unknown_release, "is Megatron-LM 0.16.2, but there are only patches for core_v0.19.x;"),
+        (_no_version, "is Megatron-LM ?.?.?, but there are only"),
         (
             _script_missing,
-            "deep/pretrain.py in --megatron-dir {root} is not as Megatron-LM 0.19.2 released it "
-            "(deep/pretrain.py is missing); restore it (`git -C {root} checkout -- deep/pre",
+            "deep/pretrain.py in --megatron-dir {root} differs from Megatron-LM 0.19.2 as released "
+            "(deep/pretrain.py is missing); run `git -C {root} checkout -- deep/pre",
         ),
-        (_script_changed, "deep/pretrain.py in --megatron-dir {root} is not as Megatron-LM 0.19"),
-        (_other_line_ends, "released it (for LF line ends, clone with core.autocrlf=false); rest"),
-        (_patched_already, "{root} is patched already (--reverse undoes it), so there is nothing"),
-        (_patched_and_changed, "released it (pretrain_gpt.py mentions megamem); restore it"),
-        (_old_seam_and_changed, "released it (deep/pretrain.py mentions megamem, for LF"),
-        (_one_hunk_only, "released it (pretrain_gpt.py mentions megamem); restore it"),
+        (_script_changed, "deep/pretrain.py in --megatron-dir {root} differs from Megatron-LM 0.1"),
+        (
+            _other_line_ends,
+            "as released (it has CRLF line ends; clone with core.autocrlf=false); run `git",
+        ),
+        (_patched_already, "{root} is already patched (--reverse removes the patch), so there is"),
+        (_patched_and_changed, "as released (pretrain_gpt.py mentions megamem); run `git"),
+        (_old_seam_and_changed, "as released (deep/pretrain.py mentions megamem, it has CRLF"),
+        (_one_hunk_only, "as released (pretrain_gpt.py mentions megamem); run `git"),
         (
             _one_file_only,
-            "{root} is half patched: of deep/pretrain.py, pretrain_gpt.py only pretrain_gpt.py has "
-            "the seam; `git -C {root} checkout -- pretrain_gpt.py` makes them alike",
+            "{root} is only partly patched: of deep/pretrain.py, pretrain_gpt.py only "
+            "pretrain_gpt.py has the patch; run `git -C {root} checkout -- pretrain_gpt.py` to",
         ),
     ],
 )
@@ -305,9 +308,9 @@ def test_anything_else_is_refused_and_left_alone(tree, capsys, spoil, message, w
     ("spoil", "message"),
     [
         (lambda tree: None, "{root} is not patched, so there is nothing to do"),
-        (_script_changed, "deep/pretrain.py in --megatron-dir {root} is not as"),
-        (_one_file_only, "{root} is half patched"),
-        (_patched_and_changed, "pretrain_gpt.py in --megatron-dir {root} is not as"),
+        (_script_changed, "deep/pretrain.py in --megatron-dir {root} differs from"),
+        (_one_file_only, "{root} is only partly patched"),
+        (_patched_and_changed, "pretrain_gpt.py in --megatron-dir {root} differs from"),
     ],
 )
 def test_reverse_refuses_too(tree, capsys, spoil, message):
@@ -328,7 +331,7 @@ def test_the_command_that_an_error_names_mends_the_tree(tree, capsys, spoil):
 
 @pytest.fixture
 def public_tree(tree, monkeypatch) -> Iterator[Tree]:
-    """The tree and its patches where everybody may read, as pytest's own folders are private."""
+    """The checkout and its patches in a folder that all users may read, unlike pytest's own."""
     with tempfile.TemporaryDirectory() as public:
         shutil.copytree(tree.root.parent, public, dirs_exist_ok=True)
         os.chmod(public, 0o755)
@@ -338,7 +341,7 @@ def public_tree(tree, monkeypatch) -> Iterator[Tree]:
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """Root may write everywhere; be nobody for a while."""
+    """Run as nobody if root runs the tests, as root may write everywhere."""
     if os.geteuid() != 0:
         yield
         return
@@ -356,16 +359,16 @@ def test_read_only_folder(public_tree, capsys, closed):
     try:
         with unprivileged():
             said = is_refused(public_tree, capsys)
-            # whether the patches are in can be asked all the same
+            # --check works without the right to write
             assert run(public_tree.root, "--check") == 0
     finally:
         (public_tree.root / closed).chmod(0o755)
     assert f"--megatron-dir {public_tree.root} cannot be replaced" in said
-    assert "Permission denied" in said and "Make the tree writable" in said
+    assert "Permission denied" in said and "make the checkout writable" in said
 
 
 def test_read_only_file(public_tree, monkeypatch):
-    # it starts this Python, which nobody need not be allowed to
+    # it starts this Python, which the user nobody may not be allowed to do
     monkeypatch.setattr(patch, "_importable_from", lambda root: True)
     script = public_tree.root / "pretrain_gpt.py"
     script.chmod(0o444)
@@ -415,7 +418,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tree, capsys, monkeypatch):
 
 
 def test_git_without_space_leaves_nothing(tree, capsys):
-    """A limit on the size of files lets the script be copied, but not the longer patched one."""
+    """The limit on the size of files allows a copy of the script, but not the patched script."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(SCRIPT) + 10, hard))
     try:
@@ -428,7 +431,7 @@ def test_git_without_space_leaves_nothing(tree, capsys):
 def test_without_git(tree, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     for words in ([], ["--check"], ["--reverse"]):
-        assert "megamem patch needs git, and there is none on PATH; install git, or" in is_refused(
+        assert "megamem patch needs git, which is not on PATH; install git, or" in is_refused(
             tree, capsys, *words
         )
 
@@ -438,12 +441,13 @@ def test_a_git_that_fails_is_quoted(tree, capsys, monkeypatch, tmp_path):
     (tmp_path / "bin" / "git").write_text("#!/bin/sh\necho fatal: no >&2\nexit 128\n")
     (tmp_path / "bin" / "git").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    assert "git apply ended with status 128 fatal: no" in is_refused(tree, capsys)
+    assert "git apply ended with status 128: fatal: no" in is_refused(tree, capsys)
 
 
 def test_missing_patches_are_named(tree, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(patch, "HOMES", (tmp_path / "gone",))
-    assert f"the patches are missing: {tmp_path / 'gone'} do not exist" in is_refused(tree, capsys)
+    said = is_refused(tree, capsys)
+    assert f"megamem's patches are missing, as {tmp_path / 'gone'} do not exist" in said
 
 
 @pytest.mark.parametrize("installed", [True, False])

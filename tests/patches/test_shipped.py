@@ -1,7 +1,7 @@
-"""The patches themselves: small, of insertions only, and right for the releases they name.
+"""The patches of this repository: they only insert seven lines, and apply to their releases.
 
-MEGATRON_LM_PATH may name checkouts of Megatron-LM, as PATH names folders. Each is copied, patched
-and tried; that its files are as released is part of the test.
+MEGATRON_LM_PATH may list checkouts of Megatron-LM, separated as in PATH. Each is copied, patched
+and run; its scripts must be as released.
 """
 
 import importlib.util
@@ -31,14 +31,14 @@ CHECKOUTS = [
     Path(word) for word in os.environ.get("MEGATRON_LM_PATH", "").split(os.pathsep) if word
 ]
 MEMORY = ("--memory-layers", "1", "2", "--memory-num-keys", "16", "--memory-topk", "8")
-# what the dataset helpers are compiled into where make finds nothing to do
+# the folder of Megatron's compiled dataset helpers
 HELPERS = "megatron/core/datasets"
-# before it reads the flags, 0.17 does
+# 0.17 asks for a GPU before it parses the flags
 WANTS_A_GPU_FIRST = megatron.core.__version__.startswith("0.17.")
 
 
 def inserted(found: Path) -> str:
-    """What a patch file puts into a script."""
+    """The lines that a patch file inserts into a script."""
     lines = found.read_text().splitlines(keepends=True)
     return "".join(line[1:] for line in lines if re.match(r"\+(?!\+\+ )", line))
 
@@ -53,10 +53,10 @@ def test_a_patch_opens_a_seam_and_no_more(found):
     text = found.read_text()
     assert inserted(found) == SEAM
     assert text.isascii() and all(len(line) <= 100 for line in SEAM.splitlines())
-    # git repeats a line of Megatron's after the second @@; ours does not
+    # git diff repeats a line of Megatron's after the second @@; these patches do not
     assert len(re.findall("^@@ .*", text, re.MULTILINE)) == 1
     assert re.search(r"^@@ -\d+,0 \+\d+,7 @@$", text, re.MULTILINE)
-    # says why a hook would not do, and what would make it needless
+    # the head of the patch says why a hook is not enough, and what would make the patch unnecessary
     for part in ("Subject: ", "\nReason: ", "\nRetired by: ", "\nMade for: core_v0."):
         assert part in text
 
@@ -90,7 +90,7 @@ def test_without_megamem_the_seam_does_nothing(monkeypatch):
 
 @pytest.mark.parametrize("seam", [SEAM, OLD_SEAM], ids=["new", "old"])
 def test_every_seam_finds_megamem(monkeypatch, seam):
-    """Checkouts that an older megamem has patched import its launcher by the old name."""
+    """Checkouts that an older megamem has patched import the launcher by its old name."""
     installed = []
     monkeypatch.setattr(patches, "install", lambda: installed.append(True))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
@@ -113,21 +113,21 @@ def patched_tree(tmp_path, monkeypatch) -> Path:
 
 
 def ask(tree: Path, *words: str) -> subprocess.CompletedProcess:
-    """What pretrain_gpt.py of a tree says by itself, without the launcher."""
+    """Run pretrain_gpt.py of a checkout without the launcher."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "pretrain_gpt.py", *words]
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
 
 
 def lists_memory_flags(tree: Path) -> None:
-    """Every flag of MemoryConfig."""
+    """Its --help names every flag of MemoryConfig."""
     told = ask(tree, "--help")
     assert told.returncode == 0, told.stderr[-2000:]
     assert all(flag(field.name) in told.stdout for field in fields(MemoryConfig))
 
 
 def says_errors_in_one_line(tree: Path) -> None:
-    """Those of the parser, and those of the checks."""
+    """Errors of the parser and of the start-up checks are one line each."""
     wrong = ask(tree, "--memory-layer", "1")
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1].endswith("(did you mean --memory-layers?)")
@@ -170,7 +170,7 @@ def test_real_checkout_there_and_back(checkout):
         return {path: (checkout / path).read_bytes() for path in series.sums}
 
     def git_apply(folder: Path) -> dict[str, bytes]:
-        """What git by itself makes of the scripts with the patches in a folder."""
+        """The scripts after plain `git apply` of the patches in a folder."""
         git = ["git", "apply", "--unidiff-zero"]
         files = [str(path) for path in sorted(folder.glob("*.patch"))]
         subprocess.run([*git, *files], cwd=checkout, check=True)
@@ -186,7 +186,7 @@ def test_real_checkout_there_and_back(checkout):
         lines = ("".join(f"+{line}" for line in seam.splitlines(True)) for seam in (SEAM, OLD_SEAM))
         (old_patches / path.name).write_text(path.read_text().replace(*lines))
     old = git_apply(old_patches)
-    assert len({tuple(state.items()) for state in (released, new, old)}) == 3
+    assert len({tuple(scripts.items()) for scripts in (released, new, old)}) == 3
     for path, content in new.items():
         compile(content, path, "exec")
 
@@ -240,7 +240,7 @@ def test_real_script_trains_and_is_unchanged_without_flags(checkout):
 
 
 def use_compiled_helpers(checkout: Path) -> None:
-    """Spare the run the compilation of Megatron's dataset helpers, which needs pybind11."""
+    """Copy compiled dataset helpers into a checkout, as compiling them needs pybind11."""
     import megatron.core.datasets as installed
 
     for library in Path(installed.__file__).parent.glob("helpers_cpp*.so"):

@@ -1,4 +1,4 @@
-"""Megatron-LM checkouts in miniature, and patches made for them by git."""
+"""Small folders that look like Megatron-LM checkouts, and patches that git makes for them."""
 
 import hashlib
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RELEASE = "core_v0.19.x"
-# what patches insert now, and what those of megamem.integration inserted
+# the lines that patches insert now, and those of the time of megamem.integration
 SEAM = """\
 import importlib.util
 
@@ -31,7 +31,7 @@ VERSION = "MAJOR = 0\nMINOR = {minor}\nPATCH = {patch}\nPRE_RELEASE = ''\n"
 
 @dataclass(frozen=True)
 class Tree:
-    """A checkout as released, and the files as its patches leave them."""
+    """A checkout, its scripts as released, and its scripts as patched."""
 
     root: Path
     released: dict[str, bytes]
@@ -39,27 +39,27 @@ class Tree:
 
     @property
     def old(self) -> dict[str, bytes]:
-        """The files as an older megamem's patches left them."""
+        """The scripts as patched by an older megamem."""
         seams = SEAM.encode(), OLD_SEAM.encode()
         return {path: content.replace(*seams) for path, content in self.patched.items()}
 
     def write(self, contents: dict[str, bytes]) -> None:
-        """Give files other contents."""
+        """Replace the contents of files."""
         for path, content in contents.items():
             (self.root / path).write_bytes(content)
 
     def read(self) -> dict[str, bytes]:
-        """What the patched files hold now."""
+        """The current contents of the scripts."""
         return {path: (self.root / path).read_bytes() for path in self.released}
 
     def everything(self) -> dict[str, bytes]:
-        """Every file of the tree, so that a leftover shows."""
+        """The contents of all files of the checkout, to find files that were left behind."""
         found = (path for path in self.root.rglob("*") if path.is_file())
         return {str(path.relative_to(self.root)): path.read_bytes() for path in found}
 
 
 def write_tree(root: Path, files: dict[str, str], minor: int = 19, patch: int = 2) -> Path:
-    """A folder that says which release of Megatron-LM it is, with these files."""
+    """Write the files and Megatron-LM's package_info.py of a release into a folder; return it."""
     facts = {"megatron/core/package_info.py": VERSION.format(minor=minor, patch=patch)}
     for path, text in (facts | files).items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def write_tree(root: Path, files: dict[str, str], minor: int = 19, patch: int = 
 
 
 def insert(text: str, *blocks: tuple[int, str]) -> str:
-    """The text with blocks put after line numbers of its own; only a newline ends a line."""
+    """The text with each block inserted after a line number; only a newline ends a line."""
     lines = re.findall(r"[^\n]*\n|[^\n]+", text)
     for after, block in sorted(blocks, reverse=True):
         lines[after:after] = [block]
@@ -76,7 +76,7 @@ def insert(text: str, *blocks: tuple[int, str]) -> str:
 
 
 def git_diff(old: str, new: str, path: str, scratch: Path) -> str:
-    """What `git diff -U0` prints, without the line of the file it repeats after each @@."""
+    """The output of `git diff -U0`, without the line of the file that it repeats after each @@."""
     for side, text in (("a", old), ("b", new)):
         (scratch / side / path).parent.mkdir(parents=True, exist_ok=True)
         (scratch / side / path).write_text(text)
@@ -87,7 +87,7 @@ def git_diff(old: str, new: str, path: str, scratch: Path) -> str:
 
 
 def write_series(home: Path, scratch: Path, changes: dict[str, tuple[str, str]]) -> Path:
-    """patches/<release> for files given as path -> (as released, patched)."""
+    """Write patches/<release> for scripts given as path -> (as released, patched)."""
     folder = home / RELEASE
     folder.mkdir(parents=True)
     sums = []

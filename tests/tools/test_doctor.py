@@ -1,4 +1,4 @@
-"""megamem doctor: what it calls a problem, that it finds one, and its exit status."""
+"""megamem doctor: the problems that it finds, and its exit status."""
 
 import os
 import socket
@@ -41,13 +41,13 @@ Legend:
 def test_a_machine_that_passes_the_tests_is_ready() -> None:
     log = launch("doctor", 1, "doctor", module="megamem", check=False)
     assert log.returncode == 0, log.stdout
-    assert "Ready: this machine trains memory layers" in log.stdout
+    assert "Ready: this machine can train memory layers" in log.stdout
     for what in (
         "python",
         "torch",
         "megatron-core",
-        "norms by",
-        "tiny memory layer",
+        "norms",
+        "small memory layer",
         "known answers",
     ):
         assert f"\u2502 {what} " in log.stdout
@@ -62,7 +62,7 @@ def test_ranks_measure_their_collectives() -> None:
     assert log.stdout.count("Ready: ") == 1
     for name in doctor.COLLECTIVES:
         assert f"\u2502 {name} " in log.stdout
-    assert log.stdout.count("GB/s sent by each rank, 1 MiB a rank") == 3
+    assert log.stdout.count("GB/s; 1 MiB per rank") == 3
 
 
 def test_a_peer_that_never_comes_is_a_problem() -> None:
@@ -90,7 +90,7 @@ def healthy(monkeypatch) -> None:
         good = Finding(name, "good")
         monkeypatch.setattr(doctor, name, lambda device, good=good: good)
     monkeypatch.setattr(doctor, "used", lambda device: [])
-    # interpreted, the known answers would take minutes
+    # in Triton's interpreter the known answers would take minutes
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
@@ -107,7 +107,7 @@ def test_one_problem_is_exit_status_1(healthy, monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(
     ("op", "fault", "said"),
     [
-        # what commits up to a4677c2 did on an H100
+        # the faults that kernels of commits up to a4677c2 had on an H100
         ("adamw_", clears_before_it_has_read, "numbers of the weights are wrong"),
         ("touched_adamw_", reads_counters_after_the_store, "numbers of the weights are wrong"),
         ("product_topk", reads_garbage_from_the_third_block_on, "row ids are wrong"),
@@ -118,22 +118,24 @@ def test_a_kernel_that_is_wrong_is_not_ready(healthy, op, fault, said, monkeypat
     assert run_doctor([]) == 1
     shown = " ".join(word for word in capsys.readouterr().out.split() if word != "\u2502")
     assert "Not ready:" in shown and f"{op} wrong on cpu at 1/4096 of the size" in shown
-    assert said in shown and "do not train with this" in shown
+    assert said in shown and "do not train with it" in shown
 
 
-def test_what_the_known_answers_came_to(monkeypatch) -> None:
+def test_findings_of_the_known_answers(monkeypatch) -> None:
     right, wrong = known_answers.ANSWERS[0], known_answers.ANSWERS[-1]
     outcomes = [
         known_answers.Outcome(right, seconds=1.5),
-        known_answers.Outcome(right, skipped="it takes 9 GiB of 8 GiB free"),
+        known_answers.Outcome(right, skipped="it needs 9 GiB, and 8 GiB are free"),
         known_answers.Outcome(wrong, "7 of 9 rows are wrong"),
     ]
     monkeypatch.setattr(known_answers, "run", lambda *args, **options: outcomes)
     gpu = torch.device("cuda", 3)
-    told, skipped, problem = doctor.answers_check(gpu)
-    assert told.status == "ok"
-    assert told.found == "1 of 3 for 2 ops are right on cuda:3, at the size of a real run; 1.5 s"
-    assert skipped.status == "note" and "was not tried: it takes 9 GiB" in skipped.found
+    correct, skipped, problem = doctor.answers_check(gpu)
+    assert correct.status == "ok"
+    assert correct.found == (
+        "1 of 3 answers of 2 ops are correct on cuda:3, at the size of a real run; 1.5 s"
+    )
+    assert skipped.status == "note" and "was skipped: it needs 9 GiB" in skipped.found
     assert problem.status == "problem" and problem.what == wrong.op
     assert "wrong on cuda:3 at the size of a real run" in problem.found
     assert f"{wrong.name}: 7 of 9 rows are wrong" in problem.found
@@ -158,7 +160,7 @@ def _version(name: str, answer: str | None):
     return mock.patch.object(metadata, "version", version)
 
 
-def test_versions_are_held_against_what_megamem_asks_for() -> None:
+def test_versions_are_compared_with_megamems_requirements() -> None:
     assert {finding.status for finding in doctor.versions()} == {"ok"}
     with _version("megatron-core", "0.16.1"):
         (bad,) = (f for f in doctor.versions() if f.status == "problem")
@@ -166,7 +168,7 @@ def test_versions_are_held_against_what_megamem_asks_for() -> None:
     assert "0.16.1, but megamem needs megatron-core" in bad.found and ">=0.17" in bad.found
     with _version("triton", None):
         (bad,) = (f for f in doctor.versions() if f.status == "problem")
-    assert bad.what == "triton" and "not installed; pip install 'triton>=" in bad.found
+    assert bad.what == "triton" and "not installed; run pip install 'triton>=" in bad.found
 
 
 def test_a_megatron_without_a_function_is_a_problem() -> None:
@@ -199,7 +201,7 @@ def test_apex_of_pypi_is_told_from_nvidias() -> None:
 
 
 def test_a_transformer_engine_that_does_not_import_matters_on_a_gpu() -> None:
-    # None in sys.modules: an import of it fails
+    # None in sys.modules makes its import fail
     broken = mock.patch.dict(sys.modules, {"transformer_engine": None})
     for gpu, status in ((True, "problem"), (False, "note")):
         with (
@@ -223,17 +225,17 @@ def test_what_is_used_follows_what_is_there() -> None:
             mock.patch.object(doctor, "nvidia_apex", return_value=apex),
         ):
             found = {finding.what: finding.found for finding in doctor.used(CPU)}
-        assert found["norms by"] == name
-        assert found["optimizer by"].startswith(name)
+        assert found["norms"] == name
+        assert found["optimizer"].startswith(name)
 
 
 def test_links_counts_pairs_of_gpus() -> None:
-    assert doctor.links(TOPOLOGY) == "NV18 between 2 pairs, SYS between 1 pairs"
+    assert doctor.links(TOPOLOGY) == "NV18 (2 pairs), SYS (1 pair)"
     assert doctor.links("No devices were found") == ""
 
 
 def test_a_layer_that_is_wrong_in_one_gradient_is_found(monkeypatch) -> None:
-    # the finding is the subject, not the kernels: interpreted, they would take minutes
+    # this tests the finding, not the kernels, which would take minutes in Triton's interpreter
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert doctor.layer_check(CPU).status == "ok"
     truth = {dtype: doctor.tiny_layer(CPU, dtype) for dtype in (torch.float32, torch.float64)}
@@ -256,7 +258,7 @@ def _collectives_and_problems_of_others() -> None:
         ("reduce-scatter", "reduce_scatter_tensor"),
     ):
         assert doctor.collective_check(name, CPU, 2**16).status == "ok"
-        # on one rank alone nothing arrives; all must say so
+        # only one rank receives nothing, and all must report it
         truly = getattr(dist, function)
 
         def lost(out, sent, truly=truly):
@@ -280,7 +282,7 @@ def _collectives_and_problems_of_others() -> None:
 
 
 @pytest.mark.gloo
-def test_what_one_rank_finds_all_know() -> None:
+def test_rank_0_reports_the_problems_of_all_ranks() -> None:
     run_distributed(_collectives_and_problems_of_others, 2)
 
 
