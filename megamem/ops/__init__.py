@@ -1,4 +1,4 @@
-"""What layers call. Each op picks its Triton kernel or its torch twin, and owns the backward."""
+"""The ops that layers call. Each chooses its Triton kernel or its torch reference."""
 
 from megamem.ops.embedding_bag import embedding_bag
 from megamem.ops.placement import place_rows, unplace_rows

@@ -1,8 +1,9 @@
-"""Where an op runs: the Triton kernel on a GPU (or interpreted), its torch twin elsewhere.
+"""Chooses the backend of an op: the Triton kernel on a GPU, the torch reference elsewhere.
 
-Triton's interpreter is for tests. TRITON_INTERPRET=1 must be set before triton is imported, and a
-process that inherits it from a test runs every op in the interpreter, thousands of times slower
-than the twin: whoever starts a training run from a test strips it from the environment.
+Tests run the kernels in Triton's interpreter, for which TRITON_INTERPRET=1 must be set before
+triton is imported. A process that inherits the variable from a test runs every op in the
+interpreter, thousands of times slower than the reference, so a test that starts a training run must
+remove it from the environment.
 """
 
 import torch
@@ -11,5 +12,8 @@ from triton import knobs
 
 
 def use_triton(x: Tensor) -> bool:
-    """Kernels accumulate in fp32, so fp64 stays with the twin on every device."""
+    """Return whether an op on x runs its Triton kernel.
+
+    Kernels accumulate in fp32, so tensors in fp64 use the reference on every device.
+    """
     return x.dtype != torch.float64 and (x.is_cuda or bool(knobs.runtime.interpret))

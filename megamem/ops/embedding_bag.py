@@ -1,4 +1,7 @@
-"""Weighted sum of table rows into bags, forward and backward, and the forms its gradient takes."""
+"""Weighted sum of table rows into bags, forward and backward.
+
+Letters: r rows on this rank, V row width, M lookups, G bags.
+"""
 
 from typing import Any
 
@@ -27,7 +30,7 @@ class _EmbeddingBag(torch.autograd.Function):
         values_rV, row_ids_M, weights_M, offsets = ctx.saved_tensors
         want_values, _, want_weights, *_ = ctx.needs_input_grad
         want_values = want_values or ctx.buffer_rV is not None
-        backward = _backward if use_triton(values_rV) else _twin_backward
+        backward = _backward if use_triton(values_rV) else _reference_backward
         grad_values, grad_weights = backward(
             grad_GV.contiguous(),
             values_rV,
@@ -69,7 +72,7 @@ def _backward(
     return grad_values if buffer_rV is None else None, grad_weights
 
 
-def _twin_backward(
+def _reference_backward(
     grad_GV: Tensor,
     values_rV: Tensor,
     row_ids_M: Tensor,
@@ -100,27 +103,27 @@ def embedding_bag(
     check_row_ids: bool | None = None,
     add_value_grad_to: Tensor | None = None,
 ) -> Tensor:
-    """Sum weighted table rows into bags; see the reference for the arithmetic.
+    """Return the weighted sum of the rows of each bag; megamem.reference.embedding_bag defines it.
 
     Repeated runs agree bit for bit, forward and backward.
 
     Args:
         values_rV: this rank's shard of the value table; V a multiple of 8.
-        row_ids_M: local row each lookup reads, or -1 for none.
+        row_ids_M: row of the shard that each lookup reads, or -1 for none.
         weights_M: weight of each lookup.
-        offsets: [G + 1], where each bag starts; the last entry is M.
-        may_skip: False promises that no row id is negative, which saves a pass over them.
-        check_row_ids: whether to look for row ids that the table does not have, and for offsets
-            that are none. By default only on a CPU, as a GPU would have to wait for the answer.
-        add_value_grad_to: fp32 or bf16 [r, V] buffer that the backward adds the value gradient to,
-            touched rows only; autograd then gets none.
+        offsets: [G + 1], where the lookups of each bag start; the last entry is M.
+        may_skip: whether row ids may be negative; False saves a pass over them.
+        check_row_ids: whether to check that row ids and offsets are in range. By default they are
+            checked on a CPU only, as the host would have to wait for a GPU.
+        add_value_grad_to: fp32 or bf16 [r, V] buffer to which the backward adds the gradient of the
+            touched rows; autograd then gets no gradient of the values.
 
     Returns:
-        bags_GV
+        bags_GV in the dtype of the table.
 
     Raises:
-        ValueError: tensors whose shapes, devices or dtypes do not fit, or, where checked, a row id
-            or an offset out of range.
+        ValueError: if shapes, devices or dtypes do not fit, or if a checked row id or offset is
+            out of range.
     """
     check_inputs(values_rV, row_ids_M, weights_M, offsets)
     if add_value_grad_to is not None:

@@ -1,14 +1,14 @@
-"""Which form of an op runs on a GPU, and what is known of it there.
+"""The forms of each op: implementations of the same result, of which one is the default on GPUs.
 
-Forms of an op compute the same thing in different ways. The rule: a new form becomes the default on
-GPUs only after it has run on one, was found right there, and faster than the form it replaces.
-Until then the form that has run stays, and the new one can be selected:
+A new form becomes the default only after it ran on a GPU, was correct there, and was faster than
+the form that it replaces. Until then the old form stays the default, and the new one is selected
+with an environment variable on every rank:
 
-    MEGAMEM_FORMS=product_topk=torch,...    in the environment of every rank
+    MEGAMEM_FORMS=product_topk=torch,...
 
-The interpreter and a compiler without a GPU do not count: three kernels that had passed both were
-wrong on the first GPU they met. tests/ops/test_forms.py holds this table to the records under
-tests/bench/results.
+Triton's interpreter and a compilation without a GPU are not enough: three kernels that had passed
+both computed wrong results on the first GPU. tests/ops/test_forms.py compares this table with the
+records under tests/bench/results.
 """
 
 import os
@@ -20,15 +20,15 @@ ENVIRONMENT = "MEGAMEM_FORMS"
 
 @dataclass(frozen=True)
 class Form:
-    """One way to carry out an op."""
+    """One implementation of an op."""
 
     record: str | None
-    """The file under tests/bench/results that tells of its run on a GPU; None before the first."""
+    """The file under tests/bench/results with its run on a GPU; None before the first run."""
     changed: str = ""
-    """What differs from the form that ran, where something does."""
+    """What was changed since that run; empty if nothing was."""
 
 
-# of each op the default first
+# op -> name -> form; the first form of an op is the default
 FORMS: dict[str, dict[str, Form]] = {
     "product_topk": {
         "two_looks": Form(
@@ -46,10 +46,13 @@ FORMS: dict[str, dict[str, Form]] = {
 
 
 def pick(op: str, otherwise: str | None = None) -> str:
-    """The form of an op that was selected; or else `otherwise`, or the default.
+    """Return the name of the form that an op uses.
+
+    It is the form that the environment selects, else `otherwise`, else the default.
 
     Args:
-        otherwise: what stands in for the default where that has not been tried.
+        op: name of the op.
+        otherwise: replaces the default for arguments with which the default never ran on a GPU.
 
     Raises:
         ValueError: MEGAMEM_FORMS names an op or a form that does not exist.
@@ -58,7 +61,7 @@ def pick(op: str, otherwise: str | None = None) -> str:
 
 
 def selected() -> dict[str, str]:
-    """Op -> form, of what the environment selects.
+    """Return op -> form for the forms that the environment selects.
 
     Raises:
         ValueError: MEGAMEM_FORMS names an op or a form that does not exist.
@@ -68,10 +71,10 @@ def selected() -> dict[str, str]:
 
 @lru_cache
 def parse(text: str) -> dict[str, str]:
-    """Op -> form, of "op=form,op=form".
+    """Return op -> form from a text of the form "op=form,op=form".
 
     Raises:
-        ValueError: an op or a form that does not exist.
+        ValueError: the text names an op or a form that does not exist.
     """
     chosen = {}
     for entry in filter(None, (part.strip() for part in text.split(","))):

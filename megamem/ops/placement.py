@@ -1,4 +1,4 @@
-"""Which row of the table a pair of sub-keys reads."""
+"""Placement: the bijection from pairs of sub-keys to rows of the table."""
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ unplace_rows = reference.unplace_rows
 
 
 def place_rows(row_ids: Tensor, num_keys: int, seed: int) -> Tensor:
-    """Pair i * N + j -> row of the table, int64: a bijection keyed by the seed."""
+    """Return the rows of the table that pairs i * N + j read: int64, in the shape of row_ids."""
     if use_triton(row_ids):
         return kernels.place_rows(row_ids, num_keys, reference.round_keys(seed))
     return reference.place_rows(row_ids, num_keys, seed)

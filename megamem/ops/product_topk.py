@@ -1,4 +1,9 @@
-"""Exact product-key top-k, forward and backward."""
+"""Exact product-key top-k, forward and backward.
+
+Letters: T tokens, H heads, Q = 2C query width, C sub-key width, N sub-keys per half, K top-k;
+M lookups of sub-keys, G bags and E = 2 * H * N sub-keys, of both halves of all tokens and heads;
+2 halves.
+"""
 
 from typing import Any
 
@@ -25,7 +30,7 @@ class _ProductTopk(torch.autograd.Function):
     def backward(ctx: Any, grad_THK, _):  # type: ignore[no-untyped-def]
         query_THQ, sub_keys_2HNC, row_ids_THK = ctx.saved_tensors
         (num_tokens, heads, topk), num_keys = row_ids_THK.shape, sub_keys_2HNC.shape[2]
-        # bag (half, token, head) reads the sub-keys of its half and head
+        # the gradient of a half query is a bag of the sub-keys that were chosen for it
         table_EC = sub_keys_2HNC.flatten(0, 2)
         halves_2THK = torch.stack((row_ids_THK // num_keys, row_ids_THK % num_keys))
         sets_2H = torch.arange(2 * heads, device=row_ids_THK.device).view(2, heads)
@@ -46,7 +51,7 @@ class _ProductTopk(torch.autograd.Function):
 
 
 def _forward(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    # on a GPU two_looks has been tried with bf16 and at most 64 rows a head
+    # on a GPU, two_looks was only run with bf16 and at most 64 rows per head
     tried = topk <= (64 if query_THQ.is_cuda else kernels.MAX_TOPK)
     tried &= query_THQ.dtype == torch.bfloat16 or not query_THQ.is_cuda
     form = forms.pick("product_topk", otherwise=None if tried else "torch")
@@ -54,27 +59,28 @@ def _forward(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[Tenso
         return _by_torch(query_THQ, sub_keys_2HNC, topk)
     if topk > kernels.MAX_TOPK:
         raise ValueError(
-            f"topk {topk}: two_looks keeps at most {kernels.MAX_TOPK} rows a head; drop "
-            f"product_topk=two_looks from {forms.ENVIRONMENT}."
+            f"topk is {topk}, but the form two_looks supports at most {kernels.MAX_TOPK} rows per "
+            f"head; drop product_topk=two_looks from {forms.ENVIRONMENT}."
         )
     return kernels.product_topk(query_THQ, sub_keys_2HNC, topk)
 
 
 def _by_torch(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """The reference, in the pieces of tokens of the kernel, so that scores stay as small."""
+    """Call the reference on as many tokens at a time as the kernel does, to keep scores small."""
     num_tokens, heads, _ = query_THQ.shape
-    piece = kernels.tokens_of_a_piece(sub_keys_2HNC.shape[2], heads)
-    starts = range(0, max(1, num_tokens), piece)
-    parts = [reference(query_THQ[start : start + piece], sub_keys_2HNC, topk) for start in starts]
+    chunk = kernels.tokens_of_a_piece(sub_keys_2HNC.shape[2], heads)
+    starts = range(0, max(1, num_tokens), chunk)
+    parts = [reference(query_THQ[start : start + chunk], sub_keys_2HNC, topk) for start in starts]
     scores, row_ids = zip(*parts, strict=True)
     return torch.cat(scores), torch.cat(row_ids)
 
 
 def product_topk(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """The best `topk` of the N*N product keys for every token and head; see the reference.
+    """Return the best `topk` of the N*N product keys for every token and head.
 
-    Ids and their order are the reference's wherever scores are exact, ties included. Repeated runs
-    agree bit for bit, forward and backward.
+    megamem.reference.product_topk defines the result. Wherever scores are exact, the ids and their
+    order are those of the reference, ties included. Repeated runs agree bit for bit, forward and
+    backward.
 
     Args:
         query_THQ: queries; Q = 2C, left half first.
@@ -86,7 +92,7 @@ def product_topk(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[T
         row_ids_THK: int64, row = i * N + j.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a topk out of range.
+        ValueError: if shapes, dtypes or devices do not fit, or if topk is out of range.
     """
     _check_inputs(query_THQ, sub_keys_2HNC, topk)
     if not use_triton(query_THQ) or not use_triton(sub_keys_2HNC):
@@ -100,24 +106,27 @@ def product_topk(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[T
 def _check_inputs(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> None:
     if query_THQ.dim() != 3 or sub_keys_2HNC.dim() != 4 or len(sub_keys_2HNC) != 2:
         raise ValueError(
-            f"queries of shape {tuple(query_THQ.shape)} and sub-keys of shape "
-            f"{tuple(sub_keys_2HNC.shape)}: [tokens, heads, 2 * width] and "
-            "[2, heads, keys, width] are needed."
+            f"queries have shape {tuple(query_THQ.shape)} and sub-keys "
+            f"{tuple(sub_keys_2HNC.shape)}, but they must be [tokens, heads, 2 * width] and "
+            "[2, heads, keys, width]."
         )
     for name, x in (("queries", query_THQ), ("sub-keys", sub_keys_2HNC)):
         if not x.is_floating_point():
-            raise ValueError(f"{name} of {x.dtype}: they must be floating point.")
+            raise ValueError(f"{name} must be floating point, not {x.dtype}.")
     _, heads, num_keys, key_dim = sub_keys_2HNC.shape
     if query_THQ.shape[1:] != (heads, 2 * key_dim):
         raise ValueError(
-            f"queries of shape {tuple(query_THQ.shape)} do not fit sub-keys of shape "
-            f"{tuple(sub_keys_2HNC.shape)}: {heads} heads of width {2 * key_dim} are needed."
+            f"queries have shape {tuple(query_THQ.shape)}, but sub-keys of shape "
+            f"{tuple(sub_keys_2HNC.shape)} need {heads} heads of width {2 * key_dim}."
         )
     if not 1 <= topk <= num_keys:
-        raise ValueError(f"topk {topk} of {num_keys} sub-keys: it must be between 1 and these.")
+        raise ValueError(f"topk is {topk}, but it must be between 1 and the {num_keys} sub-keys.")
     if num_keys**2 >= 2**31:
-        raise ValueError(f"{num_keys} sub-keys per half: at most 46340 leave room for row ids.")
+        raise ValueError(
+            f"there are {num_keys} sub-keys per half, but row ids fit in 31 bits for at most 46340."
+        )
     if query_THQ.device != sub_keys_2HNC.device:
         raise ValueError(
-            f"queries on {query_THQ.device} and sub-keys on {sub_keys_2HNC.device}: use one device."
+            f"queries are on {query_THQ.device}, but sub-keys are on {sub_keys_2HNC.device}; use "
+            "one device."
         )

@@ -1,14 +1,16 @@
-"""Row optimizers, in place: AdamW and SGD, over every row of a table or only the touched ones.
+"""In-place optimizer steps on a table, AdamW and SGD, over every row or over the touched rows.
 
-                            every row          touched rows
-    AdamW                   adamw_             touched_adamw_
-    a second moment of [r]  rowwise_adamw_
-    SGD                     sgd_               touched_sgd_
+                                 every row         touched rows
+    AdamW                        adamw_            touched_adamw_
+    one second moment per row    rowwise_adamw_
+    SGD                          sgd_              touched_sgd_
 
-Weights in fp32 are the master weights, and `copy_rV` may receive their bf16 copy in the same pass.
-Weights in bf16 with a `seed` are rounded at random and need no master. `grad_scale` is one number
-on the device, for clipping times the inverse of the loss scale: no step waits for the host.
-megamem.reference.row_adam has the arithmetic.
+Weights in fp32 are the master weights; `copy_rV` receives their bf16 copy in the same pass. Weights
+in bf16 with a `seed` are rounded stochastically and need no master. `grad_scale` is a number on the
+device, the clipping factor over the loss scale, so that the host never waits for the device.
+megamem.reference.row_adam defines the arithmetic.
+
+Letters: r rows on this rank, V row width, E rows of a list.
 """
 
 import torch
@@ -20,7 +22,7 @@ from megamem.ops.backend import use_triton
 from megamem.reference import row_adam as reference
 from megamem.reference.row_adam import AdamOptions
 
-# numbers: 1 MB in fp32
+# numbers in a block, which take 1 MB in fp32
 CACHED = 2**18
 
 
@@ -31,30 +33,32 @@ def adamw_(
     exp_avg_sq: Tensor | None,
     options: AdamOptions,
 ) -> None:
-    """One step of torch.optim.AdamW on every row.
+    """Update every row as torch.optim.AdamW does.
 
     Args:
-        exp_avg_rV: None for no first moment.
-        exp_avg_sq: [r, V], or [r] for one number per row, or None.
-        options: gradients of rows that `touched_r` leaves out are not read, and `clear_grads`
-            zeroes those that were read in the same pass.
+        weights_rV: updated.
+        grads_rV: the gradients; set to zero if `clear_grads` is set.
+        exp_avg_rV: the first moment, updated; None for none.
+        exp_avg_sq: the second moment, updated: [r, V], or [r] for one number per row; None for
+            none.
+        options: the gradients of rows where `touched_r` is 0 are not read, and count as zero.
 
     Raises:
-        ValueError: tensors whose shapes, devices or dtypes do not fit.
+        ValueError: if shapes, devices or dtypes do not fit.
     """
     _check_state(weights_rV, grads_rV, exp_avg_rV, exp_avg_sq, options)
     if grads_rV.shape != weights_rV.shape:
         raise ValueError(
-            f"gradients of shape {tuple(grads_rV.shape)} for weights of shape "
+            f"gradients have shape {tuple(grads_rV.shape)}, but weights have shape "
             f"{tuple(weights_rV.shape)}."
         )
     _check_rows("touched_r", options.touched_r, weights_rV, weights_rV.shape[:1])
     state = (weights_rV, grads_rV, exp_avg_rV, exp_avg_sq)
     with torch.no_grad():
         if use_triton(weights_rV):
-            # the kernel's arguments have the names of the options
+            # the arguments of the kernel have the same names as the options
             update_rows_(*state, **vars(options))
-        elif _torch_has_it(*state, options):
+        elif _torch_supports(*state, options):
             assert exp_avg_rV is not None and exp_avg_sq is not None
             _by_torch_(weights_rV, grads_rV, exp_avg_rV, exp_avg_sq, options)
         else:
@@ -71,20 +75,30 @@ def touched_adamw_(
     last_steps_r: Tensor,
     options: AdamOptions,
 ) -> None:
-    """One step of AdamW on the touched rows, with a bias correction and a decay of their own.
+    """Update the touched rows by AdamW, with a bias correction and a catch-up decay for each row.
 
-    The rows are distinct; -1 is skipped (megamem.ops.sparse_gradients returns them so). The
-    reference says what makes this differ from AdamW.
+    megamem.reference.row_adam documents how this differs from AdamW.
+
+    Args:
+        weights_rV: updated.
+        rows_E: distinct rows, or -1 for none, as megamem.ops.sparse_gradients returns them.
+        grads_EV: their gradients.
+        exp_avg_rV: the first moment, updated; None for none.
+        exp_avg_sq: the second moment, updated: [r, V], or [r] for one number per row; None for
+            none.
+        touches_r: number of steps that touched each row; updated.
+        last_steps_r: the last step that touched each row, 0 before the first; updated.
+        options: options of the step.
 
     Raises:
-        ValueError: tensors whose shapes, devices or dtypes do not fit, or options of the steps on
-            every row.
+        ValueError: if shapes, devices or dtypes do not fit, or if an option is set that only
+            applies to steps on every row.
     """
     _check_touched(weights_rV, rows_E, grads_EV, exp_avg_rV, exp_avg_sq, options)
     if not len(touches_r) == len(last_steps_r) == len(weights_rV):
         raise ValueError(
-            f"{len(touches_r)} touches and {len(last_steps_r)} last steps for "
-            f"{len(weights_rV)} rows."
+            f"there are {len(touches_r)} touches and {len(last_steps_r)} last steps for "
+            f"{len(weights_rV)} rows; one of each is needed per row."
         )
     _check_rows("touches_r", touches_r, weights_rV, weights_rV.shape[:1])
     _check_rows("last_steps_r", last_steps_r, weights_rV, weights_rV.shape[:1])
@@ -103,20 +117,22 @@ def rowwise_adamw_(
     exp_avg_sq_r: Tensor,
     options: AdamOptions,
 ) -> None:
-    """adamw_ with one second moment per row, of the mean square of the row's gradient.
+    """Update every row by AdamW with one second moment per row.
+
+    The second moment is the running mean of the mean square of the row's gradient.
 
     Raises:
-        ValueError: as adamw_, and where the second moment is not one number per row.
+        ValueError: as adamw_ does, and if the second moment is not one number per row.
     """
     _check_row_moment(exp_avg_sq_r, weights_rV)
     adamw_(weights_rV, grads_rV, exp_avg_rV, exp_avg_sq_r, options)
 
 
 def sgd_(weights_rV: Tensor, grads_rV: Tensor, options: AdamOptions) -> None:
-    """weights * (1 - lr * weight_decay) - lr * gradient, on every row.
+    """Set every row to weights * (1 - lr * weight_decay) - lr * gradient.
 
     Raises:
-        ValueError: as adamw_.
+        ValueError: as adamw_ does.
     """
     adamw_(weights_rV, grads_rV, None, None, options)
 
@@ -124,14 +140,19 @@ def sgd_(weights_rV: Tensor, grads_rV: Tensor, options: AdamOptions) -> None:
 def touched_sgd_(
     weights_rV: Tensor, rows_E: Tensor, grads_EV: Tensor, options: AdamOptions
 ) -> None:
-    """weights * (1 - lr * weight_decay) - lr * gradient, on the touched rows; others do not decay.
+    """Set the touched rows to weights * (1 - lr * weight_decay) - lr * gradient.
+
+    Other rows do not decay.
 
     Args:
+        weights_rV: updated.
         rows_E: distinct rows, or -1 for none.
+        grads_EV: their gradients.
+        options: options of the step.
 
     Raises:
-        ValueError: tensors whose shapes, devices or dtypes do not fit, or options of the steps on
-            every row.
+        ValueError: if shapes, devices or dtypes do not fit, or if an option is set that only
+            applies to steps on every row.
     """
     _check_touched(weights_rV, rows_E, grads_EV, None, None, options)
     with torch.no_grad():
@@ -141,14 +162,17 @@ def touched_sgd_(
             reference.touched_sgd_(weights_rV, rows_E, grads_EV, options)
 
 
-def _torch_has_it(
+def _torch_supports(
     weights_rV: Tensor,
     grads_rV: Tensor,
     exp_avg_rV: Tensor | None,
     exp_avg_sq: Tensor | None,
     options: AdamOptions,
 ) -> bool:
-    """Whether torch's fused AdamW for CPUs, tens of times as fast as the reference, does this."""
+    """Return whether torch's fused AdamW for CPUs can make the step.
+
+    It is tens of times faster than the reference, and needs fp32 or fp64 tensors of one dtype.
+    """
     if exp_avg_rV is None or exp_avg_sq is None or exp_avg_sq.shape != weights_rV.shape:
         return False
     one_dtype = len({x.dtype for x in (weights_rV, grads_rV, exp_avg_rV, exp_avg_sq)}) == 1
@@ -164,7 +188,7 @@ def _by_torch_(
     options: AdamOptions,
 ) -> None:
     touched_r, scale = options.touched_r, options.grad_scale
-    # in blocks that stay in a core's cache, as the gradient is copied
+    # in blocks whose copy of the gradient stays in the cache of a core
     block = max(1, CACHED // weights_rV.shape[1])
     for start in range(0, len(weights_rV), block):
         rows = slice(start, start + block)
@@ -179,7 +203,7 @@ def _by_torch_(
             [exp_avg_rV[rows]],
             [exp_avg_sq[rows]],
             max_exp_avg_sqs=[],
-            # it counts the step itself
+            # torch adds one before the step
             state_steps=[torch.tensor(options.step - 1.0)],
             fused=True,
             amsgrad=False,
@@ -205,14 +229,14 @@ def _check_touched(
     _check_state(weights_rV, grads_EV, exp_avg_rV, exp_avg_sq, options)
     if options.touched_r is not None or options.clear_grads or options.row_squares_r is not None:
         raise ValueError(
-            "touched_r, clear_grads and row_squares_r are options of the steps on every row, not "
-            "of those on touched rows."
+            "touched_r, clear_grads and row_squares_r are options of steps on every row; drop them "
+            "for a step on touched rows."
         )
     _check_rows("rows_E", rows_E, weights_rV, rows_E.shape[:1])
     if grads_EV.shape != (len(rows_E), weights_rV.shape[1]):
         raise ValueError(
-            f"gradients of shape {tuple(grads_EV.shape)} for {len(rows_E)} rows of width "
-            f"{weights_rV.shape[1]}."
+            f"gradients have shape {tuple(grads_EV.shape)}, but there are {len(rows_E)} rows of "
+            f"width {weights_rV.shape[1]}."
         )
 
 
@@ -221,18 +245,20 @@ def _check_rows(name: str, x: Tensor | None, weights_rV: Tensor, shape: torch.Si
         return
     if x.shape != shape or x.is_floating_point() or not x.is_contiguous():
         raise ValueError(
-            f"{name} of shape {tuple(x.shape)} and {x.dtype}: one contiguous tensor of integers is "
-            f"needed, for weights of shape {tuple(weights_rV.shape)}."
+            f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}, but it must be contiguous, of "
+            f"integers or booleans, and of shape {tuple(shape)}."
         )
     if x.device != weights_rV.device:
-        raise ValueError(f"{name} on {x.device}, the weights on {weights_rV.device}.")
+        raise ValueError(
+            f"{name} must be on {weights_rV.device}, as the weights are, not on {x.device}."
+        )
 
 
 def _check_row_moment(exp_avg_sq_r: Tensor, weights_rV: Tensor) -> None:
     if exp_avg_sq_r.shape != weights_rV.shape[:1]:
         raise ValueError(
-            f"the second moment of shape {tuple(exp_avg_sq_r.shape)} for weights of shape "
-            f"{tuple(weights_rV.shape)}: one number per row is needed."
+            f"the second moment has shape {tuple(exp_avg_sq_r.shape)}, but weights of shape "
+            f"{tuple(weights_rV.shape)} need one number per row."
         )
 
 
@@ -257,25 +283,29 @@ def _check_state(
         if not x.is_contiguous():
             raise ValueError(f"the {name} must be contiguous.")
         if not x.is_floating_point():
-            raise ValueError(f"the {name} of {x.dtype} must be floating point.")
+            raise ValueError(f"the {name} must be floating point, not {x.dtype}.")
         if x.device != weights_rV.device:
-            raise ValueError(f"the {name} on {x.device}, the weights on {weights_rV.device}.")
+            raise ValueError(
+                f"the {name} must be on {weights_rV.device}, as the weights are, not on {x.device}."
+            )
         if name in ("first moment", "copy") and x.shape != weights_rV.shape:
             raise ValueError(
-                f"the {name} of shape {tuple(x.shape)} for weights of shape "
+                f"the {name} has shape {tuple(x.shape)}, but weights have shape "
                 f"{tuple(weights_rV.shape)}."
             )
         if name == "gradient scale" and x.numel() != 1:
-            raise ValueError(f"the {name} of shape {tuple(x.shape)}: one number is needed.")
+            raise ValueError(f"the {name} must be one number, not of shape {tuple(x.shape)}.")
     if weights_rV.dim() != 2 or weights_rV.shape[1] % 8:
         raise ValueError(
-            f"weights of shape {tuple(weights_rV.shape)}: a table is [rows, width], the width a "
-            "multiple of 8."
+            f"weights have shape {tuple(weights_rV.shape)}, but a table must be [rows, width] with "
+            "a width that is a multiple of 8."
         )
     if exp_avg_sq is not None and exp_avg_sq.shape not in (weights_rV.shape, weights_rV.shape[:1]):
         raise ValueError(
-            f"the second moment of shape {tuple(exp_avg_sq.shape)} for weights of shape "
-            f"{tuple(weights_rV.shape)}: the same, or one number per row."
+            f"the second moment has shape {tuple(exp_avg_sq.shape)}, but weights of shape "
+            f"{tuple(weights_rV.shape)} need the same shape, or one number per row."
         )
     if options.seed is not None and weights_rV.dtype != torch.bfloat16:
-        raise ValueError(f"weights of {weights_rV.dtype}: only bf16 is rounded at random.")
+        raise ValueError(
+            f"weights must be bf16 to be rounded stochastically, not {weights_rV.dtype}."
+        )

@@ -1,10 +1,13 @@
-"""Product of table rows with the vector of the bag that reads them, forward and backward.
+"""Dot product of table rows with the vector of the bag that reads them, forward and backward.
 
-Its three directions are those of embedding_bag, so its kernels are, too:
+Each of its three computations is one of embedding_bag's, so the kernels are the same:
 
-    dots             what embedding_bag's backward computes as the gradient of its weights
-    row gradient     its value gradient, with gradients of dots for weights and vectors for bags
-    vector gradient  its forward, with gradients of dots for weights
+    dots                        the gradient of the weights in embedding_bag's backward
+    gradient of the values      the value gradient in embedding_bag's backward, with the gradients
+                                of dots as weights and the vectors as gradients of the bags
+    gradient of the vectors     embedding_bag's forward, with the gradients of dots as weights
+
+Letters: r rows on this rank, V row width, M lookups, G bags.
 """
 
 from typing import Any
@@ -42,7 +45,7 @@ class _RowDot(torch.autograd.Function):
             grad_values = torch.zeros_like(values_rV)
             row_gradient(sort_lookups(*lookups, len(values_rV)), vectors_GV, None, grad_values)
         if want_vectors:
-            backward = _vector_gradient if use_triton(values_rV) else _twin_vector_gradient
+            backward = _vector_gradient if use_triton(values_rV) else _reference_vector_gradient
             grad_vectors = backward(values_rV, vectors_GV, *lookups)
         return grad_values, grad_vectors, None, None, None, None
 
@@ -53,7 +56,7 @@ def _vector_gradient(
     return sum_bags(values_rV, row_ids_M, grad_M, offsets).to(vectors_GV.dtype)
 
 
-def _twin_vector_gradient(
+def _reference_vector_gradient(
     values_rV: Tensor, vectors_GV: Tensor, row_ids_M: Tensor, grad_M: Tensor, offsets: Tensor
 ) -> Tensor:
     vectors_GV = vectors_GV.detach().requires_grad_()
@@ -71,27 +74,27 @@ def row_dot(
     check_row_ids: bool | None = None,
     add_value_grad_to: Tensor | None = None,
 ) -> Tensor:
-    """Multiply table rows with the vectors of their bags; see the reference for the arithmetic.
+    """Return the dot product of each lookup's row with its bag's vector.
 
-    Repeated runs agree bit for bit, forward and backward.
+    megamem.reference.row_dot defines it. Repeated runs agree bit for bit, forward and backward.
 
     Args:
         values_rV: this rank's shard of a table; V a multiple of 8.
-        vectors_GV: one for each bag.
-        row_ids_M: local row each lookup reads, or -1 for none.
-        offsets: [G + 1], where each bag starts; the last entry is M.
-        check_row_ids: whether to look for row ids that the table does not have, and for offsets
-            that are none. By default only on a CPU, as a GPU would have to wait for the answer.
-        add_value_grad_to: fp32 or bf16 [r, V] buffer that the backward adds the gradient of the
-            rows to, touched rows only, whether or not anything else wants a gradient; autograd
-            then gets none.
+        vectors_GV: the vector of each bag.
+        row_ids_M: row of the shard that each lookup reads, or -1 for none.
+        offsets: [G + 1], where the lookups of each bag start; the last entry is M.
+        check_row_ids: whether to check that row ids and offsets are in range. By default they are
+            checked on a CPU only, as the host would have to wait for a GPU.
+        add_value_grad_to: fp32 or bf16 [r, V] buffer to which the backward adds the gradient of the
+            touched rows, even if no other input requires a gradient; autograd then gets no
+            gradient of the values.
 
     Returns:
-        dots_M, fp32 (fp64 for an fp64 table); 0 where a lookup reads no row.
+        dots_M: fp32 (fp64 for an fp64 table); 0 where a lookup reads no row.
 
     Raises:
-        ValueError: tensors whose shapes, devices or dtypes do not fit, or, where checked, a row id
-            or an offset out of range.
+        ValueError: if shapes, devices or dtypes do not fit, or if a checked row id or offset is
+            out of range.
     """
     check_inputs(values_rV, row_ids_M, _ones(row_ids_M), offsets)
     _check_vectors(vectors_GV, values_rV, offsets)
@@ -101,7 +104,7 @@ def row_dot(
         check_contents(row_ids_M, offsets, len(values_rV), may_skip=True)
     if not use_triton(values_rV) and add_value_grad_to is None:
         return reference(values_rV, vectors_GV, row_ids_M, offsets)
-    # autograd calls back only for what leads to an input that wants a gradient
+    # autograd only calls the backward if an input requires a gradient
     anchor = None if add_value_grad_to is None else torch.zeros((), requires_grad=True)
     return _RowDot.apply(
         values_rV.contiguous(),
@@ -114,20 +117,20 @@ def row_dot(
 
 
 def _ones(row_ids_M: Tensor) -> Tensor:
-    """Weights of lookups that all count once; they take no memory."""
+    """Return a weight of 1 for every lookup, in one number of memory."""
     return torch.ones((), device=row_ids_M.device).expand(row_ids_M.shape)
 
 
 def _check_vectors(vectors_GV: Tensor, values_rV: Tensor, offsets: Tensor) -> None:
-    """Raise a ValueError where there is not one vector for each bag."""
+    """Raise a ValueError where there is not one vector of the row width for each bag."""
     if vectors_GV.shape != (len(offsets) - 1, values_rV.shape[1]):
         raise ValueError(
-            f"vectors of shape {tuple(vectors_GV.shape)} for {len(offsets) - 1} bags and rows of "
-            f"width {values_rV.shape[1]}: one vector for each bag is needed, as wide as a row."
+            f"vectors have shape {tuple(vectors_GV.shape)}, but {len(offsets) - 1} bags and rows "
+            f"of width {values_rV.shape[1]} need one vector of that width for each bag."
         )
     if not vectors_GV.is_floating_point():
-        raise ValueError(f"vectors of {vectors_GV.dtype}: they must be floating point.")
+        raise ValueError(f"vectors must be floating point, not {vectors_GV.dtype}.")
     if vectors_GV.device != values_rV.device:
         raise ValueError(
-            f"vectors on {vectors_GV.device}, the table on {values_rV.device}: use one device."
+            f"vectors must be on {values_rV.device}, as the table is, not on {vectors_GV.device}."
         )

@@ -1,4 +1,4 @@
-"""In what pieces the ops work, for those who plan the memory that they take."""
+"""Chunk and block sizes of the ops, from which the planner estimates the memory that they take."""
 
 from megamem.kernels.product_topk import padded_topk, tokens_of_a_piece
 from megamem.kernels.row_gradient import chunk_length, column_block

@@ -1,7 +1,10 @@
-"""The gradients of embedding_bag in the two forms that cost nothing per row of the table.
+"""Value gradients of embedding_bag whose cost does not depend on the number of rows of the table.
 
-Autograd wants a dense [r, V] gradient. These are for an optimizer that updates touched rows, and
-for a gradient buffer that already exists.
+Autograd computes a dense [r, V] gradient. These functions return the gradients of the touched rows,
+or add them to a gradient buffer that already exists.
+
+Letters: r rows on this rank, V row width, M lookups, G bags, U distinct rows, E entries of the
+result.
 """
 
 import torch
@@ -16,15 +19,22 @@ from megamem.reference.embedding_bag import embedding_bag as reference
 def sparse_gradients(
     values_rV: Tensor, grad_GV: Tensor, row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the touched rows only, without waiting for how many there are.
+    """Return the gradients of the touched rows. The host does not wait for their number.
 
     Args:
+        values_rV: this rank's shard of the value table.
         grad_GV: gradient of the bags.
+        row_ids_M: row of the shard that each lookup reads, or -1 for none.
+        weights_M: weight of each lookup.
+        offsets: [G + 1], where the lookups of each bag start; the last entry is M.
 
     Returns:
-        rows_E: [min(M, r)] ascending touched rows, then -1.
-        grads_EV: their gradients, in the dtype of grad_GV; the rest is undefined.
-        weight_grads_M: fp32 (fp64 for an fp64 table).
+        rows_E: the touched rows, ascending, then -1; E = min(M, r).
+        grads_EV: their gradients in the dtype of grad_GV; undefined where rows_E is -1.
+        weight_grads_M: gradient of the weights, fp32 (fp64 for an fp64 table).
+
+    Raises:
+        ValueError: if shapes, devices or dtypes do not fit.
     """
     check_inputs(values_rV, row_ids_M, weights_M, offsets)
     check_gradient(grad_GV, values_rV, offsets)
@@ -33,7 +43,7 @@ def sparse_gradients(
     grads_EV = torch.empty(num_slots, width, dtype=grad_GV.dtype, device=device)
     if not use_triton(values_rV):
         rows_E = torch.full((num_slots,), -1, dtype=torch.int64, device=device)
-        rows_U, grads_UV = _twin_gradient(grad_GV, row_ids_M, weights_M, offsets)
+        rows_U, grads_UV = _reference_gradient(grad_GV, row_ids_M, weights_M, offsets)
         rows_E[: len(rows_U)], grads_EV[: len(rows_U)] = rows_U, grads_UV
         weights_M = weights_M.detach().requires_grad_()
         with torch.enable_grad():
@@ -46,7 +56,7 @@ def sparse_gradients(
     slots_M = starts_M.cumsum(0, dtype=torch.int32) - 1
     by_weight_M = row_gradient(lookups, grad_GV.contiguous(), values_rV, grads_EV, slots_M)
     assert by_weight_M is not None
-    # absent lookups share one slot after the last row, which may be one more than there are
+    # lookups of no row share the slot after the last row, which may lie beyond the result
     rows_E = torch.full((num_slots + 1,), -1, dtype=torch.int64, device=device)
     rows_M = lookups.rows_M.to(torch.int64)
     rows_E[slots_M] = torch.where(rows_M < num_rows, rows_M, -1)
@@ -56,11 +66,17 @@ def sparse_gradients(
 def add_value_gradient_(
     buffer_rV: Tensor, grad_GV: Tensor, row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor
 ) -> Tensor:
-    """Add the value gradient to the touched rows of a buffer, summed in fp32, rounded once."""
+    """Add the value gradient to the touched rows of a buffer, and return the buffer.
+
+    Sums are formed in fp32 and rounded once.
+
+    Raises:
+        ValueError: if shapes, devices or dtypes do not fit.
+    """
     check_inputs(buffer_rV, row_ids_M, weights_M, offsets)
     check_gradient(grad_GV, buffer_rV, offsets)
     if not use_triton(grad_GV):
-        rows_U, grads_UV = _twin_gradient(
+        rows_U, grads_UV = _reference_gradient(
             grad_GV.to(torch.promote_types(grad_GV.dtype, torch.float32)),
             row_ids_M,
             weights_M,
@@ -73,10 +89,10 @@ def add_value_gradient_(
     return buffer_rV
 
 
-def _twin_gradient(
+def _reference_gradient(
     grad_GV: Tensor, row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The touched rows and their gradients, by autograd over a table of only these."""
+    """Return the touched rows and their gradients, by autograd on a table of these rows alone."""
     rows_U, slots = row_ids_M[row_ids_M >= 0].unique(return_inverse=True)
     compact_ids_M = torch.full_like(row_ids_M, -1)
     compact_ids_M[row_ids_M >= 0] = slots

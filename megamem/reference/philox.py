@@ -1,8 +1,10 @@
-"""Random numbers that are a function of where they stand: Philox-4x32-10 (Salmon et al., 2011).
+"""Counter-based random numbers: Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers").
 
 Element (row, column) of a tensor is drawn from the counter (column / 4, row, stream) under the key
-`seed`, so any rank can draw any rows without drawing the others, and a table is the same however
-many ranks share it.
+`seed`. Any rank can therefore draw any rows alone, and the table does not depend on the number of
+ranks.
+
+Letters: E counters or rows of a list, B blocks of four columns; a digit is an axis of that size.
 """
 
 import math
@@ -18,14 +20,14 @@ _ROUNDS = 10
 
 
 def philox(counter_4E: Tensor, seed: int) -> Tensor:
-    """Four random 32-bit words for each counter of four 32-bit words.
+    """Return four random 32-bit words for each counter of four 32-bit words.
 
     Args:
-        counter_4E: int64, each in [0, 2**32).
-        seed: the key; its low 64 bits count.
+        counter_4E: int64 words in [0, 2**32).
+        seed: the key, of which the low 64 bits are used.
 
     Returns:
-        words_4E: int64, each in [0, 2**32).
+        words_4E: int64 words in [0, 2**32).
     """
     c0, c1, c2, c3 = counter_4E
     key = [seed & _MASK, seed >> 32 & _MASK]
@@ -49,17 +51,17 @@ def random_rows(
     stream: int,
     distribution: Literal["normal", "uniform"],
 ) -> Tensor:
-    """Rows of a random [*, width] tensor: standard normal, or uniform on (-1, 1).
+    """Return rows of a random [*, width] tensor: standard normal, or uniform on (-1, 1).
 
     Args:
-        row_ids_E: int64 rows wanted, each in [0, 2**62).
+        row_ids_E: int64 ids of the rows, in [0, 2**62).
         width: numbers per row.
-        seed: any integer; its low 64 bits count.
-        stream: which of the many tensors of a model, in [0, 2**32).
-        distribution: of the numbers.
+        seed: any integer, of which the low 64 bits are used.
+        stream: number of the tensor within the model, in [0, 2**32).
+        distribution: the distribution of the numbers.
 
     Returns:
-        [E, width] fp64
+        [E, width] in fp64.
     """
     blocks = -(-width // 4)
     column = torch.arange(blocks, device=row_ids_E.device)
@@ -69,7 +71,7 @@ def random_rows(
             column, row & _MASK, row >> 32, torch.tensor(stream, device=row_ids_E.device)
         )
     )
-    # the half keeps a draw off 0, where a logarithm would be infinite
+    # adding a half keeps the draws above 0, where the logarithm would be infinite
     draws_4EB = (philox(counter.flatten(1), seed).double() + 0.5) * 2.0**-32
     if distribution == "uniform":
         out_4EB = 2 * draws_4EB - 1

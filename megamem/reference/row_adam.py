@@ -1,8 +1,10 @@
-"""Row optimizers as arithmetic: AdamW and SGD, over all rows or only those that were touched.
+"""Optimizer steps on a table, AdamW and SGD, over every row or the touched rows: the specification.
 
-A moment that is None is left out: without the second there is no division (momentum SGD), without
-either a step is lr * gradient (plain SGD). A second moment of shape [r] holds one number per row,
-the running mean of the squares of its gradient.
+A moment that is None is left out. Without the second moment the step is momentum SGD, as nothing is
+divided by its root; without both it is lr * gradient, plain SGD. A second moment of shape [r] holds
+one number per row, the running mean of the mean square of the row's gradient.
+
+Letters: r rows on this rank, V row width, E rows of a list, U distinct rows.
 """
 
 import math
@@ -16,58 +18,66 @@ from megamem.reference.philox import philox
 
 @dataclass(frozen=True, kw_only=True)
 class AdamOptions:
-    """What one step takes beside the table, its gradients and its state; SGD is a special case.
+    """Options of one step. SGD uses those that apply to it.
 
     Raises:
         ValueError: a number is out of range.
     """
 
     step: int
-    """Counted from 1. In plain SGD only the random rounding depends on it."""
+    """Number of the step, from 1. In plain SGD only stochastic rounding depends on it."""
 
     lr: float
+    """Learning rate."""
+
     weight_decay: float = 0.0
-    """Decoupled: the weights are multiplied by 1 - lr * weight_decay."""
+    """Decoupled weight decay: the weights are multiplied by 1 - lr * weight_decay."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and of the second moment."""
+    """Decay rates of the first and of the second moment."""
 
     eps: float = 1e-8
+    """Added to the root of the second moment."""
+
     grad_scale: Tensor | None = None
-    """One number that multiplies the gradients, read on the device."""
+    """One number on the device that multiplies the gradients."""
 
     copy_rV: Tensor | None = None
-    """Also receives the new weights, rounded to nearest."""
+    """Receives a copy of the new weights, rounded to nearest."""
 
     seed: int | None = None
-    """Of the random rounding of weights in bf16; without it they are rounded to nearest."""
+    """Seed of the stochastic rounding of weights in bf16; None rounds them to nearest."""
 
     row_offset: int = 0
+    """First row of the shard in the unsharded table, on which stochastic rounding depends."""
+
     column_offset: int = 0
-    """Place of the first element in the whole table, so that the rounding of an element does not
-    depend on how the table is cut; the column is a multiple of 8."""
+    """First column of the shard in the unsharded table, a multiple of 8. With both offsets, the
+    rounding of an element does not depend on how the table is sharded."""
 
     touched_r: Tensor | None = None
-    """Steps on every row: where it is 0, the gradient is zero, whatever the gradients say."""
+    """For steps on every row: where it is 0, the gradient counts as zero and is not read."""
 
     clear_grads: bool = False
-    """Steps on every row: leave zeros in the gradients of the touched rows."""
+    """For steps on every row: set the gradients of the touched rows to zero."""
 
     row_squares_r: Tensor | None = None
-    """Steps on every row: mean squares of the gradients of whole rows, before grad_scale, where the
-    gradients given are only some of their columns."""
+    """For steps on every row with one second moment per row, where the shard has only some columns:
+    mean squares of the gradients over all columns, before grad_scale."""
 
     def __post_init__(self) -> None:
         if self.step < 1:
-            raise ValueError(f"step {self.step}: steps are counted from 1.")
+            raise ValueError(f"step is {self.step}, but steps are counted from 1.")
         if self.lr * self.weight_decay >= 1:
             raise ValueError(
-                f"lr {self.lr} times weight decay {self.weight_decay} must be below 1."
+                f"lr {self.lr} times weight_decay {self.weight_decay} must be below 1."
             )
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas {self.betas}: each must be at least 0 and below 1.")
+            raise ValueError(f"betas are {self.betas}, but each must be at least 0 and below 1.")
         if self.column_offset % 8:
-            raise ValueError(f"column offset {self.column_offset} is not a multiple of 8.")
+            raise ValueError(
+                f"column_offset is {self.column_offset}, but it must be a multiple of 8."
+            )
 
 
 def adamw_(
@@ -77,24 +87,28 @@ def adamw_(
     exp_avg_sq: Tensor | None,
     options: AdamOptions,
 ) -> None:
-    """One step of torch.optim.AdamW on every row, in fp32, whatever the dtypes.
+    """Update every row as torch.optim.AdamW does, computed in fp32 (fp64 for fp64 weights).
 
     Args:
-        weights_rV: rounded to nearest, or at random where a seed is given (bf16 only).
-        exp_avg_sq: [r, V], or [r] for one number per row.
+        weights_rV: updated; rounded to nearest, or stochastically where a seed is given (bf16).
+        grads_rV: the gradients; set to zero if `clear_grads` is set.
+        exp_avg_rV: the first moment, updated; None for none.
+        exp_avg_sq: the second moment, updated: [r, V], or [r] for one number per row; None for
+            none.
+        options: options of the step.
     """
     rows_r = torch.arange(len(weights_rV), device=weights_rV.device)
-    with_gradient_r1 = torch.ones_like(rows_r, dtype=torch.bool).unsqueeze(-1)
+    has_gradient = torch.ones_like(rows_r, dtype=torch.bool).unsqueeze(-1)
     row_squares_r, touched_r = options.row_squares_r, options.touched_r
     if touched_r is not None:
-        with_gradient_r1 = touched_r.bool().unsqueeze(-1)
+        has_gradient = touched_r.bool().unsqueeze(-1)
         row_squares_r = None if row_squares_r is None else row_squares_r * touched_r
     corrections = [torch.tensor(1 - b**options.step, dtype=torch.float64) for b in options.betas]
     decay = torch.tensor(1 - options.lr * options.weight_decay, dtype=torch.float64)
     _update_rows_(
         weights_rV,
         rows_r,
-        grads_rV.where(with_gradient_r1, 0),
+        grads_rV.where(has_gradient, 0),
         exp_avg_rV,
         exp_avg_sq,
         corrections,
@@ -103,7 +117,7 @@ def adamw_(
         row_squares_r,
     )
     if options.clear_grads:
-        grads_rV.masked_fill_(with_gradient_r1, 0)
+        grads_rV.masked_fill_(has_gradient, 0)
 
 
 def touched_adamw_(
@@ -116,37 +130,48 @@ def touched_adamw_(
     last_steps_r: Tensor,
     options: AdamOptions,
 ) -> None:
-    """One step of AdamW on the touched rows; the others are not read.
+    """Update the touched rows by lazy AdamW; the other rows are not read.
 
-    Not AdamW: the moments of an idle row stand still, and their bias correction counts the row's
-    own touches. Its weight decay is made up for at the next touch, at that step's learning rate.
-    When every step touches every row, it is AdamW.
+    It differs from AdamW in rows that a step does not touch. Their moments do not change, the bias
+    correction of a row counts the steps that touched it, and the weight decay of the steps between
+    is applied at the next touch, with the learning rate of that step. If every step touches every
+    row, it is AdamW.
 
     Args:
+        weights_rV: updated.
         rows_E: distinct rows, or -1 for none.
         grads_EV: their gradients.
-        touches_r: how often each row was touched; updated.
-        last_steps_r: the step of its last touch, 0 before the first; updated.
+        exp_avg_rV: the first moment, updated; None for none.
+        exp_avg_sq: the second moment, updated: [r, V], or [r] for one number per row; None for
+            none.
+        touches_r: number of steps that touched each row; updated.
+        last_steps_r: the last step that touched each row, 0 before the first; updated.
+        options: options of the step.
     """
     present_E = rows_E >= 0
     rows_U, grads_UV = rows_E[present_E], grads_EV[present_E]
     touches_r[rows_U] += 1
-    touches_U1 = touches_r[rows_U].double().unsqueeze(-1)
-    gaps_U1 = (options.step - last_steps_r[rows_U]).double().unsqueeze(-1)
+    touches = touches_r[rows_U].double().unsqueeze(-1)
+    gaps = (options.step - last_steps_r[rows_U]).double().unsqueeze(-1)
     last_steps_r[rows_U] = options.step
-    corrections = [-torch.expm1(touches_U1 * math.log(beta)) for beta in options.betas]
-    decay_U1 = torch.exp(gaps_U1 * math.log1p(-options.lr * options.weight_decay))
+    corrections = [-torch.expm1(touches * math.log(beta)) for beta in options.betas]
+    decay = torch.exp(gaps * math.log1p(-options.lr * options.weight_decay))
     moments = (exp_avg_rV, exp_avg_sq)
-    _update_rows_(weights_rV, rows_U, grads_UV, *moments, corrections, decay_U1, options)
+    _update_rows_(weights_rV, rows_U, grads_UV, *moments, corrections, decay, options)
 
 
 def touched_sgd_(
     weights_rV: Tensor, rows_E: Tensor, grads_EV: Tensor, options: AdamOptions
 ) -> None:
-    """weights * (1 - lr * weight_decay) - lr * gradient on the touched rows; no state, no others.
+    """Set the touched rows to weights * (1 - lr * weight_decay) - lr * gradient.
+
+    Other rows do not decay.
 
     Args:
-        rows_E: distinct rows, or -1 for none. Idle rows do not decay.
+        weights_rV: updated.
+        rows_E: distinct rows, or -1 for none.
+        grads_EV: their gradients.
+        options: options of the step.
     """
     present_E = rows_E >= 0
     rows_U, grads_UV = rows_E[present_E], grads_EV[present_E]
@@ -205,10 +230,10 @@ def _update_rows_(
 def round_randomly(
     x_UV: Tensor, rows_U: Tensor, step: int, seed: int, column_offset: int = 0
 ) -> Tensor:
-    """Round fp32 to one of the two nearest bf16, so that the mean of many roundings is x.
+    """Return x rounded stochastically to one of the two nearest bf16, so that its mean is x.
 
-    Sixteen random bits are added to the sixteen that bf16 lacks, then these are cut off. The bits
-    of eight neighbours in a row are the halves of one Philox draw at the counter
+    Sixteen random bits are added to the low sixteen bits of fp32, which are then set to zero. The
+    random bits of eight adjacent columns are the halves of one Philox draw at the counter
     (column / 8, row, step).
     """
     num_rows, width = x_UV.shape
@@ -220,13 +245,13 @@ def round_randomly(
             column, row & 0xFFFFFFFF, row >> 32, torch.tensor(step, device=x_UV.device)
         )
     )
-    words_4UB = philox(counter.flatten(1), seed).view(4, num_rows, blocks)
-    halves_24UB = torch.stack((words_4UB & 0xFFFF, words_4UB >> 16))
-    # element 4 * half + 2 * (word % 2) + word / 2 of the eight
-    noise = halves_24UB.view(2, 2, 2, num_rows, blocks).permute(3, 4, 0, 2, 1)
+    words = philox(counter.flatten(1), seed).view(4, num_rows, blocks)
+    halves = torch.stack((words & 0xFFFF, words >> 16))
+    # of the eight columns, column 4 * half + 2 * (word % 2) + word / 2 gets this half of the word
+    noise = halves.view(2, 2, 2, num_rows, blocks).permute(3, 4, 0, 2, 1)
     noise_UV = noise.reshape(num_rows, blocks * 8)[:, :width].to(torch.int32)
     bits_UV = x_UV.float().contiguous().view(torch.int32)
     finite_UV = x_UV.isfinite()
     rounded_UV = torch.where(finite_UV, bits_UV + noise_UV, bits_UV) & -0x10000
-    # a NaN's payload may sit in the bits that were cut off
+    # the payload of a NaN may lie in the bits that were set to zero
     return torch.where(x_UV.isnan(), x_UV, rounded_UV.view(torch.float32)).to(torch.bfloat16)

@@ -171,19 +171,25 @@ def test_a_cpu_trains_on_the_twin(monkeypatch):
     [
         ({"values_rV": torch.zeros(5, 12)}, "multiple of 8"),
         ({"values_rV": torch.zeros(5, 8, dtype=torch.int32)}, "fp32, bf16, fp16"),
-        ({"row_ids_M": torch.tensor([0, 5])}, "row id 5 in a table of 5 rows"),
+        ({"row_ids_M": torch.tensor([0, 5])}, "row id 5 is out of range for a table of 5 rows"),
         ({"row_ids_M": torch.tensor([0.0, 1.0])}, "int64 or int32"),
         ({"row_ids_M": torch.tensor([0, 1, 2])}, r"\[lookups\]"),
         ({"weights_M": torch.tensor([1, 2])}, "floating point"),
         ({"offsets": torch.tensor([], dtype=torch.int64)}, r"\[bags \+ 1\]"),
         ({"weights_M": torch.zeros(2, device="meta")}, "use one device"),
         ({"add_value_grad_to": torch.zeros(4, 8)}, "shape of the table"),
-        ({"add_value_grad_to": torch.zeros(5, 8, dtype=torch.int64)}, "use fp32 or bf16"),
-        ({"add_value_grad_to": torch.zeros(5, 8, device="meta")}, "add_value_grad_to on meta"),
-        ({"row_ids_M": torch.tensor([0, -2])}, "row id -2: rows are counted from 0"),
-        ({"row_ids_M": torch.tensor([0, -1]), "may_skip": False}, "promised none below 0"),
-        ({"offsets": torch.tensor([0, 3])}, "offsets from 0 to 3 for 2 lookups"),
-        ({"offsets": torch.tensor([1, 2])}, "offsets from 1 to 2"),
+        ({"add_value_grad_to": torch.zeros(5, 8, dtype=torch.int64)}, "must be fp32 or bf16, not"),
+        (
+            {"add_value_grad_to": torch.zeros(5, 8, device="meta")},
+            "add_value_grad_to must be on cpu",
+        ),
+        (
+            {"row_ids_M": torch.tensor([0, -2])},
+            "row id -2 is out of range: rows are counted from 0",
+        ),
+        ({"row_ids_M": torch.tensor([0, -1]), "may_skip": False}, "row id -1 is negative"),
+        ({"offsets": torch.tensor([0, 3])}, "offsets go from 0 to 3 for 2 lookups"),
+        ({"offsets": torch.tensor([1, 2])}, "offsets go from 1 to 2"),
         ({"offsets": torch.tensor([0, 2, 1, 2])}, "must rise"),
     ],
 )
@@ -219,8 +225,8 @@ def test_the_check_can_be_turned_off(device, monkeypatch):
     [
         ({"row_ids_M": torch.tensor([0, 1, 2])}, r"\[lookups\]"),
         ({"weights_M": torch.zeros(2, device="meta")}, "use one device"),
-        ({"grad_GV": torch.zeros(2, 8)}, "gradient of shape"),
-        ({"grad_GV": torch.zeros(1, 8, device="meta")}, "gradient on meta"),
+        ({"grad_GV": torch.zeros(2, 8)}, "the gradient has shape"),
+        ({"grad_GV": torch.zeros(1, 8, device="meta")}, "the gradient must be on cpu"),
         ({"buffer_rV": torch.zeros(5, 12), "grad_GV": torch.zeros(1, 12)}, "multiple of 8"),
     ],
 )

@@ -209,10 +209,10 @@ def test_nan_is_the_highest_score(form, device):
 @pytest.mark.parametrize(
     ("query", "sub_keys", "topk", "message"),
     [
-        ((2, 1, 8), (2, 1, 6, 4), 7, "topk 7 of 6"),
-        ((2, 1, 8), (2, 1, 6, 4), 0, "topk 0 of 6"),
+        ((2, 1, 8), (2, 1, 6, 4), 7, "topk is 7, but it must be between 1 and the 6 sub-keys"),
+        ((2, 1, 8), (2, 1, 6, 4), 0, "topk is 0, but"),
         ((2, 1, 10), (2, 1, 6, 4), 2, "1 heads of width 8"),
-        ((2, 8), (2, 1, 6, 4), 2, "are needed"),
+        ((2, 8), (2, 1, 6, 4), 2, "they must be"),
     ],
 )
 def test_errors_for_people(query, sub_keys, topk, message, device):

@@ -208,8 +208,11 @@ def test_no_rows(device):
     [
         ({"exp_avg_sq": torch.zeros(8)}, "one number per row"),
         ({"exp_avg_rV": torch.zeros(3, 16)[:, ::2]}, "contiguous"),
-        ({"grads_rV": torch.zeros(2, 8)}, "for weights of shape"),
-        ({"options": AdamOptions(step=1, lr=0.1, seed=1)}, "only bf16"),
+        ({"grads_rV": torch.zeros(2, 8)}, "gradients have shape"),
+        (
+            {"options": AdamOptions(step=1, lr=0.1, seed=1)},
+            "must be bf16 to be rounded stochastically",
+        ),
     ],
 )
 def test_errors_for_people(change, message):
@@ -228,11 +231,11 @@ def test_errors_for_people(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"step": 0}, "step 0: steps are counted from 1"),
-        ({"weight_decay": 10.0}, "lr 0.1 times weight decay 10.0 must be below 1"),
-        ({"betas": (1.0, 0.9)}, r"betas \(1.0, 0.9\): each must be at least 0 and below 1"),
+        ({"step": 0}, "step is 0, but steps are counted from 1"),
+        ({"weight_decay": 10.0}, "lr 0.1 times weight_decay 10.0 must be below 1"),
+        ({"betas": (1.0, 0.9)}, r"betas are \(1.0, 0.9\), but each must be at least 0 and below 1"),
         ({"betas": (0.9, -0.1)}, "each must be at least 0 and below 1"),
-        ({"column_offset": 12}, "column offset 12 is not a multiple of 8"),
+        ({"column_offset": 12}, "column_offset is 12, but it must be a multiple of 8"),
     ],
 )
 def test_options_out_of_range(change, message):
