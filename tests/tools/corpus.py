@@ -1,4 +1,4 @@
-"""A corpus in which every sample of a run is the same sequence, so that its loss is known."""
+"""A corpus in which every sample is the same sequence, so that the loss of a run is known."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ DOCUMENTS = 64
 
 
 def build(folder: Path, vocabulary: int) -> tuple[Path, Tensor]:
-    """Write documents of one sequence each, all alike; return where, and sequence and next token.
+    """Write equal documents of one sequence each; return their prefix, and sequence + next token.
 
-    However documents are ordered and samples are cut, a sample starts where a document does.
+    In any order of the documents every sample starts at the beginning of a document.
     """
     tokens = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(5))[:SEQUENCE]
     prefix = folder / "corpus"

@@ -1,4 +1,4 @@
-"""The published model in plain torch, written from its description, and a checkpoint of one."""
+"""The published model in plain torch, written from its description, and random checkpoints."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ ROTARY_BASE = 10_000
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a small model; odd on purpose where Megatron allows it."""
+    """The sizes of a small model, some of them odd, to find mistakes in shapes."""
 
     layers: int = 3
     hidden: int = 64
@@ -46,7 +46,7 @@ def random_checkpoint(sizes: Sizes, seed: int = 0) -> dict[str, Tensor]:
     table = normal(sizes.num_keys**2, sizes.value_dim if sizes.gated else hidden, std=1)
     tables = {"values": table}
     if sizes.experts:
-        # u small enough that gelu is neither a line nor zero
+        # with these values gelu is neither linear nor zero
         tables = {"values_v": table, "values_u": normal(*table.shape, std=hidden**-0.5)}
     for layer in range(sizes.layers):
         own = {
@@ -120,7 +120,7 @@ def _norm(x: Tensor, gain: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor, neighbours: bool) -> Tensor:
-    """[tokens, heads, dim]: each pair of dimensions turned by its frequency times the position."""
+    """[tokens, heads, dim] with each pair of dimensions rotated by frequency times position."""
     tokens, _, dim = x.shape
     frequencies = ROTARY_BASE ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angles = (torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies)[:, None]
@@ -148,7 +148,7 @@ def _attention(x: Tensor, own: dict[str, Tensor], sizes: Sizes, neighbours: bool
 
 
 def _memory(x: Tensor, own: dict[str, Tensor], sizes: Sizes) -> Tensor:
-    """All N * N scores of every head, the K largest, a softmax over these, their rows' sum."""
+    """The softmax-weighted sum of the rows with the K largest of a head's N * N scores."""
     heads, keys, half = sizes.memory_heads, sizes.num_keys, sizes.key_dim // 2
     query = "feed_forward.query_proj.query_mlps.0"
     q = (x @ own[f"{query}.weight"].T + own[f"{query}.bias"]).view(len(x), heads, 2, half)

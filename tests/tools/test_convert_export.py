@@ -1,4 +1,4 @@
-"""Tables out as safetensors and back in, whatever pieces they were saved in."""
+"""Export of tables to safetensors and import, however the checkpoint was sharded."""
 
 import json
 import re
@@ -31,7 +31,7 @@ MEMORY = (
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks with 40 and 41 rows."""
+    """A checkpoint of two ranks, with 40 and 41 rows."""
     folder = tmp_path_factory.mktemp("saved")
     saving = ("--save", folder, "--save-interval", 2, "--train-iters", 2)
     run_training("save", 2, *MEMORY, *saving, "--tensor-model-parallel-size", 2)
@@ -62,14 +62,14 @@ def test_out_and_back_bit_by_bit(saved: Path, tmp_path: Path) -> None:
     model = _model(saved / "iter_0000002")
     assert plain.keys() == model.keys() - {PLACEMENT}
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in plain.values())
-    # row i * N + j is that of the pair (i, j)
+    # row i * N + j is the value of the pair (i, j)
     assert torch.equal(plain[TABLE], model[TABLE][place_rows(torch.arange(N * N), N, SEED)])
 
     back = ("--memory-placement-seed", str(SEED))
     assert main(["import", str(tmp_path / "out"), "--to", str(tmp_path / "back"), *back]) == 0
     _same(_model(tmp_path / "back/release"), model)
 
-    # under another placement the same pairs find the same values
+    # under another placement every pair still has its value
     assert main(["import", str(tmp_path / "out"), "--to", str(tmp_path / "other")]) == 0
     other = _model(tmp_path / "other/release")
     assert int(other[PLACEMENT]) == 0
@@ -79,7 +79,7 @@ def test_out_and_back_bit_by_bit(saved: Path, tmp_path: Path) -> None:
 
 @pytest.mark.gloo
 def test_a_run_goes_on_from_an_import(saved: Path, tmp_path: Path) -> None:
-    """Its first loss is that of a run from the checkpoint itself, under either placement."""
+    """The first loss is that of a run from the checkpoint itself, under either placement."""
     assert main(["export", str(saved), "--to", str(tmp_path / "out")]) == 0
     start = ("--finetune", "--train-iters", 1)
     whole = run_training("itself", 1, *MEMORY, *start, "--load", saved).losses
@@ -97,7 +97,7 @@ def test_a_run_goes_on_from_an_import(saved: Path, tmp_path: Path) -> None:
 def test_tables_saved_by_rows_columns_or_both(
     tmp_path: Path, cuts: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each piece is read once, alone, and goes to its place."""
+    """Each chunk is read once, and its rows and columns are written where they belong."""
     values = torch.randn(N * N, WIDTH)
     boxes = [
         Region((r0, c0), (r1 - r0, c1 - c0))
@@ -157,7 +157,7 @@ def test_every_dtype_is_read_and_written_as_the_library_does(tmp_path: Path) -> 
 
 
 def test_memory_holds_a_region_not_a_tensor(tmp_path: Path) -> None:
-    """Written and read, a table takes no memory of its own beside the pages of the file."""
+    """Writing and reading a table needs no memory beside the pages of the file."""
     rows, width, region_rows = 2**15, 512, 2**9
     regions = [Region((start, 0), (region_rows, width)) for start in range(0, rows, region_rows)]
 
@@ -178,7 +178,7 @@ def test_memory_holds_a_region_not_a_tensor(tmp_path: Path) -> None:
     write_file(tmp_path / "x.safetensors", {"table": table}, {}, note)
     read = read_folder(tmp_path)[0]["table"]
     note("read")
-    # touches every page, with nothing of its own
+    # reads every page without allocating memory
     assert read.min() == 0 and read.max() == rows - 1
     note("used")
     assert torch.equal(read[[rows - 1, 7]][:, 5], torch.tensor([rows - 1.0, 7.0]))
@@ -210,11 +210,11 @@ def test_files_that_are_no_safetensors(
     _header(tmp_path / "model.safetensors", header)
     assert main(["import", str(tmp_path), "--to", str(tmp_path / "to")]) == 2
     said = capsys.readouterr().err
-    assert "is no safetensors file" in said and said.count("\n") == 1
+    assert "is not a safetensors file" in said and said.count("\n") == 1
 
 
 def test_numbers_need_not_be_aligned(tmp_path: Path) -> None:
-    """Not every writer pads its header."""
+    """Some writers do not pad the header."""
     header = json.dumps({"x": {"dtype": "F64", "shape": [2], "data_offsets": [0, 16]}}).encode()
     for padding in range(8):
         numbers = struct.pack("<dd", 1.5, -2.0)
@@ -232,11 +232,11 @@ def test_folders_that_are_no_export(tmp_path: Path, capsys: pytest.CaptureFixtur
     save_file({"x": torch.ones(2)}, tmp_path / "a.safetensors")
     refused("not those of an export")
     save_file({"x": torch.ones(2)}, tmp_path / "b.safetensors")
-    refused("holds x, which another file has already")
+    refused("contains x, and so does another file")
     (tmp_path / INDEX).write_text("{}")
-    refused("is no index")
+    refused("is not an index")
     (tmp_path / INDEX).write_text('{"weight_map": {"x": "c.safetensors"}}')
-    refused("c.safetensors is no safetensors file: No such file")
+    refused("c.safetensors is not a safetensors file: No such file")
 
 
 def test_a_dense_checkpoint_has_nothing_to_export(

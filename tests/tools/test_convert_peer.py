@@ -1,4 +1,4 @@
-"""PEER layers in converters: from the reference, into a dense model, to safetensors and back."""
+"""Conversions of PEER layers: from published checkpoints, upcycled, to safetensors and back."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ U, V = "layers.0.feed_forward.values_u.weight", "layers.0.feed_forward.values_v.
 def test_the_reference_is_taken_over_and_goes_out_and_in_again(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Megatron computes what the published layer does; an export has row i * N + j in its place."""
+    """Megatron's loss is that of the published layer, and a round trip changes no weight."""
     checkpoint = random_checkpoint(SIZES)
     data, tokens = corpus.build(tmp_path, SIZES.vocabulary)
     target, exported = tmp_path / "converted", tmp_path / "exported"
@@ -52,7 +52,7 @@ def test_u_that_differs_by_layer_is_seen(tmp_path: Path, capsys: pytest.CaptureF
     checkpoint["layers.2.feed_forward.values_u.weight"] = torch.randn(81, SIZES.hidden)
     source = _save(checkpoint, tmp_path)
     assert _convert([source], tmp_path / "to") == 2
-    assert "layers 0 and 2 have tables that differ" in capsys.readouterr().err
+    assert "layers 0 and 2 have different tables" in capsys.readouterr().err
     assert _convert([source], tmp_path / "to", "--separate-tables") == 0
     saved = saved_tensors(tmp_path / "to/release")
     rows = place_rows(torch.arange(81), 9, 0)
@@ -66,11 +66,14 @@ def test_u_that_differs_by_layer_is_seen(tmp_path: Path, capsys: pytest.CaptureF
     [
         ({U: None}, "lacks layers.0.feed_forward.values_u.weight"),
         ({V: None}, "lacks layers.0.feed_forward.values_v.weight"),
-        ({U: torch.ones(81, 40)}, r"values_u.weight has shape \[81, 40\], not \[81, 64\]"),
-        ({V: torch.ones(80, 64)}, "values_v.weight of 80 rows .* contradict"),
+        (
+            {U: torch.ones(81, 40)},
+            r"values_u.weight has shape \[81, 40\], but must have \[81, 64\]",
+        ),
+        ({V: torch.ones(80, 64)}, "values_v.weight with 80 rows .* contradict"),
         (
             {"layers.0.feed_forward.value_proj.bias": torch.ones(64)},
-            "value_proj.bias stands beside the tables of a PEER layer",
+            "value_proj.bias is beside the tables of a PEER layer",
         ),
     ],
 )
@@ -87,8 +90,8 @@ def test_files_that_are_no_peer(
 def test_upcycled_beside_the_feed_forward_it_adds_nothing_at_first(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """v is zero, u is not: so the loss is the dense model's, and the experts can learn."""
-    # without a rate the checkpoint is what the first loss was taken of
+    """v is zero and u is not, so the loss is the dense model's, and the experts can learn."""
+    # with a learning rate of 0 the saved weights are those of the first loss
     still = ("--train-iters", 1, "--lr", 0, "--min-lr", 0)
     dense = tmp_path / "dense"
     log = run_training("dense", 1, "--save", dense, "--save-interval", 1, *still)

@@ -1,4 +1,4 @@
-"""A consolidated checkpoint of the reference implementation, taken over by Megatron's loop."""
+"""Consolidated checkpoints of the published implementation, converted and loaded by Megatron."""
 
 import re
 from dataclasses import replace
@@ -34,7 +34,7 @@ def _save(checkpoint: dict[str, Tensor], folder: Path) -> Path:
 
 
 def _loss(folder: Path, capsys: pytest.CaptureFixture, data: Path, ranks: int, *flags) -> float:
-    """What Megatron's loop makes of the converted checkpoint, run as convert says."""
+    """The first loss of Megatron's loop on the converted checkpoint, with the flags printed."""
     said = " ".join(capsys.readouterr().out.split())
     advice = FLAGS.search(said)
     assert advice is not None, said
@@ -59,7 +59,7 @@ def test_megatron_computes_what_the_reference_does(
     checkpoint = random_checkpoint(sizes)
     data, tokens = corpus.build(tmp_path, sizes.vocabulary)
     truth = loss_of(checkpoint, sizes, tokens)
-    # the loss tells the two forms of rotary embedding apart
+    # the loss differs between the two forms of rotary embedding
     assert abs(truth - loss_of(checkpoint, sizes, tokens, neighbours=False)) > 0.01
     target = tmp_path / "converted"
     assert _convert([_save(checkpoint, tmp_path)], target) == 0
@@ -70,7 +70,7 @@ def test_megatron_computes_what_the_reference_does(
 def test_on_two_ranks_in_bf16_with_other_choices(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Two files, halves turned together, another placement, a table for each layer, rounded."""
+    """Two files, rotary pairs as halves, another placement, a table per layer, rounding to bf16."""
     sizes = SIZES
     checkpoint = random_checkpoint(sizes)
     own = {name: weight for name, weight in checkpoint.items() if name.startswith("layers.2.")}
@@ -82,7 +82,7 @@ def test_on_two_ranks_in_bf16_with_other_choices(
     target = tmp_path / "converted"
     flags = ("--rope", "halves", "--memory-placement-seed", "7", "--dtype", "bf16")
     assert _convert(files, target, *flags) == 2
-    assert "layers 0 and 2 have tables that differ" in capsys.readouterr().err
+    assert "layers 0 and 2 have different tables" in capsys.readouterr().err
     assert _convert(files, target, *flags, "--separate-tables") == 0
 
     rounded = {name: weight.bfloat16() for name, weight in checkpoint.items()}
@@ -103,7 +103,7 @@ def test_odd_biases_are_said_and_taken(tmp_path: Path, capsys: pytest.CaptureFix
     checkpoint[name][3] = float("inf")
     assert _convert([_save(checkpoint, tmp_path)], tmp_path / "to") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert f"Warning: {name} holds numbers that are not finite" in said
+    assert f"Warning: {name} contains infinities or NaN" in said
     saved = saved_tensors(tmp_path / "to/release")
     assert saved["decoder.layers.2.mlp.memory.output.proj.bias"][3] == float("inf")
 
@@ -118,12 +118,15 @@ class _Code:
     [
         ({"layers.1.feed_forward.w2.weight": None}, r"lacks layers.1.feed_forward.w2.weight"),
         ({"tok_embeddings.weight": None}, r"lacks tok_embeddings.weight"),
-        ({"lm_head.weight": torch.ones(2)}, r"none of a consolidated checkpoint .*lm_head.weight"),
+        ({"lm_head.weight": torch.ones(2)}, r"do not belong to a consolidated .*lm_head.weight"),
         ({"layers.0.feed_forward.values_u.weight": torch.ones(2)}, r"beside the tables of a PEER"),
         ({"layers.0.feed_forward.gating.weight": torch.ones(1, 64)}, r"a scalar gate"),
-        ({"layers.1.attention.wo.weight": torch.ones(64, 63)}, r"shape \[64, 63\], not \[64, 64\]"),
+        (
+            {"layers.1.attention.wo.weight": torch.ones(64, 63)},
+            r"shape \[64, 63\], but must have \[64, 64\]",
+        ),
         ({"layers.0.feed_forward.values.weight": torch.ones(80, 40)}, r"contradict"),
-        ({"step": 3}, r"step in it is no tensor"),
+        ({"step": 3}, r"its step is not a tensor"),
     ],
 )
 def test_files_that_are_not_what_they_say(
@@ -145,7 +148,7 @@ def test_no_memory_layers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
 
 def test_the_wrong_number_of_heads(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert _convert([_save(random_checkpoint(SIZES), tmp_path)], tmp_path / "to", heads=5) == 2
-    assert "--num-attention-heads 5 does not cut" in capsys.readouterr().err
+    assert "--num-attention-heads 5 does not divide" in capsys.readouterr().err
 
 
 def test_code_is_not_run(
@@ -161,15 +164,15 @@ def test_code_is_not_run(
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken"])
 def test_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture, content: bytes) -> None:
     for name, message in (
-        ("x.pth", "no file that torch.save"),
-        ("x.safetensors", "no safetensors"),
+        ("x.pth", "was not written by torch.save"),
+        ("x.safetensors", "is not a safetensors"),
     ):
         (tmp_path / name).write_bytes(content)
         assert _convert([tmp_path / name], tmp_path / "to") == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
     assert _convert([tmp_path / "absent.pth"], tmp_path / "to") == 2
-    assert "no file at" in capsys.readouterr().err
+    assert "absent.pth is not a file" in capsys.readouterr().err
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""A dense checkpoint of Megatron's loop becomes a memory model that its loop starts from."""
+"""Memory layers added to a dense checkpoint, from which Megatron's loop then starts."""
 
 import re
 import shutil
@@ -30,7 +30,7 @@ def _dense(folder: Path, *flags: object) -> Path:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LayerNorm with biases, tied embeddings: every kind of key that a dense layer has."""
+    """With biases, LayerNorm and tied embeddings a dense layer has every kind of key."""
     return _dense(tmp_path_factory.mktemp("dense"))
 
 
@@ -55,7 +55,7 @@ def test_the_loss_at_step_0_is_unchanged(
 
 @pytest.mark.gloo
 def test_plain_memories_of_a_llama_on_two_ranks(tmp_path: Path) -> None:
-    """Without a projection to be zero, the table is; a table for each layer."""
+    """The memory variant has no projection, so the tables are zero; there is one per layer."""
     source = _dense(tmp_path / "dense", *LLAMA)
     flags = (*MEMORY, KEEP, "--memory-variant", "memory", "--memory-pool", "layer")
     assert _upcycle(source, tmp_path / "to", *flags) == 0
@@ -76,7 +76,7 @@ def test_replaced_feed_forwards_change_the_loss_and_it_is_said(
 def test_weights_are_the_dense_ones_and_the_initial_ones(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """New weights are those a fresh run of the seed has, in however many pieces drawn."""
+    """New weights are those of a new run with the seed, in however many shards they are drawn."""
     monkeypatch.setattr(upcycle, "REGION_BYTES", 1000)
     flags = ("--seed", 99, "--memory-placement-seed", 3)
     assert _upcycle(dense, tmp_path / "to", *MEMORY, *flags) == 0
@@ -106,7 +106,7 @@ def test_weights_are_the_dense_ones_and_the_initial_ones(
     ("flags", "message"),
     [
         ((), "name them with --memory-layers"),
-        (("--memory-layers", 4), "--memory-layers 4: the checkpoint has layers 0 to 3"),
+        (("--memory-layers", 4), "--memory-layers 4 is beyond the checkpoint's layers; use 0 to 3"),
         (("--memory-layers", 1, "--memory-topk", 9, "--memory-num-keys", 8), "--memory-topk 9"),
         (("--memory-layer", 1, 2, "x"), "unrecognized|invalid|ambiguous|int value"),
     ],
@@ -124,10 +124,10 @@ def test_what_is_no_dense_checkpoint(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert _upcycle(tmp_path, tmp_path / "to", *MEMORY) == 2
-    assert "is no torch_dist checkpoint" in capsys.readouterr().err
+    assert "is not a torch_dist checkpoint" in capsys.readouterr().err
     assert _upcycle(dense, tmp_path / "one", *MEMORY) == 0
     assert _upcycle(tmp_path / "one", tmp_path / "to", *MEMORY) == 2
-    assert "has memory layers already" in capsys.readouterr().err
+    assert "already has memory layers" in capsys.readouterr().err
 
 
 def test_an_index_that_names_code_is_not_read(
@@ -142,7 +142,7 @@ def test_an_index_that_names_code_is_not_read(
     (folder / ".metadata").write_bytes(code)
     assert _upcycle(folder, tmp_path / "to", *MEMORY) == 2
     said = capsys.readouterr().err
-    assert "names pathlib.Path.touch, which no index holds" in said
+    assert "contains pathlib.Path.touch, which no index of Megatron's does" in said
     assert not (tmp_path / "ran").exists()
 
 
@@ -154,12 +154,12 @@ def test_a_missing_file_is_named(
         file.unlink()
     assert _upcycle(tmp_path / "copy", tmp_path / "to", *MEMORY) == 2
     assert "the checkpoint may be damaged" in capsys.readouterr().err
-    # what was begun does not count as a checkpoint
+    # an incomplete result does not count as a checkpoint
     assert not (tmp_path / "to" / torch_dist.TRACKER).exists()
 
 
 def test_a_bf16_run_steps_from_these_weights(tmp_path: Path) -> None:
-    """Also the fp32 copies that an optimizer steps: a tiny rate leaves everything as it was."""
+    """The optimizer's fp32 copies start from these weights, too: a small rate changes little."""
     source = _dense(tmp_path / "dense", "--bf16")
     assert _upcycle(source, tmp_path / "to", *MEMORY, "--seed", 77) == 0
     rate = ("--lr", 1e-5, "--min-lr", 1e-6, "--train-iters", 2)

@@ -1,13 +1,13 @@
-"""`megamem convert`: checkpoints in, checkpoints out.
+"""`megamem convert`: converts checkpoints to and from Megatron's format.
 
-    reference   the published reference implementation's consolidated checkpoint -> Megatron
-    upcycle     a dense Megatron checkpoint -> the same with memory layers added
-    export      a Megatron checkpoint with memory layers -> safetensors
-    import      such safetensors -> Megatron
+    reference   convert a consolidated checkpoint of facebookresearch/memory to Megatron
+    upcycle     add memory layers to a dense Megatron checkpoint
+    export      convert a Megatron checkpoint with memory layers to safetensors
+    import      convert exported safetensors back to Megatron
 
-Megatron's are torch_dist checkpoints, as its --save makes them and its --load takes them; they are
-written as a release: weights for a new run, from iteration 0, without optimizer state. Tensors pass
-through piece by piece, so that memory need not hold a table. No code in a file is run.
+Megatron checkpoints have the format torch_dist, which --save writes and --load reads. They are
+written as a release: weights for a new run from iteration 0, without optimizer state. Tensors are
+copied region by region, so a table need not fit in memory. No code in a checkpoint is executed.
 """
 
 import argparse
@@ -34,23 +34,35 @@ GB = 10**9
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert."""
+    """Convert a checkpoint; return the exit status."""
     args.convert(args, Console(width=None if sys.stdout.isatty() else 120, highlight=False))
     return 0
 
 
 def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """The kinds of conversion, each with flags of its own."""
-    kinds = parser.add_subparsers(required=True, metavar="WHAT")
-    saved = "the folder of --save, or of an iteration in it"
-    consolidated = "the consolidated .pth or .safetensors, or all of several"
+    """Add a subcommand with its flags for each conversion."""
+    kinds = parser.add_subparsers(required=True, metavar="CONVERSION")
+    saved = "the checkpoint: the folder that was given as --save, or one of its iterations"
+    consolidated = "the consolidated checkpoint: one or more .pth or .safetensors files"
+    exported = "the folder with the safetensors files of an export"
     for what, convert, source, purpose in (
-        ("reference", _reference, consolidated, "the reference implementation's -> Megatron's"),
-        ("upcycle", _upcycle, saved, "a dense Megatron checkpoint -> with memory layers added"),
-        ("export", _export, saved, "a Megatron checkpoint with memory layers -> safetensors"),
-        ("import", _import, "the folder of safetensors", "those of an export -> Megatron's"),
+        (
+            "reference",
+            _reference,
+            consolidated,
+            "convert a consolidated checkpoint of facebookresearch/memory to Megatron",
+        ),
+        ("upcycle", _upcycle, saved, "add memory layers to a dense Megatron checkpoint"),
+        (
+            "export",
+            _export,
+            saved,
+            "convert a Megatron checkpoint with memory layers to safetensors",
+        ),
+        ("import", _import, exported, "convert exported safetensors back to Megatron"),
     ):
-        kind = kinds.add_parser(what, help=purpose, description=purpose)
+        description = f"{purpose[0].upper()}{purpose[1:]}."
+        kind = kinds.add_parser(what, help=purpose, description=description)
         kind.set_defaults(convert=convert)
         nargs = "+" if what == "reference" else None
         kind.add_argument("source", type=Path, nargs=nargs, help=source)
@@ -59,27 +71,34 @@ def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 def _add_flags(parser: argparse.ArgumentParser, what: str, words: Sequence[str]) -> None:
     add = parser.add_argument
-    add("--to", type=Path, required=True, metavar="FOLDER", help="what to write: new, or empty")
-    add("--dtype", choices=DTYPES, help="round all weights to this; default: as they are")
+    to = "folder to write the result to; it must be empty or not exist"
+    add("--to", type=Path, required=True, metavar="FOLDER", help=to)
+    dtype = "round all weights to this dtype (default: keep their dtypes)"
+    add("--dtype", choices=DTYPES, help=dtype)
     if what == "reference":
-        add("--num-attention-heads", type=int, required=True, help="no shape says it")
+        attention = "attention heads of the model, which the shapes of its weights do not tell"
+        add("--num-attention-heads", type=int, required=True, help=attention)
         add(
             "--rope",
             choices=("neighbours", "halves"),
             default="neighbours",
-            help="dimensions of a head that turn together in the source: 0 with 1, as in the "
-            "published code, or 0 with half",
+            help="pairs of dimensions that the source's rotary embedding rotates: neighbours, as "
+            "(0, 1) in the published code, or halves, as (0, head dim / 2) "
+            "(default: %(default)s)",
         )
-        add("--separate-tables", action="store_true", help="keep tables that differ by layer")
+        separate = "keep one table per layer, where the layers' tables differ"
+        add("--separate-tables", action="store_true", help=separate)
     if what in ("reference", "import"):
-        seed = "places the table's rows; runs that load the result need the same"
+        seed = "seed of the row placement; runs that load the result need the same (default: 0)"
         add("--memory-placement-seed", type=int, default=0, help=seed)
     if what == "export":
-        add("--shard-size", type=float, default=5, metavar="GB", help="files are not much larger")
+        size = "start a new file before one grows larger than this (default: %(default)s)"
+        add("--shard-size", type=float, default=5, metavar="GB", help=size)
     if what == "upcycle":
-        add("--seed", type=int, default=1234, help="of the new weights; default: Megatron's")
+        seed = "seed of the new weights (default: %(default)s, Megatron's own)"
+        add("--seed", type=int, default=1234, help=seed)
         if what in words:
-            # imports Megatron
+            # imported only here, as it imports Megatron
             from megamem.megatron.arguments import add_memory_flags
 
             add_memory_flags(parser)
@@ -101,7 +120,9 @@ def _reference(args: argparse.Namespace, console: Console) -> None:
     for warning in converted.warnings:
         console.print(f"Warning: {warning}")
     _write(args, converted.tensors, converted.objects, console)
-    console.print("Train on with Megatron's loop and these flags, and --memory-topk as it was:")
+    console.print(
+        "To train this checkpoint, give Megatron these flags, and the model's --memory-topk:"
+    )
     console.print(f"  --load {args.to} {' '.join(converted.flags)}", soft_wrap=True)
 
 
@@ -111,16 +132,18 @@ def _upcycle(args: argparse.Namespace, console: Console) -> None:
     tensors, objects = upcycle(torch_dist.TorchDist(args.source).tensors, memory, args.seed)
     _write(args, tensors, objects, console)
     if memory.memory_keep_ffn:
-        console.print("The new layers add zero: the loss at step 0 is that of the dense model.")
+        console.print(
+            "The new layers start by adding zero, so the loss at step 0 is that of the dense model."
+        )
     else:
         console.print(
-            "The feed-forwards of the memory layers are gone: the loss at step 0 is higher than "
-            "that of the dense model. With --memory-keep-ffn it would be the same."
+            "The memory layers replace feed-forwards, so the loss at step 0 is higher than that of "
+            "the dense model. With --memory-keep-ffn it would be the same."
         )
     given = " ".join(map(str, memory.memory_layers))
     console.print(
-        f"Train on with --load {args.to}, the flags of the dense run, --memory-layers {given} and "
-        "the other --memory flags that were given here.",
+        f"To train this checkpoint, use --load {args.to}, the flags of the dense run, "
+        f"--memory-layers {given} and the other --memory-* flags that you gave here.",
         soft_wrap=True,
     )
 
@@ -128,7 +151,7 @@ def _upcycle(args: argparse.Namespace, console: Console) -> None:
 def _export(args: argparse.Namespace, console: Console) -> None:
     _check_empty(args.to)
     if not 0 < args.shard_size < float("inf"):
-        raise ConfigurationError(f"--shard-size {args.shard_size} must be more than 0.")
+        raise ConfigurationError(f"--shard-size {args.shard_size} must be greater than 0.")
     tensors = _rounded(export(torch_dist.TorchDist(args.source).tensors), args)
     _check_space(args.to, tensors)
     with _progress(console) as progress:
@@ -140,7 +163,7 @@ def _export(args: argparse.Namespace, console: Console) -> None:
             int(args.shard_size * GB),
             lambda count: progress.advance(task, count),
         )
-    console.print(f"{len(tensors)} tensors, {_bytes(tensors) / GB:.3g} GB, in:")
+    console.print(f"Wrote {len(tensors)} tensors, {_bytes(tensors) / GB:.3g} GB, to:")
     for file in files:
         console.print(f"  {file}", soft_wrap=True)
 
@@ -164,7 +187,8 @@ def _write(
         task = progress.add_task("writing", total=_bytes(tensors))
         torch_dist.write(args.to, tensors, objects, lambda n: progress.advance(task, n))
     console.print(
-        f"{len(tensors)} tensors, {_bytes(tensors) / GB:.3g} GB, in {args.to}", soft_wrap=True
+        f"Wrote {len(tensors)} tensors, {_bytes(tensors) / GB:.3g} GB, to {args.to}",
+        soft_wrap=True,
     )
 
 
@@ -192,7 +216,8 @@ def _check_space(folder: Path, tensors: dict[str, LazyTensor]) -> None:
     free, needed = shutil.disk_usage(there).free, _bytes(tensors)
     if free < needed:
         raise ConfigurationError(
-            f"--to {folder} needs {needed / GB:.3g} GB, but {free / GB:.3g} GB are free there."
+            f"--to {folder} needs {needed / GB:.3g} GB, but only {free / GB:.3g} GB are free "
+            "there; name a folder on another disk."
         )
 
 

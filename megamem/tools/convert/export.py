@@ -1,7 +1,7 @@
-"""A memory model's weights as plain safetensors, and back, bit for bit.
+"""Exports a memory model's weights to safetensors and imports them again, bit for bit.
 
-In the export row i * N + j of a table is the value of the pair of sub-keys (i, j), whatever the
-placement in the checkpoint was; everything else keeps Megatron's names and shapes.
+In an export, row i * N + j of a table is the value of the pair of sub-keys (i, j), whatever the
+placement in the checkpoint is. Everything else keeps Megatron's names and shapes.
 """
 
 import math
@@ -19,15 +19,17 @@ REMARKS = {"format": "pt", "writer": FORMAT, "table_rows": "i * N + j"}
 
 
 def export(source: Tensors) -> dict[str, LazyTensor]:
-    """What to write: the weights, the tables last.
+    """The tensors of an export by name: the weights, with the tables last.
 
     Raises:
-        ConfigurationError: there is no table, or one has no N * N rows.
+        ConfigurationError: there is no table, or the rows of one are not a square number.
     """
     source = layout.weights_only(source)
     tables = layout.tables(source)
     if not tables:
-        raise ConfigurationError("the checkpoint has no memory layers; export takes one that has.")
+        raise ConfigurationError(
+            "the checkpoint has no memory layers; give megamem convert export one that has some."
+        )
     placements = {placement_key(name) for name in tables}
     found = {
         key: tensor
@@ -44,29 +46,32 @@ def export(source: Tensors) -> dict[str, LazyTensor]:
 
 
 def reimport(source: Mapping[str, Tensor], seed: int) -> tuple[dict[str, LazyTensor], list[str]]:
-    """The checkpoint of an export, and the keys of its extra state.
+    """Turn the tensors of an export into a Megatron checkpoint.
 
     Args:
-        source: name -> tensor, mapped from files.
-        seed: `--memory-placement-seed` of the runs to come.
+        source: name -> tensor, memory-mapped from files.
+        seed: `--memory-placement-seed` of the runs that will load the checkpoint.
+
+    Returns:
+        key -> tensor, and the keys of extra state.
 
     Raises:
-        ConfigurationError: it is not what export writes.
+        ConfigurationError: the tensors are not those of an export.
     """
     lazy = {name: of_tensor(tensor) for name, tensor in source.items()}
     tables = layout.tables(lazy)
     layers = {int(m["layer"]) for name in lazy if (m := layout.SINGLE.fullmatch(name))}
     if not tables or not layers or layout.EMBEDDING not in lazy:
         raise ConfigurationError(
-            f"these are {len(lazy)} tensors, but not those of an export: there is no "
-            f"{layout.EMBEDDING}, no {layout.LAYERS}0 or no value table among them."
+            f"these {len(lazy)} tensors are not those of an export: {layout.EMBEDDING}, "
+            f"{layout.LAYERS}0 or a value table is missing."
         )
     memories = sorted(layer for layer in layers if sub_keys_key(layer) in lazy)
     unread = {layer_table(layer) for layer in memories} & set(tables)
     if not memories or (len(unread) not in (0, len(memories))):
         raise ConfigurationError(
-            f"tables {', '.join(sorted(tables))} do not fit memory layers {memories}: an export "
-            "has one for all of them, or one for each."
+            f"the tables {', '.join(sorted(tables))} do not match the memory layers {memories}: "
+            "there must be one table for all layers, or one per layer."
         )
     for name, key in tables.items():
         table = source[key]
@@ -79,5 +84,7 @@ def reimport(source: Mapping[str, Tensor], seed: int) -> tuple[dict[str, LazyTen
 def _num_keys(key: str, rows: int) -> int:
     num_keys = math.isqrt(rows)
     if num_keys**2 != rows:
-        raise ConfigurationError(f"{key} has {rows:,} rows, which is no square: it is no table.")
+        raise ConfigurationError(
+            f"{key} has {rows:,} rows, which is not a square number, so it is not a value table."
+        )
     return num_keys

@@ -1,9 +1,9 @@
-"""How Megatron names and lays out the weights of a GPT, with and without memories.
+"""Megatron's names and shapes of the weights of a GPT, with and without memory layers.
 
     dense model      decoder.layers.REST          [layers, ...]: all layers in one tensor
-    memory model     decoder.layers.NUMBER.REST   [...]: one layer, as layers differ
+    memory model     decoder.layers.NUMBER.REST   [...]: one tensor per layer, as layers differ
 
-Pure functions on names and shapes; nothing here reads or writes.
+These are pure functions of names and shapes; none reads or writes a file.
 """
 
 import re
@@ -23,9 +23,9 @@ QKV = "self_attention.linear_qkv.weight"
 QKV_NORM = "self_attention.linear_qkv.layer_norm_weight"
 ATTENTION_OUT = "self_attention.linear_proj.weight"
 FFN_NORM = "mlp.linear_fc1.layer_norm_"
-"""weight or bias; the norm before a feed-forward."""
+"""Prefix of weight and bias of the norm before a feed-forward."""
 MEMORY_NORM = "pre_mlp_layernorm."
-"""weight or bias; the norm before a memory, which has no linear to be named after."""
+"""Prefix of weight and bias of the norm before a memory layer, which is a module of its own."""
 FC1 = "mlp.linear_fc1.weight"
 FC2 = "mlp.linear_fc2.weight"
 KEPT_FFN = "mlp.ffn."
@@ -34,8 +34,8 @@ LAYERS = "decoder.layers."
 STACKED = re.compile(r"decoder\.layers\.(?!\d)(?P<rest>.+)")
 SINGLE = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
 
-# what keeps extra state in a checkpoint: linears, and norms of Transformer Engine that stand alone;
-# without low precision it is empty, and what is never asked for does no harm
+# modules with extra state in a checkpoint: linears, and separate norms of Transformer Engine;
+# without low precision it is empty, and keys that a run does not ask for are ignored
 ATTENTION_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -48,17 +48,17 @@ FINAL_STATE = "decoder.final_layernorm._extra_state/shard_0_1"
 
 
 def layer_key(layer: int, rest: str) -> str:
-    """Key of one layer's weight in a memory model."""
+    """The key of a weight of one layer in a memory model."""
     return f"{LAYERS}{layer}.{rest}"
 
 
 def memory_key(layer: int, rest: str) -> str:
-    """Key of a memory layer's own weight."""
+    """The key of a memory layer's own weight."""
     return layer_key(layer, f"mlp.memory.{rest}")
 
 
 def extra_states(num_layers: int, memory_layers: Sequence[int], keep_ffn: bool) -> list[str]:
-    """Keys of the extra state of a memory model's layers."""
+    """The keys of the extra state of a memory model's layers."""
     keys = [FINAL_STATE]
     for layer in range(num_layers):
         states = [*ATTENTION_STATES]
@@ -71,13 +71,13 @@ def extra_states(num_layers: int, memory_layers: Sequence[int], keep_ffn: bool) 
 
 
 def weights_only(tensors: Tensors) -> dict[str, LazyTensor]:
-    """A checkpoint without the state of its optimizers."""
+    """The tensors of a checkpoint without optimizer state."""
     optimizers = (f"{OPTIMIZER}.", "chained_")
     return {key: tensor for key, tensor in tensors.items() if not key.startswith(optimizers)}
 
 
 def tables(tensors: Tensors) -> dict[str, str]:
-    """Name of each value table -> its key."""
+    """The name of each value table -> its key."""
     ending = table_key("").removeprefix(f"{TABLES}.")
     return {
         key.removeprefix(f"{TABLES}.").removesuffix(ending): key
@@ -94,14 +94,14 @@ class DenseLayers:
     per_layer: dict[int, dict[str, LazyTensor]]
     """Layer -> REST -> weight."""
     others: dict[str, LazyTensor]
-    """What belongs to no layer."""
+    """Weights that do not belong to a layer, by key."""
 
 
 def dense_layers(tensors: Tensors) -> DenseLayers:
-    """Take a dense model apart, whichever of the two forms its layers are saved in.
+    """Split a dense model into its layers, from one tensor for all layers or one per layer.
 
     Raises:
-        ValueError: there are no layers, or not all of them.
+        ValueError: there are no layers, or some are missing.
     """
     others: dict[str, LazyTensor] = {}
     per_layer: dict[int, dict[str, LazyTensor]] = {}
@@ -114,19 +114,19 @@ def dense_layers(tensors: Tensors) -> DenseLayers:
         else:
             others[key] = tensor
     if not per_layer or sorted(per_layer) != list(range(len(per_layer))):
-        raise ValueError(f"it has layers {sorted(per_layer)}, not all from 0")
+        raise ValueError(f"it has layers {sorted(per_layer)}, which do not count up from 0")
     return DenseLayers(len(per_layer), per_layer, others)
 
 
 def unstacked(tensor: LazyTensor, layer: int) -> LazyTensor:
-    """One layer of a tensor that holds all."""
+    """One layer of a tensor that holds all layers."""
     shape = tensor.shape[1:]
     region = Region((layer, *(0,) * len(shape)), (1, *shape))
     return computed(shape, tensor.dtype, lambda: tensor.read(region)[0])
 
 
 def memory_in_place_of_ffn(rest: dict[str, LazyTensor], keep_ffn: bool) -> dict[str, LazyTensor]:
-    """A layer's weights once its feed-forward is a memory, or stands beside one."""
+    """A layer's weights after its feed-forward became a memory, or got one beside it."""
     found = {}
     for name, tensor in rest.items():
         if name.startswith(FFN_NORM):
@@ -139,7 +139,13 @@ def memory_in_place_of_ffn(rest: dict[str, LazyTensor], keep_ffn: bool) -> dict[
 
 
 def placed(values: torch.Tensor, num_keys: int, seed: int) -> LazyTensor:
-    """A table whose row i * N + j is given, as it lies in a checkpoint."""
+    """A table in the row order of a checkpoint.
+
+    Args:
+        values: the table with the value of the pair of sub-keys (i, j) in row i * N + j.
+        num_keys: N.
+        seed: of the placement.
+    """
 
     def rows(ids: torch.Tensor) -> torch.Tensor:
         return values[unplace_rows(ids, num_keys, seed)]
@@ -148,7 +154,7 @@ def placed(values: torch.Tensor, num_keys: int, seed: int) -> LazyTensor:
 
 
 def unplaced(table: LazyTensor, num_keys: int, seed: int) -> LazyTensor:
-    """A table as it lies in a checkpoint, to be written with row i * N + j in its place."""
+    """A table in the row order of a checkpoint, to be written in the order i * N + j."""
 
     def target(rows: torch.Tensor) -> torch.Tensor:
         return unplace_rows(rows, num_keys, seed)
@@ -157,5 +163,5 @@ def unplaced(table: LazyTensor, num_keys: int, seed: int) -> LazyTensor:
 
 
 def placement_of(table: str, seed: int) -> dict[str, LazyTensor]:
-    """What a checkpoint holds beside a table: the seed that its rows are placed by."""
+    """The entry of a checkpoint with the seed by which a table's rows are placed."""
     return {placement_key(table): of_tensor(torch.tensor([seed]))}

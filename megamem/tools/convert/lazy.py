@@ -1,8 +1,7 @@
-"""Tensors that are read piece by piece, when somebody writes them elsewhere.
+"""Tensors that are read region by region while the result of a conversion is written.
 
-A conversion is a function from names to LazyTensors to other names and LazyTensors: it moves no
-data. Whoever writes the result reads each region once and drops it, so that what is larger than
-memory passes through.
+A conversion maps names and LazyTensors to other names and LazyTensors and moves no data. The writer
+reads each region once and then frees it, so tensors may be larger than memory.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,43 +15,49 @@ REGION_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Region:
-    """A box of a tensor."""
+    """A rectangular part of a tensor."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
     @classmethod
     def all_of(cls, shape: tuple[int, ...]) -> "Region":
+        """The region that covers a complete tensor."""
         return cls((0,) * len(shape), shape)
 
     @property
     def slices(self) -> tuple[slice, ...]:
+        """The index of the region in its tensor."""
         pairs = zip(self.offsets, self.sizes, strict=True)
         return tuple(slice(start, start + size) for start, size in pairs)
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of which only shape and dtype are here."""
+    """A tensor whose shape and dtype are known, and whose numbers are read on demand."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     regions: tuple[Region, ...]
-    """What to read at once; they cover the tensor without overlap."""
+    """The regions to read one by one; they cover the tensor without overlap."""
     read: Callable[[Region], Tensor]
-    """One of the regions, in this dtype, on the CPU; of a tensor in a file, any region."""
+    """Returns one of the regions in this dtype on the CPU; for a tensor in a file, any region."""
     target_rows: Callable[[Tensor], Tensor] | None = None
-    """Where rows are to lie in what is written, if elsewhere."""
+    """Row ids -> their row ids in the file that is written; None if they stay."""
 
     @property
     def num_bytes(self) -> int:
+        """The size of the complete tensor."""
         count = self.dtype.itemsize
         for size in self.shape:
             count *= size
         return count
 
     def whole(self) -> Tensor:
-        """All of it, in memory; for what is known to be small. target_rows are not heeded."""
+        """The complete tensor in memory, for tensors that are known to be small.
+
+        target_rows is ignored.
+        """
         if len(self.regions) == 1:
             return self.read(self.regions[0])
         tensor = torch.empty(self.shape, dtype=self.dtype)
@@ -61,7 +66,7 @@ class LazyTensor:
         return tensor
 
     def to(self, dtype: torch.dtype) -> "LazyTensor":
-        """The same numbers, rounded; integers stay."""
+        """The same tensor, rounded to a dtype; integers are not converted."""
         if not self.dtype.is_floating_point or dtype == self.dtype:
             return self
         return LazyTensor(
@@ -77,12 +82,12 @@ Tensors = Mapping[str, LazyTensor]
 
 
 def computed(shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], Tensor]) -> LazyTensor:
-    """A tensor small enough to be made at once, when it is asked for."""
+    """A small tensor that is computed when it is read."""
     return LazyTensor(shape, dtype, (Region.all_of(shape),), lambda region: make())
 
 
 def of_tensor(tensor: Tensor) -> LazyTensor:
-    """A tensor that is there, or mapped from a file."""
+    """A tensor in memory, or memory-mapped from a file."""
     return LazyTensor(
         tuple(tensor.shape),
         tensor.dtype,
@@ -94,9 +99,11 @@ def of_tensor(tensor: Tensor) -> LazyTensor:
 def of_rows(
     shape: tuple[int, int], dtype: torch.dtype, rows: Callable[[Tensor], Tensor]
 ) -> LazyTensor:
-    """A table that is made some rows at a time.
+    """A table that is computed some rows at a time.
 
     Args:
+        shape: of the table.
+        dtype: of the table.
         rows: row ids -> these rows.
     """
     step = max(1, REGION_BYTES // (shape[1] * dtype.itemsize))

@@ -1,4 +1,7 @@
-"""A consolidated checkpoint of the reference implementation, as a Megatron checkpoint."""
+"""Converts a consolidated checkpoint of facebookresearch/memory to a Megatron checkpoint.
+
+facebookresearch/memory is the implementation that was published with "Memory Layers at Scale".
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,14 +52,15 @@ ROWS_AT_ONCE = 2**14
 
 @dataclass(frozen=True)
 class Converted:
-    """A Megatron checkpoint to be written."""
+    """A Megatron checkpoint that is ready to be written."""
 
     tensors: dict[str, LazyTensor]
     objects: list[str]
-    """Keys of extra state, all empty."""
+    """Keys of extra state, all of it empty."""
     flags: list[str]
-    """What a run that loads it must be told."""
+    """The flags of a run that loads the checkpoint."""
     warnings: list[str]
+    """Sentences about weights that are probably not what the user expects."""
 
 
 def convert_reference(
@@ -68,24 +72,24 @@ def convert_reference(
     separate_tables: bool = False,
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> Converted:
-    """Name and lay out everything as a Megatron memory model does; the table is not read yet.
+    """Give all weights Megatron's names and shapes; tables are compared, but not read into memory.
 
     Args:
         source: key -> tensor of a consolidated checkpoint.
-        heads: of attention; no shape says it.
-        rope: which dimensions of a head the source turns together. Megatron turns halves.
-        seed: `--memory-placement-seed` of the runs to come.
-        separate_tables: keep a table for every layer, where they differ.
-        advance: told how many bytes of repeated tables were compared.
+        heads: attention heads, which the shapes do not tell.
+        rope: pairs of dimensions that the source's rotary embedding rotates; Megatron's are halves.
+        seed: `--memory-placement-seed` of the runs that will load the checkpoint.
+        separate_tables: keep one table per layer, where the layers' tables differ.
+        advance: called with the number of bytes of tables that were compared.
 
     Raises:
-        ConfigurationError: keys are missing or strange, or shapes contradict each other.
+        ConfigurationError: keys are missing or unknown, or shapes contradict each other.
     """
     layers = layers_of(source)
     memories = [layer for layer, names in layers.items() if SUB_KEYS in names]
     if not memories:
         raise ConfigurationError(
-            f"no layer has {SUB_KEYS}: this is no checkpoint of a model with memory layers."
+            f"no layer has {SUB_KEYS}, so the checkpoint is not of a model with memory layers."
         )
     shape = ReferenceShape.of(source, layers, memories, heads)
     spec = shape.spec(memories, separate_tables)
@@ -116,11 +120,11 @@ def convert_reference(
 def joined_qkv(
     queries: Tensor, keys: Tensor, values: Tensor, *, heads: int, groups: int, rope: Rope
 ) -> Tensor:
-    """Megatron's one matrix: for each key head its query heads, the key head, the value head.
+    """Megatron's single matrix: for each key head its query heads, the key head, the value head.
 
-    Megatron turns dimension i of a head together with i + half. A source that turns neighbours has
-    its even dimensions moved to the front, of queries and keys alike, which leaves their products
-    as they were.
+    Megatron's rotary embedding rotates dimensions i and i + half of a head. For a source that
+    rotates neighbours, the even dimensions of queries and keys are moved to the front, which does
+    not change their products.
     """
     head_dim, hidden = queries.shape[0] // heads, queries.shape[1]
     q = queries.view(groups, heads // groups, head_dim, hidden)
@@ -177,10 +181,10 @@ def _memory(layer: int, weights: dict[str, Tensor], shape: ReferenceShape) -> di
 
 
 def _check_equal(tables: list[Tensor], layers: list[int], advance: Callable[[int], None]) -> None:
-    """Whether the layers' copies of the table are one table.
+    """Check that the layers' copies of the table are equal.
 
     Raises:
-        ConfigurationError: they differ.
+        ConfigurationError: two of them differ.
     """
     first = tables[0]
     for table, layer in zip(tables[1:], layers[1:], strict=True):
@@ -193,21 +197,24 @@ def _check_equal(tables: list[Tensor], layers: list[int], advance: Callable[[int
             advance(first[rows].nbytes)
         if not same:
             raise ConfigurationError(
-                f"layers {layers[0]} and {layer} have tables that differ; with --separate-tables "
-                "each layer keeps its own (--memory-pool layer)."
+                f"layers {layers[0]} and {layer} have different tables; use --separate-tables to "
+                "keep one table per layer (--memory-pool layer)."
             )
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """For comparison: a NaN equals itself."""
+    """The tensor as bytes, so that NaN equals itself in comparisons."""
     return tensor.contiguous().view(torch.uint8)
 
 
 def _not_finite(source: dict[str, Tensor]) -> list[str]:
-    """Biases of memory layers were not initialised by the reference, and may hold anything."""
+    """A warning for each bias with infinities or NaN.
+
+    The published code does not initialise the biases of memory layers.
+    """
     biases = [key for key in source if key.endswith(".bias")]
     return [
-        f"{key} holds numbers that are not finite; it is taken as it is."
+        f"{key} contains infinities or NaN, and is converted unchanged."
         for key in biases
         if not torch.isfinite(source[key]).all()
     ]

@@ -1,12 +1,14 @@
-"""What a consolidated checkpoint of the published reference implementation holds.
+"""Reads consolidated checkpoints of facebookresearch/memory, the published implementation.
 
-tok_embeddings, norm, output          one each
+Their tensors, with N sub-keys per half, queries of width Q and rows of width V:
+
+tok_embeddings, norm, output          one of each
 layers.I.attention.{wq,wk,wv,wo}      rotary pairs are neighbours: (0, 1), (2, 3), ...
 layers.I.feed_forward.{w1,w2,w3}      gate, down, up
-layers.I.feed_forward.keys            [2 * heads * N, Q / 2]: head, half, sub-key
-layers.I.feed_forward.values.weight   [N * N, V], again in every memory layer
-layers.I.feed_forward.query_proj...   swilu_projection (the gate), value_proj
-of PEER, in place of values           values_u.weight and values_v.weight [N * N, hidden]
+layers.I.feed_forward.keys            [2 * heads * N, Q / 2], in the order head, half, sub-key
+layers.I.feed_forward.values.weight   [N * N, V], repeated in every memory layer
+layers.I.feed_forward.query_proj...   and swilu_projection (the gate), value_proj
+PEER layers instead of values         values_u.weight and values_v.weight [N * N, hidden]
 """
 
 import math
@@ -37,24 +39,24 @@ OUT_GATE, OUT_PROJ = "feed_forward.swilu_projection.", "feed_forward.value_proj.
 GATED = (OUT_GATE, OUT_PROJ)
 LINEARS = (QUERY, *GATED)
 LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-UNSUPPORTED = {"feed_forward.gating.": "a scalar gate on its output"}
-# made anew by every model
+UNSUPPORTED = {"feed_forward.gating.": "a scalar gate of a memory layer's output"}
+# buffers that every model computes itself
 IGNORED = re.compile(r"(rope\.)?freqs_cis|rope\..*")
 
 
 def read_reference(files: Sequence[Path]) -> dict[str, Tensor]:
-    """Every tensor of the files, mapped; no code in them is run.
+    """All tensors of the files, memory-mapped; no code in the files is executed.
 
     Raises:
-        ConfigurationError: a file cannot be read, or holds something else than tensors.
+        ConfigurationError: a file cannot be read, or contains other objects than tensors.
     """
     tensors: dict[str, Tensor] = {}
     for file in files:
         if not file.is_file():
-            raise ConfigurationError(f"no file at {file}; name the consolidated .pth files.")
+            raise ConfigurationError(f"{file} is not a file; name the consolidated .pth files.")
         found = read_files([file])[0] if file.suffix == ".safetensors" else _read_torch(file)
         if twice := sorted(tensors.keys() & found.keys()):
-            raise ConfigurationError(f"{file} holds {twice[0]}, which another file has already.")
+            raise ConfigurationError(f"{file} contains {twice[0]}, and so does another file.")
         tensors |= found
     return tensors
 
@@ -64,12 +66,12 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConfigurationError(
-            f"{file} is not a file of tensors alone: loading it would run code that it names, "
-            "which convert never does; save its state dict again with torch.save."
+            f"{file} contains other objects than tensors, and loading it would run code in it, "
+            "which megamem convert never does; save its state dict again with torch.save."
         ) from error
-    except Exception as error:  # whatever a damaged file makes of itself
+    except Exception as error:  # a damaged file may raise any exception
         raise ConfigurationError(
-            f"{file} is no file that torch.save wrote ({type(error).__name__}: {error})."
+            f"{file} was not written by torch.save or is damaged ({type(error).__name__}: {error})."
         ) from error
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
@@ -79,16 +81,16 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
         if not isinstance(value, Tensor)
     ]
     if not isinstance(content, dict) or strange:
-        what = f"{strange[0]} in it is no tensor" if strange else "it is no dictionary"
-        raise ConfigurationError(f"{file} is no consolidated checkpoint: {what}.")
+        what = f"its {strange[0]} is not a tensor" if strange else "it is not a dictionary"
+        raise ConfigurationError(f"{file} is not a consolidated checkpoint: {what}.")
     return content
 
 
 def layers_of(source: dict[str, Tensor]) -> dict[int, list[str]]:
-    """Layer -> names of its weights.
+    """Layer -> the names of its weights.
 
     Raises:
-        ConfigurationError: a key is unknown, a layer is missing, or a weight of one.
+        ConfigurationError: a key is unknown, or a layer or a weight is missing.
     """
     layers: dict[int, list[str]] = {}
     unknown = []
@@ -100,26 +102,26 @@ def layers_of(source: dict[str, Tensor]) -> dict[int, list[str]]:
         rest = match[2] if match else key
         for prefix, what in UNSUPPORTED.items():
             if rest.startswith(prefix):
-                raise ConfigurationError(f"{key}: {what}, which megamem does not have.")
+                raise ConfigurationError(f"{key} is {what}, which megamem does not support.")
         if match and rest in known:
             layers.setdefault(int(match[1]), []).append(rest)
         elif key not in (EMBEDDING, NORM, OUTPUT) and not IGNORED.fullmatch(key):
             unknown.append(key)
     if unknown:
         raise ConfigurationError(
-            f"{len(unknown)} keys are none of a consolidated checkpoint with memory layers: "
+            f"{len(unknown)} keys do not belong to a consolidated checkpoint with memory layers: "
             f"{', '.join(sorted(unknown)[:3])}{', ...' if len(unknown) > 3 else ''}."
         )
     ordered = dict(sorted(layers.items()))
-    # all memory layers are of one kind
+    # either all memory layers are PEER layers, or none is
     experts = any(name in (EXPERTS_U, EXPERTS_V) for names in ordered.values() for name in names)
     missing = [key for key in (EMBEDDING, NORM) if key not in source]
     missing += [f"layers.{n}" for n in range(len(ordered)) if n not in ordered]
     for layer, names in ordered.items():
         if experts and (strange := [n for n in names if n.startswith((TABLE, *GATED))]):
             raise ConfigurationError(
-                f"layers.{layer}.{strange[0]} stands beside the tables of a PEER layer (values_u, "
-                "values_v), which has no other, no gate and no projection; megamem neither."
+                f"layers.{layer}.{strange[0]} is beside the tables of a PEER layer (values_u and "
+                "values_v), but megamem's PEER has no other table, no gate and no projection."
             )
         needed = {QUERIES, KEYS, VALUES, ATTENTION_OUT, ATTENTION_NORM, FFN_NORM}
         if SUB_KEYS in names:
@@ -133,14 +135,14 @@ def layers_of(source: dict[str, Tensor]) -> dict[int, list[str]]:
     if missing:
         raise ConfigurationError(
             f"the checkpoint lacks {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; "
-            "if it lies in several files, name all of them."
+            "if it consists of several files, name all of them."
         )
     return ordered
 
 
 @dataclass(frozen=True)
 class ReferenceShape:
-    """Sizes that follow from the tensors."""
+    """The sizes of a model, from the shapes of its tensors."""
 
     vocabulary: int
     hidden: int
@@ -163,13 +165,18 @@ class ReferenceShape:
         memories: list[int],
         heads: int,
     ) -> "ReferenceShape":
+        """Read the sizes off the tensors.
+
+        Raises:
+            ConfigurationError: shapes contradict each other, or the number of heads.
+        """
         first = f"layers.{memories[0]}."
         vocabulary, hidden = source[EMBEDDING].shape
         queries, keys = source[f"{first}{QUERIES}"].shape[0], source[f"{first}{KEYS}"].shape[0]
         if heads < 1 or queries % heads or keys % (queries // heads):
             raise ConfigurationError(
-                f"--num-attention-heads {heads} does not cut queries of width {queries} and keys "
-                f"of width {keys} into heads; use the number that the model was trained with."
+                f"--num-attention-heads {heads} does not divide queries of width {queries} and "
+                f"keys of width {keys} into heads; use the number of the model's training run."
             )
         experts = first + EXPERTS_V in source
         table = first + (EXPERTS_V if experts else TABLE)
@@ -178,8 +185,8 @@ class ReferenceShape:
         sub_keys, half = source[first + SUB_KEYS].shape
         if num_keys**2 != rows or sub_keys % (2 * num_keys):
             raise ConfigurationError(
-                f"{table} of {rows} rows and {first}{SUB_KEYS} of {sub_keys} contradict "
-                "each other: they must be N * N and 2 * heads * N."
+                f"{table} with {rows} rows and {first}{SUB_KEYS} with {sub_keys} contradict each "
+                "other: for N sub-keys per half they must have N * N and 2 * heads * N rows."
             )
         dense = [layer for layer in layers if layer not in memories]
         ffn = source[f"layers.{dense[0]}.{GATE}"].shape[0] if dense else None
@@ -235,17 +242,17 @@ class ReferenceShape:
             wanted[OUTPUT] = (self.vocabulary, hidden)
         ConfigurationError.collect(
             [
-                f"{key} has shape {list(source[key].shape)}, not {list(shape)}."
+                f"{key} has shape {list(source[key].shape)}, but must have {list(shape)}."
                 for key, shape in wanted.items()
                 if tuple(source[key].shape) != shape
             ][:5]
         )
 
     def spec(self, layers: list[int], separate: bool) -> MemorySpec:
-        """The memory layers' settings, how many rows a head reads aside.
+        """The settings of the memory layers; topk, which no shape tells, is only a default.
 
         Raises:
-            ConfigurationError: no memory layer of ours can have them.
+            ConfigurationError: megamem does not support these sizes.
         """
         config = MemoryConfig(
             memory_layers=layers,
@@ -260,7 +267,7 @@ class ReferenceShape:
         return resolve(config, self.hidden)
 
     def flags(self, spec: MemorySpec, untied: bool, seed: int) -> list[str]:
-        """The flags of a run on this checkpoint."""
+        """The flags of a run that loads the converted checkpoint."""
         groups = ["--group-query-attention", f"--num-query-groups {self.groups}"]
         layers = " ".join(map(str, spec.layers))
         return [

@@ -1,12 +1,12 @@
 """Models as safetensors files, read by the safetensors library and written region by region.
 
-The library maps what it reads: a tensor is loaded where it is used, and memory need not hold it.
-What it writes must be whole tensors in memory, which a table may be too large for. write_file is
-for that alone: it writes a header and fills a mapped file (8 bytes of header length, a JSON header
-with dtype, shape and place of every tensor, then the numbers).
+The library memory-maps the files that it reads, so a tensor need not fit in memory. It can only
+write complete tensors from memory, for which a table may be too large. Therefore write_file writes
+the format itself into a memory-mapped file: 8 bytes with the length of the header, a JSON header
+with dtype, shape and offsets of every tensor, then the numbers.
 
-A model in several files has an index that says which holds what, as Hugging Face lays it out; a
-tensor is never cut.
+A model in several files has Hugging Face's index, which maps each tensor to its file. A tensor is
+never split over files.
 """
 
 import json
@@ -23,7 +23,7 @@ from megamem.config import ConfigurationError
 from megamem.tools.convert.lazy import LazyTensor, Tensors
 
 INDEX = "model.safetensors.index.json"
-# what is written; the library reads others, too
+# the dtypes that can be written; the library can read others, too
 NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -43,25 +43,25 @@ ROWS_AT_ONCE = 2**16
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Name -> tensor, mapped from the file, and the file's own remarks.
+    """Name -> tensor, memory-mapped from the file, and the file's metadata.
 
     Raises:
-        ConfigurationError: it is no safetensors file, or is cut short.
+        ConfigurationError: it is not a safetensors file, or is truncated.
     """
     try:
         with safe_open(path, "pt") as file:
-            # unlike get_slice, this also lets rows be read in any order, and is no less lazy
+            # as lazy as get_slice, but rows can be read in any order
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ConfigurationError(f"{path} is no safetensors file: {error}.") from error
+        raise ConfigurationError(f"{path} is not a safetensors file: {error}.") from error
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a model in one file or several, and the remarks of all files.
+    """All tensors of a model in one or several files, and the metadata of all files.
 
     Raises:
-        ConfigurationError: there are none, or one is not what it should be.
+        ConfigurationError: there are no files, or one is not a safetensors file.
     """
     index = folder / INDEX
     if index.is_file():
@@ -69,26 +69,28 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             places = json.loads(index.read_text())["weight_map"]
             files = [folder / name for name in sorted(set(places.values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigurationError(f"{index} is no index of safetensors files.") from error
+            raise ConfigurationError(f"{index} is not an index of safetensors files.") from error
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ConfigurationError(f"there are no safetensors files in {folder}.")
+        raise ConfigurationError(
+            f"there are no safetensors files in {folder}; name the folder of an export."
+        )
     return read_files(files)
 
 
 def read_files(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of some files, and their remarks.
+    """All tensors of some files, and their metadata.
 
     Raises:
-        ConfigurationError: one is not what it should be, or two hold the same tensor.
+        ConfigurationError: one is not a safetensors file, or two contain the same tensor.
     """
     tensors: dict[str, Tensor] = {}
     remarks: dict[str, str] = {}
     for file in files:
         found, said = read_file(file)
         if twice := sorted(tensors.keys() & found.keys()):
-            raise ConfigurationError(f"{file} holds {twice[0]}, which another file has already.")
+            raise ConfigurationError(f"{file} contains {twice[0]}, and so does another file.")
         tensors |= found
         remarks |= said
     return tensors, remarks
@@ -104,11 +106,11 @@ def write_folder(
     """Write a model; return its files.
 
     Args:
-        folder: made if need be.
-        tensors: name -> tensor, in this order.
-        remarks: what every file says of itself.
-        shard_bytes: a file is ended before it grows larger, unless by one tensor alone.
-        advance: told how many bytes were written.
+        folder: created if it does not exist.
+        tensors: name -> tensor, written in this order.
+        remarks: the metadata of every file.
+        shard_bytes: the largest size of a file, unless a single tensor is larger.
+        advance: called with the number of bytes that were written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(tensors, shard_bytes)
@@ -143,10 +145,10 @@ def _shards(tensors: Tensors, shard_bytes: int) -> list[list[str]]:
 def write_file(
     path: Path, tensors: Tensors, remarks: dict[str, str], advance: Callable[[int], None]
 ) -> None:
-    """Write tensors region by region, each to its place in the mapped file."""
+    """Write tensors region by region into a memory-mapped file."""
     header: dict[str, Any] = {"__metadata__": remarks}
     end = 0
-    # widest first, so that every tensor lies at a multiple of its item size
+    # largest item size first, so that every tensor is aligned to its item size
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     for name, tensor in ordered:
         header[name] = {
@@ -171,14 +173,14 @@ def write_file(
 
 def _fill(target: Tensor, tensor: LazyTensor, advance: Callable[[int], None]) -> None:
     for region in tensor.regions:
-        piece = tensor.read(region)
+        block = tensor.read(region)
         if tensor.target_rows is None:
-            target[region.slices] = piece
-            advance(piece.numel() * piece.element_size())
+            target[region.slices] = block
+            advance(block.numel() * block.element_size())
             continue
         first, columns = region.offsets[0], region.slices[1]
-        for start in range(0, len(piece), ROWS_AT_ONCE):
-            part = piece[start : start + ROWS_AT_ONCE]
+        for start in range(0, len(block), ROWS_AT_ONCE):
+            part = block[start : start + ROWS_AT_ONCE]
             rows = torch.arange(first + start, first + start + len(part))
             target[tensor.target_rows(rows), columns] = part
             advance(part.numel() * part.element_size())

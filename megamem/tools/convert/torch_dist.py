@@ -1,8 +1,8 @@
 """Megatron's torch_dist checkpoints, read and written by one process without a process group.
 
-A folder with torch's distributed checkpoint, and in it a few files of Megatron's. Its index is a
-pickle, which here may name the classes of such an index and nothing else; tensors are read as
-torch reads untrusted files.
+Such a checkpoint is a folder with a distributed checkpoint of torch and a few files of Megatron's.
+Its index is a pickle; only the classes of an index are allowed in it. Tensors are loaded with
+weights_only, as torch does for untrusted files.
 """
 
 import io
@@ -45,7 +45,7 @@ COMMON = {"common_backend": "torch", "common_backend_version": 1}
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 CHECKPOINT_VERSION = 3.0
-# what the indices of torch and Megatron consist of: values, and records that do nothing when made
+# the classes in the indices of torch and Megatron: values, and records without side effects
 _DCP = "torch.distributed.checkpoint"
 INDEX_NAMES = {
     *(
@@ -75,10 +75,10 @@ INDEX_NAMES = {
 
 
 def find_folder(path: Path) -> Path:
-    """The folder of an iteration, from itself or from what was given as --save.
+    """The folder of an iteration: the given one, or the latest in the folder of --save.
 
     Raises:
-        ConfigurationError: there is no torch_dist checkpoint.
+        ConfigurationError: the folder has no torch_dist checkpoint.
     """
     tracker = path / TRACKER
     if tracker.is_file():
@@ -90,30 +90,30 @@ def find_folder(path: Path) -> Path:
         found = None
     if found != FORMAT["sharded_backend"]:
         raise ConfigurationError(
-            f"{path} is no torch_dist checkpoint; give the folder of --save, or an iteration in it "
-            "(convert others with Megatron's --ckpt-convert-format torch_dist first)."
+            f"{path} is not a torch_dist checkpoint; give the folder of --save, or an iteration in "
+            "it (convert other formats with Megatron's --ckpt-convert-format torch_dist first)."
         )
     return path
 
 
 class TorchDist:
-    """A checkpoint that is there."""
+    """An existing checkpoint."""
 
     def __init__(self, path: Path) -> None:
         """Read the index.
 
         Raises:
-            ConfigurationError: there is none, or it is damaged.
+            ConfigurationError: there is no checkpoint, or it is damaged.
         """
         self.folder = find_folder(path)
         self._reader = _SafeReader(str(self.folder))
         try:
             self._index = self._reader.read_metadata()
             self._reader.set_up_storage_reader(self._index, is_coordinator=True)
-        except Exception as error:  # whatever a damaged file makes of itself
+        except Exception as error:  # a damaged file may raise any exception
             raise ConfigurationError(
-                f"{self.folder} cannot be read ({type(error).__name__}: {error}); it may be "
-                "damaged: use another iteration."
+                f"{self.folder} cannot be read ({type(error).__name__}: {error}); the checkpoint "
+                "may be damaged, so use another iteration."
             ) from error
 
     @property
@@ -127,7 +127,7 @@ class TorchDist:
 
     @property
     def objects(self) -> list[str]:
-        """Keys of what is not a tensor."""
+        """Keys of the objects that are not tensors."""
         entries = self._index.state_dict_metadata.items()
         return [key for key, entry in entries if isinstance(entry, BytesStorageMetadata)]
 
@@ -137,7 +137,7 @@ class TorchDist:
         return LazyTensor(tuple(entry.size), dtype, regions, lambda region: self.read(key, region))
 
     def read(self, key: str, region: Region) -> Tensor:
-        """A box of a tensor, from the pieces it was saved in.
+        """A region of a tensor, assembled from the chunks in which it was saved.
 
         Raises:
             ConfigurationError: a file is missing or damaged.
@@ -152,13 +152,13 @@ class TorchDist:
         except Exception as error:
             raise ConfigurationError(
                 f"{key} in {self.folder} cannot be read ({type(error).__name__}: {error}); the "
-                "checkpoint may be damaged: use another iteration."
+                "checkpoint may be damaged, so use another iteration."
             ) from error
         return target
 
 
 class _SafeReader(dcp.FileSystemReader):
-    """Unpickles an index, and nothing that an index does not consist of."""
+    """Reads an index without executing code in it."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with Path(self.path, ".metadata").open("rb") as file:
@@ -174,7 +174,9 @@ class _IndexUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(value := vars(torch).get(name), torch.dtype):
             return value
-        raise pickle.UnpicklingError(f"the index names {module}.{name}, which no index holds")
+        raise pickle.UnpicklingError(
+            f"the index contains {module}.{name}, which no index of Megatron's does"
+        )
 
 
 class _Into(dcp.LoadPlanner):
@@ -213,30 +215,30 @@ class _Into(dcp.LoadPlanner):
 def write(
     folder: Path, tensors: Tensors, empty_objects: list[str], advance: Callable[[int], None]
 ) -> None:
-    """Write a checkpoint that Megatron's --load takes as a release: weights, and iteration 0.
+    """Write a checkpoint that Megatron's --load reads as a release: weights for iteration 0.
 
     Args:
-        folder: of --load. What was half written by an earlier attempt is written again; it counts
-            as a checkpoint only once everything is there.
+        folder: for --load. Files of an interrupted attempt are overwritten. It becomes a checkpoint
+            only when everything has been written.
         tensors: key -> tensor.
-        empty_objects: keys of extra state, all of which is to be None.
-        advance: told how many bytes were written.
+        empty_objects: keys of extra state, which is saved as None.
+        advance: called with the number of bytes that were written.
 
     Raises:
         ConfigurationError: a tensor cannot be read.
-        OSError: there is no room, or no right, to write.
+        OSError: the disk is full, or writing is not permitted.
     """
     release = folder / RELEASE
     release.mkdir(parents=True, exist_ok=True)
     writer = dcp.FileSystemWriter(release, single_file_per_rank=False, thread_count=1)
     planner = _Streaming(tensors, empty_objects, advance)
     with warnings.catch_warnings():
-        # that there is no process group, which is what no_dist says
+        # torch warns that there is no process group, which no_dist has told it
         warnings.filterwarnings("ignore", message=".*torch.distributed is")
         try:
             dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
         except CheckpointException as error:
-            # what happened, without the story of ranks that are not there
+            # the exception of the only process, without torch's report about ranks
             raise next(iter(error.failures.values()))[0] from error
     torch.save({"checkpoint_version": CHECKPOINT_VERSION}, release / "common.pt")
     (release / "metadata.json").write_text(json.dumps(FORMAT | COMMON))
@@ -244,7 +246,7 @@ def write(
 
 
 class _Streaming(dcp.DefaultSavePlanner):
-    """Makes each region of each tensor when its turn has come to be written."""
+    """Reads or computes each region of each tensor when it is written."""
 
     def __init__(
         self, tensors: Tensors, empty_objects: list[str], advance: Callable[[int], None]
@@ -281,13 +283,13 @@ class _Streaming(dcp.DefaultSavePlanner):
             return io.BytesIO(_saved_none())
         tensor = self.tensors[write_item.index.fqn]
         assert write_item.index.index is not None
-        piece = tensor.read(tensor.regions[write_item.index.index]).contiguous()
-        self.advance(piece.numel() * piece.element_size())
-        return piece
+        region = tensor.read(tensor.regions[write_item.index.index]).contiguous()
+        self.advance(region.numel() * region.element_size())
+        return region
 
 
 def _saved_none() -> bytes:
-    """None as Megatron saves it: the only one of the objects with this key."""
+    """None as Megatron saves an object: in a list of the objects with this key."""
     buffer = io.BytesIO()
     torch.save([None], buffer)
     return buffer.getvalue()

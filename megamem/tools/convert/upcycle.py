@@ -1,4 +1,4 @@
-"""A dense Megatron checkpoint with memory layers added: the start of a model that has them."""
+"""Adds memory layers to a dense Megatron checkpoint."""
 
 from dataclasses import replace
 
@@ -24,29 +24,29 @@ EXPERTS = ("mlp.experts", "mlp.router", "mlp.shared_experts")
 def upcycle(
     source: Tensors, config: MemoryConfig, seed: int
 ) -> tuple[dict[str, LazyTensor], list[str]]:
-    """Give a dense model memory layers, with the initial weights that a run of this seed has.
+    """Add memory layers to a dense model, with the initial weights of a run with this seed.
 
-    Where feed-forwards stay (`memory_keep_ffn`) the new layers start by adding zero, so that the
-    model computes what it did: memory+ with a zero projection, memory with a table of zeros, peer
-    with a table v of zeros. Where they are replaced it cannot, and the loss jumps.
+    With `memory_keep_ffn` the new layers start by adding zero, so that the model's output does not
+    change: memory+ has a projection of zeros, memory a table of zeros, peer a table v of zeros.
+    Where memory layers replace feed-forwards, the loss increases.
 
     Args:
         source: key -> tensor of the dense checkpoint.
-        config: of the memory layers.
-        seed: of the initial weights.
+        config: settings of the memory layers.
+        seed: seed of the new weights.
 
     Returns:
         key -> tensor, and the keys of extra state.
 
     Raises:
-        ConfigurationError: the checkpoint is no dense GPT, or has no such layers.
+        ConfigurationError: the checkpoint is not a dense GPT, or does not have these layers.
     """
     source = layout.weights_only(source)
     _check_dense(source)
     try:
         dense = layout.dense_layers(source)
     except ValueError as error:
-        raise ConfigurationError(f"the checkpoint is no whole GPT: {error}.") from error
+        raise ConfigurationError(f"the checkpoint is not a complete GPT: {error}.") from error
     embedding = source[layout.EMBEDDING]
     hidden = embedding.shape[1]
     spec, variant = resolve(config, hidden, seed=seed), VARIANTS[config.memory_variant]
@@ -72,28 +72,33 @@ def upcycle(
 def _check_dense(source: Tensors) -> None:
     if tables := layout.tables(source):
         raise ConfigurationError(
-            f"the checkpoint has memory layers already: {', '.join(tables.values())}; upcycle "
-            "takes a dense one."
+            f"the checkpoint already has memory layers ({', '.join(tables.values())}); give "
+            "megamem convert upcycle a dense one."
         )
     for name in EXPERTS:
         if any(f".{name}" in key for key in source):
-            raise ConfigurationError(f"the checkpoint has {name}: upcycle takes a dense one.")
+            raise ConfigurationError(
+                f"the checkpoint has {name}; give megamem convert upcycle a dense one."
+            )
     if layout.EMBEDDING not in source:
-        raise ConfigurationError(f"the checkpoint has no {layout.EMBEDDING}: it is no GPT.")
+        raise ConfigurationError(f"the checkpoint has no {layout.EMBEDDING}, so it is not a GPT.")
 
 
 def _check_layers(dense: layout.DenseLayers, spec: MemorySpec) -> None:
     last = dense.num_layers - 1
     if not spec.layers:
-        raise ConfigurationError("no layer to become a memory: name them with --memory-layers.")
+        raise ConfigurationError(
+            "there are no memory layers to add; name them with --memory-layers."
+        )
     if beyond := [layer for layer in spec.layers if layer > last]:
         raise ConfigurationError(
-            f"--memory-layers {' '.join(map(str, beyond))}: the checkpoint has layers 0 to {last}."
+            f"--memory-layers {' '.join(map(str, beyond))} is beyond the checkpoint's layers; use "
+            f"0 to {last}."
         )
 
 
 def _new_layer(layer: int, spec: MemorySpec, dtype: torch.dtype) -> dict[str, LazyTensor]:
-    """A memory layer's own weights, as a run of this seed would make them."""
+    """A memory layer's own weights, as a run with this seed initialises them."""
     pool = MemoryPool(replace(spec, layout=Layout()), device="meta")
     module = MemoryLayer(spec, pool, layer=layer, device="cpu", dtype=dtype)
     weights: dict[str, Tensor] = dict(module.state_dict())
@@ -104,10 +109,10 @@ def _new_layer(layer: int, spec: MemorySpec, dtype: torch.dtype) -> dict[str, La
 
 
 def initial_table(name: str, std: float, spec: MemorySpec, dtype: torch.dtype) -> LazyTensor:
-    """The table that a run of this spec starts with, drawn piece by piece."""
+    """The initial table of a run with these settings, drawn shard by shard."""
     shape = (spec.num_rows, spec.value_dim)
-    pieces = max(1, -(-shape[0] * shape[1] * dtype.itemsize // REGION_BYTES))
-    shards = [TableShard.cut(shape, row=(piece, pieces)) for piece in range(pieces)]
+    count = max(1, -(-shape[0] * shape[1] * dtype.itemsize // REGION_BYTES))
+    shards = [TableShard.cut(shape, row=(number, count)) for number in range(count)]
     by_offset = {shard.offset: shard for shard in shards}
     make = WeightFactory(seed=spec.seed, name=name, device="cpu", dtype=dtype)
 
