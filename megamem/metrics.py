@@ -1,15 +1,13 @@
-"""What memory layers and their tables did since the last report, as numbers and usage maps.
+"""Metrics of memory layers and tables over a window of iterations: scalars and usage maps.
 
-    record     in a forward pass that will be learnt from: adds to this rank's numbers on the
-               device, and waits for nothing
-    report     now and then: one all-reduce of the one tensor that holds the numbers of all layers
-               and tables, and a new window
+    record     in a forward pass with a backward: adds to this rank's sums on the device, without
+               waiting for it
+    report     at the end of a window: all-reduces the sums of all layers and tables, which are one
+               tensor, and resets them
 
-Every rank looks up tokens of its own, so sums over all ranks are those of the batch. Every rank
-takes part in a report, with or without memory layers: a layer has the same place in the tensor
-everywhere, and whoever does not hold it adds zeros.
-
-Shape key: J lookups; P x P cells of the usage map; I rows whose norm is taken.
+Each rank looks up different tokens, so the sums over all ranks are those of the batch. Every rank
+takes part in a report, with or without memory layers: the sums of a layer are at the same offset on
+all ranks, and the ranks that do not hold the layer add zeros.
 """
 
 import math
@@ -28,142 +26,160 @@ from megamem.parallel.routing import RoutingPlan
 from megamem.parallel.row_shard import TableShard
 
 MAP_SIDE = 256
-"""The usage map of N x N product keys is pooled to at most this many cells a side."""
+"""The usage map of N x N product keys is pooled to at most this many cells per side."""
 
 SAMPLED_ROWS = MAP_SIDE**2
-"""Rows that are watched one by one, in a table of more."""
+"""Number of rows that are sampled, where the cells of the usage map are larger than a row."""
 
 NORM_ROWS = 2**12
-"""Rows whose norm is taken, in a table of more."""
+"""Number of rows at most whose norm is computed."""
 
 TIMED_PASSES = 64
-"""Passes of a table that are timed in one window."""
+"""Number of passes over a table that are timed in one window."""
 
 NUM_SUMS = 5
-TRAINED = ("trained_rows", "their_lookups", "all_lookups")
+TRAINED = ("trained_rows", "trained_lookups", "all_lookups")
 PER_TABLE = ("holders", "bytes", "passes", "lookup", "exchange", "gradient", "rows", "row_squares")
-PLACES = (*PER_TABLE, *TRAINED)
+TABLE_SUMS = (*PER_TABLE, *TRAINED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watched:
-    """What there is to measure, the same on every rank."""
+    """The layers and tables that are measured, the same on every rank."""
 
     layers: Sequence[int]
-    """Memory layers of the whole model."""
+    """Numbers of all memory layers of the model, on all pipeline stages."""
     tables: Sequence[str]
-    """Value tables of the whole model, by name."""
+    """Names of all value tables of the model."""
     num_keys: int
-    """N."""
+    """N, sub-keys per half."""
     heads: int
+    """H, heads of a layer."""
     topk: int
+    """K, rows per head."""
 
     @property
     def num_rows(self) -> int:
-        """R."""
+        """R, rows of a table."""
         return self.num_keys**2
 
     @property
     def side(self) -> int:
-        """P, cells along a side of the usage map."""
+        """P, cells along each side of the usage map."""
         return min(self.num_keys, MAP_SIDE)
 
     @property
     def is_sampled(self) -> bool:
-        """Whether a cell of the map is more than a row, so that rows are watched by sample."""
+        """Whether a cell of the map covers more than one row, so that used rows are sampled."""
         return self.side < self.num_keys
 
 
 @dataclass(frozen=True)
 class Report:
-    """One window, summed over all ranks."""
+    """The metrics of one window, of all ranks together."""
 
     scalars: dict[str, float]
     """memory/<metric>/<layer or table> -> value."""
     usage: dict[int, Tensor]
-    """Layer -> [P, P] reads of every cell, on the device."""
+    """Layer -> [P, P], the lookups of every cell, on the device."""
 
 
 class LayerMetrics:
-    """Counts of one layer.
+    """The sums of one layer on one rank.
 
-    usage      reads of each cell of the map: sub-key i lies in line i * P // N
-    sampled    which of the sampled rows were read, and a spare place at the end
-    sums       how many heads read, how many gates; sums of largest weights, entropies, gates
+    usage      lookups of each cell of the map; sub-key i belongs to line i * P // N
+    sampled    1 for each sampled row that was read; the last entry is for all other rows
+    sums       number of reads (one head of one token) and of gate values; sums of the largest
+               weights, of the entropies of the weights, and of the gate values
     """
 
-    def __init__(self, watched: Watched, places: Tensor) -> None:
+    def __init__(self, watched: Watched, sums: Tensor) -> None:
+        """Keep the sums in a part of the tensor that is all-reduced."""
         self.watched = watched
-        self.usage, self.sampled, self.sums = places.split(_layer_sizes(watched))
-        self.one = torch.ones((), dtype=places.dtype, device=places.device)
+        self.usage, self.sampled, self.sums = sums.split(_layer_sizes(watched))
+        self.one = torch.ones((), dtype=sums.dtype, device=sums.device)
         self.multiplier = _spreading_multiplier(watched.num_rows)
 
     @torch.no_grad()
-    def record(self, row_ids_TL: Tensor, weights_TL: Tensor, gate_TV: Tensor | None) -> None:
-        """Add one pass: pairs of sub-keys, i * N + j, a softmax over each head's K, the gate."""
+    def record(self, row_ids: Tensor, weights: Tensor, gate: Tensor | None) -> None:
+        """Add one forward pass.
+
+        Args:
+            row_ids: [tokens, H * K] pairs of sub-keys, i * N + j.
+            weights: their weights, a softmax over the K of each head.
+            gate: [tokens, V] values of the gate; None for a variant without one.
+        """
         watched = self.watched
-        rows_J, cells_J = row_ids_TL.flatten(), row_ids_TL.flatten()
+        rows, cells = row_ids.flatten(), row_ids.flatten()
         if watched.is_sampled:
             side, num_keys = watched.side, watched.num_keys
-            cells_J = rows_J // num_keys * side // num_keys * side
-            cells_J += rows_J % num_keys * side // num_keys
-            drawn_J = (rows_J * self.multiplier).remainder_(watched.num_rows)
-            self.sampled[drawn_J.clamp_(max=SAMPLED_ROWS)] = 1.0
-        self.usage.scatter_add_(0, cells_J, self.one.expand_as(cells_J))
+            cells = rows // num_keys * side // num_keys * side
+            cells += rows % num_keys * side // num_keys
+            sampled = (rows * self.multiplier).remainder_(watched.num_rows)
+            self.sampled[sampled.clamp_(max=SAMPLED_ROWS)] = 1.0
+        self.usage.scatter_add_(0, cells, self.one.expand_as(cells))
 
-        weights_THK = weights_TL.view(len(weights_TL), watched.heads, watched.topk)
+        by_head = weights.view(len(weights), watched.heads, watched.topk)
         sums = [
-            weights_THK.amax(-1).sum(),
-            torch.special.entr(weights_TL).sum(),
-            self.one.new_zeros(()) if gate_TV is None else gate_TV.sum(dtype=torch.float32),
+            by_head.amax(-1).sum(),
+            torch.special.entr(weights).sum(),
+            self.one.new_zeros(()) if gate is None else gate.sum(dtype=torch.float32),
         ]
-        self.sums[0] += len(weights_TL) * watched.heads
-        self.sums[1] += 0 if gate_TV is None else gate_TV.numel()
+        self.sums[0] += len(weights) * watched.heads
+        self.sums[1] += 0 if gate is None else gate.numel()
         self.sums[2:] += torch.stack([s.to(self.one.dtype) for s in sums])
 
 
 @dataclass
 class TableMetrics:
-    """Counts of one table on one rank."""
+    """The sums of one table on one rank."""
 
-    places: Tensor
-    """[len(PLACES)] in the tensor that is summed."""
+    sums: Tensor
+    """[len(TABLE_SUMS)], a part of the tensor that is all-reduced."""
     received: Tensor
-    """[]; lookups that arrived here."""
+    """[], the number of lookups that this rank received."""
     bytes_sent: int = 0
-    laps: list[list[tuple[str, Any]]] = field(default_factory=list)
+    """Bytes that this rank sent to others."""
+    timings: list[list[tuple[str, Any]]] = field(default_factory=list)
+    """For each timed pass, the name of every part that ended and the moment when it did."""
 
-    def mark(self, rows_M: Tensor) -> None:
-        """Lookups arrived here; -1 is none."""
-        self.received += (rows_M >= 0).sum()
+    def mark(self, rows: Tensor) -> None:
+        """Count the lookups that this rank received; -1 is none."""
+        self.received += (rows >= 0).sum()
 
     def start(self) -> Callable[[str], None]:
-        """Begin to time a pass; call what is returned with the name of each part that ended."""
-        device = self.places.device
-        if len(self.laps) == TIMED_PASSES or _is_capturing(device):
+        """Start to time a pass.
+
+        Returns:
+            A function to call at the end of each part of the pass, with the name of the part.
+        """
+        device = self.sums.device
+        if len(self.timings) == TIMED_PASSES or _is_capturing(device):
             return untimed
-        lap = [("", _now(device))]
-        self.laps.append(lap)
-        return lambda name: lap.append((name, _now(device)))
+        timing = [("", _now(device))]
+        self.timings.append(timing)
+        return lambda name: timing.append((name, _now(device)))
 
     def fill(
         self,
-        weight_rv: Tensor,
+        weight: Tensor,
         shard: TableShard,
         gradient_squares: Tensor | float = 0.0,
-        trained_3: Tensor | None = None,
+        trained: Tensor | None = None,
     ) -> None:
-        """Put what the host knows, and the table's norms, in place for a report.
+        """Write the numbers that the host knows and the norms of the table, before a report.
 
         Args:
-            weight_rv: this rank's piece.
-            shard: where it lies.
-            gradient_squares: sum over this piece, 0 where another rank answers for it.
-            trained_3: TRAINED, where only some rows are; 0 where another rank answers for them.
+            weight: [r, v], this rank's shard of the table.
+            shard: the position of the shard in the table.
+            gradient_squares: sum of squared gradients of the shard; 0 on all but one of the ranks
+                that hold it.
+            trained: [3], the numbers of TRAINED in sparse finetuning; 0 on all but one of the ranks
+                that hold the same rows.
         """
         num_rows, width = shard.global_shape
         stride = -(-num_rows // NORM_ROWS)
-        rows_Iv = weight_rv[-shard.offset[0] % stride :: stride]
+        rows = weight[-shard.offset[0] % stride :: stride]
         times = self._times()
         numbers = {
             "holders": 1.0,
@@ -172,55 +188,61 @@ class TableMetrics:
             "lookup": sum(t.get("lookup", 0.0) for t in times),
             "exchange": sum(t.get("exchange", 0.0) for t in times),
             "gradient": 0.0,
-            # some of a row's columns are as much of a row; each replica counts in both sums
-            "rows": len(rows_Iv) * rows_Iv.shape[1] / width,
+            # a shard with some columns has a fraction of each row; replicas count in both sums
+            "rows": len(rows) * rows.shape[1] / width,
             "row_squares": 0.0,
             **dict.fromkeys(TRAINED, 0.0),
         }
-        self.places.copy_(torch.tensor(list(numbers.values()), dtype=self.places.dtype))
-        self.places[PLACES.index("gradient")] += gradient_squares
-        wide = torch.promote_types(weight_rv.dtype, torch.float32)
-        norms_I = torch.linalg.vector_norm(rows_Iv.detach(), dim=1, dtype=wide)
-        self.places[PLACES.index("row_squares")] += norms_I.double().square().sum()
-        if trained_3 is not None:
-            self.places[-len(TRAINED) :] += trained_3
+        self.sums.copy_(torch.tensor(list(numbers.values()), dtype=self.sums.dtype))
+        self.sums[TABLE_SUMS.index("gradient")] += gradient_squares
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=wide)
+        self.sums[TABLE_SUMS.index("row_squares")] += norms.double().square().sum()
+        if trained is not None:
+            self.sums[-len(TRAINED) :] += trained
         self.bytes_sent = 0
-        self.laps.clear()
+        self.timings.clear()
 
     def _times(self) -> list[dict[str, float]]:
-        """Milliseconds of every part, of the passes that the device has done."""
+        """Return part -> milliseconds for each timed pass that the device has completed."""
         found = []
-        for lap in self.laps:
-            if all(_is_past(mark) for _, mark in lap):
+        for timing in self.timings:
+            if all(_is_past(moment) for _, moment in timing):
                 times: dict[str, float] = {}
-                for (_, begin), (name, end) in zip(lap, lap[1:], strict=False):
+                for (_, begin), (name, end) in zip(timing, timing[1:], strict=False):
                     times[name] = times.get(name, 0.0) + _milliseconds(begin, end)
                 found.append(times)
         return found
 
 
 class Metrics:
-    """The numbers of all layers and tables of a model, in one fp64 tensor: counts are exact."""
+    """The sums of all layers and tables of a model, in one fp64 tensor so that counts are exact."""
 
     def __init__(
         self, watched: Watched, device: torch.device | str | int, group: ProcessGroup | None = None
     ) -> None:
-        """Allocate, about 1 MiB a layer; `group` is all ranks that train, by default the world."""
+        """Allocate the sums, about 1 MiB per layer.
+
+        Args:
+            watched: the layers and tables that are measured.
+            device: device of the sums.
+            group: all ranks that train; None for all ranks of the world.
+        """
         self.watched, self.group = watched, group
         ranks, rank = 1, 0
         if dist.is_initialized():
             ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        of_layer, of_table = sum(_layer_sizes(watched)), len(PLACES) + ranks
+        layer_size, table_size = sum(_layer_sizes(watched)), len(TABLE_SUMS) + ranks
         num_layers, num_tables = len(watched.layers), len(watched.tables)
-        sizes = [of_layer] * num_layers + [of_table] * num_tables
-        self.places = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-        parts = self.places.split(sizes)
+        sizes = [layer_size] * num_layers + [table_size] * num_tables
+        self.sums = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        parts = self.sums.split(sizes)
         self.layers = {
             layer: LayerMetrics(watched, part)
             for layer, part in zip(watched.layers, parts[:num_layers], strict=True)
         }
         self.tables = {
-            name: TableMetrics(part[: len(PLACES)], part[len(PLACES) + rank])
+            name: TableMetrics(part[: len(TABLE_SUMS)], part[len(TABLE_SUMS) + rank])
             for name, part in zip(watched.tables, parts[num_layers:], strict=True)
         }
         self.sizes = sizes
@@ -229,15 +251,19 @@ class Metrics:
     def report(
         self, iterations: int, gradient_scale: float = 1.0, *, wanted: bool = True
     ) -> Report | None:
-        """Sum the window over all ranks, and begin a new one. Every rank must call this.
+        """Sum the window over all ranks, and start a new one. Every rank must call this.
 
         Args:
-            iterations: in the window.
-            gradient_scale: what the gradients that fill() was told of are multiplied by.
-            wanted: False on ranks that show nothing; they do not wait for the device.
+            iterations: number of iterations in the window.
+            gradient_scale: factor of the gradients whose squares fill() was given.
+            wanted: whether this rank needs the report; a rank that does not need it does not wait
+                for the device.
+
+        Returns:
+            The report; None where it is not wanted.
         """
-        total = self.places.clone()
-        self.places.zero_()
+        total = self.sums.clone()
+        self.sums.zero_()
         if dist.is_initialized():
             dist.all_reduce(total, group=self.group)
         if not wanted:
@@ -258,82 +284,98 @@ class Metrics:
 
 
 def untimed(name: str) -> None:
-    """Stands for what TableMetrics.start() returns where nobody wants to know."""
+    """Do nothing; stands in for the result of TableMetrics.start() where a pass is not timed."""
 
 
-def kl_from_uniform(usage_PP: Tensor, num_keys: int) -> Tensor:
-    """Nats between the reads of the cells and those of a uniform pick of rows.
+def kl_from_uniform(usage: Tensor, num_keys: int) -> Tensor:
+    """Return the KL divergence of the lookups from uniform lookups, in nats.
 
-    KL = sum_c p_c log(p_c / q_c), p_c the share of reads that fell on cell c and q_c the share of
-    rows that lie in it (Lample et al. 2019, section 4.1, with reads in place of weights). Cells
-    are rows where N <= 256; otherwise this is a lower bound of the KL of rows. n reads by uniform
-    chance give about P**2 / 2n rather than 0.
+    KL = sum_c p_c log(p_c / q_c), where p_c is the share of cell c in the lookups and q_c its share
+    in the rows (Lample et al. 2019, section 4.1, with lookups in place of weights). A cell is a row
+    where N <= 256; otherwise the result is a lower bound of the divergence by rows. For n uniformly
+    random lookups its expectation is about P**2 / 2n, not 0.
+
+    Args:
+        usage: [P, P], the lookups of every cell of the usage map.
+        num_keys: N, sub-keys per half.
     """
-    side = len(usage_PP)
-    lines = torch.arange(num_keys, device=usage_PP.device) * side // num_keys
-    keys_P = torch.bincount(lines, minlength=side).double()
-    uniform_PP = torch.outer(keys_P, keys_P) / num_keys**2
-    shares_PP = usage_PP / usage_PP.sum()
-    return torch.special.xlogy(shares_PP, shares_PP / uniform_PP).sum()
+    side = len(usage)
+    lines = torch.arange(num_keys, device=usage.device) * side // num_keys
+    keys = torch.bincount(lines, minlength=side).double()
+    uniform = torch.outer(keys, keys) / num_keys**2
+    shares = usage / usage.sum()
+    return torch.special.xlogy(shares, shares / uniform).sum()
 
 
 def sent_bytes(
     plan: RoutingPlan,
-    weights_M: Tensor,
-    bags_Gv: Tensor,
+    weights: Tensor,
+    bags: Tensor,
     *,
     lookups: int,
     column_counts: Sequence[int],
     width: int,
     column_rank: int,
 ) -> int:
-    """Bytes that this rank sends to others in one pass of a table, forward and backward.
+    """Return the bytes that this rank sends to others in one pass, forward and backward.
 
-    An all-gather and a reduce-scatter count as what each rank must send at least: its part to
+    An all-gather and a reduce-scatter count as the minimum that each rank must send: its part to
     every other rank.
 
     Args:
-        plan, weights_M, bags_Gv: of the pass; weights as dispatched, bags before they go home.
-        lookups: L.
-        column_counts: T of every column rank.
-        width: V.
-        column_rank: of this rank.
+        plan: the plan of the pass.
+        weights: [M], the weights that dispatch() returned.
+        bags: [G, v], the partial bags before combine().
+        lookups: lookups per token.
+        column_counts: number of tokens of every column rank.
+        width: V, the row width of the unsharded table.
+        column_rank: this rank's number among the column ranks.
     """
     rank, own = group_rank(plan.group), plan.bag_counts[group_rank(plan.group)]
-    peers, neighbours = len(plan.bag_counts) - 1, len(column_counts) - 1
-    number, weight = bags_Gv.element_size(), weights_M.element_size()
-    slice_bytes, lookup = bags_Gv.shape[1] * number, plan.sent_M.element_size() + weight
+    peers, column_peers = len(plan.bag_counts) - 1, len(column_counts) - 1
+    number, weight = bags.element_size(), weights.element_size()
+    slice_bytes, lookup = bags.shape[1] * number, plan.sent_M.element_size() + weight
 
-    # lookups to the owners of their rows; the gradients of weights come back
+    # lookups are sent to the owners of their rows, and gradients of weights back
     if plan.send is None or plan.recv is None:
-        away = home = peers * plan.bag_counts[0] * lookups
+        sent = received = peers * plan.bag_counts[0] * lookups
         counts = 0
     else:
-        away, home = sum(plan.send) - plan.send[rank], sum(plan.recv) - plan.recv[rank]
+        sent = sum(plan.send) - plan.send[rank]
+        received = sum(plan.recv) - plan.recv[rank]
         counts = peers * own * torch.int64.itemsize
-    total = counts + away * lookup + home * weight
-    # partial bags home, and their gradients to everybody who summed a part
+    total = counts + sent * lookup + received * weight
+    # partial bags are sent to the ranks of the tokens, and their gradients to all owners of rows
     total += gather_and_scatter_bytes(plan, slice_bytes)
 
-    # lookups to the neighbours that hold other columns, and columns home
-    total += neighbours * max(column_counts) * lookups * (lookup + weight)
+    # lookups are sent to the ranks that hold other columns, and column slices back
+    total += column_peers * max(column_counts) * lookups * (lookup + weight)
     tokens = column_counts[column_rank]
     total += (sum(column_counts) - tokens) * slice_bytes
-    return total + tokens * (width - bags_Gv.shape[1]) * number
+    return total + tokens * (width - bags.shape[1]) * number
 
 
 def gather_and_scatter_bytes(plan: RoutingPlan, row_bytes: int) -> int:
-    """Bytes that this rank sends where a row for every bag is gathered, and its like scattered."""
+    """Return the bytes that this rank sends to all-gather and reduce-scatter a row for every bag.
+
+    Args:
+        plan: the plan of the pass.
+        row_bytes: bytes of one row.
+    """
     own, peers = plan.bag_counts[group_rank(plan.group)], len(plan.bag_counts) - 1
     return (sum(plan.bag_counts) - own + peers * max(plan.bag_counts)) * row_bytes
 
 
 def _layer_sizes(watched: Watched) -> list[int]:
+    """Return the number of sums of each kind that a layer has: usage, sampled, sums."""
     return [watched.side**2, (SAMPLED_ROWS + 1) * watched.is_sampled, NUM_SUMS]
 
 
 def _spreading_multiplier(num_rows: int) -> int:
-    """A factor that takes every row to a place of its own, modulo R, and neighbours far apart."""
+    """Return a factor f coprime to R, so that row * f mod R permutes rows and spreads neighbours.
+
+    The sample consists of the rows that it maps below SAMPLED_ROWS.
+    """
     factor = max(1, min(int(num_rows * (math.sqrt(5) - 1) / 2), 2**62 // num_rows))
     while math.gcd(factor, num_rows) != 1:
         factor -= 1
@@ -343,7 +385,7 @@ def _spreading_multiplier(num_rows: int) -> int:
 def _layer_numbers(
     watched: Watched, counted: Tensor, sampled: Tensor, sums: Tensor
 ) -> dict[str, float]:
-    """What a layer shows; nothing where it read nothing."""
+    """Return the metrics of a layer; none if it had no lookups."""
     reads, gates, top, entropy, gate = sums.tolist()
     if not reads:
         return {}
@@ -361,24 +403,24 @@ def _layer_numbers(
 def _table_numbers(
     numbers: list[float], iterations: int, gradient_scale: float
 ) -> dict[str, float]:
-    """What a table shows; nothing where nobody holds it."""
-    of: Mapping[str, float] = dict(zip(PLACES, numbers, strict=False))
-    received = numbers[len(PLACES) :]
-    if not of["holders"]:
+    """Return the metrics of a table; none if no rank holds it."""
+    sums: Mapping[str, float] = dict(zip(TABLE_SUMS, numbers, strict=False))
+    received = numbers[len(TABLE_SUMS) :]
+    if not sums["holders"]:
         return {}
     shown = {
-        "grad_norm": math.sqrt(of["gradient"]) * gradient_scale,
-        "row_norm": math.sqrt(of["row_squares"] / of["rows"]),
-        "sent_megabytes": of["bytes"] / of["holders"] / iterations / 1e6,
+        "grad_norm": math.sqrt(sums["gradient"]) * gradient_scale,
+        "row_norm": math.sqrt(sums["row_squares"] / sums["rows"]),
+        "sent_megabytes": sums["bytes"] / sums["holders"] / iterations / 1e6,
     }
     if sum(received):
-        shown["shard_load"] = max(received) * of["holders"] / sum(received)
-    if of["all_lookups"]:
-        shown["trained_rows"] = of["trained_rows"] / iterations
-        shown["trained_lookups"] = 100 * of["their_lookups"] / of["all_lookups"]
-    if of["passes"]:
-        shown["lookup_ms"] = of["lookup"] / of["passes"]
-        shown["exchange_ms"] = of["exchange"] / of["passes"]
+        shown["shard_load"] = max(received) * sums["holders"] / sum(received)
+    if sums["all_lookups"]:
+        shown["trained_rows"] = sums["trained_rows"] / iterations
+        shown["trained_lookups"] = 100 * sums["trained_lookups"] / sums["all_lookups"]
+    if sums["passes"]:
+        shown["lookup_ms"] = sums["lookup"] / sums["passes"]
+        shown["exchange_ms"] = sums["exchange"] / sums["passes"]
     return shown
 
 
@@ -387,7 +429,7 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _now(device: torch.device) -> Any:
-    """A moment: of the device's stream, or of the host."""
+    """Return the present moment: an event of the current stream, or the clock of the host."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

@@ -1,4 +1,4 @@
-"""What metrics count, against loops over the same lookups; what they send, against the wire."""
+"""Metrics against loops over the same lookups, and bytes sent against what collectives send."""
 
 import math
 import time
@@ -39,9 +39,9 @@ def _watched(num_keys: int) -> Watched:
 
 def _lookups(num_keys: int, tokens: int = 40) -> tuple[Tensor, Tensor, Tensor]:
     # crowded towards row 0, so that usage is not even
-    rows_TL = (torch.rand(tokens, HEADS * TOPK) ** 3 * num_keys**2).long()
-    weights_THK = torch.randn(tokens, HEADS, TOPK).softmax(-1)
-    return rows_TL, weights_THK.flatten(1), torch.randn(tokens, HIDDEN)
+    rows = (torch.rand(tokens, HEADS * TOPK) ** 3 * num_keys**2).long()
+    weights = torch.randn(tokens, HEADS, TOPK).softmax(-1)
+    return rows, weights.flatten(1), torch.randn(tokens, HIDDEN)
 
 
 def _model(
@@ -77,15 +77,15 @@ def test_counts_are_those_of_a_loop(num_keys: int) -> None:
     assert report is not None
 
     side = min(num_keys, MAP_SIDE)
-    rows = [row for rows_TL, _, _ in passes for row in rows_TL.flatten().tolist()]
+    rows = [row for rows, _, _ in passes for row in rows.flatten().tolist()]
     cells = Counter(
         (row // num_keys * side // num_keys, row % num_keys * side // num_keys) for row in rows
     )
     assert report.usage[LAYER].sum() == len(rows)
     assert all(report.usage[LAYER][cell] == count for cell, count in cells.items())
 
-    weights = torch.cat([weights_TL for _, weights_TL, _ in passes]).view(-1, TOPK).double()
-    gates = torch.cat([gate_TV for _, _, gate_TV in passes]).double()
+    weights = torch.cat([weights for _, weights, _ in passes]).view(-1, TOPK).double()
+    gates = torch.cat([gate for _, _, gate in passes]).double()
     shown = {name.split("/")[1]: value for name, value in report.scalars.items()}
     assert {name.split("/")[2] for name in report.scalars} == {f"layer_{LAYER}"}
     assert shown["top1_weight"] == pytest.approx(weights.amax(1).mean().item())
@@ -99,8 +99,8 @@ def test_counts_are_those_of_a_loop(num_keys: int) -> None:
 def test_rows_used_in_a_large_table_is_a_fair_sample() -> None:
     num_keys, used = 1024, 0.2
     metrics = Metrics(_watched(num_keys), "cpu")
-    rows_TL = torch.arange(int(used * num_keys**2) // 8 * 8).view(-1, 8)
-    metrics.layers[LAYER].record(rows_TL, torch.full(rows_TL.shape, 0.25), None)
+    rows = torch.arange(int(used * num_keys**2) // 8 * 8).view(-1, 8)
+    metrics.layers[LAYER].record(rows, torch.full(rows.shape, 0.25), None)
     report = metrics.report(1)
     assert report is not None
     # four standard deviations of a sample drawn at random
@@ -119,26 +119,26 @@ def test_every_row_has_a_place_of_its_own(num_rows: int) -> None:
 @pytest.mark.parametrize("num_keys", [9, 300])
 def test_kl_of_even_reads_is_zero_and_of_one_cell_the_log_of_its_share(num_keys: int) -> None:
     side = min(num_keys, MAP_SIDE)
-    keys_P = torch.tensor([0.0] * side)
+    keys = torch.tensor([0.0] * side)
     for key in range(num_keys):
-        keys_P[key * side // num_keys] += 1
-    even_PP = 7 * torch.outer(keys_P, keys_P).double()
-    assert kl_from_uniform(even_PP, num_keys) == pytest.approx(0, abs=1e-12)
-    one_PP = torch.zeros_like(even_PP)
-    one_PP[0, 1] = 5
-    share = keys_P[0] * keys_P[1] / num_keys**2
-    assert kl_from_uniform(one_PP, num_keys) == pytest.approx(-math.log(share), rel=1e-6)
+        keys[key * side // num_keys] += 1
+    even = 7 * torch.outer(keys, keys).double()
+    assert kl_from_uniform(even, num_keys) == pytest.approx(0, abs=1e-12)
+    one_cell = torch.zeros_like(even)
+    one_cell[0, 1] = 5
+    share = keys[0] * keys[1] / num_keys**2
+    assert kl_from_uniform(one_cell, num_keys) == pytest.approx(-math.log(share), rel=1e-6)
 
 
 def test_only_passes_that_are_learnt_from_are_counted_and_each_once() -> None:
     layer, metrics = _model()
     with torch.no_grad():
         layer(_hidden())
-    assert not metrics.places.any() and not metrics.tables[TABLE].laps
+    assert not metrics.sums.any() and not metrics.tables[TABLE].timings
     checkpoint(layer, _hidden(), use_reentrant=True).sum().backward()
     assert metrics.layers[LAYER].usage.sum() == 6 * HEADS * TOPK
     assert metrics.tables[TABLE].received == 6 * HEADS * TOPK
-    assert len(metrics.tables[TABLE].laps) == 1
+    assert len(metrics.tables[TABLE].timings) == 1
 
 
 def _fill(layer: nn.Module, metrics: Metrics, squares: float = 0.0) -> None:
@@ -153,8 +153,8 @@ def test_a_report_ends_a_window() -> None:
     first = metrics.report(1, gradient_scale=0.5)
     assert first is not None
     assert first.scalars[f"memory/grad_norm/{TABLE}"] == 2.0
-    norms_R = layer.pool.values.weight.detach().norm(dim=1)
-    row_norm = norms_R.square().mean().sqrt().item()
+    norms = layer.pool.values.weight.detach().norm(dim=1)
+    row_norm = norms.square().mean().sqrt().item()
     assert first.scalars[f"memory/row_norm/{TABLE}"] == pytest.approx(row_norm)
     assert first.scalars[f"memory/shard_load/{TABLE}"] == 1.0
     assert first.scalars[f"memory/lookup_ms/{TABLE}"] > 0
@@ -214,11 +214,11 @@ def _bytes_are_those_on_the_wire() -> None:
     }
     for mode, wire in (("row", "alltoall"), ("row", "allgather"), ("column", "auto")):
         layer, metrics = _model(group=groups[mode], memory_wire=wire, memory_mode=mode)
-        rows_TL, weights_TL, _ = _lookups(9, tokens)
-        weights_TL = weights_TL.requires_grad_()
+        rows, weights, _ = _lookups(9, tokens)
+        weights = weights.requires_grad_()
         counted = Wire()
         with mock.patch.multiple(dist, **{name: getattr(counted, name) for name in TRULY}):
-            read(layer.pool, rows_TL, weights_TL, [5, 7]).sum().backward()
+            read(layer.pool, rows, weights, [5, 7]).sum().backward()
         assert counted.bytes > 0
         assert metrics.tables[TABLE].bytes_sent == counted.bytes, (mode, wire)
 

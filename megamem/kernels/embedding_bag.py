@@ -1,17 +1,17 @@
-"""Triton kernels of the forward embedding_bag; megamem.reference.embedding_bag specifies them.
+"""Triton kernels of embedding_bag's forward; megamem.reference.embedding_bag specifies the result.
 
     sum_bags   _compact_kernel (only if lookups may be skipped), then _bag_kernel
 
-A program of _bag_kernel owns BLOCK_V columns of one bag and walks its lookups UNROLL at a time.
-A tile [UNROLL, BLOCK_V] lies across the lanes along V, so a thread issues UNROLL independent
-16-byte loads before it uses the first, and the sum over lookups needs no exchange between threads.
-Row ids of the next tile are fetched while the rows of this one arrive.
+A program of _bag_kernel computes BLOCK_V columns of one bag and loops over its lookups, UNROLL at a
+time. The columns of a tile [UNROLL, BLOCK_V] are distributed over the threads, so that a thread
+issues UNROLL independent 16-byte loads before it uses the first, and the sum over lookups needs no
+exchange between threads. The row ids of the next tile are loaded while the rows of this tile are.
 
-Lookups with row id -1 cost their id only: _compact_kernel closes the gaps they leave in each bag,
-so that _bag_kernel meets none of them.
+A lookup with row id -1 only costs the load of its id: _compact_kernel removes these lookups from
+the bags before _bag_kernel runs.
 
-The backward is in row_gradient.py. In kernels: i_ an index, o_ offsets, m_ a mask, b_ a block held
-in registers.
+The backward is in row_gradient.py. Letters: r rows on this rank, V row width, M lookups, G bags.
+Prefixes in kernels: i_ an index, o_ offsets, m_ a mask, b_ a block in registers.
 """
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 MAX_BLOCK_V = 1024
 UNROLL = 8
 COMPACT_BLOCK = 128
-# a multiply and an add may become one rounding, whatever Triton's default is to be
+# a multiplication and an addition may be fused, independently of Triton's default
 OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -31,9 +31,9 @@ def _compact_kernel(
     row_ids,  # [M]
     weights,  # [M]
     offsets,  # [G + 1]
-    row_ids_out,  # [M] a bag's present lookups lie at the front of its range
+    row_ids_out,  # [M] present lookups first, in the range of each bag
     weights_out,  # [M]
-    ends,  # [G] where the present lookups of each bag end
+    ends,  # [G] end of the present lookups of each bag
     BLOCK_M: tl.constexpr,
 ):
     i_g = tl.program_id(0).to(tl.int64)
@@ -97,10 +97,14 @@ def sum_bags(
     offsets: Tensor,
     may_skip: bool = True,
 ) -> Tensor:
-    """bags[g] = sum of weights[m] * values[row_ids[m]] over offsets[g] <= m < offsets[g + 1].
+    """Return bags_GV in the dtype of the table, the weighted sum of the rows of each bag.
 
     Args:
-        may_skip: whether row ids may be negative (lookups that add nothing).
+        values_rV: this rank's shard of the value table.
+        row_ids_M: row of the shard that each lookup reads, or a negative number for none.
+        weights_M: weight of each lookup.
+        offsets: [G + 1], where the lookups of each bag start; the last entry is M.
+        may_skip: whether row ids may be negative.
     """
     num_bags, width = len(offsets) - 1, values_rV.shape[1]
     out_GV = torch.empty(num_bags, width, dtype=values_rV.dtype, device=values_rV.device)
@@ -148,7 +152,7 @@ def _close_gaps(
 
 
 def block_width(width: int, limit: int = MAX_BLOCK_V) -> int:
-    """Columns of one program: the largest power of two that divides the width without waste."""
+    """Return the columns of one program: a power of two that divides the width, where one does."""
     block = limit
     while block >= 256 and width % block:
         block //= 2
@@ -156,5 +160,5 @@ def block_width(width: int, limit: int = MAX_BLOCK_V) -> int:
 
 
 def num_warps(block: int, element_size: int) -> int:
-    """As many warps as it takes to load a block of columns with one 16-byte load per thread."""
+    """Return the warps that load a block of columns with one 16-byte load per thread, 1 to 8."""
     return max(1, min(8, block * element_size // (16 * 32)))

@@ -1,4 +1,7 @@
-"""Scatters product-key pairs over the table, in one pass; the reference says how."""
+"""Triton kernel of the placement of rows; megamem.reference.placement specifies the result.
+
+Letters: J lookups.
+"""
 
 import torch
 import triton
@@ -10,7 +13,7 @@ BLOCK = 1024
 
 @triton.jit
 def _hash(x, key):
-    # 32 bits of a 64-bit number, whose products wrap without harm: the low half stays right
+    # 32-bit words in 64-bit numbers: products may overflow, as only their low 32 bits are used
     x = (x * 0x9E3779B9 + key) & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
@@ -42,7 +45,7 @@ def _place_kernel(
 
 
 def place_rows(row_ids: Tensor, num_keys: int, round_keys: list[int]) -> Tensor:
-    """The rows that these pairs read, int64, in the shape of row_ids."""
+    """Return the rows that the pairs i * N + j read, int64, in the shape of row_ids."""
     row_ids = row_ids.contiguous()
     placed = torch.empty(row_ids.shape, dtype=torch.int64, device=row_ids.device)
     if row_ids.numel():

@@ -1,27 +1,34 @@
-"""Triton kernel of product_topk; megamem.reference.product_topk specifies it.
+"""Triton kernel of product_topk; megamem.reference.product_topk specifies the result.
 
-    scores of all sub-keys    torch.bmm, in pieces of tokens, so that they stay small
+    scores of all sub-keys    torch.bmm, on some tokens at a time, so that the scores stay small
     _two_looks_kernel         the best K sub-keys of each half, then the best K pairs of these
 
-A program is one warp and owns one read, a head of a token: both halves of it. It looks at their
-scores twice. The first look keeps the maximum of each of 4 KP interleaved groups, KP being K or a
-little more; the K-th largest maximum is a threshold that at least K scores reach, and rarely more
-than 2 KP. The second look collects those that reach it, a sort of 2 KP picks the best K.
-(Triton's interpreter takes its time for each program; there one owns several reads.)
+A program is one warp and computes one read: both halves of one head of one token. It passes over
+the scores twice. The first pass keeps the maximum of each of 4 KP interleaved groups, where KP is K
+rounded up to a power of two, at least 8. The K-th largest maximum is a threshold that at least K
+scores reach, and rarely more than 2 KP. The second pass collects the scores that reach it, of which
+a sort selects the best K. (Triton's interpreter has a high cost per program, so there a program
+computes several reads.)
 
-Where more than 2 KP reach the threshold, scores are equal or almost: then the K-th best score
-itself is found by bisection, and of the scores that equal it those with the smallest index are
-collected. That costs up to 32 more looks, and is exact for any input.
+If more than 2 KP scores reach the threshold, many scores are equal or almost equal. Then bisection
+finds the K-th best score itself, and of the scores equal to it those with the smallest indices are
+collected. This takes up to 32 more passes, and is exact for every input.
 
-A score and its index travel as one int64, so that one comparison orders both:
+A score and its index are packed into one int64, so that one comparison orders both, with larger
+scores first, then smaller indices, and no two are equal:
 
     63          32 31        0
-    | score, order | ~index |      larger score first, then smaller index; no two are equal
+    | score, order | ~index |
 
-The pairs need K ln K sums, not K * K: the pair of ranks (a, b) can win only if a * b <= K.
+The pairs need about K ln K sums instead of K * K, as the pair of ranks (a, b), counted from 1, can
+only be among the best K if a * b <= K.
 
-The backward is the embedding bag's: a token's query gradient is a bag of the sub-keys it chose,
-weighted by the gradients of their scores (megamem.ops.product_topk).
+The backward uses the kernels of embedding_bag: the gradient of a query is a bag of the sub-keys
+that were chosen for it, weighted by the gradients of their scores (megamem.ops.product_topk).
+
+Letters: T tokens, H heads, Q = 2C query width, C sub-key width, N sub-keys per half, K top-k,
+P pairs of ranks, X = 2H sets of sub-keys, KB = 2 KP candidates; 2 halves. Prefixes in kernels: i_
+an index, o_ offsets, m_ a mask, b_ a block in registers.
 """
 
 from functools import lru_cache
@@ -36,7 +43,7 @@ from megamem.kernels.embedding_bag import OPTIONS
 
 MAX_TOPK = 128
 SCORE_BYTES = 2**26
-# scores of one half that a program holds at once, in the second look
+# scores of one half that a program loads at once in the second pass
 TILE = 512
 _LOWEST = tl.constexpr(-(2**31))
 _EMPTY = tl.constexpr(-(2**63))
@@ -45,7 +52,7 @@ _INDEX = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _to_order(b_score):
-    """int32 that compares as the fp32 scores do; above _LOWEST, equal for -0 and 0, NaN highest."""
+    """Return int32 in the order of fp32 scores: above _LOWEST, equal for -0 and 0, NaN highest."""
     b_bits = tl.where(b_score == b_score, (b_score + 0.0).to(tl.int32, bitcast=True), _INDEX)
     return b_bits ^ ((b_bits >> 31) & _INDEX)
 
@@ -62,13 +69,13 @@ def _pack(b_order, b_index):
 
 @triton.jit
 def _middle(b_low, b_high):
-    """The mean rounded up, which int32 holds though the sum might not fit."""
+    """Return the mean rounded up, computed without the sum, which could overflow int32."""
     return (b_low >> 1) + (b_high >> 1) + ((b_low | b_high) & 1)
 
 
 @triton.jit
 def _load_order(scores, o_n, mask):
-    """[halves, GROUPS] orders of scores; _LOWEST where there is none."""
+    """Return [halves, GROUPS] scores as ordered int32; _LOWEST where the mask is False."""
     return tl.where(mask, _to_order(tl.load(scores + o_n, mask=mask, other=0.0)), _LOWEST)
 
 
@@ -92,7 +99,7 @@ def _two_looks_kernel(
     READS: tl.constexpr,
 ):
     i_read = tl.program_id(0).to(tl.int64) * READS
-    # a half of a read
+    # halves of reads
     o_y = tl.arange(0, 2 * READS)
     b_read = i_read + o_y // 2
     b_set = b_read % H * 2 + o_y % 2
@@ -101,7 +108,7 @@ def _two_looks_kernel(
     scores += ((b_set * num_tokens + b_read // H) * N)[:, None]
     o_candidates = candidates + ((i_read * 2 + o_y) * KB)[:, None]
 
-    # the first look: a threshold that at least K groups reach
+    # the first pass: a threshold that the maxima of at least K groups reach
     b_max = tl.full([2 * READS, GROUPS], _LOWEST, tl.int32)
     for i in range(0, N, UNROLL * GROUPS):
         for u in tl.static_range(UNROLL):
@@ -114,7 +121,7 @@ def _two_looks_kernel(
     i_step = 0
     while (tl.max(b_count, axis=0) > K + K // 8) & (i_step < 40):
         b_mid = _middle(b_low, b_high)
-        # scores lie evenly, their bits do not; the mean of infinities is none
+        # scores are distributed more evenly than their bits; the mean of infinities is not used
         b_mean = _to_order(0.5 * (_to_score(b_low) + _to_score(b_high)))
         b_mid = tl.where((i_step < 12) & (b_mean > b_low) & (b_mean <= b_high), b_mean, b_mid)
         b_reach = tl.sum((b_max >= b_mid[:, None]).to(tl.int32), axis=1)
@@ -124,7 +131,7 @@ def _two_looks_kernel(
         b_low = tl.where(m_enough, b_mid, b_low)
         i_step += 1
 
-    # the second look: what reaches it
+    # the second pass: collect the scores that reach the threshold
     b_used = tl.zeros([2 * READS], tl.int32)
     for i in range(0, N, UNROLL * GROUPS):
         b_orders = ()
@@ -140,7 +147,7 @@ def _two_looks_kernel(
             b_used += tl.sum(m_reach.to(tl.int32), axis=1)
 
     if tl.max(b_used, axis=0) > KB:
-        # equal scores, or almost: the K-th best one itself, and of its equals the first
+        # many scores are (almost) equal: find the K-th best, and of its equals take the first
         b_high = b_top
         for _ in range(32):
             b_mid = _middle(b_low, b_high)
@@ -156,7 +163,7 @@ def _two_looks_kernel(
             b_above += tl.sum((b_order > b_low[:, None]).to(tl.int32), axis=1)
         b_equal = tl.zeros([2 * READS], tl.int32)
         b_used = tl.zeros([2 * READS], tl.int32)
-        # the candidates of the second look are overwritten
+        # the candidates that the second pass stored are overwritten
         tl.debug_barrier()
         for i in range(0, N, GROUPS):
             m_there = m_y & (i + o_g < N)
@@ -169,7 +176,7 @@ def _two_looks_kernel(
             b_used += tl.sum(m_keep.to(tl.int32), axis=1)
             b_equal += tl.sum(m_equal.to(tl.int32), axis=1)
 
-    # what other threads stored is read, here and below
+    # other threads stored what is read here and below
     tl.debug_barrier()
     o_b = tl.arange(0, KB)[None, :]
     b_candidates = tl.load(o_candidates + o_b, mask=o_b < b_used[:, None], other=_EMPTY)
@@ -200,14 +207,18 @@ def _two_looks_kernel(
 def product_topk(
     query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int, reads: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The best `topk` of the N*N product keys for every token and head.
+    """Return the best `topk` of the N*N product keys for every token and head.
 
     Args:
-        reads: that one program owns, a power of two; by default one, in the interpreter several.
+        query_THQ: queries; Q = 2C, left half first.
+        sub_keys_2HNC: the left and the right sub-keys.
+        topk: K, at most N and MAX_TOPK.
+        reads: reads that one program computes, a power of two; by default 1, and more in Triton's
+            interpreter.
 
     Returns:
-        scores_THK: fp32, best first.
-        row_ids_THK: int64.
+        scores_THK: fp32, descending.
+        row_ids_THK: int64, row = i * N + j.
     """
     (num_tokens, heads, _), device = query_THQ.shape, query_THQ.device
     num_keys, key_dim = sub_keys_2HNC.shape[2:]
@@ -222,7 +233,7 @@ def product_topk(
     if reads is None:
         several = min(16, max(1, 1024 // block_p), triton.next_power_of_2(num_tokens * heads))
         reads = several if knobs.runtime.interpret else 1
-    # set 2h + z holds half z of head h, as the queries of a token do
+    # set 2h + z holds the sub-keys of half z of head h, in the order of the queries of a token
     sets_XNC = sub_keys_2HNC.transpose(0, 1).flatten(0, 1)
     piece = tokens_of_a_piece(num_keys, heads)
     for start in range(0, num_tokens, piece):
@@ -254,17 +265,17 @@ def product_topk(
 
 
 def padded_topk(topk: int) -> int:
-    """KP; there is room for twice as many candidates of each half."""
+    """Return KP, half of the number of candidates that are kept for each half."""
     return max(8, triton.next_power_of_2(topk))
 
 
 def tokens_of_a_piece(num_keys: int, heads: int) -> int:
-    """As many tokens as have SCORE_BYTES of fp32 scores of both halves, and at least one."""
+    """Return the tokens whose fp32 scores of both halves take SCORE_BYTES, at least one."""
     return max(1, SCORE_BYTES // (8 * heads * num_keys))
 
 
 def _scores(query_XTC: Tensor, sets_XNC: Tensor) -> Tensor:
-    """[X, T, N] in fp32, also of narrower inputs."""
+    """Return the scores of every token and sub-key, [X, T, N] in fp32 for every input dtype."""
     keys_XCN = sets_XNC.transpose(1, 2)
     if query_XTC.is_cuda and query_XTC.dtype != torch.float32:
         return torch.bmm(query_XTC, keys_XCN, out_dtype=torch.float32)
@@ -273,6 +284,6 @@ def _scores(query_XTC: Tensor, sets_XNC: Tensor) -> Tensor:
 
 @lru_cache
 def _staircase(topk: int, device: torch.device) -> Tensor:
-    """The P pairs of ranks (a, b), counted from 0, with (a + 1) * (b + 1) <= topk."""
+    """Return [2, P], the pairs of ranks (a, b) from 0 with (a + 1) * (b + 1) <= topk."""
     pairs = [(a, b) for a in range(topk) for b in range(topk // (a + 1))]
     return torch.tensor(pairs, dtype=torch.int32, device=device).T.contiguous()

@@ -1,23 +1,26 @@
-"""Triton kernel of the row optimizers; megamem.reference.row_adam specifies it.
+"""Triton kernel of the optimizer steps; megamem.reference.row_adam specifies the result.
 
     update_rows_   _update_kernel   all rows, or those of a list
 
-A program owns BLOCK_R rows and walks their columns in blocks: it reads gradient, weights and
-moments once, and writes weights and moments once, whatever the rounding. With one second moment
-per row it reads the gradient twice, the second time from the cache. Every load of a block is
-issued before the first is used: a store in between would hold back the loads behind it, as they
-might read what it wrote.
+A program updates BLOCK_R rows, a block of columns at a time. It reads gradients, weights and
+moments once, and writes weights and moments once, with every kind of rounding. With one second
+moment per row it reads the gradients twice, the second time from the cache. Every load of a block
+is issued before the first is used: a store in between would delay the loads after it, as they might
+read what it wrote.
 
-Random rounding draws its bits from the counter (column / 8, row, step), so it needs no state and
-repeats. One Philox draw of four words serves eight columns.
+Stochastic rounding draws its bits from the counter (column / 8, row, step), so it needs no state
+and is reproducible. One Philox draw of four words serves eight columns.
 
-What a program stores where it also loads, it stores behind a barrier: the compiler may give a load
-and a store of one tensor different layouts, or hold a small tensor in every warp, so that a thread
-overwrites what another has yet to read.
+A program stores to a tensor that it also loads from only after a barrier. The compiler may give a
+load and a store of one tensor different layouts, or hold a small tensor in every warp, so that
+without the barrier a thread could overwrite what another has yet to read.
 
 Division and square root are those of IEEE 754 (`div_rn`, `sqrt_rn`; Triton's `/` and `sqrt` are
-approximate on a GPU), and exp is made of additions and multiplications, so that a step in fp32 is
-as near to float64 as torch's.
+approximate on a GPU), and exp consists of additions and multiplications, so that a step in fp32 is
+as close to float64 as torch's.
+
+Letters: r rows on this rank, V row width, E rows of a list. Prefixes in kernels: i_ an index, o_
+offsets, m_ a mask, b_ a block in registers.
 """
 
 import math
@@ -35,9 +38,9 @@ NO_MOMENT, FULL_MOMENT, ROW_MOMENT = 0, 1, 2
 
 @triton.jit
 def _exp(x):
-    """exp(x) for x <= 0, to one unit in the last place; 0 where that is below 1e-37."""
+    """Return exp(x) for x <= 0, to one unit in the last place; 0 where it is below 1e-37."""
     b_power = tl.floor(x * 1.4426950408889634 + 0.5)
-    # ln 2 in two parts, of which the first times a small integer is exact
+    # ln 2 in two parts; the product of the first with a small integer is exact
     b_rest = x - b_power * 0.693359375 + b_power * 2.12194440054690583e-4
     series = b_rest * (1 / 7) + 1
     for n in tl.static_range(6):
@@ -48,7 +51,7 @@ def _exp(x):
 
 @triton.jit
 def _one_minus_exp(x):
-    """1 - exp(x) for x <= 0, without cancellation near 0."""
+    """Return 1 - exp(x) for x <= 0, without cancellation near 0."""
     series = x * (1 / 9) + 1
     for n in tl.static_range(7):
         series = x * (1 / (8 - n)) * series + 1
@@ -57,9 +60,9 @@ def _one_minus_exp(x):
 
 @triton.jit
 def _round_randomly(b_x, b_row, i_v, step, seed, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr):
-    """fp32 whose low sixteen bits are zero: one of the two bf16 beside each element.
+    """Return each element rounded to one of the two nearest bf16, as fp32 with 16 zero bits.
 
-    i_v is the first column, of the whole table; a multiple of 8.
+    b_row are the rows and i_v is the first column, a multiple of 8, in the unsharded table.
     """
     b_column = i_v // 8 + tl.arange(0, BLOCK_V // 8)
     b_zero = tl.zeros([BLOCK_R, BLOCK_V // 8], tl.int32)
@@ -91,9 +94,9 @@ def _update_kernel(
     rows,  # [E]; None for all rows
     touches,  # [r] or None
     last_steps,  # [r] or None
-    touched,  # [r] or None; gradients of rows where it is 0 are neither read nor cleared
+    touched,  # [r] or None; where it is 0, the gradients of a row are neither read nor cleared
     grad_scale,  # [1] or None
-    row_squares,  # [r] or None: mean squares of whole rows' gradients, of which these are columns
+    row_squares,  # [r] or None: mean squares of the gradients over all columns of a row
     num_rows,
     row_offset,
     column_offset,
@@ -225,9 +228,19 @@ def update_rows_(
     touched_r: Tensor | None,
     clear_grads: bool,
 ) -> None:
-    """One step on all rows, or on those of a list, which may have counters of their own.
+    """Update all rows, or those of a list, in place.
 
-    The keywords are the options of megamem.reference.row_adam.AdamOptions.
+    Args:
+        weights_rV: updated.
+        grads_EV: gradients of all rows, or of those of the list.
+        exp_avg_rV: the first moment, updated; None for none.
+        exp_avg_sq: the second moment, updated: [r, V], or [r] for one number per row; None for
+            none.
+        rows_E: distinct rows, or -1 for none; None for all rows.
+        touches_r: number of steps that touched each row, updated; None for AdamW or SGD.
+        last_steps_r: the last step that touched each row, updated; None for AdamW or SGD.
+
+    The other keywords are the options of megamem.reference.row_adam.AdamOptions.
     """
     num_rows, width = grads_EV.shape
     if num_rows == 0:
@@ -237,7 +250,7 @@ def update_rows_(
     second = NO_MOMENT
     if exp_avg_sq is not None:
         second = ROW_MOMENT if exp_avg_sq.dim() == 1 else FULL_MOMENT
-    # the key of Philox is unsigned; Triton takes it as the signed number of the same bits
+    # the key of Philox is unsigned, and Triton takes the signed number with the same bits
     key = ((seed or 0) + 2**63) % 2**64 - 2**63
     _update_kernel[(triton.cdiv(num_rows, block_r),)](
         weights_rV,
@@ -278,5 +291,5 @@ def update_rows_(
 
 
 def _log(x: float) -> float:
-    # a power of zero is zero: without a memory, the first step is all there is
+    # the logarithm of 0 as a large negative number, so that powers of a beta of 0 are 0
     return math.log(x) if x > 0 else -1e30

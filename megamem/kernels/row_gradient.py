@@ -1,12 +1,12 @@
-"""Triton kernels of the backward embedding_bag: one pass over the rows, no atomics.
+"""Triton kernels of embedding_bag's backward: one pass over the rows, without atomics.
 
-    sort_lookups    brings the lookups of one row together (torch's radix sort)
+    sort_lookups    sorts the lookups by row (torch's radix sort)
     row_gradient    _row_pass_kernel    value gradient and weight gradient in one pass
-                    _merge_kernel       rows that several chunks shared
-                    _unsort_kernel      weight gradient back in the order of the lookups
+                    _merge_kernel       sums of rows that are spread over several chunks
+                    _unsort_kernel      weight gradient in the original order of the lookups
 
-The sorted lookups are cut into chunks of equal length, whatever the rows: one row that takes every
-lookup is as much work as a million rows. A program owns BLOCK_V columns of one chunk and walks it,
+The sorted lookups are divided into chunks of equal length, so that the work does not depend on how
+the lookups are distributed over rows. A program computes BLOCK_V columns of one chunk,
 
     sorted rows   3 3 | 3 3 3 | 3 5 7 | 7 9 9 |       (chunks between bars)
                   tail  head    head
@@ -14,15 +14,19 @@ lookup is as much work as a million rows. A program owns BLOCK_V columns of one 
                                     tail   head
                                              9 done
 
-and stores a row's sum as soon as the row ends. A row that crosses a bar leaves a partial sum in
-each chunk: the tail of the chunk in which it starts, the head of the others. _merge_kernel adds
-them in order, so repeated runs agree bit for bit. The columns are the slowest axis of the grid,
-so that the bag gradients of one block of columns stay in the L2 cache while V rows stream by.
+and stores the sum of a row where the row ends. A row that crosses a boundary between chunks leaves
+a partial sum in each of them: the tail of the chunk in which it starts, the head of the others.
+_merge_kernel adds them in order, so repeated runs agree bit for bit. The columns are the slowest
+axis of the grid, so that the bag gradients of one block of columns stay in the L2 cache while the
+rows of the table are read once.
 
-Only touched rows are written. Nothing here is proportional to the number of rows.
+Only touched rows are written, and no cost is proportional to the number of rows.
 
-The order is made here, not kept from the forward: the forward has no use for it, it would take 12
-bytes a lookup until the backward, and under recomputation it would be made twice.
+The lookups are sorted in the backward and not in the forward, which does not need the order: it
+would take 12 bytes per lookup until the backward, and recomputation would compute it twice.
+
+Letters: r rows on this rank, V row width, M lookups, G bags. Prefixes in kernels: i_ an index, o_
+offsets, m_ a mask, b_ a block in registers.
 """
 
 from dataclasses import dataclass
@@ -42,36 +46,38 @@ TARGET_CHUNKS, MIN_CHUNK, MAX_CHUNK = 8192, 32, 512
 
 
 def chunk_length(num_lookups: int) -> int:
-    """Sorted lookups in a chunk."""
+    """Return the number of sorted lookups in a chunk."""
     return min(MAX_CHUNK, max(MIN_CHUNK, triton.next_power_of_2(num_lookups // TARGET_CHUNKS)))
 
 
 def column_block(width: int) -> int:
-    """Columns that one program sums."""
+    """Return the number of columns that one program sums."""
     return block_width(width, MAX_BLOCK_V)
 
 
 @dataclass(frozen=True)
 class SortedLookups:
-    """The lookups of a batch in the order of their rows; those that read no row come last."""
+    """The lookups of a batch, sorted by row; lookups that read no row come last."""
 
     rows_M: Tensor
-    """Row of each, ascending; num_rows where there is none."""
+    """Row that each lookup reads, ascending; num_rows for none."""
     order_M: Tensor
-    """Where each stood before."""
+    """Index of each lookup before it was sorted."""
     bags_M: Tensor
-    """Bag each adds to."""
+    """Bag of each lookup."""
     weights_M: Tensor
+    """Weight of each lookup."""
     num_rows: int
+    """r, the rows of the shard."""
 
 
 def sort_lookups(
     row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor, num_rows: int
 ) -> SortedLookups:
-    """Sort by (row, position).
+    """Sort lookups by row, and lookups of one row by their position.
 
-    torch's radix sort makes a pass for every 8 bits of its key: two for a table of less than
-    2**15 rows, four for any other.
+    torch's radix sort makes one pass per 8 bits of the key: two for a table of less than 2**15
+    rows, four for a larger one.
     """
     key = torch.int16 if num_rows <= torch.iinfo(torch.int16).max else torch.int32
     keys_M = torch.where(row_ids_M < 0, num_rows, row_ids_M).to(key)
@@ -86,13 +92,13 @@ def sort_lookups(
 
 @triton.jit
 def _only_if(condition, mask):
-    # mask & condition, which the interpreter of Triton 3.9 gets wrong for a scalar condition
+    # equals mask & condition, which Triton 3.9's interpreter gets wrong for a scalar condition
     return tl.where(condition, mask, False)
 
 
 @triton.jit
 def _slot(slots, i_m, i_row, mask):
-    """Where in the output a row's sum goes: its slot if there are slots, or else the row."""
+    """Return the index in the output of a row's sum: its slot if there are slots, else the row."""
     i_slot = i_row.to(tl.int64)
     if slots is not None:
         i_slot = tl.load(slots + i_m, mask=mask, other=0).to(tl.int64)
@@ -104,11 +110,11 @@ def _row_pass_kernel(
     rows,  # [M] sorted
     bags,  # [M]
     weights,  # [M]
-    slots,  # [M] where in out a lookup's row goes; None: at its row
+    slots,  # [M] index in out of each lookup's row; None: the row itself
     values,  # [r, V]; None without WEIGHT_GRAD
     grads,  # [G, V]
     out,  # [*, V]; None without VALUE_GRAD
-    partials,  # [chunks, 2, V] head and tail
+    partials,  # [chunks, 2, V] partial sums of head and tail
     dots,  # [V blocks, M]
     num_lookups,
     num_rows,
@@ -209,7 +215,7 @@ def _merge_kernel(
     i_row = tl.load(rows + i_next - 1).to(tl.int32)
     row_after = tl.load(rows + i_next).to(tl.int32)
     row_before = tl.load(rows + i_first - 1, mask=i_c > 0, other=-1).to(tl.int32)
-    # only the chunk in which the row starts adds up its pieces
+    # only the program of the chunk in which the row starts adds up the partial sums
     if (i_row != row_after) | (i_row == row_before) | (i_row >= num_rows):
         return
 
@@ -264,17 +270,18 @@ def row_gradient(
     slots_M: Tensor | None = None,
     add: bool = False,
 ) -> Tensor | None:
-    """Value gradient into `out`, and the weight gradient as the result.
+    """Write the value gradient to `out`, and return the weight gradient.
 
     Args:
+        lookups: the sorted lookups.
         grad_GV: gradient of the bags.
-        values_rV: the table, if the weight gradient is wanted.
-        out: what receives the value gradient of the touched rows, if it is wanted.
-        slots_M: row of `out` that each sorted lookup's row goes to; by default its own.
-        add: add to `out` instead of overwriting the touched rows.
+        values_rV: the table; None if the weight gradient is not needed.
+        out: receives the value gradient of the touched rows; None if it is not needed.
+        slots_M: index in `out` of each sorted lookup's row; None for the row itself.
+        add: whether to add to `out` instead of overwriting the touched rows.
 
     Returns:
-        weight gradient in the order of the lookups before they were sorted, fp32
+        The weight gradient in the original order of the lookups, [M] in fp32; None without values.
     """
     num_lookups, width = len(lookups.rows_M), grad_GV.shape[1]
     device = grad_GV.device
