@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Makes .venv in this checkout, with megamem and all that its examples and tests need. Safe to run
-# again: it returns at once when nothing has changed.
+# Creates .venv in this checkout, with megamem and everything that its examples and tests need. You
+# can run it again at any time: it returns at once if nothing has changed.
 #
-#   bash examples/setup.sh            MEGAMEM_PYTHON=/path/to/python3.12 chooses the interpreter
+#   bash examples/setup.sh            MEGAMEM_PYTHON=/path/to/python3.12 selects the interpreter
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 stamp=$venv/.megamem-setup
-# what an environment depends on; its scripts hold its own path, so a moved one is made anew
+# the environment is made again when setup.py changes, and when the checkout is moved, as the
+# scripts in an environment contain its path
 wanted=$(printf '%s\n%s' "$root" "$(cksum <"$root/setup.py")")
 
 say() { echo "setup: $*"; }
@@ -25,12 +26,12 @@ is_python312() {
 find_python() {
     if [ -n "${MEGAMEM_PYTHON:-}" ]; then
         is_python312 "$MEGAMEM_PYTHON" ||
-            fail "MEGAMEM_PYTHON=$MEGAMEM_PYTHON is not a Python 3.12 that runs"
+            fail "MEGAMEM_PYTHON=$MEGAMEM_PYTHON is not a working Python 3.12"
         echo "$MEGAMEM_PYTHON"
         return
     fi
     local candidate
-    # a shim of pyenv is on PATH even where it has nothing to start, hence the versions themselves
+    # a shim of pyenv may be on PATH without working, hence also pyenv's versions themselves
     for candidate in python3.12 python3 python \
         "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python3.12; do
         if is_python312 "$candidate"; then
@@ -38,11 +39,11 @@ find_python() {
             return
         fi
     done
-    fail "Python 3.12 was not found. Any one of these gets it:
+    fail "Python 3.12 was not found. Any of these commands installs it:
     sudo apt install python3.12 python3.12-venv     (Ubuntu 24.04)
     pyenv install 3.12                              (https://github.com/pyenv/pyenv)
     uv python install 3.12                          (https://docs.astral.sh/uv)
-  Then run this again. If it lies elsewhere: MEGAMEM_PYTHON=/path/to/python3.12 bash $0"
+  Then run this script again. If you have it elsewhere: MEGAMEM_PYTHON=/path/to/python3.12 bash $0"
 }
 
 works() {
@@ -55,8 +56,11 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && works; then
 fi
 
 if works; then
-    say "1/2 $venv is there; bringing it up to date"
+    say "1/2 $venv exists and will be updated"
 else
+    # it would empty the folder that the link points to, which may be another checkout's
+    [ ! -L "$venv" ] || fail "$venv is a symbolic link to an environment of another checkout, $(readlink "$venv"),
+  and an environment belongs to one checkout; remove the link and run this script again"
     python=$(find_python)
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "$python cannot make virtual environments; on Debian and Ubuntu:
@@ -65,10 +69,10 @@ else
     "$python" -m venv --clear "$venv"
 fi
 
-say "2/2 installing megamem, torch and Megatron-Core into it; the first time downloads about 3 GB"
+say "2/2 installing megamem, torch and Megatron-Core; the first time this downloads about 3 GB"
 quiet=
 [ -t 1 ] || quiet=--quiet
 (cd "$root" && "$venv/bin/python" -m pip install $quiet --disable-pip-version-check -e '.[dev]') ||
-    fail "pip could not install everything; its message is above. Run this again to go on."
+    fail "pip failed; its message is above. Run this script again to continue."
 echo "$wanted" >"$stamp"
 say "done: $venv"
