@@ -1,4 +1,4 @@
-"""What a training script does differently from release to release of Megatron, 0.17 to 0.19."""
+"""Handles the differences between Megatron 0.17, 0.18 and 0.19 for a training script."""
 
 import inspect
 import warnings
@@ -18,18 +18,19 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.initialize import initialize_megatron
 
 from megamem.config import ConfigurationError
-from megamem.megatron.compat import CONFIG_ROOM, HybridModel
+from megamem.megatron.compat import CONFIG_MODULE, HybridModel
 
 
 def build_gpt(args: Any, config: TransformerConfig | None = None) -> Callable[..., Any]:
-    """What makes a stage of the GPT of a command line of groups, pre_process, post_process and
-    vp_stage.
+    """A function that builds a pipeline stage of the GPT that the command line describes.
+
+    Its arguments are the process groups, pre_process, post_process and vp_stage.
     """
     if hasattr(argument_utils, "gpt_config_from_args"):
         described = argument_utils.gpt_config_from_args(args, config)
         return described.get_builder_cls()(described).build_model
-    # before 0.19 every script did it itself
-    config = config or CONFIG_ROOM.core_transformer_config_from_args(args)
+    # before 0.19 each script has to build the model itself
+    config = config or CONFIG_MODULE.core_transformer_config_from_args(args)
 
     def build_model(
         groups: ProcessGroupCollection, pre_process: bool, post_process: bool, vp_stage: int | None
@@ -62,14 +63,14 @@ def build_gpt(args: Any, config: TransformerConfig | None = None) -> Callable[..
 
 
 def build_hybrid(args: Any, config: TransformerConfig | None = None) -> Callable[..., Any]:
-    """The same for a hybrid model.
+    """Like build_gpt(), for a hybrid model.
 
     Raises:
-        ConfigurationError: in 0.17, which has none.
+        ConfigurationError: Megatron is 0.17, which has no hybrid models.
     """
     if HybridModel is None:
         raise ConfigurationError(
-            "hybrid models need Megatron-Core 0.18 or later; train a GPT, or install that"
+            "hybrid models need Megatron-Core 0.18 or later; install it, or train a GPT"
         )
     described = argument_utils.hybrid_config_from_args(args, config)
     return described.get_builder_cls()(described).build_model
@@ -78,7 +79,7 @@ def build_hybrid(args: Any, config: TransformerConfig | None = None) -> Callable
 def next_batch(data_iterator: Iterator[dict] | None, fields: Sequence[str]) -> dict[str, Any]:
     """This rank's part of the next microbatch; a field that its stage does not need is None.
 
-    One rank of a tensor-parallel group has the iterator, and tells the others.
+    Only one rank of a tensor-parallel group has the iterator; it broadcasts to the others.
     """
     args = get_args()
     if hasattr(training_utils, "get_batch_on_this_tp_rank"):  # 0.17
@@ -115,10 +116,10 @@ def read_args(
     extra_args_provider: Callable[..., Any] | None = None,
     args_defaults: dict[str, Any] | None = None,
 ) -> Any:
-    """The command line, checked, and Megatron's globals made of it."""
+    """Parse and validate the command line, and set Megatron's global variables."""
     if hasattr(arguments, "parse_and_validate_args"):
         return arguments.parse_and_validate_args(extra_args_provider, False, args_defaults or {})
-    # 0.17 does this while it initialises
+    # 0.17 does this when it initialises
     args = arguments.parse_args(extra_args_provider)
     arguments.validate_args(args, args_defaults or {})
     set_global_variables(args)
@@ -126,7 +127,7 @@ def read_args(
 
 
 def initialize(extra_args_provider: Callable[..., Any] | None = None) -> Any:
-    """Read the command line and make the process groups, for a script that does not train."""
+    """Read the command line and make the process groups, for scripts that do not train."""
     if hasattr(arguments, "parse_and_validate_args"):
         read_args(extra_args_provider)
         initialize_megatron()
@@ -141,8 +142,8 @@ def train(
     forward_step: Callable[..., Any],
     args_defaults: dict[str, Any],
 ) -> None:
-    """Read the command line and run Megatron's loop."""
-    # every rank calls the provider, and Megatron's builder of datasets tells the ranks apart
+    """Read the command line and run Megatron's training loop."""
+    # with this mark all ranks call the provider; the dataset builder decides which of them read
     vars(datasets_provider)["is_distributed"] = True
     given = {
         "train_valid_test_dataset_provider": datasets_provider,
@@ -155,7 +156,7 @@ def train(
         return
     args = read_args(args_defaults=args_defaults)
     with warnings.catch_warnings():
-        # 0.19 would like a description of the model as well, which 0.18 does not take
+        # 0.19 warns that it got no description of the model, which 0.18 does not accept
         warnings.simplefilter("ignore")
         settings = argument_utils.pretrain_cfg_container_from_args(args)
     training.pretrain(settings, **given)

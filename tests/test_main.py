@@ -1,4 +1,4 @@
-"""The megamem command: what every subcommand does with a command line, good or bad."""
+"""The megamem command: how every subcommand handles good and bad command lines."""
 
 import importlib
 import os
@@ -14,7 +14,7 @@ from megamem.config import ConfigurationError
 from megamem.tools import plan
 
 CONVERT = ("SOURCE", "--to", "TARGET")
-# a command line that is all right so far -> a flag that it may have, with a value, and a switch
+# a valid command line -> a flag with a value and a switch that can be added to it
 LINES: dict[tuple[str, ...], tuple[str, str]] = {
     ("plan",): ("--gpus-per-node", "--swiglu"),
     ("plan", "--preset", "134m"): ("--memory-num-keys", "--memory-qk-norm"),
@@ -33,7 +33,7 @@ each_line = pytest.mark.parametrize("line", LINES, ids=" ".join)
 
 
 def _one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was said: an error in a line."""
+    """The error that was written, which must be one line."""
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith("megamem: error: ") and said.err.count("\n") == 1, said.err
@@ -74,7 +74,7 @@ def test_every_command_gets_its_words(name, monkeypatch):
 @each_line
 def test_flags_are_taken_as_they_are_spelt(line, capsys):
     for flag in LINES[line]:
-        # also not by a prefix of theirs
+        # a prefix of a flag is not accepted either
         wrong = flag[:-1]
         assert main([*line, wrong]) == 2
         said = _one_line(capsys)
@@ -130,7 +130,7 @@ def test_what_there_is_to_convert(capsys):
     ids=" ".join,
 )
 def test_a_file_that_cannot_be_written(line, tmp_path, capsys, monkeypatch):
-    """Is named; what takes long says so before."""
+    """The error names the path; a command that takes long checks it before."""
     monkeypatch.setattr("megamem.tools.bench.measure", None)
     monkeypatch.setattr("megamem.tools.memory_bench.measure", None)
     monkeypatch.setattr("megamem.tools.plan.show_plan", lambda plan, console: None)
@@ -184,7 +184,7 @@ def test_an_interrupt_has_no_traceback(what, capsys, monkeypatch):
     ids=" ".join,
 )
 def test_nobody_reads_on(words):
-    """As in `megamem plan ... | head`, where Python keeps what is written to a pipe for a while."""
+    """As in `megamem plan ... | head`, where Python buffers what is written to the pipe."""
     command = [sys.executable, "-m", "megamem", *words]
     buffered = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen(
@@ -203,4 +203,4 @@ def test_run_as_a_module_and_as_a_command():
         words = [sys.executable, "-m", *module, "nowhere.py"]
         result = subprocess.run(words, capture_output=True, text=True)
         assert result.returncode == 2
-        assert result.stderr.startswith("megamem: error: no script at nowhere.py")
+        assert result.stderr.startswith("megamem: error: there is no script nowhere.py")

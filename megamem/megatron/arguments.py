@@ -1,4 +1,4 @@
-"""The --memory-* flags, made from MemoryConfig, and the way from a command line to a MemorySpec."""
+"""Adds the --memory-* flags, and turns a parsed command line into a MemorySpec."""
 
 import argparse
 import dataclasses
@@ -11,14 +11,14 @@ from megamem.resolution import resolve
 from megamem.spec import MemorySpec
 
 GPUS_PER_NODE = 8
-"""Where the launcher does not say."""
+"""Assumed if the launcher does not set LOCAL_WORLD_SIZE."""
 
 
 def add_memory_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """One flag for each field of MemoryConfig, its docstring as help; returns the parser.
+    """Add one flag for each field of MemoryConfig, with its docstring as help; returns the parser.
 
-    Fit for the `extra_args_provider` of Megatron's `parse_and_validate_args`. A second call changes
-    nothing, so that a script that adds the flags runs through the launcher, too.
+    It can be passed to Megatron's `parse_and_validate_args` as `extra_args_provider`. A second call
+    changes nothing, so a script that adds the flags itself can also be run through the launcher.
     """
     if flag("memory_layers") not in parser._option_string_actions:
         ArgumentGroupFactory(MemoryConfig).build_group(parser, "memory")
@@ -26,13 +26,13 @@ def add_memory_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
 
 
 def spec_from_args(args: argparse.Namespace) -> MemorySpec | None:
-    """What the command line asks for, or None where memory is off.
+    """The spec that the command line asks for, or None without --memory-layers.
 
     Args:
-        args: Megatron's, validated by Megatron.
+        args: the arguments of Megatron, validated by Megatron.
 
     Raises:
-        ConfigurationError: the flags cannot work with each other, the hidden size or the ranks.
+        ConfigurationError: the flags do not fit each other, the hidden size or the ranks.
     """
     config = MemoryConfig.from_args(args)
     if not config.enabled:
@@ -46,7 +46,7 @@ def spec_from_args(args: argparse.Namespace) -> MemorySpec | None:
         number_bytes=args.params_dtype.itemsize,
         seed=args.seed,
         tokens_vary=tokens_vary(args),
-        # as long as Megatron's own collectives wait
+        # Megatron's own collectives wait as long
         timeout_minutes=args.distributed_timeout_minutes,
     )
 
@@ -55,7 +55,7 @@ _made: tuple[argparse.Namespace, MemorySpec | None] | None = None
 
 
 def run_spec(args: argparse.Namespace) -> MemorySpec | None:
-    """spec_from_args() of a run's arguments, made at the first call with them."""
+    """The result of spec_from_args(), which is made once for the arguments of a run."""
     global _made
     if _made is None or _made[0] is not args:
         _made = (args, spec_from_args(args))
@@ -63,14 +63,14 @@ def run_spec(args: argparse.Namespace) -> MemorySpec | None:
 
 
 def tokens_vary(args: argparse.Namespace) -> bool:
-    """Whether ranks of different data may bring sequences of different lengths."""
+    """Whether ranks that share a table may get sequences of different lengths."""
     wide = (args.memory_group_size or 1) > args.tensor_model_parallel_size
     packs = ("variable_seq_lengths", "sft", "use_packed_sequence", "sequence_packing_scheduler")
     return wide and any(bool(getattr(args, name, None)) for name in packs)
 
 
 def idle_flags(config: MemoryConfig) -> list[str]:
-    """Flags that were given but do nothing, as no layer is to become a memory."""
+    """Flags that were given but have no effect, because --memory-layers was not."""
     default = MemoryConfig()
     return [
         flag(f.name)

@@ -1,4 +1,4 @@
-"""What differs between the supported releases of megatron-core lives here alone."""
+"""Handles all differences between the supported releases of megatron-core."""
 
 import copy
 import importlib
@@ -30,12 +30,12 @@ def _import_if_there(module: str) -> Any:
         return None
 
 
-# where core_transformer_config_from_args is defined, which moved in 0.18
-CONFIG_ROOM: Any = (
+# the module that defines core_transformer_config_from_args, which moved in 0.18
+CONFIG_MODULE: Any = (
     argument_utils if hasattr(argument_utils, "core_transformer_config_from_args") else arguments
 )
 
-# hybrid models, which came in 0.18
+# None in releases before 0.18, which have no hybrid models
 HybridModel: Any = getattr(
     _import_if_there("megatron.core.models.hybrid.hybrid_model"), "HybridModel", None
 )
@@ -52,7 +52,7 @@ def block_submodules(
 
 
 def stage_layers(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> list[int]:
-    """Numbers, from 0, of the layers that a stage builds."""
+    """Numbers, from 0, of the layers that a pipeline stage builds."""
     layout = config.pipeline_model_parallel_layout
     if layout is not None:
         counts = [[chunk.count(LayerType.decoder) for chunk in chunks] for chunks in layout.layout]
@@ -65,14 +65,15 @@ def stage_layers(config: TransformerConfig, vp_stage: int | None, pp_rank: int) 
 
 
 class TransformerEngineNorm:
-    """What Transformer Engine's specs use for a norm that stands alone, saved as its weights.
+    """Transformer Engine's separate norm, whose checkpoint holds its weights only.
 
-    The norm itself would also save an extra state, empty as it computes nothing in low precision,
-    and could not be loaded from checkpoints without one: those of other layers, and converted ones.
+    Transformer Engine would also save an extra state, although it is empty because a norm computes
+    nothing in low precision, and could then not load checkpoints without this state, such as those
+    of dense models and converted ones.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Megatron's arguments, Transformer Engine's module."""
+        """Build Transformer Engine's module from the arguments that Megatron passes to a norm."""
         from megatron.core.extensions.transformer_engine import TENorm
 
         norm = TENorm(*args, **kwargs)
@@ -90,10 +91,10 @@ def _supply_extra_state(norm: Any, state: dict[str, Any], prefix: str, *_: Any) 
 
 
 def without_fused_norm(mlp: Any) -> Any:
-    """A dense Transformer Engine MLP's spec with a first linear that does not normalise.
+    """The spec of a dense Transformer Engine MLP whose first linear layer does not apply the norm.
 
-    It is a plain MLP also where Megatron was told to fuse its operations: the fused one takes no
-    other first linear than the one that normalises.
+    With --use-transformer-engine-op-fuser the result is a plain MLP, because the fused MLP only
+    accepts a first linear layer that applies the norm.
     """
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
@@ -118,18 +119,18 @@ def without_fused_norm(mlp: Any) -> Any:
 
 
 def _fuses_operations(mlp: Any) -> bool:
-    """Whether this is the class of an MLP that --use-transformer-engine-op-fuser asks for."""
+    """Whether this is the MLP class that --use-transformer-engine-op-fuser selects."""
     from megatron.core.extensions.transformer_engine import TEFusedMLP
 
-    # which is None without Transformer Engine
+    # the class is None if Transformer Engine is not installed
     return TEFusedMLP is not None and isinstance(mlp, type) and issubclass(mlp, TEFusedMLP)
 
 
 def mlp_builder(mlp: Any) -> Callable[..., Any]:
-    """What builds the module of an MLP slot, called as this release calls it.
+    """A function that builds the module of an MLP slot and accepts every keyword of this release.
 
-    Since 0.18 a slot holds a builder that takes all keywords; in 0.17, and where a user's spec says
-    so, it holds a ModuleSpec, whose module may take fewer.
+    Since 0.18 a slot holds such a builder. In 0.17, and in a user's own spec, it may hold a
+    ModuleSpec, whose module may accept fewer keywords.
     """
     if not isinstance(mlp, ModuleSpec):
         return mlp
@@ -142,7 +143,7 @@ def mlp_builder(mlp: Any) -> Callable[..., Any]:
 
 
 def feed_forwards(args: Any) -> list[str]:
-    """What each of the model's layers, before memories, has: "dense", "experts", or "" for none."""
+    """The feed-forward of each layer without memories: "dense", "experts", or "" for none."""
     if pattern := getattr(args, "hybrid_layer_pattern", None):
         return [FEED_FORWARDS.get(symbol, "") for symbol in symbols(pattern)]
     if getattr(args, "num_experts", None) is None:
@@ -154,13 +155,13 @@ def feed_forwards(args: Any) -> list[str]:
 
 
 def without_ffn(args: Any, kind: str) -> Any:
-    """The command line of a model whose "dense", or whose "experts", have no width."""
+    """The arguments of a model in which the width of "dense", or of "experts", is 0."""
     bare = copy.copy(args)
     if kind == "experts":
         bare.moe_ffn_hidden_size = bare.moe_shared_expert_intermediate_size = 0
         bare.moe_latent_size = None
     else:
-        # Megatron lets experts take this width where they have none of their own
+        # Megatron gives experts this width if they have none of their own
         if bare.num_experts is not None and bare.moe_ffn_hidden_size is None:
             bare.moe_ffn_hidden_size = bare.ffn_hidden_size
         bare.ffn_hidden_size = 0

@@ -1,10 +1,10 @@
-"""Runs an unmodified training script with megamem's patches in place.
+"""Runs an unmodified training script with the patches of megamem installed.
 
     [torchrun ...] python -m megamem.run [--cpu] SCRIPT ARGUMENTS...
 
-The patches are installed first, then the script runs as __main__ as if python had started it. What
-a person got wrong is said in one line, on one rank, without a traceback; everything else keeps its
-traceback.
+The patches are installed first; then the script runs as __main__, as if python had started it. A
+ConfigurationError is reported in one line on one rank, without a traceback; all other exceptions
+keep their traceback.
 """
 
 import os
@@ -21,19 +21,19 @@ from megamem.errors import stop
 USAGE = """usage: python -m megamem.run [--cpu] SCRIPT ARGUMENTS...
        torchrun --nproc-per-node N -m megamem.run [--cpu] SCRIPT ARGUMENTS...
 
-Runs a Megatron training script, unmodified, with memory layers at its disposal.
+Runs an unmodified Megatron training script and adds memory layers to its model.
 
-  SCRIPT       Megatron-LM's pretrain_gpt.py, or examples/pretrain_gpt.py of megamem
-  ARGUMENTS    the script's own flags, and --memory-... (SCRIPT --help lists them all)
-  --cpu        train on the CPU, over gloo; for dry runs and tests. The flags that Megatron needs
-               for it are set, and named.
-  --cpu=force  the same on a machine that has a GPU, which stays idle
+  SCRIPT       the path of Megatron-LM's pretrain_gpt.py or of megamem's examples/pretrain_gpt.py
+  ARGUMENTS    the script's own flags and the --memory-... flags; SCRIPT --help lists all of them
+  --cpu        train on the CPU over gloo, for dry runs and tests. It sets the flags that Megatron
+               needs for this, and prints them.
+  --cpu=force  the same on a machine with a GPU, which is then not used
 """
 
 
 @dataclass(frozen=True)
 class Command:
-    """What the launcher was asked for."""
+    """The parsed command line of the launcher."""
 
     script: str
     arguments: list[str]
@@ -42,12 +42,12 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None, *, ends_process: bool | None = None) -> int:
-    """Run the script that argv names; return its exit status, or leave as the script left.
+    """Run the script that argv names; return its exit status, or raise what the script raised.
 
     Args:
-        argv: the launcher's words; those of the process by default.
-        ends_process: whether this is all that the process does, so that a rank that fails may end
-            it at once. By default where argv is not given.
+        argv: the arguments of the launcher; by default those of the process.
+        ends_process: whether the process does nothing else, so that a rank that fails may end it
+            at once; by default if argv is not given.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if ends_process is None:
@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None, *, ends_process: bool | None = None)
 
 
 def end_process(error: BaseException, show: Callable[..., object]) -> None:
-    """Leave without waiting for other ranks, where there are any; else return."""
-    # without it there are none, and importing it takes seconds
+    """End the process without waiting for other ranks; return if there are none."""
+    # if it was not imported there are no other ranks, and importing it takes seconds
     if "torch.distributed" in sys.modules:
         from megamem.megatron.reports import lost_ranks
 
@@ -81,7 +81,7 @@ def _main(words: list[str]) -> int:
             from megamem.cpu import runtime as cpu_runtime
 
             cpu_runtime.install(force=command.force_cpu)
-        # imports Megatron, which the CPU runtime must precede
+        # this imports Megatron, so the CPU runtime must be installed before
         from megamem.megatron import patches
 
         patches.install()
@@ -90,67 +90,75 @@ def _main(words: list[str]) -> int:
     except ConfigurationError as error:
         stop(str(error))
     except Exception as error:
-        say_if_lost(error, sys.excepthook)
+        report_if_lost(error, sys.excepthook)
         raise
     return 0
 
 
-def say_if_lost(error: BaseException, show: Callable[..., object]) -> None:
-    """A rank that ends because another one did says so below the traceback of where it was.
+def report_if_lost(error: BaseException, show: Callable[..., object]) -> None:
+    """Report that this rank ends because another rank failed, below its traceback.
 
     Args:
-        show: an excepthook; it shows the traceback.
+        error: what this rank raised; nothing is reported if another rank did not cause it.
+        show: an excepthook, which writes the traceback.
+
+    Raises:
+        SystemExit: after the report.
     """
     from megamem.megatron.reports import lost_ranks
 
     if message := lost_ranks.explain(error):
-        lost_ranks.finish_speaking()
+        lost_ranks.finish_report()
         lost_ranks.show_with(show, error)
         stop(message)
 
 
 def parse(words: Sequence[str]) -> Command:
-    """The launcher's own options, then the script; what follows is the script's."""
+    """Split the command line into the launcher's options, the script and the script's arguments.
+
+    Raises:
+        ConfigurationError: an option is unknown, or there is no such script.
+    """
     rest, cpu = list(words), ""
     while rest and rest[0].startswith("-"):
         option = rest.pop(0)
         if option not in ("--cpu", "--cpu=force"):
             raise ConfigurationError(
-                f"unknown option {option} before the script; megamem.run knows --cpu and "
-                "--cpu=force, all other flags go after the script's path"
+                f"unknown option {option} before the script; megamem.run accepts only --cpu and "
+                "--cpu=force there, and all other flags go after the script's path"
             )
         cpu = option
     if not rest:
         raise ConfigurationError(
-            "no script given; write: python -m megamem.run [--cpu] SCRIPT ARGUMENTS..."
+            "no script is given; write: python -m megamem.run [--cpu] SCRIPT ARGUMENTS..."
         )
     if not Path(rest[0]).is_file():
         raise ConfigurationError(
-            f"no script at {rest[0]} (looked from {Path.cwd()}); give the path of a training "
+            f"there is no script {rest[0]} (relative to {Path.cwd()}); give the path of a training "
             "script, such as pretrain_gpt.py of a Megatron-LM checkout"
         )
     return Command(rest[0], rest[1:], cpu=bool(cpu), force_cpu=cpu == "--cpu=force")
 
 
 def attach() -> None:
-    """What a script with the seam calls before it imports Megatron."""
+    """Install the patches; a checkout with the seam calls this before it imports Megatron."""
     from megamem.megatron import patches
     from megamem.patching import replace
 
     patches.install()
-    replace(sys, "excepthook", _say_in_one_line)
+    replace(sys, "excepthook", _report_in_one_line)
 
 
-def _say_in_one_line(original: Callable[..., None]) -> Callable[..., None]:
+def _report_in_one_line(original: Callable[..., None]) -> Callable[..., None]:
     def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         try:
             if isinstance(error, ConfigurationError):
                 stop(str(error))
-            say_if_lost(error, original)
+            report_if_lost(error, original)
         except SystemExit as leaving:
             end_process(leaving, original)
             raise
-        # shows the error where it does not return
+        # if it ends the process, it also shows the error
         end_process(error, original)
         original(kind, error, trace)
 
@@ -158,19 +166,20 @@ def _say_in_one_line(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def set_rendezvous_defaults() -> None:
-    """One process without torchrun is a world of one rank."""
+    """Set the environment of a world of one rank, if torchrun has not set one."""
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         return
     world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    # a port of the system's choice, taken when it is needed: one chosen here might be gone by then
+    # port 0 lets the system choose one when it is needed; one chosen here might be taken by then
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in (world | address).items():
         os.environ.setdefault(name, value)
 
 
 def use_helpers_of_the_wheel() -> None:
-    """megatron-core's wheel holds the compiled dataset helpers, but not the Makefile that Megatron
-    runs at every start; only a checkout has something to make.
+    """Skip the compilation of dataset helpers if Megatron was installed from its wheel.
+
+    The wheel holds the compiled helpers, but not the Makefile that Megatron runs at every start.
     """
     import megatron.core.datasets.utils as utils
 
@@ -181,13 +190,13 @@ def use_helpers_of_the_wheel() -> None:
 
 
 def run_as_main(command: Command) -> None:
-    """Run the script as `python SCRIPT ARGUMENTS...` would, then close its process group."""
+    """Run the script as `python SCRIPT ARGUMENTS...` would, then destroy its process group."""
     sys.argv = [command.script, *command.arguments]
     import_beside(command.script)
     try:
         runpy.run_path(command.script, run_name="__main__")
     except SystemExit as leaving:
-        # Megatron ends a run that reached --exit-interval this way
+        # Megatron ends a run in this way when it reaches --exit-interval
         if leaving.code in (None, 0):
             close_process_group()
         raise
@@ -195,20 +204,24 @@ def run_as_main(command: Command) -> None:
 
 
 def import_beside(script: str) -> None:
-    """Let modules beside the script be found first: a checkout's Megatron before an installed one.
+    """Put the script's folder first on sys.path, so that a checkout's Megatron is found first.
 
-    python -m found megamem in the working directory, which gives way; megamem stays importable.
+    It replaces the working directory, where `python -m` may have found megamem; the folder of
+    megamem is added at the end, so that megamem can still be imported.
     """
     if sys.flags.safe_path:
         return
     sys.path[0] = str(Path(script).resolve().parent)
-    home = str(Path(__file__).resolve().parents[2])
-    if home not in sys.path:
-        sys.path.append(home)
+    own_folder = str(Path(__file__).resolve().parents[2])
+    if own_folder not in sys.path:
+        sys.path.append(own_folder)
 
 
 def close_process_group() -> None:
-    """Leave together: gloo's threads abort a process that ends while a peer still talks to it."""
+    """Destroy the process group after all ranks are done.
+
+    A thread of gloo aborts a process that ends while another rank still sends to it.
+    """
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():

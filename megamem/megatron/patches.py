@@ -1,32 +1,32 @@
-"""Where megamem enters Megatron: ten functions replaced at run time, none of its files changed.
+"""Replaces ten functions of Megatron at run time, for training scripts that are not changed.
 
-For scripts that are not changed either. A script of one's own calls the same things by name, as
-examples/own_script.py does; beside each is the place in Megatron that would make it unnecessary.
+A script of your own calls the same functions of megamem by name, as examples/own_script.py does. In
+brackets is what Megatron would need to offer to make a replacement unnecessary.
 
-At start, by install():
+Replaced at start, by install():
 
     add_megatron_arguments             the --memory-* flags
                                        (a flag that names a module with an extra_args_provider)
-    validate_args                      what cannot work is refused, the rest is installed
+    validate_args                      wrong flags are refused, install_memory() is called
                                        (a list of functions to call with the validated arguments)
-    core_transformer_config_from_args  the spec travels to the model
+    core_transformer_config_from_args  the config of the model gets the spec
                                        (a field for extensions in TransformerConfig)
 
-Once the flags are known and name memory layers, by install_memory():
+Replaced once --memory-layers has been read, by install_memory():
 
-    GPTModel.__init__                  layer specs get memories, the model gets their tables
+    GPTModel.__init__                  memories enter the layer specs, tables are registered
                                        (a flag for model_config_cls of gpt_config_from_args, 0.19)
-    HybridModel.__init__               the same where a pattern gives each feed-forward a layer
-                                       (the same of hybrid_config_from_args)
-    get_megatron_optimizer             the tables' own optimizer joins Megatron's
+    HybridModel.__init__               the same for models with --hybrid-layer-pattern
+                                       (the same for hybrid_config_from_args)
+    get_megatron_optimizer             the optimizer of the tables joins that of the model
                                        (a function for optimizers in PretrainConfigContainer)
-    num_floating_point_operations      memories counted in place of feed-forwards
+    num_floating_point_operations      memories are counted in place of feed-forwards
                                        (a method of ModelConfig)
-    setup_model_and_optimizer          the flags are compared between ranks, and with the checkpoint
+    setup_model_and_optimizer          flags are compared between ranks and with the checkpoint
                                        (a callback before the model is built, and one after)
-    train_step                         a table that is not finite is named when a batch is skipped
+    train_step                         tables that are not finite are named if a batch is skipped
                                        (a callback after a step)
-    training_log                       what memories did is logged beside the loss
+    training_log                       statistics of the memories are logged beside the loss
                                        (a callback when Megatron logs)
 
 Without --memory-layers, setup_model_and_optimizer refuses a checkpoint that holds memories, and
@@ -72,18 +72,18 @@ def install() -> None:
     """Replace the functions named above, once; a second call changes nothing.
 
     Raises:
-        MissingSymbolError: this release of Megatron has one of them no longer.
+        MissingSymbolError: this release of Megatron lacks one of them.
     """
     replace_everywhere(arguments, "add_megatron_arguments", _add_flags)
     replace_everywhere(arguments, "validate_args", _validate)
-    replace_everywhere(compat.CONFIG_ROOM, "core_transformer_config_from_args", _carry_spec)
+    replace_everywhere(compat.CONFIG_MODULE, "core_transformer_config_from_args", _carry_spec)
 
 
 def install_memory() -> None:
-    """Replace what a run with memory layers needs; a second call changes nothing.
+    """Replace what a run with memory layers needs as well; a second call changes nothing.
 
     Raises:
-        MissingSymbolError: as of install().
+        MissingSymbolError: this release of Megatron lacks one of them.
     """
     replace(GPTModel, "__init__", _build_memories)
     if compat.HybridModel is not None:
@@ -92,7 +92,7 @@ def install_memory() -> None:
     replace(training, "num_floating_point_operations", _count_flops)
     replace(training, "setup_model_and_optimizer", _compare_with_ranks_and_checkpoint)
     replace(training, "train_step", _name_broken_tables)
-    # training_log is not told of the model, so what is set up has to be remembered
+    # training_log does not get the model, so it has to be remembered when it is set up
     metrics = TrainingMetrics()
     replace(training, "setup_model_and_optimizer", metrics.watch)
     replace(training, "training_log", metrics.log)
@@ -107,17 +107,20 @@ def _add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
     def validate_args(args: argparse.Namespace, *rest: Any, **more: Any) -> Any:
-        # a wrong flag of ours first: Megatron may stumble over its consequences
+        # memory flags come first, because Megatron may fail on the consequences of a wrong one
         MemoryConfig.from_args(args)
         args = original(args, *rest, **more) or args
         spec = run_spec(args)
         if spec is None:
             if idle := idle_flags(MemoryConfig.from_args(args)):
-                logger.warning("%s without --memory-layers: memory is off", ", ".join(idle))
+                logger.warning(
+                    "without --memory-layers these flags have no effect: %s; add it, or drop them",
+                    ", ".join(idle),
+                )
             replace(training, "setup_model_and_optimizer", _refuse_memories)
             return args
         install_memory()
-        # layers differ, so a checkpoint must not stack them on one axis
+        # the layers differ, so a checkpoint must not stack them along one axis
         args.hetereogenous_dist_checkpoint = True
         checks.check(spec, args)
         return args
@@ -136,7 +139,7 @@ def _carry_spec(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _build_memories(original: Callable[..., Any]) -> Callable[..., Any]:
-    """GPTModel's layers, and those of a hybrid model, by the name of what describes them."""
+    """__init__ of GPTModel or HybridModel that puts memories into the layer specs it is given."""
     signature = inspect.signature(original)
 
     def __init__(self: MegatronModule, *rest: Any, **more: Any) -> None:
@@ -157,9 +160,9 @@ def _build_memories(original: Callable[..., Any]) -> Callable[..., Any]:
 def _put_memories(
     given: dict[str, Any], spec: MemorySpec, where: dict[str, Any]
 ) -> dict[str, MemoryPool]:
-    """Change the layer specs among a model's arguments; return the pools to register.
+    """Change the layer specs among the arguments of a model; return the pools to register.
 
-    A model that was described with memories, as examples/own_script.py does, has them already.
+    Layer specs that already have memories, as in examples/own_script.py, stay as they are.
     """
     config = given["config"]
     if "hybrid_stack_spec" in given:
@@ -198,11 +201,11 @@ def _count_flops(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse_memories(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A run without memories does not load a checkpoint that holds some."""
+    """A run without memory layers refuses a checkpoint that has some."""
 
     def setup_model_and_optimizer(*rest: Any, **more: Any) -> Any:
         args = get_args()
-        # one looks for all: a launcher ends the others with it
+        # one rank checks for all of them: if it fails, the launcher ends the others
         if not getattr(args, "memory_layers", None) and dist.get_rank() == 0:
             ConfigurationError.collect(checkpoint_problems(None, args))
         return original(*rest, **more)
@@ -217,7 +220,7 @@ def _compare_with_ranks_and_checkpoint(original: Callable[..., Any]) -> Callable
         if spec is None:
             return original(*rest, **more)
         ConfigurationError.collect(differing_flags(spec, args))
-        # all raise together
+        # all ranks raise the same error
         ConfigurationError.collect(broadcast_from_rank0(lambda: checkpoint_problems(spec, args)))
         if dist.get_rank() == 0:
             sys.stdout.write(f" > {sizes.summary(spec)}\n")
@@ -231,7 +234,7 @@ def _name_broken_tables(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def train_step(*rest: Any, **more: Any) -> Any:
         result = original(*rest, **more)
-        # also where Megatron stops because the loss is not finite
+        # Megatron may also stop here because the loss is not finite
         skipped = result[1]
         if skipped:
             report_broken(signature.bind(*rest, **more).arguments["model"])

@@ -1,4 +1,4 @@
-"""Each test of the runtime itself has a process of its own: what install() replaces, stays."""
+"""Tests of the runtime run in a separate process, because install() cannot be undone."""
 
 import argparse
 import re
@@ -33,7 +33,7 @@ def _tensors_stay_on_the_host():
     assert x.grad.device.type == "cpu" and x.grad.tolist() == [2.0, 2.0, 2.0]
     assert x.to(torch.device("cuda", 1)).new_zeros(2, device="cuda").device.type == "cpu"
     assert torch.nn.Linear(2, 2, device="cuda").cuda().weight.type() == "torch.cuda.FloatTensor"
-    # dtypes and other tensors still go where they went
+    # to(dtype) and to(tensor) work as before
     assert x.to(torch.bfloat16).to(x).dtype == torch.float32
     assert torch.zeros(2, device="meta").device.type == "meta"
 
@@ -67,7 +67,7 @@ def _megatron_finds_what_it_asks_for():
     training.set_jit_fusion_options(tp_size=1)
     assert torch.equal(torch.get_rng_state(), state)
     assert Adam.__name__ == "FusedAdam"
-    # hidden where it is installed: its kernels are for a GPU
+    # it is hidden even if it is installed, because its kernels need a GPU
     with pytest.raises(ImportError):
         import transformer_engine  # noqa: F401
 

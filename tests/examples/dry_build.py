@@ -66,7 +66,7 @@ def build(world: int, flags: list[str]) -> dict[str, Any]:
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size, create_gloo_process_groups=False
     )
-    config = compat.CONFIG_ROOM.core_transformer_config_from_args(args)
+    config = compat.CONFIG_MODULE.core_transformer_config_from_args(args)
     config.perform_initialization = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with torch.device("meta"):

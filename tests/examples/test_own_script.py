@@ -94,7 +94,7 @@ def test_what_cannot_work_is_refused_in_words() -> None:
     said = _run(1, OWN, *MODEL, *flags, check=False)
     assert "ConfigurationError: 2 settings cannot work" in said
     assert "--memory-layers 9 11 is out of range" in said
-    assert "--memory-lr-schedule constant needs a rate" in said
+    assert "--memory-lr-schedule constant needs a learning rate" in said
 
 
 @needs_descriptions

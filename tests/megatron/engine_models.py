@@ -23,11 +23,11 @@ from typing import Any
 
 warnings.simplefilter("ignore")
 os.environ |= {
-    # Megatron compiles small functions; a compiler costs more than it gives at these sizes
+    # Megatron compiles small functions, which takes longer than it saves at these sizes
     "TORCHDYNAMO_DISABLE": "1",
     "NVTE_TORCH_COMPILE": "0",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # memory layers compute by torch as well; Triton's interpreter is slow
+    # memory layers use torch, too, because Triton's interpreter is slow
     "TRITON_INTERPRET": "0",
 }
 
@@ -46,19 +46,19 @@ ALONE_AND_FUSED = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
 )
-"""Keys of norms, and of the same norms inside the linear behind them."""
+"""Keys of norms, and keys of the same norms fused into the linear layer behind them."""
 
 SEEN_IN_FP8: set[str] = set()
-"""Names of modules that ran where Transformer Engine computes in fp8."""
+"""Names of modules that ran inside an fp8 autocast of Transformer Engine."""
 
 
 def main() -> None:
-    """Answer jobs until standard input ends."""
+    """Read jobs from standard input and answer them until it ends."""
     answers, sys.stdout = sys.stdout, sys.stderr
     prepare()
     for line in sys.stdin:
         with tempfile.NamedTemporaryFile("w+") as answer:
-            # Megatron keeps a run in globals; a copy of this process has them to itself
+            # Megatron keeps the state of a run in globals, so each job runs in its own fork
             child = os.fork()
             if not child:
                 try:
@@ -79,11 +79,11 @@ def main() -> None:
 
 
 def prepare() -> None:
-    """Make this process one in which models can be built, and import Megatron."""
+    """Prepare this process for building models without a GPU, and import Megatron."""
     cpu_torch.redirect_tensors()
     cpu_torch.stand_in_for_cuda()
     stand_in_for_kernels()
-    # the tracker of random states forks the only generator there is, and puts it back
+    # the tracker of random states changes the only generator and restores it
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     from megamem.megatron.launcher import attach
 
@@ -95,7 +95,7 @@ def prepare() -> None:
 
 
 class Model:
-    """One rank's part of the model of a command line, and its twin of Megatron's own layers."""
+    """One rank's part of the model of a command line, and the same of Megatron's local layers."""
 
     def __init__(
         self,
@@ -158,13 +158,13 @@ class Model:
 
         from megamem.megatron import compat
 
-        config = compat.CONFIG_ROOM.core_transformer_config_from_args(args)
+        config = compat.CONFIG_MODULE.core_transformer_config_from_args(args)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         model = self.build(args, config)(groups, True, True, None)
         return model.bfloat16() if args.bf16 else model
 
     def found(self) -> dict[str, Any]:
-        """What the job asked for."""
+        """The answer to the job."""
         answer: dict[str, Any] = {"model": described(self.model)}
         if self.twin is not None:
             answer["twin"] = described(self.twin)
@@ -184,7 +184,7 @@ class Model:
         return answer
 
     def _trained(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Loss, and the norm of the gradient of every parameter by checkpoint key."""
+        """The loss, and by checkpoint key the norm of the gradient of every parameter."""
         watch(model)
         generator = torch.Generator().manual_seed(5)
         length, vocabulary = self.args.seq_length, self.args.padded_vocab_size
@@ -206,7 +206,7 @@ class Model:
         return {"loss": losses.float().mean().item(), "gradients": gradients}
 
     def _through_a_checkpoint(self, folder: Path) -> dict[str, Any]:
-        """Load each of the two from a checkpoint of the other, and say how they differ."""
+        """Load each of the two from a checkpoint of the other; returns the differences."""
         from megatron.core import dist_checkpointing
         from torch.distributed.checkpoint.api import CheckpointException
 
@@ -222,7 +222,7 @@ class Model:
                 for param in (*target.parameters(), *source.parameters()):
                     param.zero_()
             try:
-                # as a run that goes on does
+                # as a resumed run does
                 state = dist_checkpointing.load(target.sharded_state_dict(), str(folder / name))
             except CheckpointException as error:
                 answer[name] = re.findall("Missing key.*", str(error))
@@ -268,14 +268,14 @@ def described(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def entries(model: torch.nn.Module) -> list[Any]:
-    """What a model puts into a checkpoint."""
+    """The sharded state dict of a model."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
     return list(nested_values(model.sharded_state_dict()))
 
 
 def pieces(model: torch.nn.Module) -> dict[str, Any]:
-    """The tensors of a checkpoint of the model, by key; one that is a part has its place."""
+    """The tensors of a checkpoint of the model, by key; a shard also has its offset."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -292,7 +292,7 @@ def pieces(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def copy_by_checkpoint_key(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Give a model the weights of another, as a checkpoint of that one would."""
+    """Load the weights of one model into another by their checkpoint keys."""
     given = pieces(source)
     with torch.no_grad():
         for key, entry in pieces(target).items():
@@ -306,7 +306,7 @@ def copy_by_checkpoint_key(source: torch.nn.Module, target: torch.nn.Module) -> 
 
 
 def watch(model: torch.nn.Module) -> None:
-    """Note which modules run where Transformer Engine computes in fp8."""
+    """Record which modules run inside an fp8 autocast of Transformer Engine."""
 
     def note(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -320,13 +320,13 @@ def watch(model: torch.nn.Module) -> None:
 
 
 def stand_in_for_kernels() -> None:
-    """From here on, torch computes what Transformer Engine's modules would, on one rank."""
+    """From now on, let torch compute what Transformer Engine's modules compute, on one rank."""
     te.Linear.forward = _linear
     te.LayerNormLinear.forward = _norm_linear
     te.LayerNorm.forward = _layer_norm
     te.RMSNorm.forward = _rms_norm
     te.DotProductAttention.forward = _attention
-    # its recomputation asks for the random state of the GPU
+    # its recomputation reads the random state of the GPU
     torch.cuda.default_generators = (torch.default_generator,)
 
 

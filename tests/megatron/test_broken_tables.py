@@ -1,4 +1,4 @@
-"""Rows that are not finite, found block by block."""
+"""Rows that are not finite are found block by block."""
 
 import pytest
 import torch

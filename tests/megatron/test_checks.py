@@ -1,4 +1,4 @@
-"""What is refused at start-up, each with the flag, its value and the fix."""
+"""Settings are refused at start-up by a message with the flag, its value and the fix."""
 
 import argparse
 from types import SimpleNamespace
@@ -44,7 +44,7 @@ def _check(memory: dict | None = None, **given) -> None:
         pipeline_dtype=torch.float32,
     )
     maker = "core_transformer_config_from_args"
-    with mock.patch.object(compat.CONFIG_ROOM, maker, lambda args: shape):
+    with mock.patch.object(compat.CONFIG_MODULE, maker, lambda args: shape):
         checks.check(spec, args)
 
 

@@ -13,7 +13,7 @@ LENGTHS = [[3, 5], [7], [2]]  # sequences of each document
 
 
 def build(prefix: Path, dtype=numpy.uint16, modes: bool = False) -> str:
-    """A dataset written by Megatron's own builder."""
+    """The prefix of a dataset that Megatron's builder has written."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype, multimodal=modes)
     for lengths in LENGTHS:
         tokens = torch.arange(sum(lengths))
@@ -82,8 +82,8 @@ def test_object_storage_is_left_to_megatron():
 
 def test_a_missing_file_comes_with_advice(prefix):
     for given, advice in {
-        f"{prefix}.idx": f"without its ending: {prefix}",
-        f"{prefix}.bin": f"without its ending: {prefix}",
+        f"{prefix}.idx": f"without its suffix: {prefix}",
+        f"{prefix}.bin": f"without its suffix: {prefix}",
         prefix.removesuffix("_text_document"): f"did you mean {prefix}?",
         "nowhere/facts": "without .idx or .bin",
     }.items():
@@ -92,7 +92,7 @@ def test_a_missing_file_comes_with_advice(prefix):
 
 
 def test_a_weight_among_prefixes_is_named(prefix):
-    assert "a weight stands before each prefix" in problems("0.5", prefix, prefix)[0]
+    assert "give a weight before each prefix" in problems("0.5", prefix, prefix)[0]
 
 
 def write(path: str, change) -> None:
@@ -101,7 +101,7 @@ def write(path: str, change) -> None:
 
 
 def at(offset: int, value: bytes):
-    """The change that puts `value` at `offset`."""
+    """A change of a file that writes `value` at `offset`."""
 
     def change(data: bytearray) -> None:
         data[offset : offset + len(value)] = value
@@ -114,16 +114,20 @@ def at(offset: int, value: bytes):
     [
         (".idx", at(0, b"PK"), "does not begin with MMIDIDX"),
         (".idx", lambda data: b"\0", "does not begin with MMIDIDX"),
-        (".idx", lambda data: data[:20], "ends within its header, after 20 bytes"),
-        (".idx", at(9, struct.pack("<Q", 2)), "of version 2, Megatron reads 1"),
-        (".idx", at(17, b"\x63"), "a token type, 99, that does not exist"),
-        (".idx", at(18, struct.pack("<Q", 0)), "holds no sequences"),
-        (".idx", at(18, struct.pack("<Q", 1 << 60)), "cut short"),
-        (".idx", lambda data: data[:-1], "cut short: 113 bytes of 114"),
-        (".idx", lambda data: data + b"\0\0", "has 116 bytes where its header says 114"),
-        (".idx", at(17, b"\x04"), "has 34 bytes where the .idx file says 38"),
-        (".bin", lambda data: data[:-2], "has 32 bytes where the .idx file says 34"),
-        (".bin", lambda data: data + b"\0", "has 35 bytes where the .idx file says 34"),
+        (".idx", lambda data: data[:20], "is truncated: it has only 20 bytes"),
+        (".idx", at(9, struct.pack("<Q", 2)), "has version 2, but Megatron reads 1"),
+        (".idx", at(17, b"\x63"), "the unknown token type 99"),
+        (".idx", at(18, struct.pack("<Q", 0)), "the dataset has no sequences"),
+        (".idx", at(18, struct.pack("<Q", 1 << 60)), "truncated"),
+        (".idx", lambda data: data[:-1], "is truncated: it has 113 of 114 bytes"),
+        (
+            ".idx",
+            lambda data: data + b"\0\0",
+            "has 116 bytes, but by its header it should have 114",
+        ),
+        (".idx", at(17, b"\x04"), "has 34 bytes, but by the .idx file it should have 38"),
+        (".bin", lambda data: data[:-2], "has 32 bytes, but by the .idx file it should have 34"),
+        (".bin", lambda data: data + b"\0", "has 35 bytes, but by the .idx file it should have 34"),
     ],
 )
 def test_damage_is_named(prefix, suffix, change, sentence):

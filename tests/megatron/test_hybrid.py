@@ -47,7 +47,7 @@ def test_stages_are_those_that_megatron_builds(
     monkeypatch, pattern, stages, virtual, first, last
 ) -> None:
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: stages)
-    # what it would log needs process groups
+    # its log messages need process groups
     monkeypatch.setattr(hybrid_layer_allocation, "log_on_each_pipeline_stage", lambda *_, **__: 0)
     main, found = pattern.split("/")[0], []
     for vp_stage, pp_rank in product(range(virtual) if virtual else [None], range(stages)):
@@ -80,14 +80,14 @@ def test_ranks_take_the_steps_of_one_process_and_resume_each_others_runs(tmp_pat
     feed_forward, attention, norms = 2 * 64 * 128, 4 * 64 * 64, 6 * 2 * 64
     query, sub_keys, output = 64 * 64 + 64, 2 * 2 * 9 * 16, 2 * (64 * 64 + 64)
     memories = 2 * (query + sub_keys + output) + 81 * 64
-    # tied embeddings, and a last norm
+    # tied embeddings and a final norm
     dense = 3 * attention + feed_forward + norms + 128 * 64 + 2 * 64
     assert alone.parameters == {(0, 0): dense + memories}
 
     load = ("--load", tmp_path, "--ckpt-step", 3)
     two = _run("two ranks", 2, "*-*-*-", *MEMORY, *longer, *TP2, *load)
     assert two.iterations == [4, 5, 6]
-    # the second is the mean of two
+    # Megatron prints the second loss as a mean of two
     assert two.losses[::2] == pytest.approx(alone.losses[3::2], rel=2e-6)
     assert two.grad_norms == pytest.approx(alone.grad_norms[3:], abs=1.1e-3)
     saved = saved_tensors(tmp_path / "iter_0000003")
@@ -100,10 +100,10 @@ def test_stages_with_experts_and_a_table_for_each_layer() -> None:
     stages = ("--pipeline-model-parallel-size", 2)
     two = _run("pp", 2, "*-|*E*-", *flags, *stages)
     assert two.losses[-1] < two.losses[0] - 0.1
-    # the expert layer became a memory: no router is left to balance
+    # a memory layer replaced the experts, so there is no load-balancing loss
     balance = re.findall(r"load_balancing_loss: (\S+)", two.stdout)
     assert len(balance) == 5 and all(float(loss) == 0 for loss in balance)
-    # every stage has a table of its own
+    # every stage has its own table
     assert all(count > 81 * 64 for count in two.parameters.values())
 
 
@@ -115,4 +115,4 @@ def test_what_cannot_work_is_said_in_one_line() -> None:
     assert "has them at 1 3; choose among these." in log.stdout
     log = _run("mamba", 1, "M-*-", "--memory-layers", 1, *READS, check=False)
     assert log.returncode == 2
-    assert "--hybrid-layer-pattern M-*- has layers (M) that need kernels of a GPU" in log.stdout
+    assert "--hybrid-layer-pattern M-*- has layers (M) that need GPU kernels" in log.stdout

@@ -23,7 +23,7 @@ def script(tmp_path) -> Path:
 
 @pytest.fixture
 def no_megatron(monkeypatch):
-    """The launcher in this process, without what it does to Megatron and to the environment."""
+    """Run the launcher in this process, without its changes to Megatron and to the environment."""
     from megamem.megatron import patches
 
     installed = []
@@ -47,9 +47,9 @@ def test_options_end_at_the_script(script):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no script given"),
-        (["--cpu"], "no script given"),
-        (["nowhere/train.py", "--lr", "1"], "no script at nowhere/train.py"),
+        ([], "no script is given"),
+        (["--cpu"], "no script is given"),
+        (["nowhere/train.py", "--lr", "1"], "there is no script nowhere/train.py"),
         (["--tensor-model-parallel-size", "2"], "unknown option --tensor-model-parallel-size"),
         (["--cpu=yes", "x.py"], "unknown option --cpu=yes"),
     ],
@@ -72,7 +72,7 @@ def test_script_runs_as_python_would_run_it(no_megatron, capsys, script):
     argv = [str(script), "--lr", "1"]
     assert capsys.readouterr().out == f"__main__ {script} {argv} {script.parent}\n"
     assert no_megatron == [True]
-    # megamem stays importable where it was found in the working directory only
+    # megamem can still be imported if only the working directory had it on the path
     assert str(Path(launcher.__file__).parents[2]) in sys.path
 
 
@@ -90,7 +90,7 @@ def test_other_errors_keep_their_traceback(no_megatron, script):
         launcher.main([str(script)])
 
 
-def test_first_rank_speaks_before_the_others(no_megatron, monkeypatch, capsys):
+def test_first_rank_reports_before_the_others(no_megatron, monkeypatch, capsys):
     waited = []
     monkeypatch.setattr(errors.time, "sleep", waited.append)
     for rank, local_rank in ((0, 0), (8, 0), (9, 1)):
@@ -109,7 +109,7 @@ def test_first_rank_speaks_before_the_others(no_megatron, monkeypatch, capsys):
 def test_one_process_is_a_world_of_one(monkeypatch):
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name in names:
-        monkeypatch.setenv(name, "")  # so that the end of the test puts back what was there
+        monkeypatch.setenv(name, "")  # the end of the test then restores the old value
         monkeypatch.delenv(name)
     launcher.set_rendezvous_defaults()
     assert [os.environ[name] for name in names[:5]] == ["0", "1", "0", "1", "127.0.0.1"]
@@ -142,7 +142,7 @@ def test_unknown_flags_get_a_suggestion(unknown, hint):
 
 @pytest.mark.parametrize("memory", [True, False])
 def test_other_parser_errors_get_none(memory, no_megatron, capsys, monkeypatch):
-    """And are as ever where no flag of ours is on the command line."""
+    """Without a memory flag on the command line, Megatron's own error stays."""
     words = ["--lr", "much", *(["--memory-layers"] if memory else [])]
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *words])
     parser = argparse.ArgumentParser(prog="pretrain_gpt.py")
@@ -173,12 +173,12 @@ def test_two_ranks_say_it_once():
     assert log.returncode != 0
     assert log.stdout.count("unrecognized arguments: --memory-layer 1 (did you mean") == 1
     assert "usage:" not in log.stdout
-    # torchrun has a traceback of its own; ours would name the launcher's file
+    # torchrun writes its own traceback; one of ours would name the file of the launcher
     assert "launcher.py" not in log.stdout
 
 
 def test_seams_of_older_releases_find_their_way():
-    """Checkouts were patched with this import, which nobody will come back to change."""
+    """Patched checkouts contain this import, and nobody may ever update them."""
     from megamem.integration.launcher import attach
 
     assert attach is launcher.attach

@@ -1,4 +1,4 @@
-"""How a memory gets into a layer's spec, for each kind of spec that Megatron's builders make."""
+"""A memory enters the layer specs of every kind that Megatron makes."""
 
 from functools import partial
 
@@ -36,7 +36,7 @@ def _with_memory(spec: ModuleSpec, **settings) -> TransformerLayerSubmodules:
 
 
 def _transformer_engine_spec(mlp) -> ModuleSpec:
-    """Dense, as built where Transformer Engine is installed: the norm is in the MLP."""
+    """The dense spec that Megatron makes with Transformer Engine: the norm is in the MLP."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

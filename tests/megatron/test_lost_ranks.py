@@ -1,4 +1,4 @@
-"""A rank that dies, a host that is cut off: what the others say, when, and how the run goes on."""
+"""A rank dies or a host is cut off: what the other ranks report, when, and how to resume."""
 
 import re
 import signal
@@ -20,7 +20,7 @@ from tests.helpers.warm_ranks import environment_of_runs
 from tests.megatron.test_tiny_training import MEMORY, TP2, WIDE
 
 GONE = re.compile(
-    r"megamem: error( \(rank \d\))?: rank \d of 2 on \S+ stopped: a collective failed"
+    r"megamem: error( \(rank \d\))?: rank \d of 2 on \S+ stopped because a collective failed"
 )
 
 
@@ -48,7 +48,7 @@ NCCL = "NCCL error in: /src/NCCLUtils.cpp:12, remote process exited or there was
 def test_what_backends_say_when_a_peer_is_gone(error: RuntimeError, says: str) -> None:
     message = lost_ranks.explain(error)
     assert message and "rank 1 of 2" in message and says in message
-    assert "Without --save there is nothing to go on from." in message
+    assert "The run cannot resume, because --save was not given." in message
 
 
 @pytest.mark.usefixtures("one_of_two")
@@ -71,18 +71,18 @@ def test_a_rank_that_dies_ends_the_others_at_once(tmp_path: Path) -> None:
         environment={"FAULT": "kill 1 4"},
         cold=True,
     )
-    # at once, not after the two minutes that a collective may take
+    # at once, and not after the time-out of two minutes of a collective
     assert log.returncode != 0 and log.seconds < 110
     said = [line for line in log.stdout.splitlines() if GONE.match(line)]
     assert len(said) == 1
-    assert said[0].endswith("The same command goes on after iteration 2.")
+    assert said[0].endswith("The same command resumes after iteration 2.")
     again = run_training("again", 2, *MEMORY, *TP2, "--load", tmp_path)
     assert again.iterations[0] == 3
 
 
 @pytest.mark.gloo
 def test_two_hosts_train_together_and_survive_a_cut(tmp_path: Path) -> None:
-    """The error comes within the timeout, and the resumed run ends like an uninterrupted one."""
+    """The error comes within the time-out, and the resumed run ends like an uninterrupted one."""
     steps = ("--train-iters", 150, "--lr-decay-iters", 150, "--distributed-timeout-minutes", 1)
     saving = ("--save", tmp_path, "--load", tmp_path, "--save-interval", 50)
     words = command_line(*MEMORY, *WIDE, *steps, *saving)
@@ -94,8 +94,8 @@ def test_two_hosts_train_together_and_survive_a_cut(tmp_path: Path) -> None:
         wait_for(other, "megamem: error", seconds=75, running=False)
         said = [line for line in other.text.splitlines() if GONE.match(line)]
         assert len(said) == 1, other.text
-        assert said[0].endswith("The same command goes on after iteration 50.")
-        # what a scheduler does now; torchrun's agents wait longer for each other than ranks do
+        assert said[0].endswith("The same command resumes after iteration 50.")
+        # end the agent as a scheduler does; agents of torchrun wait longer than ranks
         for host in (head, other):
             host.kill()
 
@@ -110,7 +110,7 @@ def test_two_hosts_train_together_and_survive_a_cut(tmp_path: Path) -> None:
     assert float(found[150]) == pytest.approx(whole.losses[-1], rel=2e-6)
 
 
-# a process that does not get past its way out, as one does not whose NCCL waits for a lost peer
+# a process that hangs when Python exits, as with NCCL when it waits for a lost rank
 HANGING = """
 import atexit, os, sys, time
 import torch, torch.distributed as dist
@@ -204,7 +204,7 @@ def test_a_rank_leaves_within_seconds_of_its_line(tmp_path: Path) -> None:
 
 @pytest.mark.gloo
 def test_so_does_a_rank_that_fails_itself_in_a_patched_script(tmp_path: Path) -> None:
-    """The other rank stands still, as one does that waits for this one."""
+    """The other rank does not move, like one that waits for this rank."""
     status, said, seconds = _by_hand(tmp_path, FAILS, "SIGSTOP")
     assert status == 1 and seconds < AT_ONCE, said
     assert said.count("KeyError: 'of this rank alone'") == 1 and "own exit function" in said
@@ -212,7 +212,7 @@ def test_so_does_a_rank_that_fails_itself_in_a_patched_script(tmp_path: Path) ->
 
 @pytest.fixture
 def left(monkeypatch) -> list[int]:
-    """Exit statuses that a process would have left with, had it not been this one."""
+    """Records exit statuses instead of ending this process."""
     statuses: list[int] = []
     monkeypatch.setattr(lost_ranks, "leave", statuses.append)
     monkeypatch.setattr(sys, "gettrace", lambda: None)
@@ -265,7 +265,7 @@ def test_an_exit_function_that_keeps_the_interpreter_cannot_keep_the_process() -
     program = (
         "import atexit, ctypes; from megamem.megatron.reports import lost_ranks\n"
         "lost_ranks.SECONDS_TO_TIDY = 0.2\n"
-        # a PyDLL does not give the interpreter to other threads
+        # a PyDLL call does not release the interpreter lock
         "atexit.register(ctypes.PyDLL(None).sleep, 1000)\n"
         "lost_ranks.leave(2)"
     )
@@ -279,7 +279,7 @@ def test_only_the_first_rank_speaks_while_it_is_being_ended(rank: int, status: i
         "import os, signal, sys, torch.distributed as dist\n"
         "from megamem.megatron.reports import lost_ranks\n"
         f"dist.get_rank = lambda: {rank}\n"
-        "lost_ranks.finish_speaking()\n"
+        "lost_ranks.finish_report()\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
         "print('said', flush=True)\n"
     )

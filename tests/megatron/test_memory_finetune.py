@@ -1,4 +1,4 @@
-"""Sparse finetuning through Megatron's own loop: what moves, what is counted, what is kept."""
+"""Sparse finetuning in Megatron's training loop: which rows change, are counted and are kept."""
 
 import argparse
 import pickle
@@ -21,7 +21,7 @@ from tests.helpers.reads import FOLDER, reads
 from tests.megatron.test_tiny_training import DO, OVERLAP, SP, TP2, WIDE
 from tests.optimizer.test_sparse_rows import best_rows
 
-# few of the rows are read by every batch
+# every batch reads only a few of the rows
 MEMORY = (
     *("--memory-layers", 0, 1),
     *("--memory-num-keys", 25),
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.gloo
 
 
 def _run(name: str, ranks: int, folder: Path, *flags: object, iterations: int) -> TrainingLog:
-    """Trains, saves at the end, and writes down what was read, in folder / reads."""
+    """Train, save at the end, and write the reads of each step to folder / reads."""
     (folder / "reads").mkdir(parents=True)
     return run_training(
         name,
@@ -62,7 +62,7 @@ def _moved(before: Tensor, after: Tensor) -> list[int]:
 
 
 def _chosen(folder: Path, before: dict[str, Tensor]) -> list[int]:
-    """The rows that the definition trains, from what a run looked up and what came before it."""
+    """The rows to train by the definition, from the lookups of a run and its background."""
     hits, batches = [0] * ROWS, 0
     if HITS in before:
         hits, batches = before[HITS].tolist(), int(before[BATCHES])
@@ -74,7 +74,7 @@ def _chosen(folder: Path, before: dict[str, Tensor]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five steps of two tensor-parallel ranks, with everything trained."""
+    """The folder of five ordinary steps of two tensor-parallel ranks."""
     folder = tmp_path_factory.mktemp("before")
     _run("before", 2, folder, *TP2, *SP, iterations=5)
     return folder
@@ -82,7 +82,7 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finetuned(before: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingLog, Path]:
-    """Three steps of one process on the rows it chooses."""
+    """Three steps of sparse finetuning in one process."""
     folder = tmp_path_factory.mktemp("finetuned")
     starting = ("--load", before, "--finetune", "--seed", 7)
     return _run("finetuned", 1, folder, *starting, *SPARSE, iterations=3), folder
@@ -111,7 +111,7 @@ def test_finetuning_moves_the_chosen_rows_and_nothing_else(
     assert len(others) > 20
     for key in others - {WEIGHT}:
         assert torch.equal(old[key], new[key]), key
-    shown = re.findall(r"rows trained (\S+) \| by (\S+)% of lookups", log.stdout)
+    shown = re.findall(r"rows trained (\S+) \| read by (\S+)% of lookups", log.stdout)
     assert [float(rows) for rows, _ in shown] == [LIMIT] * 3
     hits, batches = old[HITS].tolist(), int(old[BATCHES])
     for lookups, (_, share) in zip(reads(folder / "reads"), shown, strict=True):
@@ -124,7 +124,7 @@ def test_finetuning_moves_the_chosen_rows_and_nothing_else(
 def test_ranks_that_hold_columns_resume_it_and_skip_a_batch_with_a_nan(
     finetuned: tuple[TrainingLog, Path], tmp_path: Path
 ) -> None:
-    """The gradient is spoilt in a row that is not chosen: it is looked at nevertheless."""
+    """The gradient is not finite in a row that is not chosen, and the batch is skipped."""
     _, folder = finetuned
     log = run_training(
         "resumed",
@@ -144,8 +144,8 @@ def test_ranks_that_hold_columns_resume_it_and_skip_a_batch_with_a_nan(
 
 
 def test_bf16_and_the_distributed_optimizer_stay_bit_for_bit(before: Path, tmp_path: Path) -> None:
-    """Weights, fp32 copies and moments, under a background that is not the checkpoint's own."""
-    # the other format has memory that nobody wrote between the parameters
+    """Weights, fp32 copies and moments stay, also with the background of another checkpoint."""
+    # the other format saves uninitialised padding between parameters
     flags = (
         "--bf16",
         *DO,
@@ -173,7 +173,7 @@ def test_bf16_and_the_distributed_optimizer_stay_bit_for_bit(before: Path, tmp_p
 
 
 def _without_counters(folder: Path, copy: Path) -> Path:
-    """A checkpoint as it was before there were counters."""
+    """A checkpoint as it was saved before read counts existed."""
     shutil.copytree(folder, copy)
     (last,) = copy.glob("iter_*")
     metadata = FileSystemReader(str(last)).read_metadata()
@@ -188,7 +188,7 @@ def test_a_checkpoint_without_counters_still_loads(before: Path, tmp_path: Path)
     old = _without_counters(before, tmp_path / "old")
     folder = tmp_path / "finetuned"
     log = _run("old", 2, folder, *TP2, *SPARSE, "--load", old, "--finetune", iterations=2)
-    assert f"no counts of rows read come with --load {old}" in log.stdout
+    assert f"--load {old} has no read counts" in log.stdout
     new = _saved(folder)
     assert _moved(_saved(old)[WEIGHT], new[WEIGHT]) == _chosen(folder, {})
     assert not new[HITS].any() and not new[BATCHES].any()
@@ -203,4 +203,4 @@ def test_a_checkpoint_without_counters_still_loads(before: Path, tmp_path: Path)
         memory_background=str(old),
     )
     (problem,) = checkpoint_problems(resolve(config, 64), argparse.Namespace(load=None))
-    assert f"--memory-background {old} has no counts of the rows that table shared" in problem
+    assert f"--memory-background {old} has no read counts for table shared" in problem

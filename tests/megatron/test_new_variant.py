@@ -1,4 +1,4 @@
-"""A new variant is a file and two lines: it trains sharded, is saved, planned and reported."""
+"""A new variant takes a file and two lines; it trains sharded, is saved, planned and reported."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -52,7 +52,7 @@ def test_ranks_equal_one_process(world_size: int) -> None:
 
 
 def test_it_is_planned() -> None:
-    """As many parameters as its modules have, and each of its two tables' bytes."""
+    """The numbers are those of its modules and of its two tables."""
     spec = resolve(MemoryConfig(memory_layers=[0, 1], memory_pool="layer", **SQUARED), 64)
     assert table_names(spec) == ["layer_0", "layer_0.s", "layer_1", "layer_1.s"]
     pool = MemoryPool(spec, device="meta")
@@ -72,7 +72,7 @@ def alone() -> TrainingLog:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingLog, Path]:
-    """A run of two tensor-parallel ranks, and what it saved on its way."""
+    """A run of two tensor-parallel ranks that saves checkpoints, with its folder."""
     folder = tmp_path_factory.mktemp("saved")
     saving = ("--save", folder, "--save-interval", 4, "--memory-metrics", "on")
     return run_training("tp sp", 2, *FLAGS, *TP2, *SP, *saving, module=MODULE), folder

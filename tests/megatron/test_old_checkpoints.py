@@ -35,7 +35,7 @@ SMALL = (
     *("--lr-decay-iters", 6),
 )
 MEMORIES = {
-    # saved by two ranks that shared the table
+    # two ranks that shared the table saved it
     "memory+": (
         *("--memory-layers", 0, 1),
         *("--memory-num-keys", 6),
@@ -68,5 +68,5 @@ def test_goes_on_as_the_commit_that_saved_it(variant: str, ranks: int, tmp_path:
     flags = (*SMALL, *MEMORIES[variant], *wide, "--load", tmp_path / variant)
     log = run_training(f"{variant} of {ARCHIVE.stem}", ranks, *flags)
     assert log.iterations == [4, 5, 6]
-    # another processor may round otherwise
+    # another processor may round differently
     assert log.losses == pytest.approx(LOSSES[variant], rel=1e-6 if ranks == 1 else 1e-5)

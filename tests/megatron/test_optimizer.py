@@ -1,4 +1,4 @@
-"""The table's own learning rate and weight decay, as Megatron's scheduler hands them out."""
+"""Learning rate and weight decay of the tables under Megatron's scheduler."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ ARGS = OptimizerConfig(lr=1e-3, min_lr=1e-4)
 
 
 def _rates(config: MemoryConfig, style: str) -> list[tuple[float, float]]:
-    """(learning rate, weight decay) of the table at the end of warm-up, half-way and last."""
+    """(learning rate, weight decay) of the tables after warm-up, half-way and at the end."""
     weight = torch.nn.Parameter(torch.zeros(1))
     group: dict = {"params": [weight], **table_group(ARGS, resolve(config, 16))}
     scheduler = OptimizerParamScheduler(

@@ -1,4 +1,4 @@
-"""PEER through Megatron's own loop, and into and out of its checkpoints."""
+"""PEER in Megatron's training loop and in its checkpoints."""
 
 import argparse
 from pathlib import Path
@@ -35,13 +35,13 @@ def test_the_loss_falls_and_both_tables_are_counted(alone: TrainingLog) -> None:
     query, sub_keys = 512 * (64 + 1), 2 * 2 * 9 * 128
     dense = 2 * (attention + norms + feed_forward)
     memories = 2 * (attention + norms + query + sub_keys) + 2 * ROWS * HIDDEN
-    # tied embeddings, and a last norm
+    # tied embeddings and a final norm
     assert alone.parameters == {(0, 0): dense + memories + 128 * 64 + 2 * 64}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingLog, Path]:
-    """A run of two tensor-parallel ranks, and what it saved on its way."""
+    """A run of two tensor-parallel ranks that saves checkpoints, with its folder."""
     folder = tmp_path_factory.mktemp("saved")
     saving = ("--save", folder, "--save-interval", 4)
     return run_training("tp sp", 2, *PEER, *TP2, *SP, *saving, "--memory-metrics", "on"), folder
@@ -57,14 +57,14 @@ def test_tensor_parallel_ranks_take_the_steps_of_one_process(
     found = saved_tensors(folder / "iter_0000004")
     tables, moments = ("shared", "shared.u"), ("exp_avg", "exp_avg_sq")
     wide = {table_key(t) for t in tables} | {state_key(t, of) for t in tables for of in moments}
-    # nothing of Megatron's own optimizer among them
+    # without the entries of Megatron's optimizer
     of_tables = {key for key in found if "memory_values" in key}
     counted = {state_key(t, name) for t in tables for name in ("hits", "batches")}
     assert of_tables == wide | counted | {placement_key(table) for table in tables}
     for key in wide:
         assert found[key].shape == (ROWS, HIDDEN)
         assert found[key].any(1).sum() > ROWS / 2
-    # by the flag, and by the width
+    # the standard deviation of v is the flag's, that of u follows from the width
     assert found[table_key("shared")].std() > 1.3 * found[table_key("shared.u")].std()
 
 
@@ -72,7 +72,7 @@ def test_tensor_parallel_ranks_take_the_steps_of_one_process(
 def test_data_parallel_ranks_resume_tensor_parallel_ones(
     alone: TrainingLog, saved: tuple[TrainingLog, Path]
 ) -> None:
-    """Rows over data-parallel ranks, the other form of wire, and all layers recomputed."""
+    """Rows are divided over data-parallel ranks, with alltoall and full recomputation."""
     other = ("--memory-wire", "alltoall", *WIDE, *FULL, "--ckpt-step", 4)
     log = run_training("resume", 2, *PEER, *other, "--load", saved[1])
     assert log.iterations == [5, 6, 7, 8]
@@ -106,11 +106,11 @@ def _saved(*tables: str) -> dict[str, tuple[int, ...]]:
             _memory(),
             "holds values alone, but --memory-variant peer reads values and tables u",
         ),
-        (_saved("shared", "shared.u"), _memory(memory_pool="layer"), "no table layer_1, layer_1.u"),
+        (_saved("shared", "shared.u"), _memory(memory_pool="layer"), "but not layer_1, layer_1.u"),
         (
             _saved("shared", "shared.u") | {table_key("shared.u"): (81, 16)},
             _memory(),
-            "asks for 64 rows, but --load ckpt holds 81",
+            "means 64 rows, but --load ckpt holds 81",
         ),
     ],
 )

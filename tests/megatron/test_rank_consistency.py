@@ -1,4 +1,4 @@
-"""Ranks that were started with different memory flags."""
+"""Ranks with different memory flags are found at start."""
 
 import argparse
 from dataclasses import replace
@@ -39,7 +39,7 @@ def _spec_and_args(timeout: timedelta) -> tuple[MemorySpec, argparse.Namespace]:
 
 
 def _disagree_about_the_mode() -> None:
-    """Of auto, nodes with other numbers of ranks make other layouts."""
+    """With auto, nodes with different numbers of ranks resolve to different layouts."""
     spec, args = _spec_and_args(timedelta(seconds=60))
     spec = replace(spec, layout=Layout("column", 1, 1)) if dist.get_rank() == 1 else spec
     (found,) = differing_flags(spec, args)
@@ -47,15 +47,15 @@ def _disagree_about_the_mode() -> None:
 
 
 def _learns_of(silent_rank: int) -> None:
-    """Each rank but one asks; that one has no memory layers, and goes its way."""
+    """All ranks but one compare flags; that one has no memory layers and does not take part."""
     rank = dist.get_rank()
     if rank != silent_rank:
         (found,) = differing_flags(*_spec_and_args(timedelta(seconds=3)))
         assert found == (
-            f"--memory-layers is given here, but rank {silent_rank} did not say so within "
-            "--distributed-timeout-minutes 0.05; start every rank with the same flags."
+            f"--memory-layers is given on this rank, but rank {silent_rank} did not report memory "
+            "flags within --distributed-timeout-minutes 0.05; start every rank with the same flags."
         )
-    # whoever holds the store stays until all are done with it
+    # the rank that holds the store must stay until all are done with it
     dist.barrier()
 
 

@@ -1,4 +1,4 @@
-"""FLOPs and parameters that a run reports, against Megatron's own count and torch's counter."""
+"""The FLOPs and parameters that a run reports, compared with the counts of Megatron and torch."""
 
 import argparse
 from dataclasses import replace
@@ -58,7 +58,7 @@ def _counted(memory: MemorySpec, args: argparse.Namespace) -> float:
 @pytest.mark.parametrize("variant", ["memory", "memory+"])
 def test_a_layer_counts_what_torch_counts(variant: str) -> None:
     memory = _memory(memory_variant=variant)
-    # in fp64 the twins run, whose matrix products torch sees
+    # in fp64 the torch twins run, whose matrix products torch can count
     pool = MemoryPool(memory, dtype=torch.float64)
     layer = MemoryLayer(memory, pool, dtype=torch.float64)
     hidden = torch.randn(32, 2, HIDDEN, requires_grad=True, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A run that is saved and resumed ends where an uninterrupted one does, under any other layout."""
+"""A run that is saved and resumed with another layout ends like an uninterrupted one."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _ends_alike(log: TrainingLog, other: TrainingLog) -> None:
-    # not the first two, whose second is a mean
+    # without the first two, because Megatron prints the second as a mean
     assert log.losses[-2:] == pytest.approx(other.losses[-2:], rel=2e-6)
     assert log.grad_norms[-3:] == pytest.approx(other.grad_norms[-3:], abs=1.1e-3)
 
@@ -77,7 +77,7 @@ def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path: Pat
     _ends_alike(again, whole)
 
 
-def test_finetuning_starts_the_optimizer_afresh(saved: Path) -> None:
+def test_finetuning_starts_with_new_optimizer_state(saved: Path) -> None:
     log = _resume(saved, 1, "--finetune", "--no-load-optim")
     assert log.iterations[0] == 1
     whole = run_training("uninterrupted", 1, *MEMORY, *LONG)
@@ -87,7 +87,7 @@ def test_finetuning_starts_the_optimizer_afresh(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--memory-num-keys", 10), "--memory-num-keys 10 asks for 100 rows, but .* holds 81"),
+        (("--memory-num-keys", 10), "--memory-num-keys 10 means 100 rows, but .* holds 81"),
         (("--memory-value-dim", 32), "--memory-value-dim 32 differs from the width 64"),
         (("--memory-placement-seed", 5), "--memory-placement-seed 5 differs from 0, which placed"),
         (

@@ -31,11 +31,11 @@ def test_the_same_settings_fit() -> None:
     [
         (SAVED, None, "holds memory layers, but --memory-layers is not given"),
         ({"decoder.x": (3,)}, MEMORY, "was saved without memory layers"),
-        (SAVED, _with(memory_num_keys=16), "asks for 256 rows, but --load ckpt holds 64"),
+        (SAVED, _with(memory_num_keys=16), "means 256 rows, but --load ckpt holds 64"),
         (SAVED, _with(memory_value_dim=24), "--memory-value-dim 24 differs from the width 16"),
-        (SAVED, _with(memory_pool="layer"), "has no table layer_1, layer_2"),
+        (SAVED, _with(memory_pool="layer"), "holds tables shared, but not layer_1, layer_2"),
         (SAVED, _with(memory_layers=[1, 3]), "--memory-layers 3 is no memory layer"),
-        (SAVED, _with(memory_heads=2), "sub-keys of --memory-heads 4"),
+        (SAVED, _with(memory_heads=2), "was saved with --memory-heads 4"),
         (SAVED, _with(memory_key_dim=32), "--memory-key-dim 8 in layer 1, but 4 and 32"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A long run that dies again and again, and still walks the curve of one that never did.
+"""A long run that dies again and again, and still has the losses of one that never did.
 
 bash tests/run.sh tests/megatron/test_soak.py -m slow
 """
@@ -19,7 +19,7 @@ LONG = (
 
 
 def _curve(log: TrainingLog) -> dict[int, float]:
-    """Iteration -> loss, without a run's second, which Megatron prints as a mean of two."""
+    """Iteration -> loss, without the second of a run, which Megatron prints as a mean of two."""
     pairs = list(zip(log.iterations, log.losses, strict=True))
     return dict(pairs[:1] + pairs[2:])
 
@@ -33,7 +33,7 @@ def test_two_thousand_steps_through_kills(tmp_path: Path) -> None:
     walked: dict[int, float] = {}
     deaths: list[str] = []
     while True:
-        # in a step at random, and every third time while it saves
+        # the run dies in a random step, and every third time while it saves
         fault = f"kill {draw.randrange(2)} {draw.randrange(20, 700)}"
         if len(deaths) % 3 == 2:
             fault = f"kill-while-saving {draw.randrange(1, 3)}"

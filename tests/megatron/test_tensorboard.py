@@ -1,4 +1,4 @@
-"""What a run writes for TensorBoard and wandb: event files read back, and the pixels of the map."""
+"""Reads the event files that a run writes, what wandb gets, and the pixels of the usage map."""
 
 import argparse
 import gc
@@ -50,7 +50,7 @@ MEMORY = (
 OF_LAYERS = ("rows_used", "kl_from_uniform", "top1_weight", "score_entropy", "gate_mean")
 OF_FINETUNING = ("trained_rows", "trained_lookups")
 OF_TABLES = tuple(name for name in TITLES if name not in (*OF_LAYERS, *OF_FINETUNING))
-# depend on where the table lies, or on the clock
+# these depend on the layout of the table or on the clock
 OF_LAYOUT = ("shard_load", "sent_megabytes", "lookup_ms", "exchange_ms")
 
 VIRIDIS = [
@@ -105,7 +105,7 @@ def test_every_number_of_every_layer_and_table_is_written(alone) -> None:
         ):
             assert all(low < v <= high for _, v in scalars[f"memory/{name}/layer_{layer}"])
     assert scalars["memory/learning_rate/shared"][0][1] == pytest.approx(3e-3)
-    # as Megatron takes the norm, the tables' is a part of the whole
+    # Megatron's norm includes that of the tables
     norms = [value for _, value in scalars["memory/grad_norm/shared"]]
     assert all(0 < n < whole for n, whole in zip(norms, log.grad_norms, strict=True))
 
@@ -122,13 +122,13 @@ def test_pictures_and_one_page_for_all(alone) -> None:
         assert [image.step for image in images] == [1, 2, 3, 4, 5]
         pixels = np.asarray(Image.open(io.BytesIO(images[-1].encoded_image_string)))
         colours = {tuple(colour) for colour in pixels.reshape(-1, 3)}
-        # of the cells, and of the colour bar
+        # the colours of cells and of the colour bar
         assert len(colours & set(VIRIDIS)) > 16
         histograms = events.Histograms(f"memory/log2_relative_load/layer_{layer}")
         used = dict(_scalars(folder)[f"memory/rows_used/layer_{layer}"])
         assert [event.step for event in histograms] == [1, 2, 3, 4, 5]
         for event in histograms:
-            # a table of 81 rows has a cell for each
+            # the map of a table of 81 rows has a cell for each row
             assert event.histogram_value.num == pytest.approx(81 * used[event.step] / 100)
     config = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     page = layout_pb2.Layout.FromString(config)
@@ -162,7 +162,7 @@ def test_two_ranks_write_what_one_does(flags, alone, train) -> None:
     assert ours.keys() == theirs.keys()
     for name, values in theirs.items():
         if name.split("/")[1] not in OF_LAYOUT:
-            # a near tie may go the other way once the weights differ in their last bits
+            # a near tie may be decided differently once the weights differ in their last bits
             assert ours[name][0] == pytest.approx(values[0], rel=1e-5), name
             assert [v for _, v in ours[name]] == pytest.approx([v for _, v in values], rel=5e-3)
     load = [value for _, value in ours["memory/shard_load/shared"]]
@@ -174,7 +174,7 @@ def test_two_ranks_write_what_one_does(flags, alone, train) -> None:
 
 @pytest.mark.gloo
 def test_a_stage_without_memories_takes_part(train) -> None:
-    """The last rank writes, and has no memory layer; intervals are Megatron's."""
+    """The last rank writes although it has no memory layer, at Megatron's intervals."""
     pipeline = ("--pipeline-model-parallel-size", 2, "--untie-embeddings-and-output-weights")
     log, folder = train(
         "pp2",
@@ -216,7 +216,7 @@ def test_who_is_measured(setting, folder, project, expected) -> None:
 
 
 class Wandb:
-    """Keeps what a wandb module is told."""
+    """Records the calls of a wandb module."""
 
     def __init__(self) -> None:
         self.told: list[tuple[dict[str, Any], int]] = []
@@ -225,7 +225,7 @@ class Wandb:
         self.told.append((what, step))
 
     def Image(self, figure: Figure) -> SimpleNamespace:
-        # as wandb does, which does not import it
+        # wandb uses it without importing it
         assert figure != matplotlib.pyplot
         return SimpleNamespace(pixels=_pixels(figure))
 
@@ -234,7 +234,7 @@ class Wandb:
 
 
 def test_wandb_gets_numbers_and_pictures(monkeypatch) -> None:
-    # as in a run that draws nothing else
+    # as in a run that draws no other pictures
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     monkeypatch.delattr(matplotlib, "pyplot", raising=False)
     wandb = Wandb()
@@ -259,7 +259,7 @@ def test_a_layer_that_read_nothing_has_no_picture(tmp_path: Path) -> None:
 
 
 def test_pictures_leave_nothing_behind(tmp_path: Path) -> None:
-    """Also where no cycles are collected, as with --manual-gc: most of matplotlib is in cycles."""
+    """It must hold without the collector of cycles, as with --manual-gc; matplotlib makes many."""
 
     def count() -> int:
         kinds = (Artist, FigureCanvasAgg, RendererAgg)
@@ -293,17 +293,17 @@ def test_load_is_one_where_reads_are_even(num_keys: int) -> None:
 
 
 def _pixels(figure: Figure) -> NDArray[np.uint8]:
-    """Red, green and blue of a figure, the first row at the bottom as in its own coordinates."""
+    """The RGB pixels of a figure, with the first row at the bottom as in its coordinates."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[::-1, :, :3]
 
 
-# a logarithm of zero would warn
+# the logarithm of zero would raise a warning
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("num_keys", [4, 1024])
 def test_the_map_shows_each_cell_where_it_is(num_keys: int) -> None:
-    """Also where a cell stands for several sub-keys, which the axes count."""
+    """The axes count sub-keys also if a cell stands for several."""
     load = np.full((4, 4), 2.0**-REACH)
     load[1, 2], load[3, 0], load[0, 3] = 0.0, 2.0**REACH, 1.0
     figure = UsageMap(num_keys).draw(load, "a title")

@@ -1,4 +1,4 @@
-"""Megatron's own loop with memory layers: every parallel layout takes the steps of one process."""
+"""Megatron's training loop with memory layers: every layout has the losses of one process."""
 
 import re
 from pathlib import Path
@@ -42,7 +42,7 @@ def alone() -> TrainingLog:
 
 
 def _same_steps(log: TrainingLog, other: TrainingLog) -> None:
-    # what is printed: six digits of the loss, four of the gradient norm
+    # Megatron prints six digits of the loss and four of the gradient norm
     assert log.losses == pytest.approx(other.losses, rel=2e-6)
     assert log.grad_norms == pytest.approx(other.grad_norms, abs=1.1e-3)
 
@@ -55,7 +55,7 @@ def test_the_loss_falls_and_the_run_says_what_it_trains(alone: TrainingLog) -> N
     query, sub_keys, output = 64 * 64 + 64, 2 * 2 * 9 * 16, 2 * (64 * 64 + 64)
     dense = 2 * (attention + norms + feed_forward)
     memories = 2 * (attention + norms + query + sub_keys + output) + 81 * 64
-    # tied embeddings, and a last norm
+    # tied embeddings and a final norm
     expected = dense + memories + 128 * 64 + 2 * 64
     assert alone.parameters == {(0, 0): expected}
 
@@ -79,7 +79,7 @@ def test_two_ranks_take_the_steps_of_one(alone: TrainingLog, flags: tuple) -> No
 
 
 def test_a_pool_inside_one_stage_trains_under_pipeline_parallelism(alone: TrainingLog) -> None:
-    """Stages draw other dense weights than one process does, so only the fall is compared."""
+    """Stages draw other dense weights than one process, so only the fall of the loss is checked."""
     log = run_training("pp", 2, *MEMORY, *PP2)
     assert log.losses[-1] < log.losses[0] - 0.1
     holders = sorted(log.parameters.values())
@@ -119,7 +119,7 @@ def test_variants_under_tensor_parallelism(flags: tuple) -> None:
 
 def test_bf16_with_the_distributed_optimizer(alone: TrainingLog) -> None:
     log = run_training("bf16", 2, *MEMORY, *TP2, *SP, *DO, "--bf16")
-    # seven bits of weight, and picks that flip where two scores are near
+    # bf16 has 8 significant bits, and near ties between scores may be decided differently
     assert log.losses == pytest.approx(alone.losses, rel=1e-2)
 
 
@@ -163,7 +163,7 @@ def test_a_nan_on_one_rank_makes_all_ranks_skip_the_batch(alone: TrainingLog) ->
     assert log.stdout.count("the gradient of value table shared is not finite") == 1
     assert "rank 1: the gradient of value table shared" in log.stdout
     assert log.skipped == [0, 0, 1, 0, 0]
-    # Megatron prints no loss of a batch that it skips
+    # Megatron prints no loss for a batch that it skips
     assert log.losses[:2] == pytest.approx(alone.losses[:2], rel=2e-6)
     assert log.iterations == [1, 2, 4, 5] and log.losses[-1] < alone.losses[0] - 0.1
 
@@ -182,7 +182,7 @@ def test_a_nan_in_one_ranks_table_is_named(tmp_path: Path, check: bool) -> None:
     said = re.findall(r"rank \d: value table shared is not finite.*", log.stdout)
     # rank 1 holds 41 of the 81 rows, from row 40
     assert said and all(line.startswith("rank 1:") for line in said)
-    assert re.search(r"in 1 of the 41 rows here, the first is row ([4-7]\d|80);", said[0])
+    assert re.search(r"in 1 of the 41 rows on this rank, first in row ([4-7]\d|80);", said[0])
     if check:
         # the batch after the one that broke it
         assert log.returncode != 0 and log.iterations == [1, 2, 3]
@@ -195,7 +195,7 @@ def test_microbatches_add_up_to_the_batch(alone: TrainingLog) -> None:
 
 
 def test_a_table_without_rate_and_decay_keeps_its_initial_values(tmp_path: Path) -> None:
-    """So the rate is the table's own; and two ranks start from the rows of the one whole table."""
+    """The learning rate is that of the table, and two ranks start with the rows of one process."""
     still = ("--memory-lr", 0, "--memory-weight-decay", 0)
     log = run_training("still", 2, *MEMORY, *TP2, *still, "--save", tmp_path, "--save-interval", 5)
     assert log.losses[-1] < log.losses[0] - 0.1
@@ -205,7 +205,7 @@ def test_a_table_without_rate_and_decay_keeps_its_initial_values(tmp_path: Path)
 
 
 def test_without_memory_layers_the_hooks_change_nothing(tmp_path: Path) -> None:
-    """Bit for bit: what the checkpoint of a dense run holds, and under which names."""
+    """The checkpoint of a dense run has the same names and, bit for bit, the same contents."""
     saving = ("--train-iters", 3, "--save-interval", 3, "--save")
     run_training("hooks", 2, *TP2, *saving, tmp_path / "hooks")
     bare = "tests.helpers.without_hooks"
@@ -217,7 +217,7 @@ def test_without_memory_layers_the_hooks_change_nothing(tmp_path: Path) -> None:
 
 
 def test_memory_off_is_off(tmp_path: Path) -> None:
-    """Once the flags are known, only a checkpoint with memories is looked for, by one rank."""
+    """Once the flags are known, one rank looks for a checkpoint with memories, and that is all."""
 
     def counts(kind: str, *flags: object) -> tuple[list[set[str]], list[int]]:
         log = run_training(
@@ -242,8 +242,8 @@ def test_memory_off_is_off(tmp_path: Path) -> None:
         "patches.setup_model_and_optimizer",
         "config.collect",
     }
-    # the first rank's alone
+    # only the first rank does this
     assert sum(bool(found & looking) for found in own) == 1
-    # with memory on, the same counters see much
+    # the same counters are not zero with memory layers
     with_memory, more = counts("hooked", *MEMORY)
     assert min(more) > max(bare) and all(len(found) > 40 for found in with_memory)

@@ -48,9 +48,9 @@ FP8 = ("--bf16", "--fp8-format", "hybrid", "--fp8-recipe")
 
 
 def command_line(*flags: object) -> list[str]:
-    """As of a run with Transformer Engine, which is Megatron's default."""
+    """The arguments of a run with Transformer Engine, which is Megatron's default."""
     usual = [word for pair in (MODEL | TRAINING).items() for word in pair]
-    # fusions that need Apex, or compute something else than the local layers do
+    # fusions that need Apex or compute something else than the local layers
     plain = ("--no-gradient-accumulation-fusion", "--no-rope-fusion", "--no-masked-softmax-fusion")
     return [str(word) for word in (*usual, *SWITCHES, *MOCK_DATA, *plain, *flags)]
 
@@ -75,14 +75,14 @@ def build(*flags: object, check: bool = True, **job: Any) -> dict[str, Any]:
 
 
 def of_engine(model: dict, name: str) -> bool:
-    """Whether a module, or a class it is derived from in Megatron, is Transformer Engine's."""
+    """Whether the class of a module, or one of its base classes, is of Transformer Engine."""
     return model["homes"][name].startswith(
         ("transformer_engine.", "megatron.core.extensions.transformer_engine")
     )
 
 
 def inside(model: dict, prefix: str) -> dict[str, str]:
-    """Name behind the prefix -> class, of the modules there."""
+    """Name without the prefix -> class, for the modules with this prefix."""
     return {
         name.removeprefix(f"{prefix}."): kind
         for name, kind in model["modules"].items()
@@ -106,7 +106,7 @@ def test_a_memory_has_a_norm_of_its_own_and_a_dense_layer_keeps_the_fused_one(fl
             assert modules["pre_mlp_layernorm"] == norm
             assert of_engine(model, f"{here}.pre_mlp_layernorm")
             assert modules["mlp"] == "MemoryMLP" and "mlp.linear_fc1" not in modules
-            # nothing of a memory layer is Transformer Engine's, so that fp8 does not reach it
+            # no module of a memory layer is of Transformer Engine, so none computes in fp8
             assert not any(
                 of_engine(model, f"{here}.mlp.{n}") for n in inside(model, f"{here}.mlp")
             )
@@ -124,12 +124,12 @@ def test_a_feed_forward_that_stays_shares_the_norm():
     assert modules["mlp.ffn.linear_fc1"] == "TEColumnParallelLinear"
     assert modules["mlp.ffn.linear_fc2"] == "TERowParallelLinear"
     assert not any("layer_norm" in name for name in model["parameters"] if ".1.mlp." in name)
-    # whatever was changed for it, its neighbours' spec was not
+    # the specs of the other layers are unchanged
     assert model["modules"]["decoder.layers.0.mlp.linear_fc1"] == "TELayerNormColumnParallelLinear"
 
 
 def test_a_fused_feed_forward_that_stays_becomes_a_plain_one():
-    """Megatron's form of it insists, at its first forward, on a linear that normalises."""
+    """Megatron's fused MLP requires, in its first forward, a linear layer that applies the norm."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TEFusedMLP
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
@@ -156,7 +156,7 @@ def test_experts_beside_memories_stay_what_they_were():
     model = build(*MEMORY, *experts)["model"]
     kinds = [inside(model, f"decoder.layers.{n}")["mlp"] for n in range(4)]
     assert kinds == ["MoELayer", "MemoryMLP", "MLP", "MemoryMLP"]
-    # the norm before experts stands alone already: the memory in their place takes it as it is
+    # the norm before experts is a separate module already, and the memory keeps it
     norms = [inside(model, f"decoder.layers.{n}")["pre_mlp_layernorm"] for n in range(4)]
     assert norms == ["LayerNorm", "LayerNorm", "IdentityOp", "LayerNorm"]
     assert not any("router" in name for name in model["modules"] if ".1." in name)
@@ -182,7 +182,7 @@ SAME_LOSS = {
 
 @pytest.mark.parametrize("flags", SAME_LOSS.values(), ids=SAME_LOSS.keys())
 def test_loss_and_gradients_are_those_of_megatrons_own_layers(flags):
-    """With one set of weights, by checkpoint key: no norm is lost, doubled or in another place."""
+    """With the same weights by checkpoint key, no norm is lost, doubled or in another place."""
     found = build(*MEMORY, *flags, twin=True, train=True)
     assert found["model"]["checkpoint"] == found["twin"]["checkpoint"]
     ours, theirs = found["loss"], found["twin_loss"]
@@ -194,7 +194,7 @@ def test_loss_and_gradients_are_those_of_megatrons_own_layers(flags):
 
 
 def test_loss_beside_experts_is_that_of_megatrons_own_layers():
-    """Its own layers save the norm before experts under another name, hence no names here."""
+    """Megatron's local layers save the norm before experts under another name, so names differ."""
     experts = ("--num-experts", 2, "--moe-layer-freq", "[1,1,0,0]")
     found = build(*MEMORY, *experts, twin=True, train=True)
     assert found["loss"]["loss"] == pytest.approx(found["twin_loss"]["loss"], rel=1e-6)
@@ -210,7 +210,7 @@ def test_loss_beside_experts_is_that_of_megatrons_own_layers():
     ],
 )
 def test_a_checkpoint_goes_over_as_that_of_a_dense_model_does(flags, tmp_path):
-    """To Megatron's own layers and back, where Megatron can: before 0.19 the way back is closed."""
+    """To Megatron's local layers and back; before 0.19 Megatron cannot load the latter."""
     (tmp_path / "dense").mkdir()
     dense = build(twin=True, folder=str(tmp_path / "dense"))["loaded"]
     loaded = build(*flags, twin=True, folder=str(tmp_path))["loaded"]
@@ -220,7 +220,7 @@ def test_a_checkpoint_goes_over_as_that_of_a_dense_model_does(flags, tmp_path):
 
 @pytest.mark.parametrize("flags", [(), ("--qk-layernorm", *LLAMA)], ids=["usual", "all norms"])
 def test_a_run_starts_from_a_converted_checkpoint(flags, tmp_path):
-    """Of a dense model; what it computed, it still computes with memories beside."""
+    """The dense model computes the same when memory layers are added beside its feed-forwards."""
     saving = ("--save", tmp_path / "dense", "--save-interval", 1, "--train-iters", 1)
     run_training("dense", 1, *saving, *flags)
     memory = ("--memory-keep-ffn", *MEMORY)
@@ -247,8 +247,8 @@ def test_tensor_parallel_ranks_hold_what_they_would_of_megatrons_own_layers():
         linears = ("linear_qkv.weight", "linear_proj.weight", "fc1.weight", "fc2.weight")
         tables = ("word_embeddings.weight", table_key(SHARED))
         assert all(name.endswith((*linears, *tables)) for name in cut), cut
-        # under sequence parallelism a rank sees its own tokens only, so that the gradients of what
-        # is not cut are summed; Megatron does so where this mark is
+        # under sequence parallelism each rank has only its own tokens, so Megatron sums the
+        # gradients of parameters that are not sharded; it does so if they have this mark
         marked = {name for name, at in parameters.items() if at["sequence_parallel"]}
         assert marked == {name for name in parameters if name not in cut}
         assert model["norms"] and all(norm["sequence_parallel"] for norm in model["norms"].values())
@@ -289,7 +289,7 @@ def test_fp8_reaches_every_linear_but_those_of_a_memory(recipe):
     ids=["full", "full, feed-forward that stays", "mlp, feed-forward that stays"],
 )
 def test_recomputation_in_fp8_changes_no_loss(flags):
-    """It goes through Transformer Engine's own checkpoint function."""
+    """Recomputation uses the checkpoint function of Transformer Engine."""
     kept = [flag for flag in flags if flag == "--memory-keep-ffn"]
     usual = build(*MEMORY, *FP8, "delayed", *kept, train=True)["loss"]
     again = build(*MEMORY, *FP8, "delayed", *flags, train=True)["loss"]
@@ -350,7 +350,7 @@ def test_hybrid_loss_is_that_of_megatrons_own_layers(flags):
     given = (*HYBRID, "--memory-layers", 1, 5, *MEMORY[3:], *flags)
     found = build(*given, hybrid=True, twin=True, train=True)
     assert found["loss"]["loss"] == pytest.approx(found["twin_loss"]["loss"], rel=1e-6)
-    # ours save norms under other names
+    # the local layers save norms under other names
     ours, theirs = (sorted(found[of]["gradients"].values()) for of in ("loss", "twin_loss"))
     assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-7)
 
@@ -368,7 +368,7 @@ def test_doctor_names_its_release():
 
 @hybrid_only
 def test_every_command_line_of_the_gpu_part_builds_its_model(tmp_path):
-    """bash tests/gpu.sh te, where there is no GPU."""
+    """Runs `bash tests/gpu.sh te` without a GPU."""
     command = [sys.executable, "-m", "tests.gpu.transformer_engine", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     found = json.loads((tmp_path / "te.json").read_text())

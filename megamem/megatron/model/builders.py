@@ -1,9 +1,9 @@
-"""Descriptions of models with memories, for Megatron 0.19 and later, whose scripts choose them.
+"""Descriptions of models with memory layers, for scripts that use Megatron 0.19 or later.
 
     described = gpt_config_from_args(args, model_config_cls=MemoryGPTModelConfig)
     described.memory = spec
 
-They build what Megatron's own descriptions do, with memories in place of feed-forwards.
+They build the models of Megatron's own descriptions with memory layers in place of feed-forwards.
 """
 
 import dataclasses
@@ -34,14 +34,14 @@ from megamem.spec import MemorySpec
 
 @dataclass(kw_only=True)
 class MemoryGPTModelConfig(gpt.GPTModelConfig):
-    """A GPT with memory layers; without a spec, Megatron's GPT."""
+    """Describes a GPT with memory layers; if `memory` is None, it is Megatron's GPT."""
 
     builder: ClassVar[str] = f"{__name__}.MemoryGPTModelBuilder"
     memory: MemorySpec | None = None
 
 
 class MemoryGPTModelBuilder(gpt.GPTModelBuilder):
-    """Builds a MemoryGPTModelConfig, chunk by chunk or wrapped for training."""
+    """Builds the model of a MemoryGPTModelConfig, by chunks or wrapped for training."""
 
     def build_model(
         self,
@@ -50,7 +50,7 @@ class MemoryGPTModelBuilder(gpt.GPTModelBuilder):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> GPTModel:
-        """One chunk, with the tables of its memories registered. All ranks must call it."""
+        """Build one chunk and register the tables of its memory layers; all ranks must call it."""
         given: Any = self._model_config
         where = {"pg_collection": pg_collection, "vp_stage": vp_stage}
         pools: dict[str, MemoryPool] = {}
@@ -73,7 +73,7 @@ class MemoryGPTModelBuilder(gpt.GPTModelBuilder):
 
 
 def _layer_spec(config: Any, vp_stage: int | None) -> Any:
-    """What the description says of its layers: a spec, a function of it, or nothing."""
+    """The layer spec of a description, which may hold a function that makes it, or None."""
     spec = config.transformer_layer_spec
     if spec is None:
         return gpt.default_layer_spec(config, vp_stage)
@@ -85,14 +85,14 @@ def _layer_spec(config: Any, vp_stage: int | None) -> Any:
 
 @dataclass(kw_only=True)
 class MemoryHybridModelConfig(hybrid.HybridModelConfig):
-    """A hybrid model with memory layers; without a spec, Megatron's."""
+    """Describes a hybrid model with memory layers; if `memory` is None, it is Megatron's."""
 
     builder: ClassVar[str] = f"{__name__}.MemoryHybridModelBuilder"
     memory: MemorySpec | None = None
 
 
 class MemoryHybridModelBuilder(hybrid.HybridModelBuilder):
-    """Builds a MemoryHybridModelConfig, chunk by chunk or wrapped for training."""
+    """Builds the model of a MemoryHybridModelConfig, by chunks or wrapped for training."""
 
     def build_model(
         self,
@@ -101,7 +101,7 @@ class MemoryHybridModelBuilder(hybrid.HybridModelBuilder):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> HybridModel:
-        """One chunk, with the tables of its memories registered. All ranks must call it."""
+        """Build one chunk and register the tables of its memory layers; all ranks must call it."""
         given: Any = self._model_config
         described = given
         pools: dict[str, MemoryPool] = {}

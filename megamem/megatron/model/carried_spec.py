@@ -1,4 +1,4 @@
-"""The MemorySpec of a model, which its TransformerConfig carries to all who are given the model."""
+"""Attaches the MemorySpec of a model to its TransformerConfig, where all code can find it."""
 
 from collections.abc import Iterable
 
@@ -8,23 +8,23 @@ from torch import nn
 from megamem.spec import MemorySpec
 
 ATTRIBUTE = "megamem"
-"""Of the config; it has none where memory is off."""
+"""Attribute of the config that holds the spec; a config without memory layers lacks it."""
 
 
 def carry_spec(config: TransformerConfig, spec: MemorySpec) -> None:
-    """Give the config of a model its spec."""
+    """Attach a spec to the config of a model."""
     setattr(config, ATTRIBUTE, spec)
-    # layers differ, so a checkpoint must not stack them on one axis
+    # the layers differ, so a checkpoint must not stack them along one axis
     config.hetereogenous_dist_checkpoint = True
 
 
 def carried_spec(config: TransformerConfig) -> MemorySpec | None:
-    """The spec that a config carries, or None without memories."""
+    """The spec attached to a config, or None without memory layers."""
     return getattr(config, ATTRIBUTE, None)
 
 
 def spec_of_model(chunks: Iterable[nn.Module]) -> MemorySpec | None:
-    """The spec that the chunks of a model were built with, or None without memories."""
+    """The spec that the chunks of a model were built with, or None without memory layers."""
     for chunk in chunks:
         config = getattr(chunk, "config", None)
         if isinstance(config, TransformerConfig) and (spec := carried_spec(config)) is not None:

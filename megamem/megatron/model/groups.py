@@ -1,4 +1,4 @@
-"""Megatron's ranks -> the memory group that each is in."""
+"""Forms memory groups from Megatron's parallel groups."""
 
 import functools
 from datetime import timedelta
@@ -12,11 +12,11 @@ from megamem.spec import MemorySpec
 
 
 def memory_group(spec: MemorySpec, groups: ProcessGroupCollection) -> MemoryGroup:
-    """The memory group of this rank; every rank of the world must call this the first time.
+    """The memory group of this rank. All ranks must make the first call, as it is collective.
 
     Args:
-        spec: of the run.
-        groups: of the model.
+        spec: the spec of the run.
+        groups: the process groups of the model.
     """
     return _formed(
         dist.group.WORLD,
@@ -33,15 +33,15 @@ def _formed(
     coordinates: tuple[int, int, int],
     timeout: timedelta,
 ) -> MemoryGroup:
-    """Process groups are made once in a process, as communicators are dear."""
-    everybody: list[tuple[int, int, int]] = [coordinates] * dist.get_world_size(world)
-    dist.all_gather_object(everybody, coordinates, group=world)
-    ranks = sorted(range(len(everybody)), key=lambda rank: everybody[rank])
+    """Form the groups once per process, because communicators are expensive."""
+    coordinates_of: list[tuple[int, int, int]] = [coordinates] * dist.get_world_size(world)
+    dist.all_gather_object(coordinates_of, coordinates, group=world)
+    ranks = sorted(range(len(coordinates_of)), key=lambda rank: coordinates_of[rank])
     stages: dict[int, list[int]] = {}
     for rank in ranks:
-        stages.setdefault(everybody[rank][0], []).append(rank)
+        stages.setdefault(coordinates_of[rank][0], []).append(rank)
     return form(
         partition(list(stages.values()), *shape),
-        token_ranks=[tensor_rank for _, _, tensor_rank in everybody],
+        token_ranks=[tensor_rank for _, _, tensor_rank in coordinates_of],
         timeout=timeout,
     )

@@ -1,10 +1,10 @@
-"""Memory layers in hybrid models, where a pattern gives every attention and feed-forward a layer.
+"""Memory layers in hybrid models, where each attention and each feed-forward is a layer.
 
-`*-*-M-` is six layers, of which 1, 3 and 5 are feed-forwards; a memory takes the place of one, by
-the number that the pattern counts. "E", a mixture of experts, is a feed-forward as well.
+The pattern `*-*-M-` has six layers, of which 1, 3 and 5 are feed-forwards; --memory-layers names
+those to replace by these numbers. "E", a mixture of experts, is a feed-forward, too.
 
-A stack of Megatron's has one spec for each symbol. What is put there chooses by layer number, so
-that the stack itself needs no change.
+Megatron's stack has one spec for each symbol. Its place is taken by LayerByNumber, which chooses
+between this spec and a memory by layer number, so that the stack needs no change.
 """
 
 import copy
@@ -22,7 +22,7 @@ from megamem.spec import MemorySpec
 
 
 class LayerByNumber:
-    """Builds a layer of a stack: a memory at some numbers, at others what the stack had."""
+    """Builds a layer of a stack: a memory layer or the original layer, by the layer's number."""
 
     def __new__(
         cls,
@@ -32,20 +32,20 @@ class LayerByNumber:
         otherwise: ModuleSpec,
         **slot: Any,
     ) -> Any:
-        """The layer.
+        """Build the layer.
 
         Args:
-            layer_number: in the model, from 1, as Megatron counts.
-            memories: specs by number, from 0, as our flags count.
+            layer_number: number of the layer in the model, from 1, as Megatron counts.
+            memories: number of a memory layer, from 0, as --memory-layers counts -> its spec.
             otherwise: the spec of all other layers.
-            slot: whatever else this release passes to a layer.
+            slot: all other keywords that this release passes to a layer.
         """
         spec = memories.get(layer_number - 1, otherwise)
         return build_module(spec, layer_number=layer_number, **slot)
 
 
 def has_memories(stack_spec: ModuleSpec) -> bool:
-    """Whether memory_stack_spec() made it."""
+    """Whether memory_stack_spec() made this spec."""
     return stack_spec.submodules.mlp_layer.module is LayerByNumber
 
 
@@ -58,15 +58,17 @@ def memory_stack_spec(
     pg_collection: ProcessGroupCollection,
     vp_stage: int | None = None,
 ) -> tuple[ModuleSpec, dict[str, MemoryPool]]:
-    """A stack's spec with memories in it, and the pools that these read, to register.
+    """The spec of a stack with memory layers, and the pools that these read, by name.
+
+    The caller passes the pools to register_tables() once the model is built.
 
     Args:
-        config: Megatron's.
-        stack_spec: Megatron's, of the stack.
-        spec: which layers, and how.
-        pattern: of the whole model.
-        pg_collection: of the model.
-        vp_stage: this chunk's virtual stage, where there are several.
+        config: Megatron's config of the model; the spec is attached to it.
+        stack_spec: Megatron's spec of the stack, which stays as it is.
+        spec: the memory layers.
+        pattern: the pattern of the complete model.
+        pg_collection: the process groups of the model.
+        vp_stage: the virtual stage of this chunk, if there are several.
     """
     carry_spec(config, spec)
     layers = stage_layers(
@@ -80,7 +82,7 @@ def memory_stack_spec(
     pools = stage_pools(config, spec, layers, pg_collection)
     changed = copy.copy(stack_spec)
     changed.submodules = copy.copy(stack_spec.submodules)
-    # whatever was there, a memory is a layer with a norm and one thing after it: the dense layer
+    # a memory replaces the MLP of a dense layer, whichever kind of feed-forward was in its place
     dense = stack_spec.submodules.mlp_layer
     memories = {
         layer: with_memory(dense, layer, spec, pools) for layer in layers if layer in spec.layers

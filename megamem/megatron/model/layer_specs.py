@@ -1,4 +1,4 @@
-"""Puts memory layers into the layer specs of a GPT, whichever spec builder made them."""
+"""Puts memory layers into the layer specs of a GPT, whichever function made these."""
 
 import copy
 from typing import Any
@@ -26,14 +26,16 @@ def memory_layer_spec(
     pg_collection: ProcessGroupCollection,
     vp_stage: int | None = None,
 ) -> tuple[TransformerBlockSubmodules, dict[str, MemoryPool]]:
-    """A block's layer specs with memories in them, and the pools that these read, to register.
+    """The layer specs of a block with memory layers, and the pools that these read, by name.
+
+    The caller passes the pools to register_tables() once the model is built.
 
     Args:
-        config: Megatron's.
-        layer_spec: one layer for all, or one for each layer of this stage.
-        spec: which layers, and how.
-        pg_collection: of the model.
-        vp_stage: this chunk's virtual stage, where there are several.
+        config: Megatron's config of the model; the spec is attached to it.
+        layer_spec: one spec for all layers, or one for each layer of this stage.
+        spec: the memory layers.
+        pg_collection: the process groups of the model.
+        vp_stage: the virtual stage of this chunk, if there are several.
     """
     carry_spec(config, spec)
     pp_rank = pg_collection.pp.rank()
@@ -49,7 +51,7 @@ def memory_layer_spec(
 
 
 def has_memories(layer_spec: ModuleSpec | TransformerBlockSubmodules) -> bool:
-    """Whether memory_layer_spec() made it."""
+    """Whether memory_layer_spec() made this spec."""
     own = getattr(layer_spec, "layer_specs", [])
     return any(getattr(one.submodules.mlp, "module", None) is MemoryMLP for one in own)
 
@@ -60,9 +62,9 @@ def stage_pools(
     layers: list[int],
     pg_collection: ProcessGroupCollection,
 ) -> dict[str, MemoryPool]:
-    """The pools, by name, that the memories among these layers of one stage read; maybe none.
+    """The pools that the memory layers among these layers of a stage read, by name; may be empty.
 
-    All ranks must call it: it makes process groups.
+    All ranks must call it, because it makes process groups.
     """
     group = memory_group(spec, pg_collection)
     names = {pool_of(layer, spec) for layer in layers if layer in spec.layers}
@@ -72,19 +74,19 @@ def stage_pools(
 def with_memory(
     layer_spec: ModuleSpec, layer: int, spec: MemorySpec, pools: dict[str, MemoryPool]
 ) -> ModuleSpec:
-    """The spec of one layer, its MLP slot filled with a memory. The given spec stays as it is."""
+    """The spec of a layer with a memory in its MLP slot; the given spec stays as it is."""
     submodules = copy.copy(layer_spec.submodules)
     ffn = submodules.mlp
     if submodules.pre_mlp_layernorm is IdentityOp:
-        # Transformer Engine's dense layer has the norm inside linear_fc1; a memory has no such
-        # linear, so the norm gets a place of its own, and a feed-forward that stays goes without
+        # Transformer Engine's dense layer applies the norm inside linear_fc1. A memory has no such
+        # linear layer, so the norm becomes a module, and a feed-forward that stays must skip it
         submodules.pre_mlp_layernorm = compat.TransformerEngineNorm
         ffn = compat.without_fused_norm(ffn)
     params: dict[str, Any] = {"spec": spec, "pool": pools[pool_of(layer, spec)], "layer": layer}
     if spec.keep_ffn:
         params["ffn"] = compat.mlp_builder(ffn)
     submodules.mlp = ModuleSpec(module=MemoryMLP, params=params)
-    # the local spec saves the norm before the MLP under the name of the fused one
+    # drop the entry by which the local spec saves this norm under the name of the fused one
     submodules.sharded_state_dict_keys_map = {
         saved: name
         for saved, name in submodules.sharded_state_dict_keys_map.items()

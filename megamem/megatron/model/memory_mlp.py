@@ -1,4 +1,4 @@
-"""The memory layer as Megatron sees it: what stands in a transformer layer's MLP slot."""
+"""The memory layer as a module for the MLP slot of Megatron's transformer layer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,9 +30,9 @@ FFNBuilder = Callable[..., nn.Module]
 
 
 class MemoryMLP(MegatronModule):
-    """hidden states [S, B, D] -> (output, bias or None), as Megatron's MLP does.
+    """Maps hidden states [S, B, D] to (output [S, B, D], bias or None), as Megatron's MLP does.
 
-    With `--memory-keep-ffn` the feed-forward that was in the slot stays, and both are added.
+    With `--memory-keep-ffn` the output of the feed-forward that was in the slot is added.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class MemoryMLP(MegatronModule):
         """Build the layer's weights.
 
         Args:
-            config: Megatron's.
-            pg_collection: the ranks of the tensor-parallel group share a sequence.
-            spec: of the run.
-            pool: its tables are registered in the model by the caller.
-            layer: its number in the model, from 0.
-            ffn: builds what was in the slot, where it stays.
-            slot: whatever else this release passes to an MLP.
+            config: Megatron's config of the model.
+            pg_collection: the process groups of the model; the tensor-parallel group is used.
+            spec: the spec of the run.
+            pool: the tables to read, which the caller registers in the model.
+            layer: number of the layer in the model, from 0.
+            ffn: builds the feed-forward that was in the slot, if it is kept.
+            slot: all other keywords that this release passes to an MLP.
         """
         super().__init__(config)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
@@ -63,31 +63,31 @@ class MemoryMLP(MegatronModule):
             spec,
             pool,
             layer=layer,
-            group=sharing(groups.tp),
+            group=several_ranks(groups.tp),
             tokens_sharded=config.sequence_parallel,
             device=torch.cuda.current_device(),
             dtype=config.params_dtype,
         )
         for param in self.memory.parameters():
-            # Megatron then sums their gradients over the ranks, as it does for norms
+            # with this mark Megatron sums their gradients over the ranks, as it does for norms
             param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.ffn = ffn(config=config, pg_collection=pg_collection, **slot) if ffn else None
 
     def forward(self, hidden_states: Tensor, **how: Any) -> tuple[Tensor, Tensor | None]:
-        """The MLP's contract; `how` is passed on to a feed-forward that stays."""
-        out_SBD = self.memory(hidden_states)
+        """The output [S, B, D] and a bias or None; a kept feed-forward also gets `how`."""
+        out = self.memory(hidden_states)
         if self.ffn is None:
-            return out_SBD, None
-        ffn_SBD, bias_D = self.ffn(hidden_states, **how)
-        return out_SBD + ffn_SBD, bias_D
+            return out, None
+        ffn_out, bias = self.ffn(hidden_states, **how)
+        return out + ffn_out, bias
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Called by TransformerLayer, which counts from 1."""
+        """Check the number that TransformerLayer, which counts from 1, gives this layer."""
         assert layer_number == self.memory.layer + 1, (layer_number, self.memory.layer)
 
 
 class ValueTables(MegatronModule):
-    """The tables of one model chunk, pool by pool: registered, sharded and saved once."""
+    """The tables of a model chunk, registered once, although several layers may read them."""
 
     def __init__(self, config: TransformerConfig, pools: dict[str, MemoryPool]) -> None:
         super().__init__(config)
@@ -97,7 +97,7 @@ class ValueTables(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Each table as pieces of R x V, the seed that placed its rows, and what read them."""
+        """Each table as shards of R x V, with its placement seed and, if saved, its read counts."""
         entries = {}
         for path, table in self.named_modules():
             if not isinstance(table, ValueTable):
@@ -114,20 +114,20 @@ class ValueTables(MegatronModule):
 
 
 def register_tables(model: nn.Module, pools: dict[str, MemoryPool]) -> None:
-    """Make the tables that a model's memories read a part of the model; once for each chunk.
+    """Register the tables that the memory layers of a model read; call it once for each chunk.
 
     Args:
         model: the chunk, a GPTModel or HybridModel.
-        pools: as memory_layer_spec() or memory_stack_spec() returned them; there may be none.
+        pools: the pools that memory_layer_spec() or memory_stack_spec() returned; may be empty.
     """
     if pools:
         model.add_module(TABLES, ValueTables(model.config, pools))
 
 
 def counters(table: ValueTable) -> dict[str, Any]:
-    """The counters of a table, where it has them, as pieces of a checkpoint.
+    """The read counters of a table as shards for a checkpoint; empty if it has no counters.
 
-    Their keys are those of optimizer state, which whoever wants the model alone leaves out.
+    They have keys of optimizer state, so a program that loads only the model does not need them.
     """
     if (reads := table.reads) is None:
         return {}
@@ -142,20 +142,20 @@ def counters(table: ValueTable) -> dict[str, Any]:
 def build_pool(
     config: TransformerConfig, spec: MemorySpec, name: str, group: MemoryGroup
 ) -> MemoryPool:
-    """Tables spread over a memory group, kept out of Megatron's gradient buffers.
+    """A pool whose tables are sharded over a memory group and have no gradient in Megatron.
 
-    Their optimizer is their own: Megatron would allocate, reduce and gather dense gradients of it
-    all.
+    The tables have their own optimizer, because Megatron would allocate, reduce and gather dense
+    gradients of complete tables.
     """
     device = torch.cuda.current_device()
     pool = MemoryPool(spec, name, group, device=device, dtype=config.params_dtype)
     for weight in pool.tables.parameters():
         weight.requires_grad_(False)
-        # so that reports of sizes count every rank's piece
+        # so that Megatron's parameter counts add the shards of all ranks
         set_tensor_model_parallel_attributes(weight, True, 0, 1)
     return pool
 
 
-def sharing(group: ProcessGroup) -> ProcessGroup | None:
-    """The group, or None where there is nobody to share with: then nothing is ever sent."""
+def several_ranks(group: ProcessGroup) -> ProcessGroup | None:
+    """The group, or None if it has one rank, so that no collective is called."""
     return group if torch.distributed.get_world_size(group) > 1 else None

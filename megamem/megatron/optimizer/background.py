@@ -1,8 +1,8 @@
-"""Where the counters of rows read come from when a run starts.
+"""Loads the read counts that a run starts with.
 
---memory-background PATH    those of PATH
-a checkpoint to load        its own; zero where it has none, as it was converted or is older
-neither                     zero
+with --memory-background PATH    those in the checkpoint of PATH
+with a checkpoint to load        those in it; zero if it has none, as converted and older ones do
+with neither                     zero
 """
 
 import argparse
@@ -26,10 +26,10 @@ logger = logging.getLogger("megamem")
 def load_background(
     spec: MemorySpec, args: argparse.Namespace, tables: Mapping[str, ValueTable]
 ) -> None:
-    """Read the background's counters, and tell the tables which to look for in what is loaded next.
+    """Load the read counts of --memory-background, and decide whether --load supplies them instead.
 
-    Every rank must call it, before the checkpoint of --load is read; tables that find no counters
-    there keep those that they have.
+    All ranks must call it before the checkpoint of --load is read. Tables for which that checkpoint
+    has no read counts keep those that they have.
     """
     given = spec.background
     counted, folder = broadcast_from_rank0(
@@ -42,15 +42,15 @@ def load_background(
         read_counters(tables, Path(folder))
     elif spec.finetune_rows and not counted and dist.get_rank() == 0:
         logger.warning(
-            "--memory-finetune-rows %d: no counts of rows read come with %s, and there is no "
-            "--memory-background: rows are chosen by their share of a batch's lookups alone",
+            "--memory-finetune-rows %d: %s has no read counts and --memory-background is not "
+            "given, so rows are chosen only by their share of a batch's lookups",
             spec.finetune_rows,
-            f"--load {args.load}" if args.load else "a fresh model",
+            f"--load {args.load}" if args.load else "a new model",
         )
 
 
 def read_counters(tables: Mapping[str, ValueTable], folder: Path) -> None:
-    """Take over the counters of a checkpoint of the same tables, cut in any way; all ranks."""
+    """Load the read counts of the same tables from a checkpoint of any sharding; collective."""
     wanted: dict[str, Any] = {}
     for name, table in tables.items():
         wanted |= {f"{name}.{key}": part for key, part in counters(table).items()}

@@ -1,7 +1,8 @@
-"""The tables' optimizer as one member of Megatron's chained optimizer.
+"""The optimizer of the tables as a member of Megatron's chained optimizer.
 
-Megatron then asks it, with the rest, whether gradients are finite, what their norm is, to step, and
-what to save; it never sees the gradients themselves, which would cost passes over all of a table.
+Megatron asks every member whether its gradients are finite, what their norm is and what to save,
+and tells it to step. It never gets the gradients of the tables, as each operation on them would be
+a pass over complete tables.
 """
 
 import logging
@@ -24,25 +25,25 @@ from megamem.spec import OfModel
 logger = logging.getLogger("megamem")
 
 STATE = "memory_tables"
-"""Key of the tables' part in the optimizer's state dict."""
+"""Key of the tables in the state dict of the optimizer."""
 
 CLIP_EPS = 1e-6
-"""What Megatron adds to a norm before it divides by it."""
+"""Megatron adds this number to a norm before it divides by it."""
 
 
 def find_tables(chunks: Iterable[nn.Module]) -> dict[str, ValueTable]:
-    """Name -> table, of all tables in these model chunks."""
+    """All tables in these model chunks, by name."""
     modules = (module for chunk in chunks for module in chunk.modules())
     return {module.name: module for module in modules if isinstance(module, ValueTable)}
 
 
 class TableMember(MegatronOptimizer):
-    """Steps the tables when Megatron steps the model, and skips when Megatron must.
+    """Updates the tables when Megatron updates the model.
 
-    A batch whose table gradients are not finite on any one rank is skipped on all.
+    All ranks skip a batch if the gradient of a table is not finite on any rank.
 
-    Where the tables are finetuned sparsely, the gradient of a row that is not chosen must be
-    finite, too, but is in no norm.
+    In sparse memory finetuning the gradients of rows that are not chosen must be finite, too, but
+    they are not part of the norm.
     """
 
     optimizer: TableOptimizer
@@ -53,34 +54,34 @@ class TableMember(MegatronOptimizer):
         config: OptimizerConfig,
         *,
         data_ranks: int,
-        clip_apart: float | OfModel,
+        separate_clip: float | OfModel,
         loss_scale: Callable[[], Tensor],
         timeout: timedelta | None = None,
     ) -> None:
-        """Join the tables' optimizer to a run.
+        """Wrap the optimizer of the tables.
 
         Args:
-            optimizer: of this rank's tables.
-            config: Megatron's.
-            data_ranks: what the sum of gradients is divided by, as the mean over data-parallel and
-                context-parallel ranks is wanted; 1 where it is divided by tokens instead.
-            clip_apart: norm at which the tables' gradient is clipped by itself; "model": with the
-                model's.
-            loss_scale: that of the model.
-            timeout: of the collectives of all ranks; None is that of the backend.
+            optimizer: the optimizer of the tables on this rank.
+            config: Megatron's settings of the model's optimizer.
+            data_ranks: divisor of the summed gradients: the number of data-parallel and
+                context-parallel ranks, or 1 if the sum is divided by tokens instead.
+            separate_clip: norm to which the gradient of the tables is clipped separately; "model":
+                it is clipped with the gradient of the model.
+            loss_scale: returns the loss scale of the model.
+            timeout: time-out of collectives of all ranks; None for that of the backend.
         """
         super().__init__(optimizer, config)
         self.is_stub_optimizer = False
-        self.data_ranks, self.clip_apart = data_ranks, clip_apart
+        self.data_ranks, self.separate_clip = data_ranks, separate_clip
         self.loss_scale = loss_scale
         self.norm, self.scale = 0.0, 1.0
         self.squares: dict[str, Tensor] = {}
         self.found_inf = False
-        # a group of its own: the chain takes members with one group for members with one gradient
+        # a separate group, because the chain computes one norm for all members that share a group
         self.grad_stats_parallel_group: Any = dist.new_group(timeout=timeout)
 
     def get_parameters(self) -> list[nn.Parameter]:
-        """None that Megatron should clip: the tables' gradients are scaled as they are read."""
+        """An empty list, because step_with_ready_grads() clips the gradients of the tables."""
         return []
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -91,8 +92,8 @@ class TableMember(MegatronOptimizer):
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
-        """Sum replicas' gradients and take the norm; True if the batch must be skipped."""
-        # the model's members change their loss scale before anything steps
+        """Sum gradients over replicas and compute their norm; True if the batch must be skipped."""
+        # read now, because the members of the model change the loss scale before any member steps
         self.scale = 1.0 / (self.data_ranks * float(self.loss_scale()))
         self.optimizer.reduce()
         self.squares = by_table = self.optimizer.squared_norm()
@@ -117,14 +118,14 @@ class TableMember(MegatronOptimizer):
         return self.found_inf
 
     def get_grad_norm(self) -> float:
-        """Norm of all tables' gradients; 0 where they are clipped apart."""
-        return self.norm if self.clip_apart == "model" else 0.0
+        """Norm of the gradients of all tables; 0 if these are clipped separately."""
+        return self.norm if self.separate_clip == "model" else 0.0
 
     def has_grad_norm_group(self, grad_norm_group: str) -> bool:
         return False
 
     def get_grads_for_grad_norm(self, grad_norm_group: str | None = None) -> list[Tensor]:
-        """None: their norm is taken here."""
+        """An empty list, because get_grad_norm() returns the norm of the tables."""
         return []
 
     def count_zeros(self) -> float:
@@ -133,23 +134,26 @@ class TableMember(MegatronOptimizer):
         return float(zeros)
 
     def step_with_ready_grads(self, model_norm: float | None = None) -> bool:
-        """Update the tables.
+        """Update the tables; returns True.
 
         Args:
-            model_norm: of all gradients that are clipped together.
+            model_norm: norm of all gradients that are clipped together.
         """
         norm, limit = model_norm, self.config.clip_grad
         if self.optimizer.finetunes:
-            # nothing else is trained, so there is nothing else to be clipped with
+            # nothing else is trained, so the gradient of the tables is clipped alone
             norm = self.norm
-        if self.clip_apart != "model":
-            norm, limit = self.norm, self.clip_apart
+        if self.separate_clip != "model":
+            norm, limit = self.norm, self.separate_clip
         clip = min(1.0, limit / (norm + CLIP_EPS)) if limit > 0 and norm is not None else 1.0
         self.optimizer.step(self.scale * clip)
         return True
 
     def step(self) -> tuple[bool, float | None, float | None]:
-        """Step alone, as a chain of nothing else would."""
+        """Prepare the gradients and update the tables -> (updated, norm, None).
+
+        A chain calls the two parts separately.
+        """
         if self.prepare_grads():
             return False, None, None
         return self.step_with_ready_grads(self.norm), self.norm, None
@@ -158,46 +162,46 @@ class TableMember(MegatronOptimizer):
         self.optimizer.reload_masters()
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps made, and the learning rate and decay of the next."""
+        """The number of steps, and the parameter group without its parameters."""
         (group,) = self.optimizer.param_groups
         kept = {key: value for key, value in group.items() if key != "params"}
         return {"steps": self.optimizer.table_steps, "group": kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over state_dict()'s; tensors were loaded in place."""
+        """Restore what state_dict() returned; tensors have been loaded in place."""
         self.optimizer.table_steps = state_dict["steps"]
         (group,) = self.optimizer.param_groups
-        # the schedule of this run stays, as it does for the model's groups
+        # all other entries are those of this run, as in the groups of the model
         group |= {key: state_dict["group"][key] for key in ("lr", "weight_decay")}
 
     def sharded_state_dict(
         self, model_sharded_state_dict: Any, is_loading: bool = False, **how: Any
     ) -> dict[str, Any]:
-        """state_dict() and every state tensor as a piece of its table."""
-        pieces = {}
+        """state_dict(), and each state tensor as a shard of that of the complete table."""
+        shards = {}
         for name, table in self.optimizer.tables.items():
             state = self.optimizer.state[table.weight]
             for slot_name, slot in self.optimizer.slots_of(table).items():
                 key = state_key(name, slot_name)
-                pieces[key] = sharded_piece(
+                shards[key] = sharded_piece(
                     key, state[slot_name], table.shard, table.group.replica, slot.per_row
                 )
-        return {**self.state_dict(), "pieces": pieces}
+        return {**self.state_dict(), "pieces": shards}
 
 
 class ChainWithTables(ChainedOptimizer):
-    """Megatron's optimizer of the model, and the tables'.
+    """The optimizer of the model and that of the tables as one optimizer of Megatron.
 
-    In a checkpoint the model's part is as it would be without tables.
+    In a checkpoint the state of the model's optimizer is the same as without tables.
 
-    Where the tables are finetuned sparsely, the model's part never steps: its weights, their fp32
-    copies and their moments are saved as they were loaded. Its gradients still decide which batch
-    is skipped, and are in the norm that is logged.
+    In sparse memory finetuning the model's optimizer never steps, so weights, their fp32 copies and
+    moments are saved as they were loaded. Its gradients still decide whether a batch is skipped,
+    and are part of the logged norm.
     """
 
     def __init__(self, tables: TableMember, model: MegatronOptimizer) -> None:
         members = model.chained_optimizers if isinstance(model, ChainedOptimizer) else [model]
-        # the tables come first: a loss scale must not change before they have read it
+        # the tables come first, because they must read the loss scale before a member changes it
         super().__init__([tables, *members])
         self.tables, self.model = tables, model
         for member in members:
@@ -215,7 +219,7 @@ class ChainWithTables(ChainedOptimizer):
         return self._norm
 
     def step_with_ready_grads(self) -> bool:
-        """Update the model, then the tables; only the tables where these are finetuned sparsely."""
+        """Update the model and then the tables; in sparse memory finetuning only the tables."""
         if self.tables.optimizer.finetunes:
             return self.tables.step_with_ready_grads()
         updated = self.model.step_with_ready_grads()
@@ -234,7 +238,7 @@ class ChainWithTables(ChainedOptimizer):
         return found
 
     def _begin_moments(self) -> None:
-        """Megatron's Adam has moments from its first step on, and looks for them when it loads."""
+        """Make the moments of Megatron's Adam, which it expects in any checkpoint that it loads."""
         for member in self.chained_optimizers:
             begin = getattr(member, "init_state_fn", None)
             if member is not self.tables and begin is not None and member.optimizer is not None:
@@ -247,7 +251,7 @@ class ChainWithTables(ChainedOptimizer):
 
 
 def _also_when(tables: TableMember, update: Callable[[bool], None]) -> Callable[[bool], None]:
-    """A loss scaler's update that lowers the scale when the tables overflowed, too."""
+    """The update of a loss scaler that also lowers the scale if a table's gradient overflows."""
 
     def update_scale(found_inf: bool) -> None:
         update(bool(found_inf) or tables.found_inf)

@@ -1,4 +1,4 @@
-"""The tables' optimizer, built from Megatron's settings and joined to Megatron's own."""
+"""Builds the optimizer of the tables and joins it to that of the model."""
 
 import argparse
 from collections.abc import Callable
@@ -24,18 +24,18 @@ def with_memory(
     chunks: list[nn.Module],
     args: argparse.Namespace | None = None,
 ) -> MegatronOptimizer:
-    """Megatron's optimizer of the model and one of the tables, as one.
+    """One optimizer for the model and the tables of its memory layers.
 
-    Every rank must call this, with tables or without. What it returns takes the place of
-    `optimizer` in all that follows: the schedule of learning rates, the training loop, saving and
-    loading. Of a model without memories it is `optimizer` itself.
+    All ranks must call this, also those without tables. Use the result in place of `optimizer` from
+    then on: for the schedule of learning rates, the training loop, saving and loading. For a model
+    without memory layers it is `optimizer` itself.
 
     Args:
-        optimizer: of the rest of the model, as get_megatron_optimizer() returned it.
-        config: what that was made with.
+        optimizer: the optimizer of the model, as get_megatron_optimizer() returned it.
+        config: the settings that `optimizer` was made with.
         chunks: the model on this rank, as Megatron's DistributedDataParallel wraps it.
-        args: Megatron's, which say what checkpoint will be loaded. Only --memory-finetune-rows
-            needs them: it looks for read counts there.
+        args: Megatron's arguments, which name the checkpoint to load. Only --memory-finetune-rows
+            needs them, for the read counts in that checkpoint.
     """
     spec = spec_of_model(chunks)
     if spec is None:
@@ -54,13 +54,13 @@ def with_memory(
     if args is not None:
         load_background(spec, args, found)
     data_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    # where the loss is a sum over tokens, Megatron divides gradients by their number instead
+    # if the loss is a sum over tokens, Megatron divides gradients by the number of tokens instead
     per_token = any(getattr(chunk.config, "calculate_per_token_loss", False) for chunk in chunks)
     member = TableMember(
         tables,
         config,
         data_ranks=1 if per_token else data_ranks,
-        clip_apart=spec.clip_grad,
+        separate_clip=spec.clip_grad,
         loss_scale=optimizer.get_loss_scale,
         timeout=spec.timeout,
     )
@@ -75,17 +75,17 @@ def _reduces_in_fp32(chunks: list[nn.Module]) -> bool:
 
 
 def table_group(config: OptimizerConfig, spec: MemorySpec) -> dict[str, Any]:
-    """What Megatron's scheduler of learning rates and weight decay reads of a parameter group.
+    """The entries of a parameter group that Megatron's scheduler reads.
 
-    A scheduled rate runs from --memory-lr to the same fraction of it that --min-lr is of --lr. A
-    constant one is its own minimum, so that no decay style can lower it.
+    A scheduled learning rate decays from --memory-lr to --memory-lr * (--min-lr / --lr). A constant
+    one has itself as its minimum, so that no decay style lowers it.
     """
     group: dict[str, Any] = {
         "lr_mult": 1.0,
         "wd_mult": 1.0,
         "is_expert_parallel": False,
         "is_decoupled_lr": False,
-        # Megatron logs the learning rate of the groups that say True here
+        # Megatron logs the learning rate of groups for which this is True
         "default_config": False,
     }
     if spec.lr != "model":
@@ -99,7 +99,7 @@ def table_group(config: OptimizerConfig, spec: MemorySpec) -> dict[str, Any]:
 
 
 def _with_tables_of(chunk: nn.Module) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A chunk's scale_gradients() that also scales its tables' gradients, without touching them."""
+    """The scale_gradients() of a chunk, which also scales the gradients of its tables, lazily."""
 
     def with_tables(original: Callable[..., None]) -> Callable[..., None]:
         def scale_gradients(scaling_factor: float | torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Which table made a batch's loss or gradient not finite, said when Megatron skips the batch."""
+"""Logs which tables are not finite when Megatron skips a batch."""
 
 import logging
 from collections.abc import Iterable
@@ -12,19 +12,19 @@ from megamem.megatron.optimizer.chain import find_tables
 logger = logging.getLogger("megamem")
 
 BLOCK_BYTES = 64 << 20
-"""Of a table, looked at at once: no copy of it all."""
+"""Bytes of a table that are checked at once, so that no copy of all of it is made."""
 
 
 def report_broken(chunks: Iterable[nn.Module]) -> None:
-    """Log, on the rank that holds it, every table that is not finite. Reads whole tables."""
+    """Log every table on this rank that is not finite. This reads complete tables."""
     for name, table in find_tables(chunks).items():
         rows = broken_rows(table.weight)
         if len(rows):
             first = int(rows[0]) + table.shard.rows.start
             logger.error(
-                "rank %d: value table %s is not finite in %d of the %d rows here, the first is "
-                "row %d; no batch that reads it can be learnt from: stop, and go on from a "
-                "checkpoint of before",
+                "rank %d: value table %s is not finite in %d of the %d rows on this rank, first in "
+                "row %d; every batch that reads these rows is skipped. Stop the run and resume it "
+                "from an earlier checkpoint",
                 dist.get_rank(),
                 name,
                 len(rows),
@@ -34,9 +34,8 @@ def report_broken(chunks: Iterable[nn.Module]) -> None:
 
 
 @torch.no_grad()
-def broken_rows(values_rv: Tensor) -> Tensor:
-    """Rows, as indices, with a number that is not finite."""
-    step = max(1, BLOCK_BYTES // max(1, values_rv.shape[1] * values_rv.element_size()))
-    blocks = values_rv.split(step)
-    finite_r = torch.cat([block_bv.isfinite().all(1) for block_bv in blocks])
-    return (~finite_r).nonzero().flatten()
+def broken_rows(values: Tensor) -> Tensor:
+    """Indices of the rows of values [rows, width] that have a number that is not finite."""
+    step = max(1, BLOCK_BYTES // max(1, values.shape[1] * values.element_size()))
+    finite = torch.cat([block.isfinite().all(1) for block in values.split(step)])
+    return (~finite).nonzero().flatten()

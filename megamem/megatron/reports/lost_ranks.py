@@ -1,7 +1,7 @@
-"""A rank whose run ends while other ranks are connected: what it says, and that it leaves at once.
+"""Ends a rank that fails while other ranks are connected, at once and with a message.
 
-Python's way out takes process groups down. NCCL waits there for ranks that are gone or that wait
-themselves: a minute was seen, in which no scheduler knows that the rank has failed.
+When Python exits normally it destroys the process groups. NCCL then waits for ranks that are gone
+or wait themselves. A wait of a minute was seen, in which no scheduler knows that the rank failed.
 """
 
 import atexit
@@ -24,24 +24,27 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 SECONDS_TO_TIDY = 5.0
-"""What functions that run at exit are given, such as those of wandb, before the process ends."""
+"""Time that functions registered with atexit, such as those of wandb, get before the end."""
 
 INTERRUPTED = 130
-"""What shells say of a process that Ctrl-C ended."""
+"""The exit status that shells give a process that Ctrl-C ended."""
 
 SIGNS = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|broken pipe|timed? ?out|no route to host"
     r"|unreachable|read error|remote process exited|socket error",
     re.IGNORECASE,
 )
-"""What gloo, NCCL and the store say when a peer is gone or silent."""
+"""Words in the errors of gloo, NCCL and the store when another rank is gone or silent."""
 
 
 def end_process(error: BaseException, show: Callable[..., object]) -> None:
-    """Leave at once, as Python would have for this error; return where no ranks are connected.
+    """End the process at once, with the output and exit status that Python has for this error.
+
+    Returns if no other ranks are connected, or if the error is SystemExit with status 0.
 
     Args:
-        show: an excepthook, for what is not a SystemExit.
+        error: the exception that ends the process.
+        show: an excepthook, which is called unless the error is a SystemExit.
     """
     if not is_connected():
         return
@@ -57,18 +60,19 @@ def end_process(error: BaseException, show: Callable[..., object]) -> None:
         leave(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
 
 
-def finish_speaking() -> None:
-    """Let the first rank say what it has to say, which it does at once, though it is being ended.
+def finish_report() -> None:
+    """Let the first rank finish its report although torchrun is ending it.
 
-    torchrun tells all ranks to end a tenth of a second after one has died. The other ranks wait
-    before they speak, so that this is what silences them.
+    torchrun sends SIGTERM to all ranks a tenth of a second after one has died. The first rank
+    ignores it and reports at once. The other ranks wait before they report, so the signal ends them
+    first.
     """
     if dist.get_rank() == 0 and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def show_with(show: Callable[..., object], error: BaseException) -> None:
-    """Call an excepthook, which may be anybody's."""
+    """Call an excepthook; print the traceback if the hook itself fails."""
     try:
         show(type(error), error, error.__traceback__)
     except Exception:
@@ -76,19 +80,19 @@ def show_with(show: Callable[..., object], error: BaseException) -> None:
 
 
 def is_connected() -> bool:
-    """Whether there are process groups of several ranks, and nobody looks on in a debugger."""
+    """Whether there are process groups of several ranks, and the process is not in a debugger."""
     if sys.gettrace() is not None or sys.flags.interactive:
         return False
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def leave(status: int) -> NoReturn:
-    """End this process now, with what it has said where it belongs.
+    """Flush all output and end this process now.
 
-    What was registered to run at exit does run, for SECONDS_TO_TIDY.
+    Functions registered with atexit still run, for at most SECONDS_TO_TIDY.
     """
     _flush()
-    # a function that holds on to the interpreter would hold this one up, too, but not this timer
+    # this timer ends the process even if a function at exit never releases the interpreter lock
     with open(os.devnull, "w") as nowhere:
         faulthandler.dump_traceback_later(2 * SECONDS_TO_TIDY, exit=True, file=nowhere)
         tidying = threading.Thread(target=atexit._run_exitfuncs, daemon=True)
@@ -101,7 +105,7 @@ def leave(status: int) -> NoReturn:
 
 
 def _flush() -> None:
-    """Standard streams, logs, TensorBoard."""
+    """Flush logs, TensorBoard and the standard streams."""
     with contextlib.suppress(Exception):
         for handler in logging.root.handlers:
             handler.flush()
@@ -111,7 +115,7 @@ def _flush() -> None:
         if writer := get_tensorboard_writer():
             writer.flush()
     with contextlib.suppress(Exception):
-        # torch's excepthook collects what the one before it says, and would print it afterwards
+        # torch's excepthook redirects stderr to a buffer, which it would print only later
         if isinstance(sys.stderr, io.StringIO) and sys.__stderr__ is not None:
             sys.__stderr__.write(sys.stderr.getvalue())
             sys.stderr = sys.__stderr__
@@ -121,27 +125,27 @@ def _flush() -> None:
 
 
 def explain(error: BaseException) -> str | None:
-    """What happened and how to go on, or None where the error is about something else.
+    """A message about a lost rank and how to resume, or None if the error has another cause.
 
-    The backends of torch.distributed raise plain RuntimeErrors, known by their words.
+    The backends of torch.distributed raise plain RuntimeErrors, which are recognised by their text.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
     if not isinstance(error, RuntimeError):
         return None
-    said = _essence(str(error)) or type(error).__name__
-    if not isinstance(error, dist.DistError) and not SIGNS.search(said):
+    reason = _first_sentence(str(error)) or type(error).__name__
+    if not isinstance(error, dist.DistError) and not SIGNS.search(reason):
         return None
     return (
-        f"rank {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()} stopped: a "
-        f"collective failed ({said}). Another rank has died or cannot be reached within "
-        f"--distributed-timeout-minutes{_timeout()}: the log of the rank that failed first says "
-        f"why, or, where it says nothing, its host and its network. {_way_on()}"
+        f"rank {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()} stopped "
+        f"because a collective failed ({reason}). Another rank has died or did not answer within "
+        f"--distributed-timeout-minutes{_timeout()}. Look for the cause in the log of the rank "
+        f"that failed first; if there is none, check its host and its network. {_how_to_resume()}"
     )
 
 
-def _essence(message: str) -> str:
-    """The first sentence, without the place in a backend's source."""
+def _first_sentence(message: str) -> str:
+    """The first sentence of a message, without the source location of a backend."""
     first = (message.strip().splitlines() or [""])[0]
     return re.sub(r"^\[.*?:\d+\] ", "", first).split(". ")[0].rstrip(".")
 
@@ -151,7 +155,7 @@ def _args() -> Any:
 
     try:
         return get_args()
-    except AssertionError:  # Megatron has not read its command line yet
+    except AssertionError:  # Megatron has not parsed its command line yet
         return None
 
 
@@ -160,15 +164,15 @@ def _timeout() -> str:
     return f" {minutes}" if minutes is not None else ""
 
 
-def _way_on() -> str:
-    """Where the run would go on from."""
+def _how_to_resume() -> str:
+    """From which iteration the run can resume, as a sentence."""
     folder = getattr(_args(), "save", None)
     if not folder:
-        return "Without --save there is nothing to go on from."
+        return "The run cannot resume, because --save was not given."
     tracker = Path(folder) / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
-        return f"There is no checkpoint in --save {folder} yet."
+        return f"The run cannot resume, because --save {folder} holds no checkpoint yet."
     load = getattr(_args(), "load", None)
     same = load is not None and os.path.realpath(load) == os.path.realpath(folder)
     command = "The same command" if same else f"The same command with --load {folder}"
-    return f"{command} goes on after iteration {tracker.read_text().strip()}."
+    return f"{command} resumes after iteration {tracker.read_text().strip()}."

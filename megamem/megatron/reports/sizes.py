@@ -1,4 +1,4 @@
-"""What a run says about itself: parameters with the table, FLOPs without it."""
+"""FLOPs of a run with memory layers, and a line for its log about the size of its tables."""
 
 import argparse
 import copy
@@ -20,19 +20,27 @@ def with_memory_flops(
     *rest: Any,
     **more: Any,
 ) -> float:
-    """Megatron's FLOPs of a global batch, memories counted in place of what they replaced.
+    """FLOPs of a global batch: Megatron's count, with memories in place of feed-forwards.
 
-    What they replaced is found by asking Megatron's own count for a model whose feed-forwards have
-    no width.
+    The FLOPs of the replaced feed-forwards are the difference to Megatron's count for a model whose
+    feed-forwards have width 0.
+
+    Args:
+        count: Megatron's num_floating_point_operations.
+        spec: the spec of the run.
+        args: Megatron's arguments.
+        batch_size: number of sequences in a global batch.
+        rest: further positional arguments of `count`.
+        more: further keyword arguments of `count`.
     """
-    whole = count(copy.copy(args), batch_size, *rest, **more)
-    # the fourth argument, since 0.19, is how many tokens of the batch are real
+    total = count(copy.copy(args), batch_size, *rest, **more)
+    # since 0.19 the fourth argument is the number of tokens of the batch that are not padding
     tokens = more.get("total_real_tokens_in_batch", rest[1] if len(rest) > 1 else None)
     if tokens is None:
         tokens = batch_size * args.seq_length
     added = len(spec.layers) * layer_flops_per_token(spec) * tokens
     if spec.keep_ffn:
-        return whole + added
+        return total + added
 
     feed_forwards = compat.feed_forwards(args)
     replaced = 0.0
@@ -41,12 +49,12 @@ def with_memory_flops(
         gone = sum(layer in layers for layer in spec.layers)
         if gone:
             bare = count(compat.without_ffn(args, kind), batch_size, *rest, **more)
-            replaced += (whole - bare) * gone / len(layers)
-    return whole - replaced + added
+            replaced += (total - bare) * gone / len(layers)
+    return total - replaced + added
 
 
 def summary(spec: MemorySpec) -> str:
-    """One line about the memory layers of a run, for its log."""
+    """One line about the memory layers of a run for its log."""
     layers = ", ".join(map(str, spec.layers))
     names, shared = [use.name for use in variant_of(spec).tables], spec.pool == "shared"
     tables = "one shared table" if shared else "a table each"

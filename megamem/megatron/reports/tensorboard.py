@@ -1,7 +1,8 @@
-"""Shows what the memory of a run did: TensorBoard, wandb, and a line in the log.
+"""Reports how the memory of a run is used to TensorBoard, wandb and the log.
 
-Megatron's writers exist on its last rank alone, so all ranks sum and the last one writes: numbers
-every --tensorboard-log-interval, a line and pictures every --log-interval.
+Megatron's writers exist only on its last rank, so numbers are summed over all ranks and written
+there: scalars every --tensorboard-log-interval, pictures and a line in the log every
+--log-interval.
 """
 
 import argparse
@@ -28,19 +29,19 @@ from megamem.spec import MemorySpec
 
 TITLES = {
     "rows_used": "rows used (%)",
-    "kl_from_uniform": "KL of reads from uniform (nats)",
-    "top1_weight": "largest weight of a head",
+    "kl_from_uniform": "KL divergence of reads from uniform (nats)",
+    "top1_weight": "largest weight of a head (mean)",
     "score_entropy": "entropy of a head's weights (nats)",
     "gate_mean": "mean gate",
     "grad_norm": "gradient norm of the table",
-    "row_norm": "norm of a row",
+    "row_norm": "norm of a row (mean)",
     "learning_rate": "learning rate of the table",
     "trained_rows": "rows trained per step",
     "trained_lookups": "lookups that read a trained row (%)",
-    "shard_load": "lookups of the busiest rank / mean",
+    "shard_load": "lookups of the busiest rank / mean of ranks",
     "sent_megabytes": "MB sent per rank and iteration",
-    "lookup_ms": "lookup, forward (ms)",
-    "exchange_ms": "exchange that was waited for, forward (ms)",
+    "lookup_ms": "time of the lookup in forward (ms)",
+    "exchange_ms": "exposed communication in forward (ms)",
 }
 SUMMARY = ("rows_used", "kl_from_uniform", "score_entropy", "gate_mean")
 IN_CONSOLE = {
@@ -52,13 +53,13 @@ IN_CONSOLE = {
     "grad_norm": "table grad norm {:.3g}",
     "row_norm": "row norm {:.4g}",
     "trained_rows": "rows trained {:.4g}",
-    "trained_lookups": "by {:.1f}% of lookups",
+    "trained_lookups": "read by {:.1f}% of lookups",
     "shard_load": "shard load {:.2f}",
 }
 
 
 class TrainingMetrics:
-    """Measures the model that Megatron set up, and shows it when Megatron logs."""
+    """Measures the model that Megatron sets up, and reports whenever Megatron logs."""
 
     def __init__(self) -> None:
         self.metrics: Metrics | None = None
@@ -68,7 +69,7 @@ class TrainingMetrics:
         self.usage: dict[int, Tensor] = {}
 
     def watch(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """setup_model_and_optimizer that remembers what it returns."""
+        """A setup_model_and_optimizer() that also starts the measurement of what it returns."""
 
         def setup_model_and_optimizer(*rest: Any, **more: Any) -> Any:
             found = original(*rest, **more)
@@ -81,7 +82,7 @@ class TrainingMetrics:
         return setup_model_and_optimizer
 
     def log(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """training_log that shows the memory after the rest."""
+        """A training_log() that afterwards reports the memory."""
         signature = inspect.signature(original)
 
         def training_log(*rest: Any, **more: Any) -> Any:
@@ -93,7 +94,7 @@ class TrainingMetrics:
         return training_log
 
     def _attach(self, chunks: Iterable[nn.Module], optimizer: Any, spec: MemorySpec) -> None:
-        # a run that only evaluates has no tables' optimizer, and nothing to record
+        # a run that only evaluates has no optimizer of the tables, and nothing to record
         if not isinstance(optimizer, ChainWithTables):
             return
         watched = Watched(
@@ -163,53 +164,53 @@ class Writers:
             board.add_custom_scalars(layout())
 
     def scalars(self, scalars: dict[str, float], iteration: int) -> None:
-        """Every number under its name."""
+        """Write every number under its name."""
         if self.board is not None:
             for name, value in scalars.items():
                 self.board.add_scalar(name, value, iteration)
         if self.wandb is not None:
             self.wandb.log(scalars, iteration)
 
-    def pictures(self, layer: int, usage_PP: Tensor, num_keys: int, iteration: int) -> None:
-        """The usage map of a layer and the histogram of its cells; nothing if it read nothing."""
-        if self.board is None and self.wandb is None or not usage_PP.any():
+    def pictures(self, layer: int, usage: Tensor, num_keys: int, iteration: int) -> None:
+        """Write the usage map of a layer and the histogram of its cells, unless it read nothing."""
+        if self.board is None and self.wandb is None or not usage.any():
             return
-        load_PP = relative_load(usage_PP.cpu().numpy(), num_keys)
-        levels_C, edges = load_levels(load_PP)
+        load = relative_load(usage.cpu().numpy(), num_keys)
+        levels, edges = load_levels(load)
         if self.usage_map is None:
             self.usage_map = UsageMap(num_keys)
-        figure = self.usage_map.draw(load_PP, f"layer {layer}, iteration {iteration}")
+        figure = self.usage_map.draw(load, f"layer {layer}, iteration {iteration}")
         map_name = f"memory/usage_map/layer_{layer}"
         histogram_name = f"memory/log2_relative_load/layer_{layer}"
         if self.board is not None:
             self.board.add_figure(map_name, figure, iteration)
-            self.board.add_histogram(histogram_name, levels_C, iteration, bins=edges)
+            self.board.add_histogram(histogram_name, levels, iteration, bins=edges)
         if self.wandb is not None:
-            # wandb.Image looks for matplotlib.pyplot without importing it
+            # wandb.Image uses matplotlib.pyplot but does not import it
             importlib.import_module("matplotlib.pyplot")
-            histogram = self.wandb.Histogram(np_histogram=np.histogram(levels_C, edges))
+            histogram = self.wandb.Histogram(np_histogram=np.histogram(levels, edges))
             shown = {map_name: self.wandb.Image(figure), histogram_name: histogram}
             self.wandb.log(shown, iteration)
 
 
 def is_measured(spec: MemorySpec, args: argparse.Namespace) -> bool:
-    """Whether --memory-metrics is on for this command line; all ranks answer alike."""
+    """Whether --memory-metrics is on for this command line; the same on all ranks."""
     if spec.metrics == "auto":
         return bool(args.tensorboard_dir or getattr(args, "wandb_project", None))
     return spec.metrics == "on"
 
 
 def layout() -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's custom scalars: what matters on one page, all layers in one chart."""
+    """The layout of TensorBoard's custom scalars, with one chart for all layers or tables."""
     charts = {title: ["Multiline", [f"memory/{name}/.*"]] for name, title in TITLES.items()}
     first = {TITLES[name]: charts[TITLES[name]] for name in SUMMARY}
     first = {"loss": ["Multiline", ["^lm loss$"]], **first}
     rest = {title: chart for title, chart in charts.items() if title not in first}
-    return {"memory: is it used?": first, "memory: tables and ranks": rest}
+    return {"memory: how it is used": first, "memory: tables and ranks": rest}
 
 
 def console_line(scalars: dict[str, float]) -> str:
-    """The mean over layers and tables of what matters, in one line."""
+    """The numbers of IN_CONSOLE, as means over layers or tables, in one line."""
     words = []
     for name, text in IN_CONSOLE.items():
         values = [value for key, value in scalars.items() if key.split("/")[1] == name]

@@ -1,4 +1,4 @@
-"""What is refused at start-up, before anything is allocated, and what to do instead."""
+"""Refuses settings that memory layers do not work with, before anything is allocated."""
 
 import argparse
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from megamem.spec import MemorySpec
 
 @dataclass(frozen=True)
 class Refusal:
-    """An option of Megatron's that memory layers do not work with."""
+    """An option of Megatron that memory layers do not work with."""
 
     option: str
-    """As typed, with its value."""
+    """The flag, with its value if only that value is refused."""
 
     applies: Callable[[argparse.Namespace], bool]
     why: str
@@ -34,7 +34,7 @@ def _given(name: str) -> Callable[[argparse.Namespace], bool]:
 
 
 def _captures_memory(args: argparse.Namespace) -> bool:
-    """CUDA graphs that would hold a memory layer; those of attention alone would not."""
+    """Whether CUDA graphs would capture a memory layer; graphs of attention only would not."""
     if getattr(args, "cuda_graph_impl", "none") in (None, "none"):
         return bool(getattr(args, "enable_cuda_graph", False))
     parts = getattr(args, "cuda_graph_modules", None) or getattr(args, "cuda_graph_scope", None)
@@ -51,7 +51,7 @@ def _recomputes_in_low_precision(module: str) -> Callable[[argparse.Namespace], 
 
 
 def _recomputes_memory_in_low_precision(args: argparse.Namespace) -> bool:
-    """Unless a feed-forward stays: what Transformer Engine recomputes must hold layers of its."""
+    """Whether an MLP without layers of Transformer Engine is recomputed in low precision."""
     kept = getattr(args, "memory_keep_ffn", False)
     return not kept and _recomputes_in_low_precision("mlp")(args)
 
@@ -60,97 +60,97 @@ REFUSALS = (
     Refusal(
         "--mtp-num-layers",
         _given("mtp_num_layers"),
-        "multi-token-prediction layers are built from the last decoder layer",
+        "its layers are built from the spec of the last decoder layer, which may be a memory layer",
         "drop it",
     ),
     Refusal(
         "--use-megatron-fsdp",
         _given("use_megatron_fsdp"),
-        "it would flatten the value table and gather it whole on every rank",
-        "use --use-distributed-optimizer, which leaves the table sharded by rows",
+        "it would flatten the value table and gather all of it on every rank",
+        "use --use-distributed-optimizer, with which the table stays sharded",
     ),
     Refusal(
         "--use-torch-fsdp2",
         _given("use_torch_fsdp2"),
-        "it would gather the value table whole on every rank",
-        "use --use-distributed-optimizer, which leaves the table sharded by rows",
+        "it would gather all of the value table on every rank",
+        "use --use-distributed-optimizer, with which the table stays sharded",
     ),
     Refusal(
         "--cuda-graph-impl",
         _captures_memory,
-        "a memory layer cannot be captured",
+        "a memory layer cannot be captured in a graph",
         "use --cuda-graph-impl transformer_engine with --cuda-graph-modules attn, or drop it",
     ),
     Refusal(
         "--fp8-param-gather",
         _given("fp8_param_gather"),
-        "the value table has no fp8 form",
-        "drop it; fp8 without it works, and leaves memory layers in bf16",
+        "the value table cannot be stored in fp8",
+        "drop it; fp8 works without it, with memory layers in bf16",
     ),
     Refusal(
         "--fp4-param-gather",
         _given("fp4_param_gather"),
-        "the value table has no fp4 form",
-        "drop it; fp4 without it works, and leaves memory layers in bf16",
+        "the value table cannot be stored in fp4",
+        "drop it; fp4 works without it, with memory layers in bf16",
     ),
     Refusal(
         "--recompute-modules layernorm in fp8 or fp4",
         _recomputes_in_low_precision("layernorm"),
-        "a memory layer has no linear_fc1 to keep the norm's input for",
+        "it saves the input of the norm for linear_fc1, which a memory layer does not have",
         "drop layernorm from --recompute-modules",
     ),
     Refusal(
         "--recompute-modules mlp in fp8 or fp4",
         _recomputes_memory_in_low_precision,
-        "Transformer Engine recomputes only what holds layers of its own",
+        "Transformer Engine recomputes only modules that contain layers of its own",
         "drop mlp from --recompute-modules, or recompute all with --recompute-granularity full",
     ),
     Refusal(
         "--overlap-moe-expert-parallel-comm",
         _given("overlap_moe_expert_parallel_comm"),
-        "it interleaves the layers of two microbatches",
+        "it interleaves the layers of two microbatches, which a memory layer does not support",
         "drop it",
     ),
     Refusal(
         "--delay-wgrad-compute",
         _given("delay_wgrad_compute"),
-        "a memory layer has no separate weight-gradient step",
+        "a memory layer does not compute its weight gradients in a separate step",
         "drop it",
     ),
     Refusal(
         "--inference-fuse-tp-communication",
         _given("inference_fuse_tp_communication"),
-        "it reaches into the linears of an MLP, which a memory does not have",
+        "it uses the linear layers of an MLP, which a memory layer does not have",
         "drop it",
     ),
     Refusal(
         "--transformer-impl inference_optimized",
         lambda args: getattr(args, "transformer_impl", "") == "inference_optimized",
-        "its fused layers reach into the linears of an MLP, which a memory does not have",
-        "use transformer_engine or local",
+        "its fused layers use the linear layers of an MLP, which a memory layer does not have",
+        "use --transformer-impl transformer_engine or local",
     ),
     Refusal(
         "--heterogeneous-layers-config-path",
         _given("heterogeneous_layers_config_path"),
-        "its layers have configurations of their own",
+        "it gives each layer its own configuration",
         "drop it",
     ),
     Refusal(
         "--hybrid-layer-pattern",
         lambda args: _given("hybrid_layer_pattern")(args) and compat.HybridModel is None,
-        "this release of Megatron-Core builds such models in another way",
-        "use Megatron-Core 0.18 or later, or describe the model by --num-layers",
+        "this release of Megatron-Core has no HybridModel",
+        "use Megatron-Core 0.18 or later, or a model with --num-layers",
     ),
     Refusal(
         "hyper-connections",
         lambda args: _given("enable_hyper_connections")(args) or _given("enable_mhc")(args),
-        "they replace the transformer layer that a memory sits in",
+        "they replace the transformer layer that contains the memory layer",
         "drop them",
     ),
     Refusal(
         "--tensor-parallel-num-weight-shards",
         lambda args: getattr(args, "gtp_weight_remat_size", 1) > 1,
-        "it cuts weights that memory layers hold whole",
+        "it shards weights that memory layers keep complete on each rank",
         "drop it",
     ),
     Refusal(
@@ -169,65 +169,65 @@ REFUSALS = (
         "use --ckpt-format torch_dist",
     ),
 )
-"""In the order in which they are reported."""
+"""All options of Megatron that are refused, in the order in which they are reported."""
 
 
 def check(spec: MemorySpec, args: argparse.Namespace) -> None:
-    """Refuse what cannot work, all of it in one error.
+    """Refuse everything that cannot work, in one error.
 
     Args:
-        spec: of the run.
-        args: Megatron's, validated by Megatron.
+        spec: the spec of the run.
+        args: the arguments of Megatron, validated by Megatron.
 
     Raises:
-        ConfigurationError: names each flag, its value and the fix.
+        ConfigurationError: something cannot work; the message names flags, values and fixes.
     """
     ConfigurationError.collect([said for problems in CHECKS for said in problems(spec, args)])
 
 
 def refusal_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
-    """Options of Megatron's that memory layers do not work with."""
+    """A sentence for each option of Megatron that memory layers do not work with."""
     return [refusal.message() for refusal in REFUSALS if refusal.applies(args)]
 
 
 def depth_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
-    """Layers that the model does not have."""
+    """A sentence if --memory-layers names layers that the model does not have."""
     beyond = [layer for layer in spec.layers if layer >= args.num_layers]
     if not beyond:
         return []
     return [
         f"--memory-layers {_words(beyond)} is out of range: layers are counted from 0, and "
-        f"--num-layers {args.num_layers} ends at layer {args.num_layers - 1}."
+        f"with --num-layers {args.num_layers} the last is layer {args.num_layers - 1}."
     ]
 
 
 def pool_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
-    """A shared table must lie where all its layers are."""
+    """A sentence if the layers that share a table are on different pipeline stages."""
     stages = args.pipeline_model_parallel_size
-    # of a model that cannot be built, no layer has a stage
-    hopeless = refusal_problems(spec, args) or depth_problems(spec, args)
-    if spec.pool != "shared" or stages == 1 or hopeless:
+    # the layers of a model that cannot be built are on no stage
+    cannot_be_built = refusal_problems(spec, args) or depth_problems(spec, args)
+    if spec.pool != "shared" or stages == 1 or cannot_be_built:
         return []
-    config = compat.CONFIG_ROOM.core_transformer_config_from_args(args)
-    homes_of: dict[int, tuple[int, int | None]] = {}
+    config = compat.CONFIG_MODULE.core_transformer_config_from_args(args)
+    stage_of: dict[int, tuple[int, int | None]] = {}
     for pp_rank in range(stages):
         for vp_stage in range(args.virtual_pipeline_model_parallel_size or 1):
             virtual = vp_stage if args.virtual_pipeline_model_parallel_size else None
             for layer in _layers_of(args, config, virtual, pp_rank):
-                homes_of[layer] = (pp_rank, virtual)
-    homes = {layer: homes_of[layer] for layer in spec.layers}
-    if len(set(homes.values())) == 1:
+                stage_of[layer] = (pp_rank, virtual)
+    used = {layer: stage_of[layer] for layer in spec.layers}
+    if len(set(used.values())) == 1:
         return []
 
-    def name(home: tuple[int, int | None]) -> str:
-        pp_rank, virtual = home
+    def name(stage: tuple[int, int | None]) -> str:
+        pp_rank, virtual = stage
         return f"stage {pp_rank}" + (f", virtual stage {virtual}" if virtual is not None else "")
 
-    where = "; ".join(f"layer {layer} on {name(home)}" for layer, home in homes.items())
+    where = "; ".join(f"layer {layer} on {name(stage)}" for layer, stage in used.items())
     return [
         f"--memory-pool shared needs all --memory-layers on one pipeline stage, but "
         f"--pipeline-model-parallel-size {stages} puts {where}; choose layers of one stage, or "
-        "give each its own table with --memory-pool layer."
+        "give each layer its own table with --memory-pool layer."
     ]
 
 
@@ -248,7 +248,7 @@ def _layers_of(
 
 
 def pattern_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
-    """A memory takes the place of a feed-forward, which not every layer of a hybrid model has."""
+    """A sentence if --memory-layers names layers of a hybrid model that are no feed-forwards."""
     kinds = compat.feed_forwards(args)
     wrong = [n for n in spec.layers if n < len(kinds) and not kinds[n]]
     if not wrong:
@@ -262,6 +262,7 @@ def pattern_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
 
 
 def ffn_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
+    """A sentence if --memory-keep-ffn would have to keep a mixture of experts."""
     if not spec.keep_ffn:
         return []
     kinds = compat.feed_forwards(args)
@@ -271,8 +272,8 @@ def ffn_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
     pattern = getattr(args, "hybrid_layer_pattern", None)
     chosen_by = "--hybrid-layer-pattern" if pattern else "--moe-layer-freq"
     return [
-        f"--memory-keep-ffn keeps a feed-forward, but {chosen_by} makes layer {_words(mixed)} a "
-        "mixture of experts; drop --memory-keep-ffn or choose dense layers."
+        f"--memory-keep-ffn keeps a dense feed-forward, but {chosen_by} makes layer "
+        f"{_words(mixed)} a mixture of experts; drop --memory-keep-ffn or choose dense layers."
     ]
 
 
@@ -281,22 +282,23 @@ def _words(numbers: list[int]) -> str:
 
 
 def optimizer_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
+    """A sentence for each setting of the tables' optimizer that lacks another one."""
     problems = []
     if spec.lr_schedule == "constant" and spec.lr == "model":
         problems.append(
-            "--memory-lr-schedule constant needs a rate to stay at; add --memory-lr, such as "
-            f"--memory-lr {getattr(args, 'lr', None) or 1e-3}."
+            "--memory-lr-schedule constant needs a learning rate of its own; add --memory-lr, such "
+            f"as --memory-lr {getattr(args, 'lr', None) or 1e-3}."
         )
     if spec.stochastic_rounding and not args.bf16:
         problems.append(
             "--memory-stochastic-rounding rounds to bf16, but the model is not in bf16; add --bf16 "
-            "or drop it."
+            "or drop --memory-stochastic-rounding."
         )
     return problems
 
 
 def form_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
-    """The environment is read at the first lookup; here, so that a wrong name costs no start."""
+    """A sentence if the environment selects a form of a kernel that does not exist."""
     try:
         forms.selected()
     except ValueError as error:
@@ -305,13 +307,13 @@ def form_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
 
 
 def finetune_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
-    """What would change without a step of any optimizer."""
+    """A sentence if a part of the model would change although --memory-finetune-rows freezes it."""
     rows = spec.finetune_rows
     if not rows or not getattr(args, "moe_router_enable_expert_bias", False):
         return []
     return [
         f"--memory-finetune-rows {rows} freezes the model, but --moe-router-enable-expert-bias "
-        "moves the experts' biases at every step; drop it."
+        "changes the biases of the experts at every step; drop it."
     ]
 
 
@@ -327,4 +329,4 @@ CHECKS: tuple[Callable[[MemorySpec, argparse.Namespace], list[str]], ...] = (
     finetune_problems,
     form_problems,
 )
-"""(spec, validated args) -> a sentence for everything that cannot work."""
+"""Functions of (spec, validated args) that return a sentence for each thing that cannot work."""

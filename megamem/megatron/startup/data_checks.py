@@ -1,11 +1,11 @@
-"""Whether the files that --data-path and its kin name are whole, told from a few bytes of each.
+"""Checks that the files named by --data-path and similar flags are complete, from a few bytes.
 
-A dataset is two files: PREFIX.bin holds the tokens, PREFIX.idx says where each sequence lies:
+A dataset has two files. PREFIX.bin holds the tokens, PREFIX.idx the place of each sequence:
 
     magic 9 B | version 8 B | dtype 1 B | sequences 8 B | documents 8 B
     lengths 4 B each sequence | pointers 8 B each sequence | documents 8 B each [| modes 1 B each]
 
-The last length and pointer tell how long PREFIX.bin must be.
+The last length and the last pointer give the size of PREFIX.bin.
 """
 
 import argparse
@@ -30,12 +30,12 @@ FILE_FLAGS = ("data_args_path", "per_split_data_args_path")
 
 
 class DataProblemError(Exception):
-    """What is wrong with one dataset, as a sentence without the dataset's name."""
+    """A dataset cannot be read; the message does not name the dataset."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """What an .idx file says of itself and of its .bin file."""
+    """What the header of an .idx file says about it and about its .bin file."""
 
     token_bytes: int
     num_sequences: int
@@ -43,12 +43,12 @@ class Index:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the .idx file without the optional modes."""
+        """Size of the .idx file in bytes, without the optional modes."""
         tables = self.num_sequences * (LENGTH.size + POINTER.size)
         return HEADER.size + tables + self.num_documents * POINTER.size
 
     def data_bytes(self, stream: BinaryIO) -> int:
-        """Size of the .bin file: where the last sequence begins, and its length."""
+        """Size of the .bin file in bytes: the offset of the last sequence plus its length."""
         lengths_end = HEADER.size + self.num_sequences * LENGTH.size
         stream.seek(lengths_end - LENGTH.size)
         (length,) = LENGTH.unpack(stream.read(LENGTH.size))
@@ -58,7 +58,7 @@ class Index:
 
 
 def data_problems(spec: MemorySpec | None, args: argparse.Namespace) -> list[str]:
-    """One sentence for every dataset on the command line that cannot be read, as seen from here."""
+    """A sentence for each dataset on the command line that this rank cannot read."""
     if args.mock_data:
         return []
     problems = []
@@ -75,10 +75,10 @@ def data_problems(spec: MemorySpec | None, args: argparse.Namespace) -> list[str
 
 
 def check_dataset(prefix: str) -> None:
-    """Compare PREFIX.idx with itself and with PREFIX.bin.
+    """Check the sizes of PREFIX.idx and PREFIX.bin against the header of PREFIX.idx.
 
     Raises:
-        DataProblemError: they are missing, cut short or of different datasets.
+        DataProblemError: a file is missing or truncated, or the two do not belong together.
     """
     if "://" in prefix:
         return  # object storage: Megatron fetches it first
@@ -90,19 +90,20 @@ def check_dataset(prefix: str) -> None:
         index = _read_header(stream, size)
         if size < index.num_bytes:
             raise DataProblemError(
-                f"the .idx file is cut short: {size} bytes of {index.num_bytes}; build it again"
+                f"the .idx file is truncated: it has {size} of {index.num_bytes} bytes; build it "
+                "again"
             )
         if size not in (index.num_bytes, index.num_bytes + index.num_sequences):
             raise DataProblemError(
-                f"the .idx file has {size} bytes where its header says {index.num_bytes}; "
-                "build it again"
+                f"the .idx file has {size} bytes, but by its header it should have "
+                f"{index.num_bytes}; build it again"
             )
         expected = index.data_bytes(stream)
     found = os.path.getsize(prefix + ".bin")
     if found != expected:
         raise DataProblemError(
-            f"the .bin file has {found} bytes where the .idx file says {expected}: it is cut short "
-            "or belongs to another index; build or copy both again"
+            f"the .bin file has {found} bytes, but by the .idx file it should have {expected}: it "
+            "is truncated or belongs to another .idx file; build or copy both files again"
         )
 
 
@@ -110,25 +111,30 @@ def _read_header(stream: BinaryIO, size: int) -> Index:
     header = stream.read(HEADER.size)
     if not header.startswith(MAGIC):
         raise DataProblemError(
-            "the .idx file is not an index of Megatron's: it does not begin with MMIDIDX"
+            "the .idx file is not an index of Megatron, because it does not begin with MMIDIDX; "
+            "build it with Megatron's tools/preprocess_data.py"
         )
     if len(header) < HEADER.size:
-        raise DataProblemError(f"the .idx file ends within its header, after {size} bytes")
+        raise DataProblemError(
+            f"the .idx file is truncated: it has only {size} bytes; build it again"
+        )
     _, version, code, num_sequences, num_documents = HEADER.unpack(header)
     if version != VERSION:
-        raise DataProblemError(f"the .idx file is of version {version}, Megatron reads {VERSION}")
+        raise DataProblemError(
+            f"the .idx file has version {version}, but Megatron reads {VERSION}; build it again"
+        )
     if code not in {dtype.value for dtype in DType}:
-        raise DataProblemError(f"the .idx file names a token type, {code}, that does not exist")
+        raise DataProblemError(f"the .idx file has the unknown token type {code}; build it again")
     if not num_sequences:
-        raise DataProblemError("it holds no sequences")
+        raise DataProblemError("the dataset has no sequences; build it from text that is not empty")
     return Index(DType.size(code), num_sequences, num_documents)
 
 
 def _advice(prefix: str) -> str:
     if prefix.endswith((".idx", ".bin")):
-        return f"give the path without its ending: {prefix[:-4]}"
+        return f"give the path without its suffix: {prefix[:-4]}"
     if _is_weight(prefix):
-        return "a weight stands before each prefix or before none"
+        return "give a weight before each prefix or before none of them"
     near = sorted(Path(prefix).parent.glob(Path(prefix).name + "*.idx"))
     if near:
         return f"did you mean {', '.join(str(path)[:-4] for path in near[:3])}?"
@@ -136,7 +142,7 @@ def _advice(prefix: str) -> str:
 
 
 def _blends(args: argparse.Namespace) -> Iterator[tuple[str, list[str] | DataProblemError]]:
-    """Each flag that names datasets, with its words: prefixes, or weights and prefixes."""
+    """Each flag that names datasets, with its values: prefixes, or weights and prefixes."""
     for name in BLEND_FLAGS:
         if words := getattr(args, name, None):
             yield _flag(name), words
@@ -153,7 +159,7 @@ def _blends(args: argparse.Namespace) -> Iterator[tuple[str, list[str] | DataPro
 
 
 def _prefixes(words: list[str]) -> list[str]:
-    """The prefixes of a blend, by Megatron's rule: weights stand at the even places or nowhere."""
+    """The prefixes of a blend; as in Megatron, each of them has a weight before it or none has."""
     weighted = len(words) % 2 == 0 and all(_is_weight(word) for word in words[::2])
     return words[1::2] if weighted else words
 

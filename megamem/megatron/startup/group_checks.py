@@ -1,4 +1,4 @@
-"""What a memory group that is wider than the tensor-parallel group does not work with."""
+"""Options that do not work if the memory group is not the tensor-parallel group."""
 
 import argparse
 
@@ -8,24 +8,24 @@ REFUSED = (
     (
         "log_params_norm",
         "--log-params-norm",
-        "it takes the table for spread over the tensor-parallel ranks",
+        "it assumes that tables are sharded over the tensor-parallel ranks",
     ),
     (
         "data_parallel_random_init",
         "--data-parallel-random-init",
-        "it would copy one data-parallel rank's rows over the others'",
+        "it would overwrite the rows of all data-parallel ranks with those of one of them",
     ),
     (
         "check_weight_hash_across_dp_replicas_interval",
         "--check-weight-hash-across-dp-replicas-interval",
-        "data-parallel ranks hold different rows",
+        "it compares data-parallel ranks, which hold different rows",
     ),
 )
-"""Name in args, flag, reason."""
+"""(name in args, flag, reason)."""
 
 
 def group_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
-    """A sentence for every option that takes the tables for Megatron's own."""
+    """A sentence for each option that assumes another sharding of the tables."""
     size = spec.layout.group_size
     if size == args.tensor_model_parallel_size:
         return []

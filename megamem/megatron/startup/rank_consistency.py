@@ -1,4 +1,4 @@
-"""What all ranks must know alike before anything is allocated: flags, and what one of them read."""
+"""Compares the flags of all ranks at start, and shares what one rank has read with all."""
 
 import argparse
 import json
@@ -13,18 +13,18 @@ from megamem.config import MemoryConfig, flag
 from megamem.spec import MemorySpec
 
 FLAGS, VERDICT = "megamem/flags/{}", "megamem/flags/verdict"
-"""Keys in the store that the ranks met at."""
+"""Keys in the store of torch.distributed."""
 GRACE = timedelta(seconds=10)
+"""How much longer the other ranks wait, as the first may have begun to wait later than they."""
 
 
 def differing_flags(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
-    """A sentence for every flag that ranks disagree about, the same list on every rank.
+    """A sentence for each flag that is not the same on all ranks; all ranks return the same list.
 
-    Ranks that disagree would otherwise wait for each other forever, or mix up tables of different
-    shapes. The first rank compares what each put into the store. It is no collective, as ranks
-    without --memory-layers do not come here; these are found by their silence.
-
-    It waits for the other ranks as long as their collectives would.
+    Ranks with different flags could wait for each other forever, or exchange rows of tables with
+    different shapes. Each rank puts its flags into the store and the first compares them. This is
+    not a collective, because ranks without --memory-layers do not take part. These are found
+    because they put nothing into the store within --distributed-timeout-minutes.
     """
     if not dist.is_initialized():
         return []
@@ -33,7 +33,6 @@ def differing_flags(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
     store.set(FLAGS.format(rank), json.dumps(_settings(spec, args)))
     if rank != 0:
         try:
-            # the first may have begun to wait a little later
             store.wait([VERDICT], patience + min(patience, GRACE))
         except RuntimeError:
             return [silent([0], patience)]
@@ -41,7 +40,7 @@ def differing_flags(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
     keys = [FLAGS.format(other) for other in range(dist.get_world_size())]
     try:
         store.wait(keys, patience)
-    except RuntimeError:  # each kind of store has a time-out of its own below this
+    except RuntimeError:  # a subclass of RuntimeError that depends on the kind of store
         found = [silent([n for n, key in enumerate(keys) if not store.check([key])], patience)]
     else:
         found = describe([json.loads(text) for text in store.multi_get(keys)])
@@ -50,7 +49,7 @@ def differing_flags(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
 
 
 def _settings(spec: MemorySpec, args: argparse.Namespace) -> dict[str, Any]:
-    """Name of a flag -> its value; of the layout, what it came to on this rank."""
+    """Name of each field -> its value; the layout is the one that this rank has resolved."""
     layout = spec.layout
     return MemoryConfig.from_args(args).to_dict() | {
         "memory_mode": layout.mode,
@@ -60,18 +59,18 @@ def _settings(spec: MemorySpec, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def silent(ranks: list[int], patience: timedelta) -> str:
-    """What is known of ranks that did not say how they were started."""
+    """The sentence about ranks that did not report their flags in time."""
     minutes = f"{patience.total_seconds() / 60:g}"
     return (
-        f"--memory-layers is given here, but {_ranks(ranks)} did not say so within "
-        f"--distributed-timeout-minutes {minutes}; start every rank with the same flags."
+        f"--memory-layers is given on this rank, but {_ranks(ranks)} did not report memory flags "
+        f"within --distributed-timeout-minutes {minutes}; start every rank with the same flags."
     )
 
 
 def broadcast_from_rank0(look: Callable[[], Any]) -> Any:
-    """look() of rank 0, on every rank: one reads a file system, so that a thousand do not.
+    """The result of look() on rank 0, on all ranks; collective.
 
-    Each rank must call this.
+    Only one rank then reads from the file system.
     """
     found = [look() if dist.get_rank() == 0 else None]
     device = torch.device("cpu" if dist.get_backend() == "gloo" else "cuda")
@@ -79,16 +78,20 @@ def broadcast_from_rank0(look: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def describe(everybody: list[dict[str, Any]]) -> list[str]:
-    """A sentence for every setting that is not the same in all of these, given by rank."""
+def describe(by_rank: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each setting that is not the same for all ranks.
+
+    Args:
+        by_rank: the settings of each rank, in the order of ranks.
+    """
     found = []
-    for name in everybody[0]:
+    for name in by_rank[0]:
         values: dict[str, list[int]] = {}
-        for rank, settings in enumerate(everybody):
+        for rank, settings in enumerate(by_rank):
             values.setdefault(_shown(settings[name]), []).append(rank)
         if len(values) > 1:
-            told = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in values.items())
-            found.append(f"{flag(name)} differs: {told}; start every rank with the same flags.")
+            shown = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in values.items())
+            found.append(f"{flag(name)} differs: {shown}; start every rank with the same flags.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Whether the checkpoints a run starts from fit its flags; asked before anything is allocated."""
+"""Checks that the checkpoints a run starts from fit its flags, before anything is allocated."""
 
 import argparse
 from collections.abc import Iterable
@@ -25,10 +25,10 @@ from megamem.spec import MemorySpec
 
 
 def checkpoint_problems(spec: MemorySpec | None, args: argparse.Namespace) -> list[str]:
-    """A sentence for everything in checkpoints of --load and --memory-background that does not fit.
+    """A sentence for each way in which --load or --memory-background does not fit the flags.
 
-    Reads shapes and seeds only. A --load without a checkpoint is no problem: Megatron starts afresh
-    there.
+    Only shapes and seeds are read. A --load folder without a checkpoint is accepted, because
+    Megatron then starts from scratch.
     """
     found = background_problems(spec) if spec is not None else []
     return found + _load_problems(spec, args)
@@ -40,55 +40,59 @@ def _load_problems(spec: MemorySpec | None, args: argparse.Namespace) -> list[st
         if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
             return []
         saved = saved_shapes(folder)
-    except Exception as error:  # whatever a damaged file makes of itself
+    except Exception as error:  # a damaged file may raise any exception
         return [
-            f"--load {args.load} cannot be read ({type(error).__name__}: {error}); it may be "
-            "damaged: use an earlier iteration with --ckpt-step."
+            f"--load {args.load} cannot be read ({type(error).__name__}: {error}) and may be "
+            "damaged; load an earlier iteration with --ckpt-step."
         ]
     if found := compare(saved, spec, str(folder)):
         return found
     if spec is None:
         return []
     found = placement_problems(read_placements(saved, folder), spec, str(folder))
-    # a release, as converters write, never has an optimizer; a pretrained checkpoint's is not read
-    afresh = folder.name == "release" or not folder.is_relative_to(args.load or folder / "none")
-    resumes = not (args.finetune or args.no_load_optim or afresh)
+    # a "release" of a converter has no optimizer, and that of --pretrained-checkpoint is not loaded
+    without_optimizer = folder.name == "release" or not folder.is_relative_to(
+        args.load or folder / "none"
+    )
+    resumes = not (args.finetune or args.no_load_optim or without_optimizer)
     return found + (state_problems(saved, spec, args, str(folder)) if resumes else [])
 
 
 def background_problems(spec: MemorySpec) -> list[str]:
-    """A sentence where --memory-background has no counters of this run's tables."""
+    """A sentence if --memory-background has no read counts for the tables of this run."""
     path = spec.background
     if not path:
         return []
     named = f"--memory-background {path}"
     folder = latest_folder(path)
     if folder is None:
-        return [f"{named} holds no checkpoint; name the folder of one, as for --load."]
+        return [f"{named} holds no checkpoint; give the folder of one, as for --load."]
     try:
         saved = saved_shapes(folder)
     except Exception as error:
-        return [f"{named} cannot be read ({type(error).__name__}: {error}); name another."]
+        return [
+            f"{named} cannot be read ({type(error).__name__}: {error}); give another checkpoint."
+        ]
     for name in table_names(spec):
         shape = saved.get(state_key(name, HITS))
         if shape is None:
             return [
-                f"{named} has no counts of the rows that table {name} was read at: it was saved "
-                "before megamem kept them, converted, or trained with other memories; name a "
-                "checkpoint of a run that counted, or drop it to use the counts of --load."
+                f"{named} has no read counts for table {name}, because it was saved by an older "
+                "megamem, was converted, or has other tables; give a checkpoint of a training run "
+                "with the same tables, or drop --memory-background to use those of --load."
             ]
         if shape != (spec.num_rows,):
             return [
-                f"{named} counts {shape[0]:,} rows of table {name}, but --memory-num-keys "
-                f"{spec.num_keys} asks for {spec.num_rows:,}; name a checkpoint of the "
-                "same model."
+                f"{named} has read counts for {shape[0]:,} rows of table {name}, but "
+                f"--memory-num-keys {spec.num_keys} means {spec.num_rows:,} rows; give a "
+                "checkpoint of the same model."
             ]
     seeds = read_placements(saved, folder)
     return placement_problems(seeds, spec, str(folder), "--memory-background")
 
 
 def has_counters(spec: MemorySpec, args: argparse.Namespace) -> bool | None:
-    """Whether the checkpoint that Megatron will load counts what read its rows; None: no such."""
+    """Whether the checkpoint that Megatron will load has read counts; None without a checkpoint."""
     folder = loaded_folder(args)
     if folder is None:
         return None
@@ -97,8 +101,8 @@ def has_counters(spec: MemorySpec, args: argparse.Namespace) -> bool | None:
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of every tensor in a checkpoint."""
-    # torch's reader: Megatron's, in 0.19, cannot describe tensors to torch 2.15
+    """The shape of every tensor in a checkpoint, by key."""
+    # torch's reader is used because that of Megatron 0.19 does not work with torch 2.15
     entries = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     return {
         key: tuple(entry.size)
@@ -108,7 +112,7 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_placements(saved: dict[str, tuple[int, ...]], folder: Path) -> dict[str, int]:
-    """Table -> the seed that placed its rows."""
+    """The placement seed of each table in a checkpoint, by the table's name."""
     keys = {placement_key(table): table for table in saved_tables(saved)}
     seeds = {key: torch.empty(saved[key], dtype=torch.int64) for key in keys if key in saved}
     if seeds:
@@ -117,7 +121,7 @@ def read_placements(saved: dict[str, tuple[int, ...]], folder: Path) -> dict[str
 
 
 def saved_tables(saved: dict[str, tuple[int, ...]]) -> list[str]:
-    """Name of every table in a checkpoint."""
+    """The names of all tables in a checkpoint, sorted."""
     start, end = table_key(" ").split(" ")
     return sorted(
         key.removeprefix(start).removesuffix(end)
@@ -129,7 +133,7 @@ def saved_tables(saved: dict[str, tuple[int, ...]]) -> list[str]:
 def placement_problems(
     seeds: dict[str, int], spec: MemorySpec, folder: str, option: str = "--load"
 ) -> list[str]:
-    """A sentence where a table's rows lie elsewhere than this run would look for them."""
+    """A sentence if the rows of a table were placed with another seed than that of this run."""
     wanted = spec.placement_seed
     return [
         f"--memory-placement-seed {wanted} differs from {seed}, which placed the rows of table "
@@ -145,7 +149,7 @@ def state_problems(
     args: argparse.Namespace,
     folder: str,
 ) -> list[str]:
-    """A sentence where the checkpoint lacks state that the tables' optimizer goes on with."""
+    """A sentence if the checkpoint lacks state that the tables' optimizer needs to resume."""
     wanted = slots(spec.optimizer, args.params_dtype, spec.stochastic_rounding)
     for table in saved_tables(saved):
         for name, slot in wanted.items():
@@ -157,7 +161,7 @@ def state_problems(
             kept = sorted(
                 key.removeprefix(prefix)
                 for key in saved
-                # not the state of a table within this one
+                # the state of another table may begin with the same prefix
                 if key.startswith(prefix)
                 and "." not in key.removeprefix(prefix)
                 and key.removeprefix(prefix) not in (HITS, BATCHES)
@@ -166,21 +170,21 @@ def state_problems(
                 f"--memory-optimizer {spec.optimizer} needs {name} of shape "
                 f"{list(shape)} for table {table}, but --load {folder} holds "
                 f"{', '.join(kept) or 'no state'}"
-                f"{f' ({name} of shape {list(found)})' if found else ''}; use the optimizer, the "
-                "precision and --memory-stochastic-rounding that it was saved with, or start the "
-                "optimizer afresh with --no-load-optim."
+                f"{f' ({name} of shape {list(found)})' if found else ''}; use the "
+                "optimizer, precision and --memory-stochastic-rounding that it was saved with, or "
+                "start with new optimizer state by --no-load-optim."
             ]
     return []
 
 
 def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, folder: str) -> list[str]:
-    """A sentence for each difference between a checkpoint's shapes and the flags."""
+    """A sentence for each shape in a checkpoint that does not fit the flags."""
     tables = saved_tables(saved)
     if spec is None:
         if not tables:
             return []
         return [
-            f"--load {folder} holds memory layers, but --memory-layers is not given; repeat the "
+            f"--load {folder} holds memory layers, but --memory-layers is not given; give the "
             "--memory flags that it was trained with."
         ]
     if not tables:
@@ -195,20 +199,19 @@ def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, folder: 
     if held != needed:
         problems.append(
             f"--load {folder} holds {_listed(held)}, but --memory-variant {spec.variant} reads "
-            f"{_listed(needed)}; use the variant that it was saved with."
+            f"{_listed(needed)}; use the --memory-variant that it was saved with."
         )
     elif missing := [name for name in names if name not in tables]:
         problems.append(
-            f"--load {folder} has no table {', '.join(missing)} but {', '.join(tables)}; "
-            "--memory-pool and, with --memory-pool layer, --memory-layers must be as when it was "
-            "saved."
+            f"--load {folder} holds tables {', '.join(tables)}, but not {', '.join(missing)}; use "
+            "--memory-pool and, with --memory-pool layer, --memory-layers as when it was saved."
         )
     wanted = (spec.num_rows, spec.value_dim)
     for name in names:
         shape = saved.get(table_key(name), wanted)
         if shape[0] != wanted[0]:
             problems.append(
-                f"--memory-num-keys {spec.num_keys} asks for {wanted[0]:,} rows, but "
+                f"--memory-num-keys {spec.num_keys} means {wanted[0]:,} rows, but "
                 f"--load {folder} holds {shape[0]:,}; use --memory-num-keys "
                 f"{round(shape[0] ** 0.5)}."
             )
@@ -224,20 +227,20 @@ def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, folder: 
         keys = saved.get(sub_keys_key(layer))
         if keys is None:
             problems.append(
-                f"--memory-layers {layer} is no memory layer in --load {folder}; name the layers "
-                "that it was saved with."
+                f"--memory-layers {layer} is no memory layer in --load {folder}; name the memory "
+                "layers that it was saved with."
             )
         elif keys != wanted_keys:
             problems.append(
-                f"--load {folder} holds sub-keys of --memory-heads {keys[1]} and --memory-key-dim "
+                f"--load {folder} was saved with --memory-heads {keys[1]} and --memory-key-dim "
                 f"{2 * keys[3]} in layer {layer}, but {wanted_keys[1]} and {2 * wanted_keys[3]} "
-                "are asked for; use the values that it was saved with."
+                "are given; use the values that it was saved with."
             )
     return problems
 
 
 def _further(tables: Iterable[str]) -> list[str]:
-    """What pools hold beside their values."""
+    """Names of the tables that pools hold beside their values."""
     return sorted({name.partition(".")[2] for name in tables if "." in name})
 
 
@@ -246,7 +249,7 @@ def _listed(further: list[str]) -> str:
 
 
 def loaded_folder(args: argparse.Namespace) -> Path | None:
-    """The folder of the iteration that Megatron would load: of --pretrained-checkpoint at last."""
+    """The folder of the iteration that Megatron loads, from --load or --pretrained-checkpoint."""
     step = getattr(args, "ckpt_step", None)
     for option in ("load", "pretrained_checkpoint"):
         path = getattr(args, option, None)
@@ -256,11 +259,11 @@ def loaded_folder(args: argparse.Namespace) -> Path | None:
 
 
 def latest_folder(path: str, step: int | None = None) -> Path | None:
-    """The folder of an iteration, by default the last, in a folder of checkpoints."""
+    """The folder of an iteration, by default the latest, in a folder of checkpoints."""
     tracker = Path(checkpointing.get_checkpoint_tracker_filename(path))
     if not tracker.is_file():
         return None
-    # Megatron's own read of this file is a collective, and this runs on one rank
+    # Megatron reads this file in a collective, but this function runs on one rank
     latest = tracker.read_text().strip()
     release = latest == "release"
     iteration = step or (0 if release else int(latest))
