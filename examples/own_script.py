@@ -1,12 +1,12 @@
-"""A training script of one's own, with Megatron's parts by name: no launcher, nothing patched.
+"""A training script that uses Megatron's parts directly, without the launcher and its patches.
 
     torchrun --nproc-per-node 2 examples/own_script.py --num-layers 4 --hidden-size 64 \\
         --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --micro-batch-size 4 \\
         --global-batch-size 8 --train-iters 20 --lr 1e-2 --tensor-model-parallel-size 2 \\
         --position-embedding-type rope --memory-layers 1 2 --memory-num-keys 64 --save runs/own
 
-Needs Megatron 0.19, which can be told how to build a model. Without a GPU it trains on the CPU,
-over gloo. It learns to repeat what it reads, from random numbers made here.
+It needs Megatron 0.19, which has descriptions of models. Without a GPU it trains on the CPU over
+gloo. The data are random numbers, and the model learns to repeat its input.
 """
 
 import sys
@@ -37,11 +37,11 @@ DEFAULTS |= {"save_interval": 10**9, "lr_warmup_iters": 1}
 
 
 def build(args):
-    """The model with its memories, wrapped for training, and its optimizer with their tables'."""
+    """The model, wrapped for training, and an optimizer of the model and its tables."""
     described = gpt_config_from_args(args, model_config_cls=MemoryGPTModelConfig)
     described.memory = spec_from_args(args)
     if described.memory is not None:
-        check(described.memory, args)  # an error names the flag, its value and the fix
+        check(described.memory, args)  # raises an error that names the flag, its value and the fix
     model = described.get_builder_cls()(described).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
         DistributedDataParallelConfig(grad_reduce_in_fp32=True),
@@ -53,7 +53,7 @@ def build(args):
 
 
 def forward_step(batches, model):
-    """The loss of the next microbatch, in which every number is to be repeated."""
+    """The losses of the next microbatch, in which each token is its own label, and their mean."""
     tokens = next(batches)
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     losses = model(tokens, positions, attention_mask=None, labels=tokens)
@@ -61,7 +61,7 @@ def forward_step(batches, model):
 
 
 def batches(args, data_rank):
-    """Sequences of random numbers."""
+    """Microbatches [micro batch size, sequence length] of random tokens, without end."""
     generator = torch.Generator().manual_seed(args.seed + data_rank)
     shape = (args.micro_batch_size, args.seq_length)
     while True:
@@ -70,7 +70,7 @@ def batches(args, data_rank):
 
 def main():
     args = parse_and_validate_args(extra_args_provider=add_memory_flags, args_defaults=DEFAULTS)
-    use_helpers_of_the_wheel()  # of a checkout Megatron compiles its own
+    use_helpers_of_the_wheel()  # in a checkout, Megatron compiles its own
     initialize.initialize_megatron()
     model, optimizer = build(args)
     scheduler = training.get_optimizer_param_scheduler(optimizer)

@@ -1,7 +1,7 @@
-"""A memory layer in a model of plain torch.
+"""A memory layer in a plain torch model.
 
-python examples/plain_torch.py                              one process, a GPU if there is one
-torchrun --nproc-per-node 2 examples/plain_torch.py         the table's rows over two ranks
+python examples/plain_torch.py                              one process, on a GPU if there is one
+torchrun --nproc-per-node 2 examples/plain_torch.py         the rows of the table on two ranks
 """
 
 import os
@@ -26,11 +26,11 @@ if ranks > 1:
 torch.manual_seed(1)
 width, words, config = 64, 1000, MemoryConfig(memory_layers=[0], memory_num_keys=64, memory_topk=8)
 spec = resolve(config, hidden_size=width, tensor_ranks=ranks)
-pool = MemoryPool(spec, group=group, device=device)  # 64 * 64 rows, a part of them on each rank
+pool = MemoryPool(spec, group=group, device=device)  # 64 * 64 rows, divided over the ranks
 embed = nn.Embedding(words, width, device=device)
 memory = MemoryLayer(spec, pool, device=device)
 head = nn.Linear(width, words, device=device)
-model = nn.ModuleList([embed, memory, head])  # pool.tables would belong into it to be saved with it
+model = nn.ModuleList([embed, memory, head])  # add pool.tables to save the table, too
 
 tables = TableOptimizer(pool, spec, lr=1e-2)  # owns the tables' gradients from here on
 rest = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -44,7 +44,7 @@ for step in range(31):
     for weight in model.parameters() if ranks > 1 else ():
         dist.all_reduce(weight.grad)
         weight.grad /= ranks
-    tables.step(1 / ranks)  # the sum over all ranks' tokens, as their mean
+    tables.step(1 / ranks)  # scales the sum of gradients over all ranks to their mean
     rest.step()
     rest.zero_grad()
     shown = loss.detach() / ranks

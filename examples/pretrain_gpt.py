@@ -1,13 +1,13 @@
-"""Pretrain a GPT with Megatron's own loop, for those without a Megatron-LM checkout.
+"""Pretrain a GPT with Megatron's training loop, without a Megatron-LM checkout.
 
     torchrun --nproc-per-node 8 -m megamem.run examples/pretrain_gpt.py \\
         <Megatron's usual flags> --memory-layers 4 12 20
 
-The megatron-core wheel holds the training loop but no script that starts it; this is one. It takes
-every flag of Megatron-LM's pretrain_gpt.py except those in UNSUPPORTED, and gives the same losses
-bit for bit. What the releases of Megatron want to be told differently is in megatron_releases.py.
+The megatron-core wheel holds the training loop, but no script that starts it. This script accepts
+the flags of Megatron-LM's pretrain_gpt.py except those in UNSUPPORTED, and gives the same losses,
+bit for bit. megatron_releases.py handles the differences between the releases of Megatron.
 
-Nothing here knows of memory layers: the launcher brings them in.
+Memory layers are not mentioned here, because the launcher adds them.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ from torch.nn import Module
 from megamem.config import ConfigurationError
 
 BATCH_FIELDS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask")
-# settings that change what a batch or the loss is
+# settings that change the contents of a batch or the loss
 UNSUPPORTED = (
     *("sft", "fim_data", "mtp_num_layers", "hybrid_context_parallel", "logits_load_dir"),
     *("dataloader_inter_document_masking", "overlap_moe_expert_parallel_comm"),
@@ -52,20 +52,23 @@ def model_provider(
     args = get_args()
     refused = [f"--{name.replace('_', '-')}" for name in UNSUPPORTED if getattr(args, name, None)]
     if refused:
-        raise ConfigurationError(f"only Megatron-LM's own script knows {', '.join(refused)}")
+        raise ConfigurationError(
+            f"this script does not support {', '.join(refused)}; use pretrain_gpt.py of a "
+            "Megatron-LM checkout, or drop these flags"
+        )
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     return build(args, config)(groups, pre_process, post_process, vp_stage)
 
 
 def get_batch(data_iterator: Iterator[dict] | None, vp_stage: int | None) -> dict[str, Any]:
-    """This rank's part of the next microbatch; a stage in the middle of the pipeline has none."""
+    """This rank's part of the next microbatch; all None on middle stages of the pipeline."""
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(BATCH_FIELDS)
     return megatron_releases.next_batch(data_iterator, BATCH_FIELDS)
 
 
 def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The summed loss of a microbatch, its number of tokens, and what the log shows of them."""
+    """The summed loss of a microbatch, its number of tokens, and both as the log needs them."""
     weights = loss_mask.flatten().float()
     loss = torch.sum(losses.flatten().float() * weights)
     num_tokens = weights.sum().int()
@@ -79,7 +82,7 @@ def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[s
 
 
 def forward_step(data_iterator: Iterator[dict] | None, model: Module) -> tuple[Tensor, partial]:
-    """The model's output for the next microbatch, and the function that makes a loss of it."""
+    """The model's output for the next microbatch, and the function that computes the loss of it."""
     get_timers()("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     get_timers()("batch-generator").stop()
@@ -88,7 +91,7 @@ def forward_step(data_iterator: Iterator[dict] | None, model: Module) -> tuple[T
 
 
 def dataset_config(args: Any) -> GPTDatasetConfig:
-    """The data settings of the command line: most fields bear the name of their flag."""
+    """The dataset settings of the command line; most fields have the name of their flag."""
     names = [field.name for field in fields(GPTDatasetConfig)]
     settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
     settings["blend"], settings["blend_per_split"] = get_blend_and_blend_per_split(args)
@@ -105,7 +108,7 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> list[Any]:
-    """Training, validation and test set; None on the ranks that read no data."""
+    """The training, validation and test sets; None on ranks that read no data."""
     first = mpu.get_tensor_model_parallel_rank() == 0
     reads = first and is_first_or_last_pipeline_stage(vp_stage)
     kind = MockGPTDataset if get_args().mock_data else GPTDataset
@@ -114,7 +117,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> li
 
 
 def main(build: Callable[..., Any] = megatron_releases.build_gpt) -> None:
-    """Read the command line and train what `build` makes of it."""
+    """Read the command line and train the model that `build` makes from it."""
     provider = partial(model_provider, build=build)
     megatron_releases.train(
         datasets_provider, provider, forward_step, {"tokenizer_type": "GPT2BPETokenizer"}

@@ -1,11 +1,11 @@
-"""Pretrain a hybrid model, the successor of GPTModel in Megatron, without a Megatron-LM checkout.
+"""Pretrain a hybrid model, Megatron's successor of GPTModel, without a Megatron-LM checkout.
 
     torchrun --nproc-per-node 8 -m megamem.run examples/pretrain_hybrid.py \\
         <Megatron's usual flags> --hybrid-layer-pattern "*-*-*-*-" \\
         --spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec --memory-layers 3
 
-A pattern gives every attention (*), feed-forward (-) and mixture of experts (E) a layer of its own.
-Layers are counted from 0, here 3 is the second feed-forward; a memory takes the place of one.
+Each attention (*), feed-forward (-) and mixture of experts (E) in the pattern is a layer. Layers
+are counted from 0: here, --memory-layers 3 replaces the second feed-forward by a memory layer.
 """
 
 from megatron_releases import build_hybrid
