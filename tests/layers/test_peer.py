@@ -1,4 +1,4 @@
-"""PEER: what its definition says, and on W ranks what one process computes, in float64."""
+"""PEER against its definition, and W ranks against one process, in float64."""
 
 from itertools import product
 
@@ -110,8 +110,8 @@ def test_bf16_is_fp64_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ((out.double() - truth).abs() <= 2**-8 * truth.abs() + 1e-6).all()
 
 
-def test_experts_learn_what_nothing_else_wants() -> None:
-    """Gradient buffers of both tables fill though tokens and weights are frozen."""
+def test_experts_get_gradients_where_nothing_else_does() -> None:
+    """The buffers of both tables get gradients though tokens and weights are frozen."""
     pool, layer = _build()
     for table in pool:
         table.weight.requires_grad_(False)

@@ -56,7 +56,7 @@ def test_any_width_in_any_dtype(width, dtype, device, poisoned_memory):
 
 
 def test_narrow_ids_and_weights(device, poisoned_memory):
-    """int32 ids and offsets, as they travel between ranks, and weights of the table's dtype."""
+    """int32 ids and offsets, as ranks exchange them, and weights of the table's dtype."""
     batch = make_batch([9, 0, 5], num_rows=6, width=16, absent=0.2, device=device)
     batch = batch._replace(weights_M=batch.weights_M.bfloat16().float())
     wide = _run(embedding_bag, batch, torch.float32)

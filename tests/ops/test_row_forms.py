@@ -79,7 +79,7 @@ def test_one_moment_per_row_by_name(device):
         op(weights, grads, *moments, OPTIONS)
         states.append(state)
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
-    # of touched rows the moment alone says that it is one per row
+    # for touched rows, the shape of the moment decides that it is one per row
     weights, *moments = start.clone(), torch.zeros_like(start), torch.zeros(4, device=device)
     touched_adamw_(weights, rows, grads[rows], *moments, *_counters(4, device), OPTIONS)
     torch.testing.assert_close(moments[1][rows], states[0][2][rows])

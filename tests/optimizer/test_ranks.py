@@ -57,7 +57,7 @@ def _matches(kind: str, size: int, columns: int, wire: str, dtype: torch.dtype, 
     dist.all_reduce(norm)
 
     piece = (many.shard.rows.local, many.shard.columns)
-    # partial sums of bf16 rows travel in bf16, so gradients are summed otherwise
+    # partial sums of bf16 rows are sent in bf16, so gradients are rounded differently
     close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(norm, expected, **close)
     torch.testing.assert_close(many.weight, alone.weight[piece], **close)

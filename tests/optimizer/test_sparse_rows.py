@@ -158,7 +158,7 @@ def test_a_bf16_table_and_its_master_stay_bit_for_bit(kind: str, random: bool) -
     _background(table)
     state = optimizer.state[table.weight]
     if not random:
-        # a master that is no bf16 number: whoever rounds it, shows
+        # a master that is not a bf16 number, so that rounding it would be noticed
         state[MASTER] += 1e-4
     for batch in _batches(torch.bfloat16):
         before = [table.weight.detach().clone(), state.get(MASTER, torch.zeros(ROWS, 1)).clone()]
