@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Compiles every kernel for every architecture, with the checks of tests/kernels, under the oldest
-# Triton that setup.py admits and under the newest that there is; runs the tests of the ops in the
-# interpreter of the oldest, with the torch that belongs to it. Each pair has an environment of its
-# own over the usual one, the first time of some 5 GB. Ends with a table.
+# Triton that setup.py allows and under the newest release. Also runs the tests of the ops in the
+# interpreter of the oldest Triton, with its torch. Each pair has its own environment on top of
+# .venv, which needs about 5 GB. The script ends with a table.
 #
 #   bash tests/compilers.sh                       the oldest pair, and the newest Triton
-#   bash tests/compilers.sh 2.12.1/3.7.0          this torch and this Triton
-#   bash tests/compilers.sh /3.8.0                this Triton, beside the usual torch
-#   bash tests/compilers.sh 2.11.0/3.6.0 -- tests/ops -x    arguments for pytest behind --
+#   bash tests/compilers.sh 2.12.1/3.7.0          torch 2.12.1 and Triton 3.7.0
+#   bash tests/compilers.sh /3.8.0                Triton 3.8.0 with the torch of .venv
+#   bash tests/compilers.sh 2.11.0/3.6.0 -- tests/ops -x    arguments after -- are for pytest
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -20,30 +20,31 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     shift
 done
 [ $# -eq 0 ] || shift
-# the tests of kernels compile all cases, too, and hold the exceptions to what was found
+# the tests of the kernels also compile all cases, and check the list of known exceptions
 [ $# -gt 0 ] || set -- tests/kernels tests/ops tests/reference
 if [ ${#pairs[@]} -eq 0 ]; then
     newest=$("$root/.venv/bin/python" -m pip index versions triton 2>/dev/null |
         sed -n '1s/.*(\(.*\)).*/\1/p')
-    pairs=(2.11.0/3.6.0 "/${newest:?pip names no release of Triton}")
+    pairs=(2.11.0/3.6.0 "/${newest:?is empty, as pip lists no release of Triton}")
 fi
 
 say() { printf '\n==> %s\n' "$*"; }
 
-# name of a pair -> its environment, which holds what differs from the usual one
+# makes the environment of a pair, with the packages that differ from those of .venv
 prepare() {
     local torch=${1%/*} triton=${1#*/} venv=$root/.venv/compilers/$2
     [ "$(cat "$venv/.ready" 2>/dev/null)" != "$1" ] || return 0
     "$root/.venv/bin/python" -m venv --clear "$venv"
     local packages=("triton==$triton")
-    # all that torch needs is installed again, as its libraries look for each other in one folder;
-    # the interpreter of Triton 3.6 takes arrays of one element for numbers, which numpy 2.4 forbids
+    # all dependencies of torch are installed again, as its libraries must be in the same folder;
+    # the interpreter of Triton 3.6 converts arrays of one element to numbers, which numpy 2.4
+    # forbids
     [ -z "$torch" ] || packages+=("torch==$torch" "numpy<2.4")
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${packages[@]}"
     local ours theirs
     ours=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     theirs=$("$root/.venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    # what is installed here is found first, everything else in the usual environment
+    # packages of this environment come first, all others are those of .venv
     echo "import site; site.addsitedir('$theirs')" >"$ours/usual.pth"
     echo "$1" >"$venv/.ready"
 }
@@ -65,13 +66,13 @@ import triton
 
 wanted = sys.argv[1].split("/")
 found = [torch.__version__.partition("+")[0], triton.__version__]
-assert all(w in ("", f) for w, f in zip(wanted, found)), f"{found} are imported in place of {wanted}"
+assert all(w in ("", f) for w, f in zip(wanted, found)), f"{found} are imported instead of {wanted}"
 print("torch {} triton {}".format(*found))
 PYTHON
     )
     verdict=passed
     "$python" -m tests.kernels.aot --all 2>&1 | tee "$log" || verdict=FAILED
-    # torch of the usual pair is tested by tests/run.sh
+    # tests/run.sh tests the torch of .venv
     if [ -n "$torch" ]; then
         "$python" -m pytest -p no:cacheprovider -n 2 --dist loadfile -m "not gpu" "$@" 2>&1 |
             tee -a "$log" || verdict=FAILED

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs the tests against every supported release of Megatron-Core, each in an environment of its own
-# over the usual one (nothing but Megatron is installed twice), and ends with a table.
+# Runs the tests against every supported release of Megatron-Core, and ends with a table. Each
+# release has its own environment on top of .venv, in which only Megatron is installed.
 #
-#   bash tests/matrix.sh                               all releases, all that depends on Megatron
-#   bash tests/matrix.sh 0.17.1 0.18.1                 these
-#   bash tests/matrix.sh 0.18.1 -- tests/megatron -x    arguments for pytest behind --
+#   bash tests/matrix.sh                               all releases, all tests that need Megatron
+#   bash tests/matrix.sh 0.17.1 0.18.1                 only these releases
+#   bash tests/matrix.sh 0.18.1 -- tests/megatron -x    arguments after -- are for pytest
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -18,7 +18,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -eq 0 ] || shift
 [ ${#releases[@]} -gt 0 ] || releases=(0.17.1 0.18.1 0.19.2)
-# kernels, planner and sums on ranks are the same whatever Megatron is
+# kernels, planner and parallel do not depend on Megatron
 [ $# -gt 0 ] || set -- tests/megatron tests/cpu tests/examples tests/patches tests/tools tests/optimizer \
     tests/checkpoint tests/test_metrics.py tests/test_main.py
 
@@ -31,7 +31,7 @@ prepare() {
         local ours theirs
         ours=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
         theirs=$("$root/.venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-        # what is installed here is found first, everything else in the usual environment
+        # packages of this environment come first, all others are those of .venv
         echo "import site; site.addsitedir('$theirs')" >"$ours/usual.pth"
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
             "megatron-core==$release"
@@ -40,8 +40,8 @@ prepare() {
     "$venv/bin/python" - "$release" <<'EOF'
 import sys
 from megatron.core import __version__
-# it adds the commit of the folder it is imported in
-assert __version__.split("+")[0] == sys.argv[1], f"{__version__} is imported in place of {sys.argv[1]}"
+# Megatron appends the commit of the folder in which it is imported
+assert __version__.split("+")[0] == sys.argv[1], f"{__version__} is imported instead of {sys.argv[1]}"
 EOF
 }
 

@@ -3,15 +3,15 @@
 # every supported release of Megatron-Core, and ends with a table.
 #
 #   bash tests/transformer_engine.sh                    all releases
-#   bash tests/transformer_engine.sh 0.18.1             these
-#   bash tests/transformer_engine.sh 0.19.2 -- -x       arguments for pytest behind --
+#   bash tests/transformer_engine.sh 0.18.1             only this release
+#   bash tests/transformer_engine.sh 0.19.2 -- -x       arguments after -- are for pytest
 #
-# The environment for it is made once, under .venv/transformer_engine: torch, and Transformer Engine
-# of the registry, whose torch extension comes as source and is compiled for this torch. That takes
-# 20 minutes on two cores (MAX_JOBS says how many compilers run at once), a C++ compiler and 6 GB,
-# but neither a GPU nor nvcc, as all headers come from the registry. The wheel that comes of it is
-# kept. Where there is no GPU, models are built and inspected, and what their layers would compute is
-# computed by torch in their place.
+# The first run makes an environment under .venv/transformer_engine with torch and Transformer
+# Engine from PyPI. The torch extension of Transformer Engine is a source package, and is compiled
+# for this torch. That takes 20 minutes on two cores (MAX_JOBS sets the number of compiler
+# processes), a C++ compiler and 6 GB, but neither a GPU nor nvcc, as all headers are in packages.
+# The wheel is kept. Without a GPU, models are built and inspected, and torch computes in place of
+# their layers.
 set -euo pipefail
 
 TORCH=2.11.0
@@ -25,7 +25,8 @@ home=$root/.venv/transformer_engine
 base=$home/env
 wheels=$home/wheels
 log=$home/build.log
-# what the environment depends on; its scripts hold its own path, so a moved one is made anew
+# the environment is made again when one of these changes, and when the checkout is moved, as its
+# scripts contain its path
 wanted=$(printf '%s\n%s' "$root torch $TORCH Transformer Engine $ENGINE" "$(cksum <setup.py)")
 
 releases=()
@@ -50,13 +51,12 @@ install() {
 # the torch extension as a wheel; it fits one torch, one Python and one kind of processor
 build_extension() {
     command -v c++ >/dev/null ||
-        fail "no C++ compiler was found, and the torch extension of Transformer Engine is compiled
-  here. On Debian and Ubuntu: sudo apt install g++"
+        fail "no C++ compiler was found, which the torch extension of Transformer Engine needs.
+  On Debian and Ubuntu: sudo apt install g++"
     say "compiling the torch extension of Transformer Engine $ENGINE for torch $TORCH:" \
-        "20 minutes on two cores; $log has what the compiler says"
+        "this takes 20 minutes on two cores; the compiler's output is in $log"
     local started=$SECONDS
-    # the headers are those of the registry's packages, so that it does not matter which CUDA
-    # toolkit the machine has, or whether it has one
+    # the headers come from packages, so the machine needs no CUDA toolkit
     MAX_JOBS=${MAX_JOBS:-$(nproc)} PATH=$base/bin:$PATH CUDA_HOME=$base/no-toolkit \
         NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_BUILD_USE_NVIDIA_WHEELS=1 \
         "$base/bin/python" -m pip wheel --verbose --disable-pip-version-check \
@@ -74,19 +74,20 @@ prepare_base() {
     if [ "$(cat "$home/.ready" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
-    # also what is left of an attempt that was broken off
+    # remove what an interrupted attempt left behind
     rm -rf "$wheels.new" "$home/.ready"
-    say "making $base: torch $TORCH, downloaded once (3 GB)"
+    say "making $base with torch $TORCH; this downloads 3 GB once"
     "$root/.venv/bin/python" -m venv --clear "$base"
     rm -rf "$home/releases"
-    # what it would take from the registry by its own metadata is a second Megatron and another torch
+    # the dependencies are listed here, as by its metadata it would install a second Megatron and
+    # another torch
     install "torch==$TORCH" --editable "$root" pytest pytest-xdist hypothesis safetensors \
         sentencepiece setuptools ninja packaging pybind11 einops onnx onnxscript pydantic \
         importlib-metadata
     local cuda
     cuda=$("$base/bin/python" -c 'import torch; print(torch.version.cuda)')
     [ "${cuda%%.*}" = 13 ] ||
-        fail "torch $TORCH of your package index is built for CUDA ${cuda:-none}, but must be for 13"
+        fail "torch $TORCH of your package index is built for CUDA ${cuda:-none}, not for CUDA 13"
     install --no-deps "transformer_engine==$ENGINE" "transformer_engine_cu13==$ENGINE" \
         "nvidia-cudnn-frontend>=1.29" nvdlfw-inspect \
         "nvidia-cuda-crt==$cuda.*" "nvidia-cuda-cccl==$cuda.*" "nvidia-cuda-profiler-api==$cuda.*"
@@ -96,7 +97,7 @@ prepare_base() {
     [ -f "${wheel[0]}" ] || build_extension
     install --no-deps --force-reinstall "${wheel[0]}"
     if ! engine_imports "$base/bin/python"; then
-        fail "Transformer Engine was installed but does not import; its message is above"
+        fail "Transformer Engine is installed but cannot be imported; its message is above"
     fi
     echo "$wanted" >"$home/.ready"
 }
@@ -111,7 +112,7 @@ print(f"Transformer Engine {transformer_engine.__version__} with torch {torch.__
 PYTHON
 }
 
-# a release in a folder that Python looks into first; everything else is in the environment
+# installs a release into a folder for PYTHONPATH; everything else is in the environment
 prepare() {
     local release=$1 folder=$home/releases/$1
     if [ "$(cat "$folder/.ready" 2>/dev/null)" != "$release" ]; then
@@ -127,9 +128,9 @@ warnings.simplefilter("ignore")
 from megatron.core import __version__
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
-# it adds the commit of the folder it is imported in
+# Megatron appends the commit of the folder in which it is imported
 assert __version__.split("+")[0] == sys.argv[1], f"{__version__} is imported, not {sys.argv[1]}"
-assert HAVE_TE, f"Megatron-Core {sys.argv[1]} does not take this Transformer Engine"
+assert HAVE_TE, f"Megatron-Core {sys.argv[1]} does not support this Transformer Engine"
 PYTHON
 }
 
@@ -139,7 +140,7 @@ results=()
 for release in "${releases[@]}"; do
     say "Megatron-Core $release"
     if ! prepare "$release"; then
-        results+=("$(printf '%-8s does not take Transformer Engine %s' "$release" "$ENGINE")")
+        results+=("$(printf '%-8s does not support Transformer Engine %s' "$release" "$ENGINE")")
         failed=1
         continue
     fi

@@ -1,4 +1,4 @@
-"""Reads the part of the Dockerfile language that docker/ uses."""
+"""Parses Dockerfiles, as far as docker/ needs it."""
 
 import json
 import re
@@ -12,14 +12,14 @@ DOCKER = ROOT / "docker"
 
 @dataclass(frozen=True)
 class Step:
-    """One instruction, its continued lines joined, comments dropped, build arguments filled in."""
+    """An instruction, with joined lines, without comments, and with build arguments inserted."""
 
     name: str
     text: str
 
     @property
     def words(self) -> list[str]:
-        """Of the form with brackets, or as a shell would split them."""
+        """The words of the text, from a JSON list or split like a shell does."""
         return json.loads(self.text) if self.text.startswith("[") else shlex.split(self.text)
 
 
@@ -43,7 +43,7 @@ def read_steps(path: Path) -> list[Step]:
 
 
 def commands(step: Step) -> list[list[str]]:
-    """The commands of a RUN, CMD or HEALTHCHECK, split at && and without the options before CMD."""
+    """The commands of a RUN, CMD or HEALTHCHECK, split at &&, without options before CMD."""
     text = step.text.partition("CMD ")[2] if step.name == "HEALTHCHECK" else step.text
     if text.startswith("["):
         return [json.loads(text)]

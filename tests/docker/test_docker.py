@@ -1,4 +1,4 @@
-"""What can be known of the images without building them."""
+"""Checks of the Dockerfiles that need no container engine."""
 
 import fnmatch
 import importlib.util
@@ -19,7 +19,7 @@ from tests.helpers.megatron_runs import ITERATION
 from tests.patches.trees import write_tree
 
 IMAGES = {"Dockerfile": "26.06-py3", "Dockerfile.cpu": "3.12-slim-bookworm"}
-# of the base images, or made by the steps
+# programs of the base images, and those that the steps install
 PROGRAMS = {
     "Dockerfile": {"python", "git", "make", "test", "useradd", "install", "megamem", "bash"},
     "Dockerfile.cpu": {"python", "useradd", "install", "megamem", "bash"},
@@ -42,7 +42,7 @@ def copies(image: str) -> list[tuple[list[str], str]]:
 
 
 def copy_into(image: str, folder: Path) -> None:
-    """Do what the COPY steps do, below another root."""
+    """Copy the files of the COPY steps to another root folder."""
     for sources, destination in copies(image):
         for source in sources:
             target = folder / destination.lstrip("/")
@@ -95,10 +95,10 @@ def test_user_is_not_root_and_checked_for_health(image):
     assert int(user.text) > 1000
     assert commands(made)[0] == ["useradd", "--create-home", "--uid", user.text, "megamem"]
     names = [step.name for step in read_steps(DOCKER / image)]
-    # nothing is installed after root has left
+    # nothing is installed after the user has changed
     assert "RUN" not in names[names.index("USER") :]
     (check,) = steps_of(image, "HEALTHCHECK")
-    # not the known answers: they would take memory from the run
+    # without known answers, which would need memory of the GPU during a run
     assert commands(check) == [["megamem", "doctor", "--light"]]
 
 
@@ -172,7 +172,7 @@ def test_service_can_be_built_and_started(name):
     else:
         port = words[words.index("--port") + 1]
         assert service["ports"] == [f"{port}:{port}"]
-        # what the run writes is what is shown
+        # TensorBoard shows the folder to which the run writes
         logs = words[words.index("--logdir") + 1]
         assert any(f":{logs}" in volume for volume in service["volumes"])
     for volume in service["volumes"]:

@@ -1,11 +1,12 @@
-"""What only a GPU can show, in a few minutes: `bash tests/gpu.sh`; see its head for how to run it.
+"""Tests and measurements that need a GPU and take a few minutes: `bash tests/gpu.sh`.
 
-    __main__.py   the command: which parts, for how long, and the table at the end
-    parts.py      the parts, in the order of their worth
-    runner.py     runs parts, each in a process of its own, within its limit and the whole one
-    machine.py    wheels, packages that are missing, the card, the commit
-    report.py     what a part writes, and the table
+    __main__.py   the command: its flags, its output and the table at the end
+    parts.py      the parts, most important first
+    runner.py     runs each part in its own process, with a time limit per part and in total
+    machine.py    wheels, missing packages, the GPU, the commit
+    report.py     the results of a part
+    table.py      the table of all parts
 
-and one module for each part, which also runs alone: python -m tests.gpu.PART --out DIR --scale S.
-On a machine without a GPU every part is a dry run on the CPU, with its sizes divided.
+There is one module per part, which can also be run alone: python -m tests.gpu.PART --out DIR
+--scale S. On a machine without a GPU every part is a dry run on the CPU, with its sizes divided.
 """

@@ -19,24 +19,24 @@ from tests.gpu.table import table
 
 USER_ERROR = 2
 SECONDS = 230.0
-# a CPU takes longer for the dry run, and nobody pays for its minutes
+# time limits are multiplied by this on a CPU, on which the dry run takes longer
 CPU_PATIENCE = 8.0
-# characters, from the end
+# characters at the end of each log that are kept
 MOST_OF_A_LOG = 200_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check and measure what only a GPU can show; without one, a dry run of it on the CPU."""
+    """Run the tests and measurements that need a GPU; without a GPU, run them dry on the CPU."""
     parser = _parser()
     options = parser.parse_args(argv)
     if options.list:
         for part in PARTS:
             sys.stdout.write(f"{part.name:<9}{part.says}\n")
         return 0
-    # before torch is imported, which reads it
+    # torch reads it when it is imported
     if options.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # it holds thousands of files, of which nobody needs one afterwards
+    # this folder gets thousands of files that are not needed afterwards
     with TemporaryDirectory(prefix="megamem-gpu-", ignore_cleanup_errors=True) as work:
         try:
             parts = chosen(options.parts)
@@ -45,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"gpu.sh: error: {error}\n")
             return USER_ERROR
         if lacking := machine.missing(("torch", "triton")):
-            sys.stderr.write(f"gpu.sh: error: {sys.executable} lacks {' and '.join(lacking)}\n")
+            sys.stderr.write(
+                f"gpu.sh: error: {sys.executable} has no {' and no '.join(lacking)}; set "
+                "MEGAMEM_PYTHON to a Python that has both\n"
+            )
             return USER_ERROR
         _say_what_is_missing(parts)
         on_gpu = _has_gpu()
@@ -65,30 +68,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bash tests/gpu.sh", description=main.__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="default: all; see --list")
-    parser.add_argument("--list", action="store_true", help="name the parts and leave")
-    parser.add_argument("--cpu", action="store_true", help="dry run, also where there is a GPU")
-    parser.add_argument("--scale", type=int, help="divide sizes by it; on a CPU 64 by default")
+    which = "the parts to run, as listed by --list (default: all)"
+    parser.add_argument("parts", nargs="*", metavar="PART", help=which)
+    parser.add_argument("--list", action="store_true", help="list the parts and exit")
+    cpu = "make a dry run on the CPU, even if there is a GPU"
+    parser.add_argument("--cpu", action="store_true", help=cpu)
+    scale = "divide all sizes by this number (default: 1 on a GPU, 64 on a CPU)"
+    parser.add_argument("--scale", type=int, help=scale)
     parser.add_argument(
         "--seconds",
         type=float,
         default=float(os.environ.get("MEGAMEM_GPU_SECONDS", 0)) or None,
-        help=f"for all parts together; default MEGAMEM_GPU_SECONDS, or {SECONDS:.0f}",
+        help=f"time limit of all parts together (default: MEGAMEM_GPU_SECONDS, or {SECONDS:.0f})",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path(os.environ.get("OUT") or "runs/gpu"),
-        help="folder of results.json, table.txt and logs.txt; default OUT, or runs/gpu",
+        help="folder for results.json, table.txt and logs.txt (default: OUT, or runs/gpu)",
     )
     return parser
 
 
 def _python_path(work: Path) -> str:
-    """PYTHONPATH for the parts; this process, too, sees what lies on it.
+    """PYTHONPATH for the parts; the contents of wheels are added to this process's path, too.
 
     Raises:
-        ValueError: MEGAMEM_WHEELS names a folder without wheels.
+        ValueError: the folder of MEGAMEM_WHEELS has no wheels.
     """
     added = []
     if wheels := os.environ.get("MEGAMEM_WHEELS"):
@@ -100,7 +106,7 @@ def _python_path(work: Path) -> str:
 
 
 def _say_what_is_missing(parts: list[Part]) -> None:
-    """One line before the start, while there is still time to mend it."""
+    """Print the packages that parts need and that are missing, before anything is started."""
     by_package: dict[str, list[str]] = {}
     for part in parts:
         for package in machine.missing((*part.needs, *part.wants)):
@@ -109,8 +115,8 @@ def _say_what_is_missing(parts: list[Part]) -> None:
         return
     lacking = "; ".join(f"{package} (for {' '.join(n)})" for package, n in by_package.items())
     sys.stdout.write(
-        f"missing here: {lacking}. Add their wheels to the folder of MEGAMEM_WHEELS: "
-        f"pip download --no-deps -d FOLDER {' '.join(by_package)}\n"
+        f"missing packages: {lacking}. Download their wheels into the folder of MEGAMEM_WHEELS "
+        f"with pip download --no-deps -d FOLDER {' '.join(by_package)}\n"
     )
     sys.stdout.flush()
 
@@ -122,7 +128,7 @@ def _has_gpu() -> bool:
 
 
 def _run(runner: Runner, parts: list[Part], out: Path, asked: bool) -> int:
-    """Run them, and write down each as soon as it has ended."""
+    """Run the parts, and write the results of each as soon as it has ended."""
 
     def stop(*_: Any) -> NoReturn:
         raise KeyboardInterrupt
@@ -146,15 +152,15 @@ def _run(runner: Runner, parts: list[Part], out: Path, asked: bool) -> int:
     outcomes.sort(key=lambda outcome: parts.index(outcome.part))
     shown = _write(outcomes, out, runner)
     sys.stdout.write(f"\n{shown}\n{out / 'results.json'}\n")
-    # who asks for a part by its name is not content with a skip
+    # a part that was named on the command line must not be skipped
     bad = [o for o in outcomes if o.failed or (asked and o.verdict == "skipped")]
     return 1 if bad else 0
 
 
 def _write(outcomes: list[Outcome], out: Path, runner: Runner) -> str:
-    """Few files, so that a machine that hands back only some hands back these; the table.
+    """Write results.json, table.txt and logs.txt; return the table.
 
-    A dry run is named so in each of them.
+    They are few files, as some machines return only a few. Each of them marks a dry run.
     """
     shown = table(outcomes, runner.scale if runner.dry_run else None)
     records = [

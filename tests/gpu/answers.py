@@ -1,4 +1,4 @@
-"""Part: known answers of every kernel at real sizes."""
+"""Part: test every kernel on inputs with known results, at the size of a real run."""
 
 import sys
 
@@ -7,7 +7,7 @@ from tests.gpu import report
 
 
 def run(found: report.Report) -> None:
-    """Put inputs whose results are known through every kernel."""
+    """Run every kernel on inputs with known results."""
     wrong = skipped = 0
     for answer in known_answers.ANSWERS:
         (outcome,) = known_answers.run(found.device, found.scale, answers=[answer])
@@ -21,12 +21,12 @@ def run(found: report.Report) -> None:
         )
     count = len(known_answers.ANSWERS)
     first = next((row for row in found.rows if row["wrong"] or row["skipped"]), None)
-    summary = f"{count - wrong - skipped} of {count} right"
+    summary = f"{count - wrong - skipped} of {count} correct"
     if skipped:
-        summary += f", {skipped} not tried"
+        summary += f", {skipped} skipped"
     if first:
         summary += f"; {first['answer']}: {first['wrong'] or first['skipped']}"
-    # what was not tried is not known to be right
+    # a skipped answer does not count as correct
     found.finish(not wrong and not skipped, summary)
 
 

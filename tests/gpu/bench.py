@@ -1,5 +1,5 @@
-"""Part: every op of `megamem bench` at one real size, beside torch, and beside the published
-kernels where PUBLISHED names a checkout of facebookresearch/memory.
+"""Part: time every op of `megamem bench` at one real size, compared with torch, and with the
+published kernels if PUBLISHED names a checkout of facebookresearch/memory.
 """
 
 import json
@@ -16,7 +16,7 @@ MIN_MS = {"gpu": 50, "dry run": 1}
 
 
 def run(found: report.Report) -> None:
-    """Run megamem bench --quick, and keep its records as they come."""
+    """Run megamem bench --quick, and add its records as soon as they are written."""
     path = found.out / "bench.jsonl"
     path.unlink(missing_ok=True)
     min_ms = MIN_MS["dry run" if found.dry_run else "gpu"]
@@ -40,29 +40,29 @@ def run(found: report.Report) -> None:
         if status is not None:
             break
     problems = _problems(said.read_text())
-    summary = f"{read} cases right"
+    summary = f"{read} cases correct"
     if status != 0 and not problems:
-        problems = [f"megamem bench ended with {status}; see the log"]
+        problems = [f"megamem bench ended with status {status}; see the log"]
     elif not problems and not found.dry_run:
         summary += f"; {_slowest(found.rows)}"
     found.finish(status == 0 and read > 0 and not problems, "; ".join([summary, *problems]))
 
 
 def _problems(said: str) -> list[str]:
-    """What bench found wrong, and what it left out because it did not fit."""
+    """The lines about errors and about cases that were skipped for lack of memory."""
     marks = ("megamem: error: ", "skipped: ")
     return [line.strip() for line in said.splitlines() if line.strip().startswith(marks)]
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file that may still be written to."""
+    """The records in the complete lines of a file that may still grow."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
 
 
 def _slowest(rows: list[dict[str, Any]]) -> str:
-    """Where a rival is faster, which one is the farthest ahead."""
+    """A sentence about the rival that is faster by the largest factor, if one is."""
     behind = []
     for row in rows:
         for rival in ("baseline_ms", "published_ms"):
@@ -71,8 +71,11 @@ def _slowest(rows: list[dict[str, Any]]) -> str:
     if not behind:
         return "no rival is faster"
     ratio, op, distribution, rival = max(behind)
-    who = "the published kernel" if rival == "published_ms" else "torch"
-    return f"rivals are faster in {len(behind)}: {who} {ratio:.2f}x in {op}, {distribution}"
+    name = "the published kernel" if rival == "published_ms" else "torch"
+    return (
+        f"rivals are faster in {len(behind)} cases, at most {name} by {ratio:.2f}x in {op}, "
+        f"{distribution}"
+    )
 
 
 if __name__ == "__main__":

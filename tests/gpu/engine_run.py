@@ -1,4 +1,4 @@
-"""megamem.run, and a line that says in what precision Transformer Engine and a memory computed.
+"""Runs megamem.run, and prints the precision in which Transformer Engine and a memory computed.
 
 python -m tests.gpu.engine_run SCRIPT ARGUMENTS...
 
@@ -16,7 +16,7 @@ MEMORIES = "precision of memories"
 
 
 def watch() -> None:
-    """Have the first linear and the first memory that run say how; imports Megatron."""
+    """Make the first linear and the first memory layer print their precision; imports Megatron."""
     from megatron.core.extensions.transformer_engine import TERowParallelLinear
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
@@ -33,7 +33,7 @@ def watch() -> None:
 
     def linear_forward(self: Any, *rest: Any, **more: Any) -> Any:
         out = linear(self, *rest, **more)
-        # what the module has seen, not what it was asked
+        # the state of the module in this forward, not the flags
         recipe = type(FP8GlobalStateManager.get_fp8_recipe()).__name__ if self.fp8 else ""
         say(LINEARS, f"fp8 {recipe}" if self.fp8 else str(self.weight.dtype))
         return out

@@ -1,4 +1,4 @@
-"""A memory layer, its table and the table's optimizer, without Megatron around them."""
+"""A memory layer, its table and the table's optimizer, without Megatron."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from megamem.resolution import resolve
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one layer: rows are as wide as the hidden states."""
+    """The sizes of one layer, whose rows are as wide as the hidden states."""
 
     tokens: int
     hidden: int
@@ -24,31 +24,34 @@ class Sizes:
 
     @property
     def key_dim(self) -> int:
-        """C, the width of a sub-key: a quarter of a row, as in memory+."""
+        """The width of a sub-key: a quarter of a row, as in memory+."""
         return self.hidden // 4
 
 
 @dataclass(frozen=True)
 class TrainedLayer:
-    """What a training step of one layer takes."""
+    """A layer with its optimizer, an input and the gradient of its output."""
 
     layer: MemoryLayer
     optimizer: TableOptimizer
-    hidden_SBD: Tensor
-    grad_SBD: Tensor
+    hidden: Tensor
+    grad: Tensor
 
     def forward(self) -> Tensor:
-        return self.layer(self.hidden_SBD)
+        """The output of the layer."""
+        return self.layer(self.hidden)
 
-    def backward(self, out_SBD: Tensor) -> None:
-        out_SBD.backward(self.grad_SBD)
+    def backward(self, out: Tensor) -> None:
+        """The backward pass of an output."""
+        out.backward(self.grad)
 
     def forward_backward(self) -> None:
+        """Forward and backward pass."""
         self.backward(self.forward())
 
 
 def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> TrainedLayer:
-    """The layer with an AdamW that keeps its table's gradient, fp32 copy and moments."""
+    """Build a layer, and an AdamW that holds its table's gradient, fp32 copy and moments."""
     config = MemoryConfig(
         memory_layers=[0],
         memory_num_keys=sizes.num_keys,

@@ -1,4 +1,4 @@
-"""The machine that a run finds: its wheels, its packages, its card, and the commit that runs."""
+"""The machine of a run: wheels, packages, the GPU, and the commit."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-# module -> the package that brings it, where the names differ
+# module -> the package that contains it, where the names differ
 PACKAGES = {
     "PIL": "pillow",
     "yaml": "pyyaml",
@@ -22,14 +22,14 @@ DRY_RUN = "dry run on CPU"
 
 
 def unpack_wheels(wheels: Path, target: Path) -> None:
-    """Lay the contents of every wheel of a folder side by side, as pip install --target would.
+    """Unpack all wheels of a folder into one target folder, as pip install --target does.
 
     Raises:
-        ValueError: the folder holds no wheel, or something that is none.
+        ValueError: the folder has no wheels, or a file is not a wheel.
     """
     found = sorted(wheels.glob("*.whl"))
     if not found:
-        raise ValueError(f"MEGAMEM_WHEELS={wheels}: there is no *.whl in that folder")
+        raise ValueError(f"the folder MEGAMEM_WHEELS={wheels} has no *.whl files")
     target.mkdir(parents=True, exist_ok=True)
     for wheel in found:
         try:
@@ -40,13 +40,13 @@ def unpack_wheels(wheels: Path, target: Path) -> None:
 
 
 def python_path(added: Iterable[Path]) -> str:
-    """PYTHONPATH for the parts: this checkout, what is added, and what was there."""
+    """PYTHONPATH for the parts: this checkout, the added folders, and the present PYTHONPATH."""
     before = os.environ.get("PYTHONPATH", "")
     return os.pathsep.join([str(ROOT), *map(str, added), *filter(None, [before])])
 
 
 def missing(modules: Iterable[str]) -> list[str]:
-    """The packages that must be added for these modules to be importable here."""
+    """The packages of those modules that cannot be imported, sorted by name."""
     lacking = []
     for module in modules:
         try:
@@ -59,7 +59,7 @@ def missing(modules: Iterable[str]) -> list[str]:
 
 
 def commit() -> str:
-    """MEGAMEM_COMMIT, or what git says, or what .git says where git is missing, or "unknown"."""
+    """The commit: from MEGAMEM_COMMIT, from git, or, without git, from .git; else "unknown"."""
     if named := os.environ.get("MEGAMEM_COMMIT"):
         return named
     git = ["git", "-C", str(ROOT)]
@@ -74,7 +74,7 @@ def commit() -> str:
 
 
 def _commit_without_git(folder: Path) -> str:
-    """The commit that HEAD names; whether files differ from it cannot be told."""
+    """The commit that HEAD names, without a mark for modified files; "" if there is none."""
     try:
         head = (folder / "HEAD").read_text().strip()
         if not head.startswith("ref: "):
@@ -89,7 +89,7 @@ def _commit_without_git(folder: Path) -> str:
 
 
 def facts() -> dict[str, Any]:
-    """What a record must say of the machine and the code that made it; imports torch."""
+    """The facts about machine and code that each record contains; imports torch."""
     import torch
 
     cuda = torch.cuda.is_available()

@@ -1,45 +1,46 @@
-"""The parts of `bash tests/gpu.sh`, in the order of their worth."""
+"""The parts of `bash tests/gpu.sh`, most important first."""
 
 from dataclasses import dataclass
 
 MEGATRON = ("megatron.core", "megatron.training", "numpy", "PIL", "packaging")
-"""Modules without which Megatron's training loop with memory layers does not start."""
+"""The modules that Megatron's training loop with memory layers needs to start."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A module of this package that runs in a process of its own."""
+    """A module that is run in its own process."""
 
     name: str
     says: str
-    """What it does, for --list."""
+    """A description for --list."""
 
     limit: float
-    """Seconds that it gets on a GPU, about twice of what it should take."""
+    """Time limit on a GPU in seconds, about twice the expected time."""
 
     needs: tuple[str, ...] = ()
-    """Modules beside torch and triton, without which it does not start."""
+    """Modules besides torch and triton that it needs to start."""
 
     wants: tuple[str, ...] = ()
-    """Modules without which some of it fails."""
+    """Modules that some of its tests need."""
 
     beside: bool = False
-    """It times nothing, so that neighbours in the list that time nothing run at the same time."""
+    """It measures no times, so it runs at the same time as neighbours in the list that do not."""
 
     module: str = ""
-    """Where it is, if not in tests.gpu.NAME."""
+    """The module, if it is not tests.gpu.NAME."""
 
     @property
     def where(self) -> str:
+        """The module to run."""
         return self.module or f"tests.gpu.{self.name}"
 
 
 PARTS = (
-    Part("warm", "compiles the kernels that later parts launch, on all cores", 60),
-    Part("answers", "known answers of every kernel at real sizes", 60),
+    Part("warm", "compile the kernels of later parts, on all cores", 60),
+    Part("answers", "test every kernel on inputs with known results, at real sizes", 60),
     Part(
         "ranks",
-        "two NCCL ranks on one GPU in Megatron's loop against one process",
+        "compare two NCCL ranks on one GPU with one process, in Megatron's loop",
         110,
         needs=MEGATRON,
         # Megatron's checkpoints
@@ -48,7 +49,7 @@ PARTS = (
     ),
     Part(
         "tests",
-        "pytest -m gpu",
+        "run pytest -m gpu",
         110,
         needs=("pytest",),
         wants=("hypothesis", "sortedcontainers", "rich"),
@@ -56,36 +57,36 @@ PARTS = (
     ),
     Part(
         "syncs",
-        "host synchronisations of a step, and where they come from",
+        "count the host synchronisations of a step, by line of code",
         110,
         needs=MEGATRON,
         beside=True,
     ),
     Part(
         "te",
-        "memory layers among those of Transformer Engine, where that is installed",
+        "train memory layers with Transformer Engine, if that is installed",
         150,
         needs=MEGATRON,
         beside=True,
         module="tests.gpu.transformer_engine",
     ),
-    Part("stages", "the stages of one memory layer, timed", 40, needs=("rich",)),
+    Part("stages", "time the stages of one memory layer", 40, needs=("rich",)),
     Part(
         "step",
-        "a training step of 16 layers of 2048, with and without 3 memory layers",
+        "time a training step of 16 layers of width 2048, with and without 3 memory layers",
         90,
         needs=MEGATRON,
     ),
-    Part("bench", "every op of megamem bench at one real size beside torch", 90, needs=("rich",)),
+    Part("bench", "time every op of megamem bench at one real size", 90, needs=("rich",)),
 )
 BY_NAME = {part.name: part for part in PARTS}
 
 
 def chosen(names: list[str]) -> list[Part]:
-    """The parts of these names in the order of PARTS; all of them where no name is given.
+    """The parts with these names in the order of PARTS; all parts if no name is given.
 
     Raises:
-        ValueError: there is no part of that name.
+        ValueError: there is no part with that name.
     """
     unknown = [name for name in names if name not in BY_NAME]
     if unknown:

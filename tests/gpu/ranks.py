@@ -1,12 +1,12 @@
-"""Part: two NCCL ranks on one GPU through Megatron's own loop, each layout against one process.
+"""Part: compares two NCCL ranks on one GPU with one process in Megatron's own loop, per layout.
 
-A model of 4 layers of 256 in fp32 with two memory layers of 65,536 rows takes six steps. In a dry
-run the ranks talk over gloo.
+A model of 4 layers of width 256 in fp32, with two memory layers of 65,536 rows, makes six steps. In
+a dry run the ranks use gloo.
 
-Tensor-parallel ranks give the losses of one process digit for digit. Data-parallel ones add up
-gradients in another order, and a lookup whose scores nearly tie then goes the other way: losses may
-part by 1e-5 at the fourth step and 7e-4 at the sixth, as they do between a CPU and a GPU. Stages of
-a pipeline draw other weights than one process does, so they go on from a checkpoint.
+Tensor-parallel ranks have exactly the losses of one process. Data-parallel ranks sum gradients in
+another order, which may decide a lookup with nearly equal scores differently. Losses may then
+differ by 1e-5 at the fourth step and 7e-4 at the sixth, as they do between a CPU and a GPU.
+Pipeline stages draw other initial weights than one process, so they start from a checkpoint.
 """
 
 import math
@@ -25,12 +25,12 @@ STEPS, SAVED_AT = 6, 3
 TIMEOUT = 80.0
 # an H100 machine has 16 cores, and a rank keeps about one of them busy
 CORES_PER_RUN = 2
-# up to the third step, and after it
+# allowed difference of losses up to the third step, and after it
 CLOSE = (2e-5, 2e-3)
-# seven bits of weight, and picks that flip where two scores are near
+# larger, as bf16 has eight bits of precision, and nearly equal scores may change places
 CLOSE_IN_BF16 = (5e-2, 1e-1)
-# from the line that says that a peer is lost until the process has left: what is registered to run
-# at exit is given up to ten; NCCL's destructors were seen to take a minute
+# allowed time from the error line about a lost rank to the end of the process: exit handlers may
+# take ten seconds, and NCCL's destructors, which took a minute, must not run
 SECONDS_TO_LEAVE = 12.0
 
 TP2 = ("--tensor-model-parallel-size", 2)
@@ -43,7 +43,7 @@ DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce")
 
 @dataclass(frozen=True)
 class Check:
-    """A run that must take the steps of another one."""
+    """A run that must have the losses of another run."""
 
     name: str
     ranks: int
@@ -76,7 +76,7 @@ def run(found: report.Report) -> None:
     words = _words(found)
     at_once = 1 if found.dry_run else max(1, len(os.sched_getaffinity(0)) // CORES_PER_RUN)
     folder, saved = found.out / "ranks", found.out / "ranks" / "checkpoint"
-    # of an earlier run
+    # files of an earlier run
     shutil.rmtree(folder, ignore_errors=True)
 
     def go(check: Check, *flags: object, **more: Any) -> Log:
@@ -85,7 +85,7 @@ def run(found: report.Report) -> None:
             check.ranks,
             (*words, *check.flags, *flags),
             cpu=check.cpu or found.dry_run,
-            # compiling small functions costs more than it gives in six steps
+            # for six steps compiling small functions takes longer than it saves
             environment={"TORCHDYNAMO_DISABLE": "1"},
         )
         more["environment"] = wanted.environment | more.get("environment", {})
@@ -94,7 +94,7 @@ def run(found: report.Report) -> None:
     checks = [*LAYOUTS, *([] if found.dry_run else [ON_THE_CPU])]
     saving = ("--save", saved, "--save-interval", SAVED_AT, "--exit-interval", SAVED_AT)
     with ThreadPoolExecutor(at_once) as pool:
-        # others wait for these two
+        # these two are first, as others need their results
         save = pool.submit(go, Check("TP2, saved", 2, TP2), *saving)
         alone = pool.submit(go, Check("one process", 1, ()))
         logs = {check.name: pool.submit(go, check) for check in checks}
@@ -117,29 +117,29 @@ def run(found: report.Report) -> None:
         problems += _add_killed(found, killed.result())
     shutil.rmtree(saved, ignore_errors=True)
     done = len(found.rows)
-    summary = f"{done - len(problems)} of {done} runs right"
-    # bf16 is farther away, and has bounds of its own
+    summary = f"{done - len(problems)} of {done} runs correct"
+    # without bf16, which has its own bounds
     fp32 = [row["difference"] or 0.0 for row in found.rows if row.get("allowed") == CLOSE]
-    summary += f", losses in fp32 part by at most {max(fp32, default=0.0):.1e}"
+    summary += f", losses in fp32 differ by at most {max(fp32, default=0.0):.1e}"
     summary += (
-        f"; a rank left {found.rows[-1]['seconds_to_leave']} s after it said its peer is lost"
+        f"; a rank ended {found.rows[-1]['seconds_to_leave']} s after it reported a lost rank"
     )
     found.finish(not problems, "; ".join([summary, *problems]))
 
 
 def _words(found: report.Report) -> tuple[object, ...]:
-    """The flags that all runs share."""
+    """The flags of all runs."""
     hidden = found.divided(256, least=64)
     sequence = found.divided(256, least=32)
     return (
         *("--num-layers", 4, "--hidden-size", hidden, "--ffn-hidden-size", 4 * hidden),
         *("--num-attention-heads", 4, "--vocab-size", found.divided(1023, least=127)),
-        # Megatron's 128 times the tensor-parallel size would give every layout another vocabulary
+        # Megatron pads the vocabulary to 128 x TP, so that its size would depend on the layout
         *("--make-vocab-size-divisible-by", 32),
         *("--seq-length", sequence, "--max-position-embeddings", sequence),
         *("--micro-batch-size", 2, "--global-batch-size", 8),
         *("--train-iters", STEPS, "--lr-decay-iters", STEPS, "--lr", 1e-3, "--min-lr", 1e-4),
-        # weights drawn whole and then cut, so that they do not depend on the layout
+        # weights are drawn unsharded, so that they do not depend on the layout
         "--use-cpu-initialization",
         *("--memory-layers", 0, 1, "--memory-heads", 4, "--memory-lr", 3e-3),
         *("--memory-num-keys", found.divided(256, least=16)),
@@ -150,13 +150,13 @@ def _words(found: report.Report) -> tuple[object, ...]:
 def largest_difference(
     losses: dict[int, float], truth: dict[int, float], first: int, close: tuple[float, float]
 ) -> tuple[float | None, bool]:
-    """How far the losses are from the truth at most, and whether that is close at every step.
+    """The largest difference of losses, and whether it is allowed at every step.
 
     Args:
         losses: by iteration.
-        truth: the same of one process that ran all steps.
-        first: iteration with which the run began.
-        close: what is allowed up to the third step of all, and after it.
+        truth: the losses of one process that ran all steps.
+        first: first iteration of the run.
+        close: the allowed difference up to iteration 3, and after it.
     """
     # the second loss that Megatron logs is the mean of the first two of that run
     steps = [n for n in range(first, STEPS + 1) if first == 1 or n != first + 1]
@@ -164,7 +164,7 @@ def largest_difference(
         return None, False
     differences = {step: abs(losses[step] - truth[step]) for step in steps}
     right = all(d <= close[0 if step <= 3 else 1] for step, d in differences.items())
-    # a NaN is the largest
+    # NaN counts as the largest
     return max(differences.values(), key=lambda d: (math.isnan(d), d)), right
 
 
@@ -173,7 +173,7 @@ def _row(log: Log, **more: Any) -> dict[str, Any]:
 
 
 def _add_base(found: report.Report, log: Log) -> Iterable[str]:
-    """One process, or the run that saves: it must have learnt something."""
+    """Add the row of a run whose loss must fall; return its problems."""
     losses = list(log.losses.values())
     falls = len(losses) >= SAVED_AT and losses[-1] < losses[0] - 0.01
     failure = log.failure or ("" if falls else f"{log.run.name}: the loss does not fall: {losses}")
@@ -187,7 +187,8 @@ def _add(
     difference, right = largest_difference(log.losses, truth, first, check.close)
     failure = log.failure
     if not failure and not right:
-        failure = f"{check.name}: losses {list(log.losses.values())}, of one process {truth}"
+        ours = list(log.losses.values())
+        failure = f"{check.name}: losses are {ours}, but those of one process are {truth}"
     found.add(
         **_row(
             log,
@@ -202,17 +203,17 @@ def _add(
 
 
 def _add_killed(found: report.Report, log: Log) -> Iterable[str]:
-    """The rank that is left must say so in one line, and leave at once."""
+    """Add the row of the run with a killed rank: the other rank must report it and end at once."""
     lines = [line for line in log.stdout.splitlines() if "a collective failed" in line]
-    # after its line: the destructors of NCCL wait for a peer that is gone
+    # measured from its error line, as NCCL's destructors would wait for the killed rank
     to_leave = None if log.error_at is None else log.ended_at[0] - log.error_at
     failure = ""
     if log.statuses[1] is None or not lines or to_leave is None:
-        failure = f"{log.run.name}: the other rank did not say that it lost a peer"
+        failure = f"{log.run.name}: the other rank did not report that a rank was lost"
     elif log.statuses[0] is None or to_leave > SECONDS_TO_LEAVE:
-        failure = f"{log.run.name}: the other rank stayed for {to_leave:.0f} s after its line"
+        failure = f"{log.run.name}: the other rank ran for {to_leave:.0f} s after its error line"
     elif log.statuses[0] == 0:
-        failure = f"{log.run.name}: the other rank left with status 0"
+        failure = f"{log.run.name}: the other rank ended with status 0"
     found.add(
         **_row(
             log,

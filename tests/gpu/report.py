@@ -1,4 +1,4 @@
-"""What a part finds: a JSON file that grows row by row, so that a part cut short loses nothing."""
+"""The results of a part in a JSON file, written row by row, so that an interruption loses none."""
 
 import argparse
 import json
@@ -15,14 +15,14 @@ import torch
 
 from tests.gpu import machine
 
-UNFINISHED = "did not come to its end"
+UNFINISHED = "was not finished"
 
 
 class Report:
-    """One part's findings, written to OUT/PART.json at every change.
+    """The results of one part, written to OUT/PART.json after every change.
 
-    Keys of the file: part, ok, skipped (why nothing was tried, or ""), summary (the main numbers in
-    one line), rows, seconds, scale, started, command, and the facts of the machine.
+    Keys of the file: part, ok, skipped (why the part did not run, or ""), summary (the main numbers
+    in one line), rows, seconds, scale, started, command, and facts about the machine.
     """
 
     def __init__(self, part: str, out: Path, scale: int) -> None:
@@ -41,14 +41,15 @@ class Report:
 
     @property
     def dry_run(self) -> bool:
+        """Whether the part runs on a CPU."""
         return self._facts["dry_run"]
 
     def divided(self, size: int, least: int = 1) -> int:
-        """A size of the real thing, divided by the scale."""
+        """A size of a real run, divided by the scale, but not below `least`."""
         return max(min(size, least), size // self.scale)
 
     def add(self, **row: Any) -> None:
-        """One more finding; also printed, for the log."""
+        """Add a row, and print it for the log."""
         self.rows.append(row)
         if self.summary.startswith(UNFINISHED):
             self.summary = f"{UNFINISHED}; {len(self.rows)} rows so far"
@@ -57,11 +58,12 @@ class Report:
         self._write()
 
     def finish(self, ok: bool, summary: str) -> None:
+        """Set the result of the part."""
         self.ok, self.summary = ok, summary
         self._write()
 
     def skip(self, why: str) -> None:
-        """Nothing was tried, which is not a pass."""
+        """Mark the part as skipped, which is not a pass."""
         self.ok, self.skipped, self.summary = False, why, why
         self._write()
 
@@ -78,19 +80,20 @@ class Report:
             "command": os.environ.get("MEGAMEM_GPU_COMMAND", " ".join(sys.argv)),
             **self._facts,
         }
-        # whole or not at all: the runner may read it after it has killed this process
+        # replaced as a whole, as the runner may read the file after it has killed this process
         path = self.out / f"{self.part}.json"
         path.with_suffix(".part").write_text(json.dumps(content, indent=1))
         path.with_suffix(".part").replace(path)
 
 
 def main(part: str, run: Callable[[Report], None], argv: Sequence[str] | None = None) -> int:
-    """`python -m tests.gpu.PART`: 0 where it passed or had nothing to try, 1 where it did not."""
+    """Run `python -m tests.gpu.PART`; return 0 if the part passed or was skipped, else 1."""
     parser = argparse.ArgumentParser(prog=f"python -m tests.gpu.{part}", description=run.__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu/parts"), help="for PART.json")
     parser.add_argument(
-        "--scale", type=int, help="divide sizes by it; default 1, in a dry run on a CPU 64"
+        "--out", type=Path, default=Path("runs/gpu/parts"), help="folder for PART.json"
     )
+    scale = "divide all sizes by this number (default: 1 on a GPU, 64 on a CPU)"
+    parser.add_argument("--scale", type=int, help=scale)
     options = parser.parse_args(argv)
     scale = options.scale or (1 if torch.cuda.is_available() else 64)
     report = Report(part, options.out.resolve(), scale)

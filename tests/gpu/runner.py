@@ -1,4 +1,4 @@
-"""Runs parts in processes of their own; whatever one of them does, the others get their turn."""
+"""Runs each part in its own process, so that one that fails or hangs does not stop the others."""
 
 import contextlib
 import json
@@ -17,9 +17,9 @@ from tests.gpu.machine import ROOT, missing
 from tests.gpu.parts import Part
 
 MARK = "MEGAMEM_GPU_MARK"
-"""Variable that every process of a part inherits, in whatever session it is."""
+"""Environment variable that all processes of a part inherit, in any session."""
 
-# less is not worth the start of an interpreter
+# with less time left, a part is not started
 LEAST_SECONDS = 5.0
 
 
@@ -29,43 +29,45 @@ class Outcome:
 
     part: Part
     verdict: str
-    """passed, failed, skipped, or in words why there is no result."""
+    """passed, failed, skipped, or the reason why there is no result."""
 
     seconds: float = 0.0
     content: dict[str, Any] = field(default_factory=dict)
-    """The part's JSON file, as far as it came."""
+    """The content of the part's JSON file."""
 
     @property
     def failed(self) -> bool:
+        """Whether it neither passed nor was skipped."""
         return self.verdict not in ("passed", "skipped")
 
     @property
     def summary(self) -> str:
+        """The main numbers in one line; "" if there are none."""
         return self.content.get("summary", "")
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Where parts run, and for how long."""
+    """The folder and the time limits of parts."""
 
     work: Path
-    """Folder of their JSON files and logs."""
+    """Folder for JSON files and logs."""
 
     scale: int
     deadline: float
-    """On the monotonic clock, for all of them together."""
+    """When all parts must have ended, on the monotonic clock."""
 
     patience: float = 1.0
-    """Times the limit of every part; a CPU needs longer."""
+    """The time limit of every part is multiplied by this, as a CPU needs longer."""
 
     dry_run: bool = False
-    """On a CPU. Two cores are not enough for two parts at once; on a GPU, parts that time nothing
-    run at the same time."""
+    """Whether parts run on a CPU, and then one after the other. On a GPU, parts that measure no
+    times run at the same time."""
 
     environment: dict[str, str] = field(default_factory=dict)
 
     def run(self, parts: list[Part]) -> Iterator[Outcome]:
-        """The parts one after another, or beside each other; yields each when it has ended."""
+        """Run the parts; yield the outcome of each when it has ended."""
         for batch in self._batches(parts):
             yield from self._run_batch(batch)
 
@@ -88,7 +90,7 @@ class Runner:
                 if lacking := missing(part.needs):
                     yield Outcome(part, f"not run: needs {', '.join(lacking)}")
                 elif left < LEAST_SECONDS:
-                    yield Outcome(part, "not reached: the time was over")
+                    yield Outcome(part, "not started: the time limit was reached")
                 else:
                     limit = min(part.limit * self.patience, left)
                     running.append(_Running.start(part, limit, self))
@@ -99,7 +101,7 @@ class Runner:
                         yield outcome
                 time.sleep(0.05)
         except KeyboardInterrupt:
-            # what they have found so far is kept
+            # their results so far are kept
             while running:
                 yield running.pop(0).ended("interrupted")
             raise
@@ -136,12 +138,12 @@ class _Running:
         return cls(part, process, mark, time.monotonic(), limit, result)
 
     def poll(self) -> Outcome | None:
-        """Its outcome once it has ended, or has been ended as its time was over."""
+        """The outcome if the part has ended or has reached its time limit; else None."""
         seconds, status = time.monotonic() - self.started, self.process.poll()
         if status is None and seconds < self.limit:
             return None
         if status is None:
-            return self.ended(f"ended after {seconds:.0f} s")
+            return self.ended(f"stopped after {seconds:.0f} s")
         content = self.ended("").content
         if content.get("skipped") and status == 0:
             verdict = "skipped"
@@ -154,7 +156,7 @@ class _Running:
         return Outcome(self.part, verdict, seconds, content)
 
     def ended(self, verdict: str) -> Outcome:
-        """Kill it, and what it left behind."""
+        """Kill all processes of the part; return its outcome."""
         end_marked(MARK, self.mark)
         self.process.wait()
         return Outcome(self.part, verdict, time.monotonic() - self.started, self._read())
@@ -167,9 +169,9 @@ class _Running:
 
 
 def end_marked(variable: str, mark: str) -> None:
-    """Kill every process that was started with this mark in its environment, and wait for them."""
+    """Kill all processes with this mark in their environment, and wait until they have ended."""
     wanted = f"{variable}={mark}".encode()
-    # one that forks while this looks is found the next time
+    # repeated, as processes may fork meanwhile
     for _ in range(100):
         found = [pid for pid in _processes() if wanted in _environment(pid)]
         if not found:
@@ -187,7 +189,7 @@ def _processes() -> Iterable[int]:
 
 
 def _is_alive(pid: int) -> bool:
-    """It runs: a zombie is dead, and stays until its parent asks for it."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

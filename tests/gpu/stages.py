@@ -1,7 +1,7 @@
-"""Part: the stages of one memory layer, timed, and a plain feed-forward beside them.
+"""Part: times the stages of one memory layer, and a feed-forward for comparison.
 
-T = 8192 tokens, 4 heads of 32 reads, 1024 sub-keys per half (1 M rows) of width 2048, in bf16, rows
-drawn uniformly.
+There are 8192 tokens, 4 heads that read 32 rows each, and 1024 sub-keys per half (1 M rows); rows
+have width 2048 and are bf16, and row ids are uniform.
 """
 
 import sys
@@ -29,7 +29,7 @@ Stage = tuple[str, Callable[[], object]]
 
 
 def sizes_of(found: report.Report) -> Sizes:
-    """Of the layer that is timed."""
+    """The sizes of the layer."""
     return Sizes(
         tokens=found.divided(8192, least=16),
         hidden=found.divided(2048, least=64),
@@ -49,7 +49,7 @@ def run(found: report.Report) -> None:
         for name, stage in stages:
             times[name] = median_ms(stage, device, min_ms)
             found.add(stage=name, ms=round(times[name], 4), **vars(sizes))
-        # tables are large, and those of the next stages are of other sizes
+        # free these tables before the next stages allocate theirs
         del stage, stages
         if not found.dry_run:
             torch.cuda.empty_cache()
@@ -64,25 +64,25 @@ def run(found: report.Report) -> None:
     measure(layer_stages(trained))
     summary = ", ".join(f"{name} {times[name]:.3g}" for name in SHOWN)
     if not found.dry_run:
-        # last, so that a profiler that does not work costs nothing else
+        # last, so that a profiler that fails does not stop the other measurements
         for name, ms, calls in kernels_of(trained.forward_backward):
             found.add(kernel=name, ms=round(ms, 4), calls=calls)
-    # a time of a dry run means nothing
+    # the times of a dry run are meaningless
     found.finish(True, f"{len(times)} stages ran" if found.dry_run else f"ms: {summary}")
 
 
 def op_stages(sizes: Sizes, device: torch.device, dtype: torch.dtype, rows: int) -> Iterator[Stage]:
-    """The ops of a layer on inputs of their own, of which the table has `rows` rows."""
+    """The ops of a layer on random inputs, with a table of `rows` rows."""
     yield from read_stages(sizes, device, dtype)
     yield from table_stages(sizes, device, dtype, rows)
 
 
 def read_stages(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Stage]:
-    """From hidden states to the rows that are read."""
+    """The ops from hidden states to row ids."""
     keys = 2 * sizes.heads * sizes.key_dim
-    x_TD = torch.randn(sizes.tokens, sizes.hidden, device=device).to(dtype)
-    weight_QD = torch.randn(keys, sizes.hidden, device=device).to(dtype)
-    yield "query projection", lambda: x_TD @ weight_QD.T
+    x = torch.randn(sizes.tokens, sizes.hidden, device=device).to(dtype)
+    weight = torch.randn(keys, sizes.hidden, device=device).to(dtype)
+    yield "query projection", lambda: x @ weight.T
 
     query = torch.randn(sizes.tokens, sizes.heads, 2 * sizes.key_dim, device=device).to(dtype)
     sub_keys = torch.randn(2, sizes.heads, sizes.num_keys, sizes.key_dim, device=device).to(dtype)
@@ -96,7 +96,7 @@ def read_stages(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Itera
 def table_stages(
     sizes: Sizes, device: torch.device, dtype: torch.dtype, rows: int
 ) -> Iterator[Stage]:
-    """The read-out of a table, and its gradient into a buffer of fp32."""
+    """The read-out of a table, and its gradient, which is added to an fp32 buffer."""
     tokens, lookups = sizes.tokens, sizes.heads * sizes.topk
     values = torch.randn(rows, sizes.hidden, device=device, dtype=dtype)
     grad = torch.randn(tokens, sizes.hidden, device=device).to(dtype)
@@ -114,14 +114,17 @@ def table_stages(
         lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True),
     )
     if use_triton(values):
-        # what the backward does, one after the other
-        yield "of it: sort_lookups", lambda: sort_lookups(row_ids, weights, offsets, rows)
-        sorted_M = sort_lookups(row_ids, weights, offsets, rows)
-        yield "of it: row gradient", lambda: row_gradient(sorted_M, grad, values, buffer, add=True)
+        # the two parts of the backward
+        yield "bag backward: sort", lambda: sort_lookups(row_ids, weights, offsets, rows)
+        ordered = sort_lookups(row_ids, weights, offsets, rows)
+        yield (
+            "bag backward: row gradient",
+            lambda: row_gradient(ordered, grad, values, buffer, add=True),
+        )
 
 
 def optimizer_stage(rows: int, width: int, device: torch.device) -> Iterator[Stage]:
-    """AdamW of a table in bf16 with an fp32 copy, of which half the rows have a gradient."""
+    """AdamW of a bf16 table with an fp32 copy, where half of the rows have a gradient."""
     weights, grads, exp_avg, exp_avg_sq = (torch.zeros(rows, width, device=device) for _ in "abcd")
     options = ops.AdamOptions(
         step=2,
@@ -136,7 +139,7 @@ def optimizer_stage(rows: int, width: int, device: torch.device) -> Iterator[Sta
 
 
 def layer_stages(trained: TrainedLayer) -> Iterator[Stage]:
-    """The whole layer, and the norm that its table's optimizer takes once per step."""
+    """The complete layer, and the gradient norm that its table's optimizer computes every step."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -148,7 +151,7 @@ def layer_stages(trained: TrainedLayer) -> Iterator[Stage]:
 
 
 def feed_forward_stage(sizes: Sizes, device: torch.device) -> Iterator[Stage]:
-    """What a memory layer takes the place of."""
+    """A feed-forward, which a memory layer replaces."""
     hidden = sizes.hidden
     options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16, "bias": False}
     block = nn.Sequential(
@@ -162,7 +165,7 @@ def feed_forward_stage(sizes: Sizes, device: torch.device) -> Iterator[Stage]:
 
 
 def kernels_of(work: Callable[[], object]) -> list[tuple[str, float, int]]:
-    """Name, ms and launches of each kernel of one run of the work, the longest first."""
+    """Name, milliseconds and number of launches of the kernels of a call, slowest first."""
     work()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]

@@ -1,7 +1,8 @@
-"""Part: a training step of Megatron's, 16 layers of 2048 and 16k tokens, without memory layers and
-with three that share a table of 2.1 G numbers: ms a step, the ratio, and the peak of memory.
+"""Part: times a training step of Megatron's with and without memory layers.
 
-Both runs import Megatron at once; the second waits with the GPU until the first has left.
+The model has 16 layers of width 2048 and makes steps of 16k tokens; three memory layers share a
+table of 2.1 G numbers. The results are milliseconds per step, their ratio, and peak memory. Both
+runs import Megatron at the same time, but the second uses the GPU only after the first has ended.
 """
 
 import os
@@ -15,18 +16,18 @@ from tests.gpu.training_runs import Log, Run, launch
 
 STEPS, WARM_UP = 7, 3
 TIMEOUT = 85.0
-# of one micro-batch; scores of the attention that torch computes fill the memory, so where two do
-# not fit, one is tried
+# sequences per micro-batch: torch's attention scores need much memory, so one is tried where two do
+# not fit
 SEQUENCES = (2, 1)
 GATE = "MEGAMEM_GPU_GATE"
-"""A file that a run waits for before it takes the GPU."""
+"""Environment variable with a file; a run uses the GPU only when the file exists."""
 
 
 def run(found: report.Report) -> None:
     """Time a training step with and without memory layers."""
     for sequences in SEQUENCES:
         dense, memory = _both(found, sequences)
-        # one that does not fit says nothing of the other one
+        # both runs must have the same micro-batch
         if not any("OutOfMemoryError" in log.stdout for log in (dense, memory)):
             break
     problems, medians = [], []
@@ -51,9 +52,9 @@ def run(found: report.Report) -> None:
     found.add(ratio=round(ratio, 4))
     summary = (
         f"dense {medians[0]:.1f} ms, 3 memory layers {medians[1]:.1f} ms: {ratio:.3f}x; "
-        f"peak {dense.peak_gib} and {memory.peak_gib} GiB; {sequences} sequences a micro-batch"
+        f"peak {dense.peak_gib} and {memory.peak_gib} GiB; {sequences} sequences per micro-batch"
     )
-    found.finish(True, "both runs took their steps" if found.dry_run else summary)
+    found.finish(True, "both runs made their steps" if found.dry_run else summary)
 
 
 def _both(found: report.Report, sequences: int) -> tuple[Log, Log]:
@@ -74,7 +75,7 @@ def _both(found: report.Report, sequences: int) -> tuple[Log, Log]:
         environment = {
             GATE: str(gate),
             "OMP_NUM_THREADS": "4",
-            # the table fills half of the card: what is free must not be in pieces
+            # the table needs half of the GPU's memory, so the rest must not be fragmented
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         }
         wanted = Run(name, 1, flags, "tests.gpu.step", environment, cpu=found.dry_run)
@@ -92,7 +93,7 @@ def _memory_layers(found: report.Report) -> tuple[int, int, int]:
 
 
 def _words(found: report.Report, sequences: int) -> tuple[object, ...]:
-    """The flags of both runs: bf16, 16,384 tokens a step."""
+    """The flags of both runs: bf16, 16,384 tokens per step."""
     hidden = found.divided(2048, least=64)
     length = found.divided(2048, least=32)
     return (
@@ -106,14 +107,14 @@ def _words(found: report.Report, sequences: int) -> tuple[object, ...]:
 
 
 def _wait_then_run() -> int:
-    """In a rank: import what is slow to import, wait for the gate, then do as megamem.run does."""
+    """Run in a rank: import slow modules, wait for the gate, then do what megamem.run does."""
     from megamem.megatron import launcher
 
     command = launcher.parse(sys.argv[1:])
     if command.cpu:
         from megamem.cpu import runtime as cpu_runtime
 
-        # it must come before Megatron
+        # it must be installed before Megatron is imported
         cpu_runtime.install(force=command.force_cpu)
     import time
 

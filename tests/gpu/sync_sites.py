@@ -1,4 +1,4 @@
-"""Host synchronisations: how many, and which lines of ours or of Megatron's ask for them."""
+"""Counts host synchronisations, by the line of megamem or Megatron that causes them."""
 
 import sys
 import traceback
@@ -14,15 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.gpu.machine import ROOT
 
 SAYS = "called a synchronizing"
-# what makes a host wait for a GPU; a dry run on a CPU counts calls of them instead
+# ops that make the host wait for a GPU; a dry run on a CPU counts calls of these
 WAITS = ("_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "unique_consecutive")
 
 
 class SyncSites:
-    """Counts synchronisations while it is entered.
+    """Context manager that counts host synchronisations.
 
-    On a GPU they are what torch.cuda.set_sync_debug_mode("warn") warns of: waits that torch itself
-    asks for, not those inside of NCCL. Those of a backward pass are seen where backward was called.
+    On a GPU these are the ones about which torch.cuda.set_sync_debug_mode("warn") warns: those of
+    torch itself, not those inside of NCCL. Synchronisations of a backward pass are attributed to
+    the line that called backward.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,6 +34,7 @@ class SyncSites:
 
     @property
     def count(self) -> int:
+        """The number of synchronisations."""
         return self.sites.total()
 
     def __enter__(self) -> "SyncSites":
@@ -63,7 +65,7 @@ class SyncSites:
             self.add()
 
     def add(self) -> None:
-        """One more, asked for by whoever called."""
+        """Count one synchronisation, caused by the line that is running."""
         self.sites[site_of(sys._getframe(1))] += 1
 
 
@@ -79,7 +81,7 @@ class _Calls(TorchDispatchMode):
 
 
 def site_of(frame: FrameType) -> str:
-    """The innermost line of megamem's or Megatron's: file:line function."""
+    """The innermost line of megamem or Megatron, as "file:line function"; else "elsewhere"."""
     for entry in reversed(traceback.extract_stack(frame)):
         path = Path(entry.filename)
         if path.is_relative_to(ROOT / "megamem") or path.is_relative_to(ROOT / "examples"):

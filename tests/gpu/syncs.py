@@ -1,7 +1,7 @@
-"""Part: host synchronisations of a training step, of a memory layer and of its table's optimizer.
+"""Part: counts host synchronisations of a training step, a memory layer and its table's optimizer.
 
-A memory layer must not make the host wait for the GPU: on one rank its forward and backward have no
-synchronisation. How many a step of Megatron's has, with and without memory layers, is counted.
+On one rank, forward and backward of a memory layer must not synchronise the host with the GPU. For
+a step of Megatron's, with and without memory layers, the number is only reported.
 """
 
 import json
@@ -24,33 +24,35 @@ COUNTED_STEP, STEPS = 4, 5
 TIMEOUT = 100.0
 SHOWN_SITES = 30
 RESULT = "MEGAMEM_GPU_SYNCS"
-"""A file that takes what a training run counted."""
+"""Environment variable with the file to which a training run writes its counts."""
 
 
 def run(found: report.Report) -> None:
-    """Count host synchronisations, and name their lines."""
+    """Count host synchronisations, by line of code."""
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(_training, found)
         layer = _layer(found)
         problems = training.result()
     counts = {row["what"]: row["count"] for row in found.rows}
     summary = ", ".join(f"{what} {count}" for what, count in counts.items())
-    # twins in plain torch, which run in a dry run, may wait
+    # in a dry run plain torch runs, which may synchronise
     if layer and not found.dry_run:
-        problems.append(f"a memory layer waits {layer} times for the GPU; the rows name the lines")
+        problems.append(
+            f"a memory layer synchronises {layer} times with the GPU; the rows name the lines"
+        )
     if found.dry_run:
-        summary = f"{len(counts)} counts made, of other ops than on a GPU"
+        summary = f"{len(counts)} counts were made, of other ops than on a GPU"
     found.finish(not problems, "; ".join([summary, *problems]))
 
 
 def _add(found: report.Report, what: str, count: int, sites: dict[str, int]) -> None:
-    # the most frequent ones first
+    # most frequent first
     ordered = sorted(sites.items(), key=lambda site: -site[1])[:SHOWN_SITES]
     found.add(what=what, count=count, sites=dict(ordered))
 
 
 def _layer(found: report.Report) -> int:
-    """Forward and backward of a layer, and what its table's optimizer does; those of the layer."""
+    """Count in a layer and its table's optimizer; return the number in the layer."""
     device = found.device
     sizes = Sizes(
         tokens=found.divided(2048, least=16),
@@ -80,7 +82,7 @@ def _layer(found: report.Report) -> int:
 
 
 def _training(found: report.Report) -> list[str]:
-    """One step of Megatron's loop, dense and with two memory layers; what went wrong."""
+    """Count in a step of Megatron's loop, dense and with two memory layers; return problems."""
     hidden, length = found.divided(256, least=64), found.divided(256, least=32)
     words = (
         *("--num-layers", 4, "--hidden-size", hidden, "--ffn-hidden-size", 4 * hidden),
@@ -104,7 +106,7 @@ def _training(found: report.Report) -> list[str]:
 
 
 def _counted(found: report.Report, name: str, flags: tuple[object, ...]) -> dict[str, int] | str:
-    """Site -> synchronisations of one step of a training run; or what went wrong."""
+    """Line of code -> synchronisations in one step of a training run; or a problem."""
     path = found.out / "syncs" / f"{name.replace(' ', '_')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
@@ -117,7 +119,7 @@ def _counted(found: report.Report, name: str, flags: tuple[object, ...]) -> dict
 
 
 def _count_in_training() -> int:
-    """In a rank: do as megamem.run does, and count in one step."""
+    """Run in a rank: do what megamem.run does, and count in one step."""
     from megamem.megatron import launcher
 
     original = launcher.run_as_main

@@ -1,4 +1,4 @@
-"""The one table at the end, in plain text: it must not need a package that a machine may lack."""
+"""The table at the end, in plain text without rich, which a machine may not have."""
 
 import shutil
 import textwrap
@@ -11,22 +11,22 @@ HEAD = ("part", "verdict", "s", "main numbers")
 
 
 def table(outcomes: Sequence[Outcome], divided_by: int | None = None) -> str:
-    """The machine and the commit in a line, then a row for each part.
+    """A line about machine and commit, a row for each part, and a line with the verdict.
 
     Args:
         outcomes: in the order of the rows.
-        divided_by: of a dry run, by what sizes are divided; None where a GPU ran them.
+        divided_by: the number by which a dry run divides sizes; None on a GPU.
     """
     rows = [(o.part.name, o.verdict, f"{o.seconds:.0f}", o.summary) for o in outcomes]
     widths = [max(len(row[n]) for row in (HEAD, *rows)) for n in range(3)]
     indent = sum(widths) + 6
-    # a part that says much continues below itself
+    # long summaries are wrapped
     width = max(40, shutil.get_terminal_size((140, 24)).columns - indent)
     lines = [headline(outcomes)]
     if divided_by is not None:
         lines.append(
             f"DRY RUN ON CPU, sizes divided by {divided_by}: no number below is a measurement, and "
-            "no verdict is about a GPU"
+            "no verdict holds for a GPU"
         )
     for row in (HEAD, *rows):
         first, *more = textwrap.wrap(row[3], width) or [""]
@@ -36,10 +36,10 @@ def table(outcomes: Sequence[Outcome], divided_by: int | None = None) -> str:
 
 
 def headline(outcomes: Sequence[Outcome]) -> str:
-    """What ran where, from the first part that said so."""
+    """Device, software and commit, from the first part that has them."""
     content: dict[str, Any] = next((o.content for o in outcomes if o.content.get("device")), {})
     if not content:
-        return "no part told of its machine"
+        return "no part wrote facts about its machine"
     software = ", ".join(
         f"{name} {content[name]}"
         for name in ("torch", "triton", "megatron-core", "nccl")
@@ -49,7 +49,7 @@ def headline(outcomes: Sequence[Outcome]) -> str:
 
 
 def verdict(outcomes: Sequence[Outcome]) -> str:
-    """The last line."""
+    """The last line: how many parts passed, and which did not."""
     failed = [o.part.name for o in outcomes if o.failed]
     skipped = [o.part.name for o in outcomes if o.verdict == "skipped"]
     passed = len(outcomes) - len(failed) - len(skipped)

@@ -1,4 +1,4 @@
-"""What the parts of tests/gpu.sh make of what they see."""
+"""The conclusions that the parts of tests/gpu.sh draw from results."""
 
 import re
 import sys
@@ -25,7 +25,7 @@ TRUTH = {1: 7.0, 2: 6.9, 3: 6.5, 4: 6.3, 5: 6.2, 6: 6.1}
         pytest.param({6: 6.101}, 1, (1e-3, True), id="apart late"),
         pytest.param({6: 6.11}, 1, (1e-2, False), id="apart late, too far"),
         pytest.param({6: float("nan")}, 1, (float("nan"), False), id="NaN"),
-        # the second loss that is logged after a start is a mean
+        # the second loss that a run logs is the mean of its first two
         pytest.param({5: 6.25}, 4, (0.0, True), id="resumed"),
         pytest.param({4: 6.31}, 4, (1e-2, False), id="resumed wrongly"),
         pytest.param({6: None}, 1, (None, False), id="a step is missing"),
@@ -51,9 +51,9 @@ def test_a_rank_that_fails_ends_its_run(tmp_path: Path) -> None:
     (tmp_path / "fake_rank.py").write_text(RANK)
     environment = {"PYTHONPATH": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     log = launch(Run("TP2", 2, (), "fake_rank", environment), tmp_path / "logs", timeout=60)
-    # the other one would have waited for it
+    # the other rank was ended, as it would have waited for the failed one
     assert log.statuses == [None, 3] and log.seconds < 30
-    assert log.failure == "TP2 ended with [None, 3]: ValueError: no such table"
+    assert log.failure == "TP2 ended with status [None, 3]: ValueError: no such table"
 
 
 def test_ranks_of_one_gpu_are_two_hosts_to_nccl(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_wait_is_counted_with_its_line(device: str) -> None:
     assert none.count == 0
     assert sites.sites["elsewhere"] == 1
     (line,) = [site for site in sites.sites if site != "elsewhere"]
-    # the innermost one of ours, wherever in the package the buffer is emptied
+    # the innermost line of megamem, wherever it clears the buffer
     assert re.fullmatch(r"megamem/\w+(/\w+)*\.py:\d+ (zero|zero_grad)", line)
     assert sites.count == 2
 
@@ -141,14 +141,14 @@ def test_a_rival_that_is_faster_is_named() -> None:
     assert bench._slowest([row]) == "no rival is faster"
     faster = row | {"op": "topk", "published_ms": 0.5}
     assert bench._slowest([row, faster]) == (
-        "rivals are faster in 1: the published kernel 4.00x in topk, uniform"
+        "rivals are faster in 1 cases, at most the published kernel by 4.00x in topk, uniform"
     )
 
 
 def test_a_case_that_bench_leaves_out_is_a_problem() -> None:
-    said = "adamw_  R=8\nskipped: adamw_ R=2: it takes 90 GiB\nmegamem: error: bag is wrong\n"
+    said = "adamw_  R=8\nskipped: adamw_ R=2: it needs 90 GiB\nmegamem: error: bag is wrong\n"
     assert bench._problems(said) == [
-        "skipped: adamw_ R=2: it takes 90 GiB",
+        "skipped: adamw_ R=2: it needs 90 GiB",
         "megamem: error: bag is wrong",
     ]
 
@@ -156,7 +156,7 @@ def test_a_case_that_bench_leaves_out_is_a_problem() -> None:
 def test_wheels_are_unpacked_side_by_side(tmp_path: Path) -> None:
     wheels, site = tmp_path / "wheels", tmp_path / "site"
     wheels.mkdir()
-    with pytest.raises(ValueError, match="there is no .*whl in that folder"):
+    with pytest.raises(ValueError, match=r"MEGAMEM_WHEELS=.* has no \*.whl files"):
         machine.unpack_wheels(wheels, site)
     for name in ("one", "two"):
         with zipfile.ZipFile(wheels / f"{name}-1.0-py3-none-any.whl", "w") as archive:

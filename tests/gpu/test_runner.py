@@ -1,4 +1,4 @@
-"""The command behind tests/gpu.sh: one part that fails, hangs or dies does not cost the others."""
+"""The command behind tests/gpu.sh: a part that fails, hangs or dies does not stop the others."""
 
 import json
 import os
@@ -40,7 +40,7 @@ sys.exit(report.main("passes", run))
 write("fails", ok=False, skipped="", summary="3 numbers are wrong")
 sys.exit(1)
 """,
-    # with a child in a session of its own, as the ranks of a training run are
+    # with a child process in another session, like the ranks of a training run
     "hangs": WRITES
     + """
 import subprocess, time
@@ -85,7 +85,7 @@ def test_every_part_has_its_turn_whatever_the_others_do(tmp_path: Path, fakes: d
     order = [*(fakes[n] for n in ("fails", "hangs", "dies", "skips", "lies")), needy]
     outcomes = {o.part.name: o for o in _runner(tmp_path).run([*order, fakes["passes"]])}
     verdicts = {name: outcome.verdict for name, outcome in outcomes.items()}
-    assert re.fullmatch(r"ended after \d+ s", verdicts.pop("hangs"))
+    assert re.fullmatch(r"stopped after \d+ s", verdicts.pop("hangs"))
     assert verdicts == {
         "fails": "failed",
         "dies": "failed: ended with status -11",
@@ -95,7 +95,7 @@ def test_every_part_has_its_turn_whatever_the_others_do(tmp_path: Path, fakes: d
         "passes": "passed",
     }
     assert outcomes["fails"].summary == "3 numbers are wrong"
-    # what it found before its time was over is kept, and nothing of it runs on
+    # its results up to the time limit are kept, and none of its processes is left
     rows = outcomes["hangs"].content["rows"]
     assert len(rows) == 2 and not _alive(rows[0]["child"])
     assert [o.part.name for o in outcomes.values() if o.failed] == [
@@ -118,7 +118,7 @@ def test_what_the_clock_leaves_out_is_named_and_has_no_result(tmp_path: Path, fa
     runner.work.mkdir()
     (runner.work / "passes.json").write_text('{"ok": true, "summary": "of an earlier run"}')
     (outcome,) = runner.run([fakes["passes"]])
-    assert outcome.verdict == "not reached: the time was over" and outcome.failed
+    assert outcome.verdict == "not started: the time limit was reached" and outcome.failed
     assert not outcome.summary and not (runner.work / "passes.json").exists()
 
 
@@ -173,7 +173,7 @@ def test_the_command_writes_records_and_one_table(
     assert shown.strip().endswith("1 of 3 parts passed; skipped: skips; NOT passed: fails")
     assert "===== fails" in (out / "logs.txt").read_text()
 
-    # nothing failed, but a part that was asked for by name was not tried
+    # nothing failed, but a part that was named on the command line was skipped
     monkeypatch.setattr(command, "chosen", lambda _: [fakes["skips"]])
     assert command.main(["--cpu", "--out", str(out)]) == 0
     assert command.main(["skips", "--cpu", "--out", str(out)]) == 1
@@ -221,8 +221,8 @@ def test_parts_run_in_the_order_of_their_worth() -> None:
 
 @pytest.mark.slow
 def test_a_whole_dry_run_passes(tmp_path: Path) -> None:
-    """bash tests/run.sh tests/gpu -m slow; ten minutes on two cores."""
-    # the twins: in Triton's interpreter, which other tests use, sizes of these parts take hours
+    """`bash tests/run.sh tests/gpu -m slow` runs it in ten minutes on two cores."""
+    # with plain torch, as at these sizes Triton's interpreter would take hours
     environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
     ran = subprocess.run(
         ["bash", "tests/gpu.sh", "--cpu", "--out", str(tmp_path)],

@@ -1,7 +1,7 @@
-"""What the part for Transformer Engine makes of runs.
+"""Verdicts of the part for Transformer Engine.
 
-That their command lines are right is seen where Transformer Engine is installed, in
-tests/megatron/test_transformer_engine.py.
+tests/megatron/test_transformer_engine.py tests its command lines where Transformer Engine is
+installed.
 """
 
 import inspect
@@ -43,7 +43,9 @@ def log(losses: list[object], first: int = 1, says: str = "", statuses: tuple = 
         pytest.param(CASE, log([7, 6, 7]), None, "did not fall", id="does not"),
         pytest.param(CASE, log([]), None, "no loss", id="silent"),
         pytest.param(CASE, log([7, 6, "nan"]), None, "did not fall", id="no number"),
-        pytest.param(CASE, log([7, 6, 5], statuses=(1,)), None, "ended with [1]", id="failed"),
+        pytest.param(
+            CASE, log([7, 6, 5], statuses=(1,)), None, "ended with status [1]", id="failed"
+        ),
         pytest.param(CASE, log([7, 6, 5], says=said("torch.float32")), None, "linears", id="wide"),
         pytest.param(CASE, log([7, 6, 5], says=said(table="x")), None, "memories", id="table"),
         pytest.param(CASE, log([7, 6, 5], says="nothing\n"), None, "linears", id="unseen"),
@@ -71,7 +73,7 @@ def test_every_case_gets_a_row_after_what_it_waits_for(monkeypatch, tmp_path) ->
     def launch(run: Run, folder: Path, timeout: float) -> Log:
         words = list(map(str, run.words))
         if "--load" in words:
-            # the run that saved it has ended
+            # the run that saved the checkpoint has ended
             assert Path(words[words.index("--load") + 1]).name in started
         started.append(run.name)
         case = next(case for case in part.CASES if case.name == run.name)

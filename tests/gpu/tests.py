@@ -1,7 +1,7 @@
-"""Part: the tests that are marked gpu.
+"""Part: runs the tests that are marked gpu.
 
-Those that fill ten GB and more run one after the other, in a process beside the others, as several
-of them at once would not fit. In a dry run, where no test is marked so, others stand in for them.
+Tests that need ten GB or more run one after the other in a separate process, as several at once
+would not fit. In a dry run no test is marked gpu, so it runs other tests instead.
 """
 
 import importlib.util
@@ -17,25 +17,26 @@ from tests.gpu import report
 from tests.gpu.machine import ROOT
 
 LARGE = ("tests/ops/test_large_tables.py", "tests/kernels/test_known_answers.py")
-# what in a file says that a test of it may be marked so: tests/conftest.py marks those of a device
+# matches files that may have tests marked gpu; tests/conftest.py marks those with a device argument
 USES_A_DEVICE = re.compile(r"def \w+\([^)]*\bdevice\b|\bDEVICES\b|mark\.gpu\b")
 DRY_RUN = ("tests/reference/test_placement.py", "tests/reference/test_philox.py")
-# each holds some hundred MB of the GPU beside its tensors
+# each worker needs some hundred MB of GPU memory besides its tensors
 MOST_WORKERS = 8
 NO_TESTS = 5
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a file in JUnit's format says."""
+    """The results in a JUnit XML file."""
 
     passed: int
     skipped: int
     failed: dict[str, str]
-    """Test -> the first line of why."""
+    """Test -> the first line of its error."""
 
     @classmethod
     def read(cls, path: Path) -> "Counts":
+        """Read a JUnit XML file."""
         passed = skipped = 0
         failed = {}
         for case in ElementTree.parse(path).getroot().iter("testcase"):
@@ -53,7 +54,7 @@ class Counts:
 
 
 def files() -> list[str]:
-    """Test files in which a test may be marked gpu; others need not be imported."""
+    """The test files that may have tests marked gpu; others need not be imported."""
     found = (ROOT / "tests").rglob("test_*.py")
     return sorted(
         str(path.relative_to(ROOT)) for path in found if USES_A_DEVICE.search(path.read_text())
@@ -61,17 +62,17 @@ def files() -> list[str]:
 
 
 def workers() -> int:
-    """Processes that pytest-xdist may use; 0 where it is missing."""
+    """The number of processes for pytest-xdist; 0 if it is not installed."""
     if importlib.util.find_spec("xdist") is None:
         return 0
     return min(MOST_WORKERS, len(os.sched_getaffinity(0)) // 2)
 
 
 def run(found: report.Report) -> None:
-    """Run pytest -m gpu, and count."""
+    """Run pytest -m gpu, and count passed, failed and skipped tests."""
     parallel = ["-n", str(workers())] if workers() > 1 else []
     if found.dry_run:
-        groups = {"stand-ins": [*DRY_RUN, "-m", "not slow and not gpu"]}
+        groups = {"other tests": [*DRY_RUN, "-m", "not slow and not gpu"]}
     else:
         small = [name for name in files() if name not in LARGE]
         groups = {"gpu": [*small, "-m", "gpu", *parallel], "large": [*LARGE, "-m", "gpu"]}
@@ -81,22 +82,24 @@ def run(found: report.Report) -> None:
         status = process.wait()
         path = _xml(found, name)
         if not path.exists():
-            problems.append(f"pytest of {name} ended with {status} and no report; see the log")
+            problems.append(
+                f"pytest of group {name} ended with status {status} and no report; see the log"
+            )
             continue
         counts.append(Counts.read(path))
         found.add(group=name, status=status, passed=counts[-1].passed, skipped=counts[-1].skipped)
         for test, why in counts[-1].failed.items():
             found.add(failed=test, why=why)
         if status == NO_TESTS or (status == 0 and not counts[-1].passed):
-            problems.append(f"{name}: no test ran")
+            problems.append(f"pytest of group {name} ran no test")
         elif status and not counts[-1].failed:
-            problems.append(f"pytest of {name} ended with {status}; see the log")
+            problems.append(f"pytest of group {name} ended with status {status}; see the log")
     failed = {test: why for one in counts for test, why in one.failed.items()}
     summary = f"{sum(c.passed for c in counts)} passed, {len(failed)} failed"
     if skipped := sum(c.skipped for c in counts):
         summary += f", {skipped} skipped"
     if found.dry_run:
-        summary += " (stand-ins that need no GPU)"
+        summary += " (other tests, which need no GPU)"
     shown = [*problems, *(f"{test}: {why}" for test, why in failed.items())][:3]
     found.finish(not problems and not failed, "; ".join([summary, *shown]))
 
@@ -108,7 +111,7 @@ def _xml(found: report.Report, name: str) -> Path:
 def _start(found: report.Report, name: str, words: list[str]) -> subprocess.Popen:
     path = _xml(found, name)
     path.unlink(missing_ok=True)
-    # a file that cannot be imported is a failure with its name, and the others still run
+    # a file that cannot be imported counts as failed, and the others still run
     options = ("-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--tb=short")
     command = [sys.executable, "-m", "pytest", *options, f"--junitxml={path}", *words]
     return subprocess.Popen(command, cwd=ROOT)

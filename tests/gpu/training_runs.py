@@ -1,7 +1,7 @@
-"""Runs of Megatron's training loop whose ranks are started by hand, and what they logged.
+"""Starts runs of Megatron's training loop without torchrun, and parses their logs.
 
-torchrun gives every rank a GPU of its own. Here two ranks share one: NCCL takes them for two hosts,
-as each has another NCCL_HOSTID, and joins them by sockets over the loopback.
+Under torchrun every rank needs its own GPU. Here two ranks share one: as their NCCL_HOSTID differs,
+NCCL treats them as two hosts and connects them by sockets over the loopback interface.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from tests.gpu.runner import end_marked
 
 SCRIPT = ROOT / "examples" / "pretrain_gpt.py"
 MARK = "MEGAMEM_GPU_RUN_MARK"
-# Megatron without Transformer Engine and Apex, and on a CPU
+# flags for Megatron without Transformer Engine and Apex, and for CPUs
 WITHOUT_ENGINES = (
     *("--transformer-impl", "local"),
     *("--no-rope-fusion", "--no-gradient-accumulation-fusion"),
@@ -45,41 +45,41 @@ PEAK = re.compile(r"max allocated: ([\d.]+)")
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be started."""
+    """A training run that can be started."""
 
     name: str
     ranks: int
     words: Sequence[object]
-    """Megatron's flags and megamem's."""
+    """Flags of Megatron and megamem."""
 
     module: str = "megamem.run"
     environment: dict[str, str] = field(default_factory=dict)
     cpu: bool = False
-    """On the CPU, over gloo."""
+    """Whether it runs on the CPU, over gloo."""
 
     may_fail: bool = False
     script: Path = SCRIPT
     engines: Sequence[object] = WITHOUT_ENGINES
-    """Flags that say whose kernels there are."""
+    """Flags that select Megatron's kernels."""
 
 
 @dataclass(frozen=True)
 class Log:
-    """How it went."""
+    """The result of a run."""
 
     run: Run
     statuses: list[int | None]
-    """Of each rank; None where it had to be ended."""
+    """Exit status of each rank; None if it had to be killed."""
 
     stdout: str
-    """Of all ranks."""
+    """Output of all ranks."""
 
     seconds: float
     ended_at: list[float]
-    """Seconds from the start until each rank had left."""
+    """Seconds from the start until each rank had ended."""
 
     error_at: float | None
-    """Seconds from the start until megamem's own error line was seen."""
+    """Seconds from the start until megamem's error line appeared."""
 
     @property
     def losses(self) -> dict[int, float]:
@@ -88,29 +88,29 @@ class Log:
 
     @property
     def milliseconds(self) -> list[float]:
-        """Of every iteration."""
+        """Milliseconds of every iteration."""
         return [float(m[2]) for m in ITERATION.finditer(self.stdout)]
 
     @property
     def peak_gib(self) -> float | None:
-        """The most that torch had allocated, as Megatron reports it after the first iteration."""
+        """Peak of the memory that torch has allocated, as Megatron reports it."""
         found = [float(m[1]) for m in PEAK.finditer(self.stdout)]
         return round(max(found) / 1024, 2) if found else None
 
     @property
     def failure(self) -> str:
-        """Why it cannot be used, in a line; empty where every rank left with 0."""
+        """Why the run failed, in one line; empty if every rank ended with status 0."""
         if self.run.may_fail or all(status == 0 for status in self.statuses):
             return ""
         lines = [line for line in self.stdout.splitlines() if re.search(r"[Ee]rror\b", line)]
-        why = lines[-1].strip() if lines else "nothing was said of an error"
-        return f"{self.run.name} ended with {self.statuses}: {why}"[:300]
+        why = lines[-1].strip() if lines else "no error was logged"
+        return f"{self.run.name} ended with status {self.statuses}: {why}"[:300]
 
 
 def launch(run: Run, folder: Path, timeout: float) -> Log:
-    """Start all ranks, wait for them, and end whatever is left of them.
+    """Start all ranks, wait for them, and kill all processes that are left.
 
-    The output of all of them also goes to FOLDER/NAME.log.
+    The output of all ranks is also written to FOLDER/NAME.log.
     """
     mark, started = uuid.uuid4().hex, time.monotonic()
     path = folder / f"{re.sub(r'[^a-z0-9]+', '_', run.name.lower())}.log"
@@ -139,11 +139,11 @@ def launch(run: Run, folder: Path, timeout: float) -> Log:
             error_at = time.monotonic() - started
         failed = any(process.returncode not in (None, 0) for process in processes)
         if failed and not run.may_fail:
-            # the others would wait for the one that is gone
+            # the other ranks would wait for the failed one
             break
         time.sleep(0.05)
     statuses = [process.poll() for process in processes]
-    # a killed rank's checkpoint writers wait for it forever
+    # the checkpoint writers of a killed rank would wait forever
     end_marked(MARK, mark)
     for process in processes:
         process.wait()
@@ -154,7 +154,7 @@ def launch(run: Run, folder: Path, timeout: float) -> Log:
 
 
 def _command(run: Run) -> list[str]:
-    # also where there is a GPU
+    # force runs on the CPU even if there is a GPU
     launcher = [run.module, *(["--cpu=force"] if run.cpu else [])]
     return [
         *(sys.executable, "-u", "-m", *launcher, str(run.script)),
@@ -172,7 +172,7 @@ def _environment(run: Run, rank: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        # before GPUs of 2024, Megatron insists on it for tensor parallelism
+        # Megatron requires it for tensor parallelism on GPUs from before 2024
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "NCCL_HOSTID": f"megamem-{port}-{rank}",
         "NCCL_SOCKET_IFNAME": "lo",

@@ -1,14 +1,13 @@
-"""What needs Transformer Engine: `bash tests/gpu.sh te`, on a machine that has it.
+"""Part: trains memory layers with Transformer Engine: `bash tests/gpu.sh te`.
 
-Runs of Megatron's loop with memory layers among Transformer Engine's, several at a time on one GPU,
-most of them compared with one that must take the same steps. Where Transformer Engine is missing,
-the part is skipped. Without a GPU it computes nothing: then the model of every command line is
-built, behind all checks of Megatron and megamem (`bash tests/transformer_engine.sh` makes an
-environment for that).
+It starts runs of Megatron's loop, several at a time on one GPU, and compares most of them with a
+run that must have the same losses. If Transformer Engine is not installed, the part is skipped.
+Without a GPU nothing is trained: the model of every command line is built, after all checks of
+Megatron and megamem (`bash tests/transformer_engine.sh` makes an environment for that).
 
-Runs that multiply in another order part by the rounding of bf16, or of the TF32 in which
-Transformer Engine multiplies fp32, and a lookup whose scores nearly tie then goes another way. The
-tolerances leave room for that; what a run computes wrong shows as a multiple of them.
+Runs that multiply in another order differ by the rounding of bf16, or of the TF32 in which
+Transformer Engine multiplies fp32, which may also decide lookups with nearly equal scores
+differently. The tolerances allow for that; mistakes cause differences of a multiple of them.
 """
 
 import json
@@ -28,7 +27,7 @@ from tests.gpu.training_runs import USUAL, Log, Run, launch
 
 AT_ONCE = 4
 LIMIT = 75.0
-"""Seconds of one run, of which starting takes most."""
+"""Time limit of one run in seconds, most of which is start-up."""
 
 SAVED_AT = 4
 MISSING = "Transformer Engine is not installed; it comes with NVIDIA's PyTorch image"
@@ -36,7 +35,7 @@ SCRIPT, HYBRID_SCRIPT = (ROOT / "examples" / f"pretrain_{kind}.py" for kind in (
 
 ENGINE = (
     *("--transformer-impl", "transformer_engine", "--no-gradient-accumulation-fusion"),
-    # a kernel that serves attention without cuDNN alone
+    # this kernel is only for attention without cuDNN
     "--no-masked-softmax-fusion",
 )
 ENVIRONMENT = {
@@ -55,14 +54,14 @@ TRAINING = {
     "--min-lr": 1e-4,
     "--lr-decay-iters": 8,
     "--vocab-size": 1023,
-    # Megatron's 128 times the tensor-parallel size would give every layout another vocabulary
+    # Megatron pads the vocabulary to 128 x TP, so that its size would depend on the layout
     "--make-vocab-size-divisible-by": 128,
 }
 READS = ("--memory-heads", 4, "--memory-topk", 16)
 MEMORY = ("--memory-layers", 1, 3)
 BF16 = ("--bf16",)
 TP2 = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
-# first weights that do not depend on the tensor-parallel size
+# initial weights that do not depend on the tensor-parallel size
 ALIKE = ("--use-cpu-initialization",)
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform")
 FULL = (*FULL, "--recompute-num-layers", 1)
@@ -78,23 +77,23 @@ HYBRID = (
 
 @dataclass(frozen=True)
 class Case:
-    """A run, and what it is compared with."""
+    """A run, and the case with which it is compared."""
 
     name: str
     flags: tuple[object, ...]
     like: str = ""
-    """The case that takes the same steps; empty where this one has only to train."""
+    """The case that must have the same losses; empty if the loss only has to fall."""
 
     tolerance: float = 0.0
-    """Of every loss, relative."""
+    """Allowed relative difference of every loss."""
 
     ranks: int = 1
     precision: str = "torch.bfloat16"
-    """That linears must be found in; a memory must be in bf16 where they are in fp8."""
+    """Precision in which linears must compute; with fp8, memory layers must compute in bf16."""
 
     saves: bool = False
     loads: str = ""
-    """The case whose checkpoint it goes on from."""
+    """The case from whose checkpoint it continues."""
 
     script: Path = SCRIPT
     environment: tuple[tuple[str, str], ...] = ()
@@ -102,7 +101,7 @@ class Case:
 
 ONE, PRECISE, SCALED = "bf16", "fp32", "fp8 with delayed scaling"
 IN_FP8 = {"delayed": "fp8 DelayedScaling", "current": "fp8 Float8CurrentScaling"}
-# what others wait for first, then those of two ranks, which take longest
+# first the cases that others need, then those with two ranks, which take longest
 CASES = (
     Case(ONE, BF16, saves=True),
     Case(PRECISE, ALIKE, precision="torch.float32"),
@@ -121,7 +120,7 @@ CASES = (
         like=ONE,
         tolerance=0.01,
         ranks=2,
-        # only cuDNN's attention can do it, which may lack a deterministic form of it
+        # only cuDNN's attention supports this, and not always deterministically
         environment=(("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1"),),
     ),
     Case(
@@ -160,7 +159,7 @@ CASES = (
         tolerance=1e-3,
         precision=IN_FP8["delayed"],
         loads=SCALED,
-        # scaling factors are saved by pickle, which Transformer Engine 2.20 reads only if told to
+        # scaling factors are pickled, and Transformer Engine 2.20 loads pickles only with this
         environment=(("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1"),),
     ),
     Case(
@@ -182,19 +181,19 @@ CASES = (
 
 
 def run(report: Report) -> None:
-    """Memory layers among Transformer Engine's, in Megatron's loop."""
+    """Train memory layers with Transformer Engine in Megatron's loop."""
     if find_spec("transformer_engine") is None:
         report.skip(MISSING)
         return
     rows = _built(report) if report.dry_run else _trained(report, report.out / "te")
     failed = [row["name"] for row in rows if row["verdict"] != "passed"]
-    what = "models built; none trains without a GPU" if report.dry_run else "runs"
+    what = "models built; none is trained without a GPU" if report.dry_run else "runs passed"
     summary = f"{len(rows) - len(failed)} of {len(rows)} {what}"
-    report.finish(not failed, summary + (f"; not {', '.join(failed)}" if failed else ""))
+    report.finish(not failed, summary + (f"; failed: {', '.join(failed)}" if failed else ""))
 
 
 def words(report: Report, case: Case, work: Path) -> list[object]:
-    """The command line of a case behind the script's name."""
+    """The flags of a case."""
     sizes = {
         "--hidden-size": report.divided(512, 128),
         "--ffn-hidden-size": report.divided(2048, 256),
@@ -212,12 +211,12 @@ def words(report: Report, case: Case, work: Path) -> list[object]:
 
 
 def _trained(report: Report, work: Path) -> list[dict[str, Any]]:
-    """A row for each case, in their order."""
+    """Train all cases; return a row for each, in their order."""
     futures: dict[str, Future[Log]] = {}
 
     def train(case: Case) -> Log:
         if case.loads:
-            # that one stands before this one, so that there is always one that waits for nothing
+            # no deadlock: that case is earlier in the list, so its run has been started
             futures[case.loads].result()
         what = Run(
             name=case.name,
@@ -242,7 +241,7 @@ def _trained(report: Report, work: Path) -> list[dict[str, Any]]:
 
 
 def verdict(case: Case, log: Log, like: Log | None) -> dict[str, Any]:
-    """How a run went: its losses, how far they are from those of another, and what is wrong."""
+    """The row of a run: its losses, their difference from those of another case, and problems."""
     problems = [log.failure] if log.failure else []
     losses = settled(log.losses)
     found: dict[str, Any] = {"losses": log.losses, "seconds": round(log.seconds, 1)}
@@ -256,7 +255,7 @@ def verdict(case: Case, log: Log, like: Log | None) -> dict[str, Any]:
         expected = settled(like.losses)
         apart = [abs(loss / expected[n] - 1) for n, loss in losses.items() if n in expected]
         found |= {"like": case.like, "tolerance": case.tolerance, "apart": max(apart, default=None)}
-        # not the other way round, as a loss that is no number is not more than the tolerance
+        # this form of the comparison also finds NaN
         if not apart or not all(part <= case.tolerance for part in apart):
             problems.append(f"its losses are not those of {case.like}")
     return {
@@ -268,13 +267,13 @@ def verdict(case: Case, log: Log, like: Log | None) -> dict[str, Any]:
 
 
 def settled(losses: dict[int, float]) -> dict[int, float]:
-    """Without the second that a run logs, which is the mean of its first two."""
+    """The losses without the second one that a run logs, which is the mean of its first two."""
     second = sorted(losses)[1:2]
     return {iteration: loss for iteration, loss in losses.items() if iteration not in second}
 
 
 def _precision_problems(case: Case, stdout: str) -> list[str]:
-    """Whether linears and memories computed in what they should."""
+    """Problems with the precision in which linears and memory layers computed."""
     linears = set(re.findall(rf"{LINEARS}: (.*)", stdout))
     memories = set(re.findall(rf"{MEMORIES}: (.*)", stdout))
     plain = "torch.bfloat16" if case.precision.startswith("fp8") else case.precision
@@ -288,7 +287,7 @@ def _precision_problems(case: Case, stdout: str) -> list[str]:
 
 
 def _built(report: Report) -> list[dict[str, Any]]:
-    """Every command line through Megatron's parser and all checks, to the model of each rank."""
+    """Build the model of each rank from every command line, after all checks; return the rows."""
     jobs, cases = [], []
     for case in CASES:
         flags = [str(word) for word in (*USUAL, *words(report, case, report.out / "te"))]

@@ -1,8 +1,8 @@
 """Part: compiles the kernels that later parts launch, in several processes at a time.
 
-A kernel's place in Triton's cache depends on widths, dtypes and whether sizes are multiples of 16,
-and not on how many tokens or rows there are; so every op is launched once on few of them. Whether a
-result is right is not looked at: other parts do that.
+The key of a kernel in Triton's cache depends on widths, dtypes and whether sizes are multiples of
+16, but not on the number of tokens or rows. So every op is launched once on small inputs. Results
+are not checked here.
 """
 
 import os
@@ -19,19 +19,18 @@ from tests.gpu.layer import Sizes, build
 from tests.gpu.stages import op_stages
 
 TOKENS, ROWS = 64, 2**12
-# what sizes of known answers are divided by; it leaves multiples of 16
+# sizes of known answers are divided by this, and remain multiples of 16
 FEW = 64
 STAGES, LAYER = "the ops of the stages", "the layer of the ranks"
 
 
 def jobs() -> list[str]:
-    """Names of what one process can do alone."""
-    # the longest first
+    """The names of jobs for one process each, longest first."""
     return [STAGES, LAYER, *(answer.name for answer in known_answers.ANSWERS)]
 
 
 def do(job: str, device: torch.device, width: int) -> float:
-    """Launch the kernels of one job; return how many seconds that took."""
+    """Launch the kernels of one job; return the seconds that it took."""
     started = time.monotonic()
     if job == STAGES:
         sizes = Sizes(tokens=TOKENS, hidden=width, num_keys=1024, heads=4, topk=32)
@@ -52,7 +51,7 @@ def do(job: str, device: torch.device, width: int) -> float:
 
 
 def run(found: report.Report) -> None:
-    """Fill Triton's cache."""
+    """Compile kernels into Triton's cache."""
     todo, failed = jobs(), 0
     width = found.divided(2048, least=64)
     workers = max(1, min(len(todo), len(os.sched_getaffinity(0))))
