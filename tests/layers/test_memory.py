@@ -125,7 +125,9 @@ def _matches_one_process(case: Case) -> None:
     shard = many.pool.values.shard
     piece = (shard.rows.local, shard.columns)
     for name, weight in many.table.named_parameters():
-        assert torch.equal(weight, start[name][piece]), f"a shard of {name} has other initial values"
+        assert torch.equal(weight, start[name][piece]), (
+            f"a shard of {name} has other initial values"
+        )
     for table in many.pool if case.buffer else []:
         table.weight.requires_grad_(False)
         table.accumulate_into(RowGradient(table.weight, table.weight.dtype))
