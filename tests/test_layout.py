@@ -56,6 +56,9 @@ BANNED = {
     r"make_block_ptr|tl\.advance": ("removed from Triton; use descriptors", set()),
     r"[^\x00-\x7f]": ("ASCII only", set()),
 }
+# packages whose tensor names end in their shape, a letter for each axis
+LETTERED = {"layers", "parallel", "ops", "kernels", "reference"}
+SHAPE = re.compile(r"[a-z0-9_]*[a-z0-9]_((?:[A-Zrv]|\d)*[A-Z](?:[A-Zrv]|\d)*|r|rv)$")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -122,3 +125,33 @@ def test_no_module_imports_what_imports_it() -> None:
         free = {name for name, targets in left.items() if not targets & left.keys()}
         assert free, f"these modules import each other: {sorted(left)}"
         left = {name: targets for name, targets in left.items() if name not in free}
+
+
+def _axes(source: str) -> dict[str, str]:
+    """Name -> the letters that it ends in, of all variables and arguments."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    return {name: found[1] for name in names if (found := SHAPE.match(name))}
+
+
+def _without_legend(source: str) -> set[str]:
+    """Letters of axes that a module's docstring does not explain."""
+    legend = ast.get_docstring(ast.parse(source)) or ""
+    letters = {letter for axes in _axes(source).values() for letter in axes if letter.isupper()}
+    return {letter for letter in letters if not re.search(rf"\b\d?{letter}\b", legend)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_letters_of_axes_are_explained_where_they_are_used(path: Path) -> None:
+    source = path.read_text()
+    if _room(path) in LETTERED:
+        assert not _without_legend(source), "explain these letters in the module's docstring"
+    else:
+        assert not _axes(source), f"only {sorted(LETTERED)} name tensors by their axes"
+
+
+def test_letters_without_a_legend_are_found() -> None:
+    source = '"""Rows are V wide."""\ndef f(weights_TL, x_rV): y_2HNC = MAX_TOPK = weights_TL'
+    assert _without_legend(source) == {"T", "L", "H", "N", "C"}
+    assert _axes(source) == {"weights_TL": "TL", "x_rV": "rV", "y_2HNC": "2HNC"}
