@@ -115,7 +115,7 @@ def test_the_launchers_flag_is_no_hint_elsewhere(capsys):
 
 def test_what_there_is_to_convert(capsys):
     assert main(["convert"]) == 2
-    assert "required: WHAT" in _one_line(capsys)
+    assert "required: CONVERSION" in _one_line(capsys)
     assert main(["convert", "exprot"]) == 2
     assert "invalid choice: 'exprot' (choose from" in _one_line(capsys)
 
