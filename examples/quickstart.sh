@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# From nothing to a GPT with memory layers that knows facts: sets up .venv, builds a corpus of real
-# facts, trains through Megatron's own loop on two CPU ranks that share the value table, and asks
-# the checkpoint what it knows. Run it again to go on where it stopped.
+# Trains a small GPT with memory layers to know facts: sets up .venv, builds a corpus of real facts,
+# trains in Megatron's own loop on two CPU ranks that share the value table, and tests what the
+# checkpoint knows. Run it again to continue from its last checkpoint.
 #
-#   bash examples/quickstart.sh                        about ten minutes on two cores
-#   bash examples/quickstart.sh --train-iters 3000     more; any flag of Megatron's may follow
-#   MEGAMEM_RUN=elsewhere bash examples/quickstart.sh  keeps its files there
+#   bash examples/quickstart.sh                        takes about ten minutes on two cores
+#   bash examples/quickstart.sh --train-iters 3000     trains longer; takes all flags of Megatron
+#   MEGAMEM_RUN=elsewhere bash examples/quickstart.sh  writes its files to another folder
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -40,7 +40,7 @@ training=(
     --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
     --eval-interval 500 --eval-iters 10 --log-interval 25
     --save "$run/checkpoints" --load "$run/checkpoints" --save-interval 500
-    --override-opt-param-scheduler  # a longer run decays over its own length
+    --override-opt-param-scheduler  # so that a longer run has a longer learning-rate decay
     --tensorboard-dir "$run/tensorboard"
 )
 data=(
@@ -49,15 +49,15 @@ data=(
     --num-workers 0
 )
 flags=("${model[@]}" "${memory[@]}" "${training[@]}" "${data[@]}" "$@")
-# a port of its own, so that two runs on one machine do not meet
+# port 0 is any free port, so that two runs on one machine do not conflict
 ranks=(torchrun --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0)
 
-say "3/4 train on two CPU ranks that share the value table (whole log: $log)"
+say "3/4 train on two CPU ranks that share the value table (complete log: $log)"
 mkdir -p "$run"
 "${ranks[@]}" -m megamem.run --cpu examples/pretrain_gpt.py "${flags[@]}" 2>&1 |
     python examples/watch.py --log "$log"
 
-say "4/4 ask the checkpoint, closed-book (whole log: $run/probe.log)"
+say "4/4 test what the checkpoint knows (complete log: $run/probe.log)"
 "${ranks[@]}" -m megamem.run --cpu examples/facts/probe.py "${flags[@]}" \
     --facts "$run/data/facts.json" --probe-output "$run/probe.json" >"$run/probe.log" 2>&1 || {
     tail -n 40 "$run/probe.log"
@@ -65,10 +65,12 @@ say "4/4 ask the checkpoint, closed-book (whole log: $run/probe.log)"
 }
 sed -n '/closed-book exact match/,/^written to/p' "$run/probe.log"
 
-say "done. To go on:"
+say "done. What you can do next:"
 cat <<EOF
-    tensorboard --logdir $run/tensorboard          what the run looked like (.venv/bin has it)
-    bash examples/quickstart.sh --train-iters 3000   train on from the checkpoint in $run
+    .venv/bin/tensorboard --logdir $run/tensorboard
+        look at the losses and metrics of the run
+    bash examples/quickstart.sh --train-iters 3000
+        continue training from the checkpoint in $run
     torchrun --nproc-per-node 8 -m megamem.run pretrain_gpt.py <your flags> --memory-layers 4 12 20
-                                                     your own model, on GPUs
+        train your own model on GPUs
 EOF

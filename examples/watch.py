@@ -1,8 +1,8 @@
-"""Shows a training run as a progress bar and what it reached; the whole log goes to a file.
+"""Shows the log of a training run as a progress bar and a table of losses, and writes it to a file.
 
     torchrun ... -m megamem.run SCRIPT ... 2>&1 | python examples/watch.py --log runs/x/train.log
 
-Ends with 1 when the log holds no training iteration and no finished run, so that a pipe fails.
+The exit status is 1 if the log contains an error, or neither a training nor a validation loss.
 """
 
 import argparse
@@ -23,9 +23,9 @@ TROUBLE = re.compile(r"megamem: error: |Error: |Traceback")
 
 
 def main() -> int:
-    """Read a log from standard input until it ends; return the exit status."""
+    """Show the log on standard input until it ends; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--log", type=Path, required=True, help="file that takes the whole log")
+    parser.add_argument("--log", type=Path, required=True, help="file for the complete log")
     options = parser.parse_args()
     options.log.parent.mkdir(parents=True, exist_ok=True)
 
@@ -51,7 +51,7 @@ def main() -> int:
                 if task is None:
                     task = progress.add_task("", total=total, loss="", completed=done)
                 progress.update(task, completed=done, loss=f"{loss:.3f}")
-                # a bar does not show in a file
+                # rich draws the bar only in a terminal
                 if not console.is_terminal:
                     console.print(f"iteration {done} of {total}: loss {loss:.3f}")
             elif found := VALIDATION.search(line):
@@ -67,12 +67,14 @@ def main() -> int:
     if losses:
         console.print(_reached(losses, validations))
     elif not validations:
-        console.print(f"no training iteration was logged; see {options.log}", style="red")
+        console.print(
+            f"The run logged no training iteration; see its log in {options.log}", style="red"
+        )
     return 1 if trouble or not (losses or validations) else 0
 
 
 def _reached(losses: list[tuple[int, float]], validations: list[tuple[int, float]]) -> Table:
-    table = Table(title="What the run reached")
+    table = Table(title="Losses of the run")
     for name in ("", "iteration", "loss"):
         table.add_column(name, justify="left" if not name else "right")
     for name, rows in (("training", losses), ("validation", validations)):

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The 134M base with memory, shrunk until two CPU ranks train it in a minute: the same scripts and
-# flags, Megatron's own loop, gloo instead of NCCL. For trying an installation and flags of one's
-# own before asking for GPUs.
+# Trains a smaller version of the 134M base model with memory layers on two CPU ranks, in about a
+# minute. It uses the same scripts and flags, and Megatron's own loop over gloo instead of NCCL, to
+# test an installation and your flags before you ask for GPUs.
 #
-#   bash examples/cluster/dry_run.sh                         flags may follow, and overrule
+#   bash examples/cluster/dry_run.sh [FLAGS...]              the flags override those of the script
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

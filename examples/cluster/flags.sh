@@ -1,27 +1,27 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# Makes the flags of one run of "Memory Layers at Scale" out of a file of models/ and the number of
-# rows. Sourced by the scripts beside it with $here and $world set; leaves $script, $folder to start
-# it in, $run for what it writes, and `flags`.
+# Computes the flags of one run of "Memory Layers at Scale" from a file in models/ and the number of
+# rows. The scripts beside it source it with $here and $world set. It sets $script, $folder (where
+# the script is started), $run (where the run writes its files), and `flags`.
 #
 #   source flags.sh MODEL ROWS      MODEL: 134m 373m 1.3b 8b    ROWS: dense 1m 4m 16m 64m
 #
-# What the environment may say:
+# Variables that the environment may set:
 #   MEGATRON   a Megatron-LM checkout; without it, examples/pretrain_gpt.py and the wheel are used
 #   DATA       prefix of a data set made by Megatron's tools/preprocess_data.py, or mock
-#   TOKENIZER  folder or name of a Hugging Face tokenizer, as DATA was made with
-#   RUN        folder for checkpoints and TensorBoard; default runs/MODEL-ROWS
-#   GROUP      ranks that one table is spread over; default: the fewest that hold it, and at least
-#              one node where there is one
-#   LEAN=1     half of the GPUs: one second moment per row, and no fp32 copy of the table
-#   CPU=1      no GPU: a dry run of a model that later flags make tiny
-#   PLAN=1     start nothing; say what the table takes and where its time goes
+#   TOKENIZER  folder or name of the Hugging Face tokenizer with which DATA was made
+#   RUN        folder for checkpoints and TensorBoard; default: runs/MODEL-ROWS
+#   GROUP      number of ranks that share the table; default: the fewest that hold it, and at least
+#              the GPUs of a node, if there are so many
+#   LEAN=1     needs half of the GPUs: one second moment per row, and no fp32 copy of the table
+#   CPU=1      a dry run without GPUs, for a model that later flags make small
+#   PLAN=1     only print megamem plan for this run
 
 fail() {
     echo "cluster: error: $*" >&2
     exit 2
 }
 
-# one word of a list; the list is said when the word is none of it
+# fails with the list of allowed words if the given word is not one of them
 one_of() {
     local what=$1 word=$2 known
     shift 2
@@ -58,21 +58,21 @@ if [ "$rows" != dense ]; then
         optimizer=(--memory-optimizer rowwise_adamw --memory-stochastic-rounding)
     fi
     group=${GROUP:-$fewest}
-    # inside a node an exchange costs little, and replicas would have to be kept equal
+    # sending lookups inside of a node is cheap, and replicas would need an all-reduce
     if [ -z "${GROUP:-}" ] && [ "$group" -lt 8 ]; then group=$((world < 8 ? world : 8)); fi
     if [ "${CPU:-0}${PLAN:-0}" = 00 ] && [ "$world" -lt "$fewest" ]; then
-        fail "$model_name with $rows rows needs $fewest GPUs of 80 GB, not $world." \
-            "LEAN=1 needs ${lean[$rows]}; PLAN=1 shows what takes the room"
+        fail "$model_name with $rows rows needs $fewest GPUs of 80 GB, but there are $world." \
+            "With LEAN=1 it needs ${lean[$rows]}; PLAN=1 shows what needs the memory"
     fi
-    # a plan is for finding out
+    # a plan can be made for any number of GPUs
     if [ "${PLAN:-0}" = 1 ] && [ "$group" -gt "$world" ]; then group=$world; fi
     if [ $((world % group)) -ne 0 ] || [ "$group" -gt "$world" ]; then
-        fail "a table over $group ranks does not divide $world; set GROUP or change GPUS and NODES"
+        fail "the $group ranks of a table do not divide $world; set GROUP, or change GPUS and NODES"
     fi
     memory=(
         --memory-layers "${memory_layers[@]}" --memory-num-keys "${num_keys[$rows]}"
         --memory-heads 4 --memory-topk 32
-        # ten times the model's rate, the same schedule, clipped apart
+        # ten times the model's learning rate, with the same schedule; clipped separately
         --memory-lr 1e-3 --memory-weight-decay 0.1 --memory-clip-grad 1.0 "${optimizer[@]}"
         --memory-mode auto --memory-group-size "$group"
     )
@@ -84,18 +84,20 @@ parallel=(
 )
 if [ "$tensor_parallel" -gt 1 ]; then parallel+=(--sequence-parallel); fi
 if [ $((world % tensor_parallel)) -ne 0 ]; then
-    fail "$model_name is cut over $tensor_parallel GPUs, which $world are no multiple of"
+    fail "$model_name has tensor-parallel size $tensor_parallel, of which $world GPUs are not a" \
+        "multiple; change GPUS and NODES"
 fi
 
 case ${DATA:-} in
-    '') fail "set DATA to the prefix of a data set, or to mock for random tokens" ;;
-    # the null tokenizer adds a token of its own
+    '') fail "DATA is not set; set it to the prefix of a data set, or to mock for random tokens" ;;
+    # the null tokenizer adds one token
     mock) data=(--mock-data --tokenizer-type NullTokenizer --vocab-size $((vocabulary - 1))) ;;
     *)
-        [ -f "$DATA.idx" ] || fail "DATA=$DATA: there is no $DATA.idx"
-        [ -n "${TOKENIZER:-}" ] || fail "set TOKENIZER to the tokenizer that $DATA was made with"
+        [ -f "$DATA.idx" ] || fail "DATA=$DATA is not the prefix of a data set: no $DATA.idx exists"
+        [ -n "${TOKENIZER:-}" ] ||
+            fail "TOKENIZER is not set; set it to the tokenizer with which DATA=$DATA was made"
         DATA=$(realpath -s "$DATA")
-        # a folder, or a name on Hugging Face's hub
+        # it is a folder, or a name on Hugging Face's hub
         if [ -e "$TOKENIZER" ]; then TOKENIZER=$(realpath -s "$TOKENIZER"); fi
         data=(
             --data-path "$DATA"
@@ -128,12 +130,13 @@ home=$(cd "$here/../.." && pwd)
 script=$home/examples/pretrain_gpt.py
 folder=$PWD
 if [ -n "${CONTAINER:-}" ] && [ -n "${MEGATRON:-}" ] && [ ! -e "$MEGATRON" ]; then
-    # a checkout that the image has
+    # a checkout inside of the image
     folder=$MEGATRON
     script=$folder/pretrain_gpt.py
 elif [ -n "${MEGATRON:-}" ]; then
-    [ -f "$MEGATRON/pretrain_gpt.py" ] || fail "MEGATRON=$MEGATRON has no pretrain_gpt.py"
-    # the checkout's own megatron is used, not an installed one
+    [ -f "$MEGATRON/pretrain_gpt.py" ] ||
+        fail "MEGATRON=$MEGATRON has no pretrain_gpt.py; name a Megatron-LM checkout"
+    # so that the checkout's megatron is imported, not an installed one
     cd "$MEGATRON" || exit
     folder=$PWD
     script=$folder/pretrain_gpt.py
@@ -141,11 +144,11 @@ fi
 launcher=(megamem.run)
 if [ "${CPU:-0}" = 1 ]; then launcher+=(--cpu); fi
 
-# the environment that examples/setup.sh makes, where it did and no other is active
+# use the environment of examples/setup.sh if it exists and no other is active
 if [ -z "${CONTAINER:-}${VIRTUAL_ENV:-}" ] && [ -x "$home/.venv/bin/python" ]; then
     export PATH=$home/.venv/bin:$PATH
 fi
-# Megatron insists on it for tensor parallelism on GPUs of before 2024
+# Megatron requires it for tensor parallelism on GPUs from before 2024
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 

@@ -83,14 +83,18 @@ def test_data_of_ones_own(cluster, tmp_path):
         (["2b"], {}, "MODEL '2b' is not one of: 1.3b"),
         (["134m"], {}, "ROWS of 134m '' is not one of: dense 1m 4m 16m 64m"),
         (["8b", "1m"], {}, "ROWS of 8b '1m' is not one of: dense 16m"),
-        (["1.3b", "64m"], on(64), "needs 128 GPUs of 80 GB, not 64. LEAN=1 needs 64"),
-        (["1.3b", "4m"], {"GPUS": 12}, "a table over 8 ranks does not divide 12; set GROUP"),
-        (["8b", "dense"], {"GPUS": 4}, "8b is cut over 8 GPUs, which 4 are no multiple of"),
-        (["134m", "1m"], {"DATA": ""}, "set DATA to the prefix of a data set, or to mock"),
-        (["134m", "1m"], {"DATA": "gone"}, "DATA=gone: there is no gone.idx"),
-        (["134m", "1m"], {"DATA": __file__[:-3]}, "there is no"),
+        (["1.3b", "64m"], on(64), "of 80 GB, but there are 64. With LEAN=1 it needs 64"),
+        (["1.3b", "4m"], {"GPUS": 12}, "the 8 ranks of a table do not divide 12; set GROUP"),
+        (["8b", "dense"], {"GPUS": 4}, "tensor-parallel size 8, of which 4 GPUs are not a"),
+        (["134m", "1m"], {"DATA": ""}, "set it to the prefix of a data set, or to mock"),
+        (
+            ["134m", "1m"],
+            {"DATA": "gone"},
+            "DATA=gone is not the prefix of a data set: no gone.idx",
+        ),
+        (["134m", "1m"], {"DATA": __file__[:-3]}, "test_cluster.idx exists"),
         (["134m", "1m"], {"MEGATRON": "gone"}, "MEGATRON=gone has no pretrain_gpt.py"),
-        (["134m", "1m"], {"NODES": 2}, "NODES=2: set HEAD to the name of the first node"),
+        (["134m", "1m"], {"NODES": 2}, "NODES=2 needs HEAD; set it to the name of the first node"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(cluster, words, settings, message):
@@ -101,7 +105,7 @@ def test_what_cannot_work_is_said_in_one_line(cluster, words, settings, message)
 
 def test_data_without_its_tokenizer(cluster, tmp_path):
     (tmp_path / "corpus.idx").touch()
-    assert "set TOKENIZER" in cluster("torchrun.sh", "134m", "1m", DATA="corpus")
+    assert "TOKENIZER is not set" in cluster("torchrun.sh", "134m", "1m", DATA="corpus")
 
 
 def test_plan_starts_nothing(cluster):
@@ -162,7 +166,7 @@ def test_slurm_container(cluster, tmp_path):
 
 def test_slurm_is_submitted_from_the_checkout(cluster, tmp_path):
     said = slurm(cluster, 1, "1.3b", "1m", SLURM_SUBMIT_DIR=tmp_path)
-    assert f"submit from the checkout of megamem; {tmp_path} is not one" in said
+    assert f"{tmp_path} is not a checkout of megamem; run sbatch in one" in said
 
 
 TINY = "--hidden-size 64 --num-layers 12 --train-iters 3 --log-interval 1 --num-attention-heads 4"

@@ -1,4 +1,4 @@
-# The 8B base: 32 layers of 4096, the shape of Llama 3. Read by ../flags.sh.
+# The 8B base model: 32 layers of 4096, the shape of Llama 3. ../flags.sh sources this file.
 # shellcheck shell=bash disable=SC2034
 model=(
     --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32
@@ -8,6 +8,6 @@ vocabulary=128256
 tensor_parallel=8
 micro_batch=2
 memory_layers=(8 16 24)
-# rows -> the fewest GPUs of 80 GB, in powers of two, that hold the table beside the model
+# rows -> the fewest GPUs of 80 GB, as a power of two, that hold model and table
 least=([16m]=64)
 lean=([16m]=32)
