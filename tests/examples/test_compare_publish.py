@@ -96,7 +96,7 @@ def test_only_what_is_between_the_markers_changes() -> None:
     page = "a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb\n"
     assert publish.rewrite(page, "x", "new") == page.replace("old", "new")
     for broken in ("a", "<!-- x: begin -->", "<!-- x: end --><!-- y: begin -->"):
-        with pytest.raises(ValueError, match="put both where the tables belong"):
+        with pytest.raises(ValueError, match="put both where the table belongs"):
             publish.rewrite(broken, "x", "new")
 
 
