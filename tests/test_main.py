@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Megatron imports it, and at its first import torch logs that there is no CUDA toolkit
+import torch.utils.cpp_extension  # noqa: F401
+
 from megamem import __version__
 from megamem.__main__ import CLOSED_PIPE, COMMANDS, INTERRUPTED, carry_out, main
 from megamem.config import ConfigurationError
