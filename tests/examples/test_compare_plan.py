@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "facts"
+COUNTER = Path(__file__).with_name("count_flops.py")
 # scripts of one folder import each other by bare name, as they do when run
 sys.path.insert(0, str(FOLDER))
 
@@ -197,7 +198,7 @@ def test_the_plan_counts_what_torch_counts_in_a_forward_and_backward(tmp_path: P
     for model in SMALL.models:
         run = plan.run("main", model, 1, MIDDLE)
         flags = [*words(run.flags), *vocab]
-        log = launch_warm(model.name, 1, "--cpu=force", FOLDER / "count_flops.py", *flags)
+        log = launch_warm(model.name, 1, "--cpu=force", COUNTER, *flags)
         told = json.loads(log.stdout.splitlines()[-1])
         assert told["reported"] == run.flops, model.name
         assert told["parameters"] == run.parameters, model.name

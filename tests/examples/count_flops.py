@@ -1,6 +1,6 @@
 """Count the FLOPs of a model of any flags with torch's counter, in a real forward and backward.
 
-    python -m megamem.run --cpu examples/facts/count_flops.py <the flags of a training run>
+    python -m megamem.run --cpu tests/examples/count_flops.py <the flags of a training run>
 
 prints one line of JSON: FLOPs of a token as torch counts them and as the run would report them, and
 the parameters. Torch sees every matrix product that is done; the report counts causal attention as
@@ -16,8 +16,8 @@ import torch
 from megatron.training import training
 from torch.utils.flop_counter import FlopCounterMode
 
-# the host script lies one folder up; ahead of a Megatron checkout's script of the same name
-sys.path.insert(0, str(Path(__file__).parents[1]))
+# ahead of a Megatron checkout's script of the same name
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from megatron_releases import initialize  # noqa: E402
 from pretrain_gpt import model_provider  # noqa: E402
 
