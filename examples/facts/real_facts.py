@@ -8,10 +8,9 @@
     langcodes         languages: script and country they are likeliest met in; macrolanguage
     molmass           elements: symbol, number, mass, place in the periodic table
 
-Subjects that more than one answer would fit (Victoria, a city of many countries) and answers that
-their subject gives away (Mexico City: Mexico) are left out, and so are names with an editor's
-remark in brackets, ICAO codes that follow from the IATA code by a rule (KJFK of JFK), and the scope
-of a language, which is "individual" for all but 63 of 7,900.
+Left out are subjects that more than one answer would fit (Victoria, a city of many countries),
+answers that their subject gives away (Mexico City: Mexico), names with an editor's remark in
+brackets, and ICAO codes that follow from the IATA code by a rule (KJFK of JFK).
 """
 
 import gzip
@@ -160,12 +159,10 @@ def _languages(countries: Countries) -> Iterator[Triple]:
 
 
 def _codes(countries: Countries) -> Iterator[Triple]:
-    for currency in pycountry.currencies:
-        yield "currency_code", currency.name, currency.alpha_3
-        yield "currency_number", currency.name, currency.numeric
-    for script in pycountry.scripts:
-        yield "script_code", script.name, script.alpha_4
-        yield "script_number", script.name, script.numeric
+    for kind, found in (("currency", pycountry.currencies), ("script", pycountry.scripts)):
+        for entry in found:
+            yield f"{kind}_code", entry.name, entry.alpha_3 if kind == "currency" else entry.alpha_4
+            yield f"{kind}_number", entry.name, entry.numeric
     for element in ELEMENTS:
         name = element.name.lower()
         yield "element_symbol", name, element.symbol

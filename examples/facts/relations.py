@@ -44,9 +44,8 @@ def training_phrasings(fact: Fact, seed: int, exposures: int | None) -> list[int
     """Numbers of the phrasings in which one epoch states the fact, never the held-out one.
 
     Args:
-        exposures: how often the fact is stated; None states it once in each phrasing. Phrasings are
-            dealt like cards, in seeded shuffles of all of them, so that none is used more than once
-            more than another; with few exposures, some facts are never stated as their question.
+        exposures: how often the fact is stated, in seeded shuffles of all phrasings one after the
+            other, so that none is used more than once more than another; None: once in each.
     """
     shown = [*range(len(PHRASINGS[fact.relation]))]
     shown.remove(held_out_phrasing(fact, seed))

@@ -7,19 +7,14 @@ from rich.table import Table
 
 
 class Sheet(NamedTuple):
-    """Rows under columns; notes stand below them.
-
-    Attributes:
-        brief: places of the columns that a console has room for; all where empty.
-        sections: places of the rows that have a line below them on a console.
-    """
+    """Rows under columns; notes stand below them."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
+    # places of the columns that a console has room for; all where empty
     brief: Sequence[int] = ()
-    sections: Sequence[int] = ()
 
     def markdown(self) -> str:
         """Its rows under its columns."""
@@ -33,6 +28,6 @@ class Sheet(NamedTuple):
         places = self.brief or range(len(self.columns))
         for place in places:
             table.add_column(self.columns[place], justify="right" if place else "left")
-        for number, row in enumerate(self.rows):
-            table.add_row(*(row[place] for place in places), end_section=number in self.sections)
+        for row in self.rows:
+            table.add_row(*(row[place] for place in places))
         return table

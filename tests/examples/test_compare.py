@@ -26,7 +26,7 @@ import build_corpus  # noqa: E402
 import compare  # noqa: E402
 from experiment import runs  # noqa: E402
 from experiment.plan import SCALES, Model, Plan, Run  # noqa: E402
-from experiment.runs import Events, RunFailed, Runner  # noqa: E402
+from experiment.runs import RunFailed, Runner, read_events  # noqa: E402
 
 SMOKE, MIDDLE = SCALES["smoke"], (1.0, 1.0)
 BEST = dict.fromkeys(SMOKE.sweep, MIDDLE)
@@ -193,8 +193,8 @@ def _once(folder: Path, iteration: int, runner: Runner, action: Callable[[], obj
     """Does something to the run at work once its training has come to an iteration."""
 
     def watch() -> None:
-        events = Events(folder / "tensorboard")
-        while max(events.read("lm loss"), default=0) < iteration:
+        (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
+        while max(read_events(folder / "tensorboard").get("lm loss", ()), default=0) < iteration:
             time.sleep(0.1)
         action()
 
@@ -226,7 +226,7 @@ def test_a_run_that_is_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 
     runner.deadline = time.monotonic() + PATIENCE
     watch = _once(folder, 330, runner, lambda: [process.kill() for process in processes()])
-    with pytest.raises(RunFailed, match=r"seed 7 ended with -9"):
+    with pytest.raises(RunFailed, match=r"seed 7 ended with -9 before it was finished"):
         runner.execute("main", [run])
     watch.join()
 
@@ -245,7 +245,7 @@ def test_a_run_that_fails_shows_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     runner = Runner(tmp_path, "cpu", 1, time.monotonic() + PATIENCE, Console(quiet=True))
     with pytest.raises(
         RunFailed,
-        match=r"(?s)ended with 1; the end of .*train.log:.*/corpus/tokenizer.model is invalid",
+        match=r"(?s)ended with 1 before it .*; the end of .*train.log:.*tokenizer.model is invalid",
     ):
         runner.execute("main", [run])
 

@@ -70,27 +70,25 @@ def _log(folder: Path, start: str, *points: tuple[int, float]) -> None:
 
 
 def test_events_of_one_start(tmp_path: Path) -> None:
-    events = runs.Events(tmp_path / "new")
-    assert events.read("iteration-time") == {}
-    _log(tmp_path / "new", "1", (10, 0.09), (20, 0.02), (30, 0.04))
-    assert events.read("lm loss") == {10: 1.0, 20: 2.0, 30: 3.0}
-    times = events.read("iteration-time")
+    assert runs.read_events(tmp_path) == {}
+    _log(tmp_path, "1", (10, 0.09), (20, 0.02), (30, 0.04))
+    events = runs.read_events(tmp_path)
+    assert events["lm loss"] == {10: 1.0, 20: 2.0, 30: 3.0}
+    times = events["iteration-time"]
     seconds = [runs.seconds_at(iteration, times) for iteration in (0, 10, 20, 30)]
     assert seconds == [0, 0.9, 1.1, 1.5]
 
 
 def test_events_of_two_starts(tmp_path: Path) -> None:
     """What was trained after the checkpoint and lost does not count; its repetition does."""
-    events = runs.Events(tmp_path)
     _log(tmp_path, "1", (10, 0.02), (20, 0.02), (30, 0.02))
-    assert len(events.read("iteration-time")) == 3
+    assert len(runs.read_events(tmp_path)["iteration-time"]) == 3
     # a later start has a later file
     time.sleep(1.1)
     _log(tmp_path, "2", (20, 0.09), (30, 0.04), (40, 0.04))
-    for reader in (events, runs.Events(tmp_path)):
-        times = reader.read("iteration-time")
-        assert times == pytest.approx({10: 0.02, 20: 0.09, 30: 0.04, 40: 0.04})
-        assert runs.seconds_at(40, times) == pytest.approx(0.2 + 0.9 + 0.4 + 0.4)
+    times = runs.read_events(tmp_path)["iteration-time"]
+    assert times == pytest.approx({10: 0.02, 20: 0.09, 30: 0.04, 40: 0.04})
+    assert runs.seconds_at(40, times) == pytest.approx(0.2 + 0.9 + 0.4 + 0.4)
     # an interval of which nothing was logged counts as the one after it
     assert runs.seconds_at(40, {10: 0.02, 40: 0.04}) == pytest.approx(0.2 + 1.2)
 

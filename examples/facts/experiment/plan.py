@@ -1,12 +1,8 @@
 """The models that are compared at equal FLOPs, and the runs that the experiment is made of.
 
-A model is the dense one with other flags. Its feed-forwards then get the width (a multiple of 8) at
-which a token costs what it costs in the dense model, or twice that for `dense 2x`: a memory that
-replaces three feed-forwards and costs less than they did leaves the other ones wider, and a table
-of more rows, whose sub-keys cost more, leaves them narrower.
-
-FLOPs are those that a run reports, by the planner's closed form, so a plan needs no Megatron. Not
-counted is the router of the mixture of experts.
+A model is the dense one with other flags, whose feed-forwards get the width (a multiple of 8) at
+which a token costs what it costs in the dense model, or twice that for `dense 2x`. FLOPs are those
+that a run reports, by the planner's closed form, so a plan needs no Megatron.
 
 A run is known by the hash of its flags, its corpus and what it starts from. So the best run of the
 sweep of learning rates is the first seed of the main table, and nothing is trained twice.
@@ -32,7 +28,7 @@ Flags = dict[str, Any]
 # factors of the learning rate of the model, and of the table
 Rates = tuple[float, float]
 
-# these stand for one thing: what a scale says of them takes the place of what cpu does
+# what a scale says of these takes the place of all that cpu says
 WHOLE = ("models", "ablations", "sweep", "ways")
 MULTIPLE = 8
 TOLERANCE = 0.01
@@ -47,11 +43,9 @@ class Model:
     Attributes:
         family: models that share learning rates, found once by the sweep.
         flags: what it adds to the dense model's.
-        flops: FLOPs of a token, in units of the dense model's.
-        rates: factors of the swept rates.
-        longer: how many times the scale's steps it is trained.
-        several: it is trained only where ablations get several seeds.
-        lean: it then gets all seeds that there are.
+        flops: of a token, in units of the dense model's.
+        rates: factors of the swept rates; longer: factor of the steps.
+        several: it is trained only where ablations get several seeds; lean: then at all seeds.
     """
 
     name: str
@@ -104,7 +98,7 @@ class Scale:
 
 
 def read_scale(name: str, base: dict[str, Any], own: dict[str, Any]) -> Scale:
-    """The scale with the numbers of `base` but for its own: tables as scales.toml has them."""
+    """The scale with the numbers of `base` but for its own, which are tables of scales.toml."""
     numbers = _merged(base, own)
     memory, experts = numbers["memory"], numbers.pop("experts")
     settings = {field.name for field in fields(Model)}
@@ -141,11 +135,7 @@ def parameters(flags: Flags, vocab_size: int) -> tuple[int, int]:
 
 
 def ffn_width(model: Model, scale: Scale, vocab_size: int) -> int:
-    """The feed-forward width at which a token of the model costs what it should.
-
-    Raises:
-        ConfigurationError: no width does, to within TOLERANCE.
-    """
+    """The feed-forward width at which a token costs what it should; ConfigurationError if none."""
     flags = {**scale.flags, **model.flags}
     dense = {**scale.flags, "num_layers": flags["num_layers"]}
     wanted = model.flops * flops_per_token(dense, vocab_size)
@@ -159,9 +149,8 @@ def ffn_width(model: Model, scale: Scale, vocab_size: int) -> int:
     if width >= MULTIPLE and abs(cost(width) / wanted - 1) <= TOLERANCE:
         return width
     raise ConfigurationError(
-        f"{model.name} cannot cost {wanted:,.0f} FLOPs a token at scale {scale.name}: with "
-        f"feed-forwards of {MULTIPLE} it takes {narrow:,}, and {step:,} more for each {MULTIPLE} "
-        "of width; choose wider feed-forwards of the scale, fewer keys or fewer memory layers"
+        f"{model.name} cannot cost {wanted:,.0f} FLOPs a token at scale {scale.name}; choose wider "
+        "feed-forwards of the scale, fewer keys or fewer memory layers"
     )
 
 
@@ -191,7 +180,6 @@ class Run:
     """One training run and the probe behind it.
 
     Attributes:
-        part: of the experiment.
         rates: factors of the scale's learning rates.
         flags: of Megatron, but for those that name files.
         stamp: what its corpus was made from.
@@ -233,9 +221,9 @@ class Run:
     @property
     def name(self) -> str:
         """For people; the key tells runs apart."""
-        name, (lr, table) = f"{self.model.name}, seed {self.seed}", self.rates
-        swept = self.rates != (1, 1) and not self.start
-        return f"{name}, rates x{lr:g} x{table:g}" if swept else name
+        lr, table = self.rates
+        swept = f", rates x{lr:g} x{table:g}" if self.rates != (1, 1) and not self.start else ""
+        return f"{self.model.name}, seed {self.seed}{swept}"
 
 
 class Plan:
@@ -247,10 +235,7 @@ class Plan:
         self.stamp = json.dumps(asdict(scale.corpus), sort_keys=True)
 
     def sweep(self, parts: Collection[str]) -> list[Run]:
-        """Every pair of learning rates, at one seed, for one model of each family in these parts.
-
-        The first pairs of all families come first, for an early look at how they compare.
-        """
+        """Every pair of rates at one seed, for a model of each family in these parts, in turn."""
         scale = self.scale
         first = {family: grid[0] for family, grid in scale.sweep.items()}
         needed = {run.model.family for part in parts for run in self.part(part, first)}
@@ -263,11 +248,10 @@ class Plan:
         ]
 
     def part(self, name: str, best: Mapping[str, Rates]) -> list[Run]:
-        """The runs of a part at the best rates of every family; none where the scale leaves it out.
+        """The runs of a part at the best rates of every family; none where it is left out.
 
-        main: every model at every seed, the first seed of all models first. ablations: the
-        reference, then each change of it, at the first seeds. continual: a trained Memory+, then
-        everything that teaches it new facts.
+        main: every model at every seed. ablations: the reference, then each change of it, at the
+        first seeds. continual: a trained Memory+, then everything that teaches it new facts.
         """
         scale = self.scale
         seeds, few = scale.seeds, scale.seeds[: scale.ablation_seeds]
@@ -307,21 +291,13 @@ class Plan:
         runs = []
         for name, said in new["ways"].items():
             changed = {flag: value for flag, value in said.items() if flag != "rates"}
-            for factor in said["rates"]:
-                rates = {
-                    rate: _rounded(was[rate] * factor) for rate in ("lr", "min_lr", "memory_lr")
-                }
-                taught = replace(
-                    trained,
-                    model=replace(trained.model, name=f"{name} x{factor:g}"),
-                    rates=(factor, factor),
-                    flags={**was, **new["flags"], **rates, **changed},
-                    stamp=f"{self.stamp}, then {new['facts']} new",
-                    keep=False,
-                    corpus="new",
-                    start=trained.key,
-                )
-                runs.append(taught)
+            for by in said["rates"]:
+                rates = {rate: _rounded(was[rate] * by) for rate in ("lr", "min_lr", "memory_lr")}
+                flags = {**was, **new["flags"], **rates, **changed}
+                model = replace(trained.model, name=f"{name} x{by:g}")
+                taught = replace(trained, model=model, rates=(by, by), flags=flags, keep=False)
+                stamp = f"{self.stamp}, then {new['facts']} new"
+                runs.append(replace(taught, stamp=stamp, corpus="new", start=trained.key))
         return runs
 
 

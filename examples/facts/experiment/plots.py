@@ -34,16 +34,16 @@ def draw(results: Results, output: Path) -> list[str]:
     groups = runs_of(results, "main")
     if not groups:
         return []
-    with _picture(output / "facts_by_tokens.png", "tokens trained on", "facts known") as axes:
+    written = ["facts_by_tokens.png", "bits_per_parameter.png"]
+    with _picture(output / written[0], "tokens trained on", "facts known") as axes:
         axes.xaxis.set_major_formatter(EngFormatter())
         for name, runs in groups.items():
             _line(axes, groups, name, [tokens_at(results, point) for point in runs[0]["points"]])
-    with _picture(output / "bits_per_parameter.png", "", "bits known per parameter") as axes:
+    with _picture(output / written[1], "", "bits known per parameter") as axes:
         heights = [bits_per_parameter(runs) for runs in groups.values()]
         bars = axes.bar(list(groups), heights, color=[_shade(groups, name) for name in groups])
         axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
         axes.tick_params(axis="x", rotation=30)
-    written = ["facts_by_tokens.png", "bits_per_parameter.png"]
     # a single size of table makes no curve
     if len({runs[0]["rows"] for runs in groups.values()} - {0}) > 1:
         written.append("facts_by_rows.png")
@@ -83,21 +83,20 @@ def _by_rows(axes: Axes, groups: Groups) -> None:
     """Memories at their rows; models without a table as lines across."""
     grown = [runs for runs in groups.values() if runs[0]["family"] == "memory+"]
     grown.sort(key=lambda runs: runs[0]["rows"])
-    rows, blue = [runs[0]["rows"] for runs in grown], COLORS["memory+"]
-    style: dict[str, Any]
+    rows = [runs[0]["rows"] for runs in grown]
+    style: dict[str, Any] = {"color": COLORS["memory+"], "marker": "o"}
     if grown:
-        _points(axes, rows, map(known, grown), color=blue, label="memory+", marker="o")
+        _points(axes, rows, map(known, grown), label="memory+", **style)
         unseen = [[run["corpus"]["unseen"] for run in runs] for runs in grown]
-        style = {"linestyle": "--", "marker": "o", "alpha": 0.6}
-        _points(axes, rows, unseen, color=blue, label="memory+, asked in unseen words", **style)
+        style |= {"linestyle": "--", "alpha": 0.6, "label": "memory+, asked in unseen words"}
+        _points(axes, rows, unseen, **style)
     for name, runs in groups.items():
         family, size = runs[0]["family"], runs[0]["rows"]
+        style = {"color": COLORS[family], "label": name}
         if family in ("memory", "peer"):
-            style = {"linestyle": "none", "marker": "D", "color": COLORS[family]}
-            _points(axes, [size], [known(runs)], label=name, **style)
+            _points(axes, [size], [known(runs)], linestyle="none", marker="D", **style)
         elif not size:
-            style = {"linestyle": LINES[family], "color": COLORS[family]}
-            axes.axhline(mean(known(runs)), label=name, **style)
+            axes.axhline(mean(known(runs)), linestyle=LINES[family], **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(rows or sorted({runs[0]["rows"] for runs in groups.values()} - {0}))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

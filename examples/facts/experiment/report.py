@@ -19,20 +19,25 @@ Cells = Mapping[str, Callable[[Runs], str]]
 MADE_WITH = ("commit", "device", "torch", "megatron-core", "megamem")
 # of a record, what the tables have no need of; the key is a hash of the flags, which the plan makes
 HIDDEN = ("flags", "start", "loss", "python", *MADE_WITH[1:])
+# below the main table
+NOTES = (
+    "facts known = (accuracy on stated facts - accuracy on facts never stated) * facts.",
+    "An answer is right when greedy decoding would write exactly it and stop (teacher-forced, "
+    "which is the same).",
+)
+SAME_ORDER = "All models of a seed were given the same sequences in the same order."
+OTHER_ORDER = "THE ORDER OF THE DATA DIFFERS between models of one seed: compare nothing here."
+RATIOS = "Speeds are ratios within this experiment, on a CPU, runs side by side."
 
 
 def collect(
     scale: Scale, corpus: Mapping[str, Any], planned: Sequence[Run], records: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything that is reported, as plain numbers.
-
-    Args:
-        corpus: the report of its build.
-        records: key -> record, of the finished runs.
+    """Everything that is reported of the finished runs, whose records these are, and their corpus.
 
     Returns:
-        `scale`; the `corpus`; how many runs are `waiting`; what they were `made_with`; the `parts`,
-        each with the keys of its models' finished runs; and the `runs` by their keys
+        plain numbers: how many runs are `waiting`; what they were `made_with`; the `parts`, each
+        with the keys of its models' finished runs; and the `runs` by their keys
     """
     parts: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for run in (run for run in planned if run.key in records):
@@ -55,17 +60,17 @@ def _without(value: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: item for name, item in value.items() if name not in names}
 
 
-def as_json(value: Any, levels: int = 2) -> str:
-    """JSON with a line for each entry of the outer mappings: a line a run."""
+def _as_json(value: Any, levels: int = 2) -> str:
+    """With a line for each entry of the outer mappings: a line a run."""
     if not levels or not isinstance(value, dict) or not value:
         return json.dumps(value)
-    lines = (f"{json.dumps(name)}: {as_json(item, levels - 1)}" for name, item in value.items())
+    lines = (f"{json.dumps(name)}: {_as_json(item, levels - 1)}" for name, item in value.items())
     return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def write(results: Results, output: Path) -> None:
-    """results.json and results.md."""
-    (output / "results.json").write_text(as_json(results) + "\n")
+    """Write results.json and results.md."""
+    (output / "results.json").write_text(_as_json(results) + "\n")
     (output / "results.md").write_text(markdown(results))
 
 
@@ -150,35 +155,23 @@ def main_sheet(results: Results) -> Sheet:
     groups, on_gpu = runs_of(results, "main"), results["scale"]["device"] == "gpu"
     dense = groups.get("dense")
     ratio = {"speed, dense = 1": lambda r: f"{_speed(r) / _speed(dense):.2f}" if dense else ""}
-    columns = (
-        *("model", "rows", "parameters", "of tables", "MFLOP/token"),
-        *(("tokens/s", "GPU MiB") if on_gpu else ("speed, dense = 1", "process MiB")),
-        *("facts known", "in unseen words", "accuracy", "guessing", "bits/parameter"),
-        *("valid. loss", "lr, table's", "seeds"),
-    )
+    columns = ["model", "rows", "parameters", "of tables", "MFLOP/token"]
+    columns += ["tokens/s", "GPU MiB"] if on_gpu else ["speed, dense = 1", "process MiB"]
+    columns += ["facts known", "in unseen words", "accuracy", "guessing", "bits/parameter"]
+    columns += ["valid. loss", "lr, table's", "seeds"]
     orders = {(run["seed"], run["data_order"]) for runs in groups.values() for run in runs}
     same = len(orders) == len({seed for seed, _ in orders})
-    notes = [
-        "facts known = (accuracy on stated facts - accuracy on facts never stated) * facts.",
-        "An answer is right when greedy decoding would write exactly it and stop "
-        "(teacher-forced, which is the same).",
-        "All models of a seed were given the same sequences in the same order."
-        if same
-        else "THE ORDER OF THE DATA DIFFERS between models of one seed: compare nothing here.",
-        "Speeds are ratios within this experiment, on a CPU, runs side by side.",
-    ]
-    more = {"notes": notes[:3] if on_gpu else notes, "brief": (0, 1, 4, 7, 8, 10)}
-    return _sheet("Facts known at equal FLOPs and tokens", columns, groups, ratio, **more)
+    notes = [*NOTES, SAME_ORDER if same else OTHER_ORDER, *([] if on_gpu else [RATIOS])]
+    title, brief = "Facts known at equal FLOPs and tokens", (0, 1, 4, 7, 8, 10)
+    return _sheet(title, columns, groups, ratio, notes=notes, brief=brief)
 
 
 def curve_sheet(results: Results) -> Sheet:
     """Facts known against tokens."""
     groups = runs_of(results, "main")
     points = sorted({point for runs in groups.values() for run in runs for point in run["points"]})
-    rows = []
-    for name, runs in groups.items():
-        at = zip(*(run["corpus"]["facts"] for run in runs), strict=True)
-        rows.append((name, *map(spread, at)))
+    facts = {name: [run["corpus"]["facts"] for run in runs] for name, runs in groups.items()}
+    rows = [(name, *map(spread, zip(*each, strict=True))) for name, each in facts.items()]
     columns = ("model", *(f"{tokens_at(results, point):,}" for point in points))
     # every second point, back from the last, where there are many
     brief = (0, *range(len(points), 0, -2)[::-1]) if len(points) > 5 else ()
@@ -204,8 +197,7 @@ def ablation_sheets(results: Results) -> list[Sheet]:
     Each is beside the first of its table, if it is not alone, at the seeds of both.
     """
     flags = results["scale"]["flags"]
-    changed: dict[str, Runs] = {}
-    longer, deeper = changed.copy(), changed.copy()
+    changed, longer, deeper = (dict[str, Runs]() for _ in range(3))
     for name, runs in runs_of(results, "ablations").items():
         kind = longer if runs[0]["iterations"] != flags["train_iters"] else changed
         (deeper if runs[0]["layers"] != flags["num_layers"] else kind)[name] = runs
@@ -239,11 +231,11 @@ def continual_sheet(results: Results) -> Sheet:
         lost = f"{old - kept:,.0f} ({1 - kept / old:.1%})" if old else "0"
         numbers = (new["facts"][-1], new["unseen"], kept)
         rows.append((name, *(f"{number:,.0f}" for number in numbers), lost))
-    facts = results["scale"]["new"]["facts"]
-    title = f"Continual learning: {facts} new facts taught to a trained {before}"
-    columns = ["method (factor of both learning rates)", "new known", "in unseen words"]
-    columns += ["old still known", "old lost"]
-    return Sheet(title, columns, rows, ["LoRA is left out: Megatron-LM's GPT training has none."])
+    title = f"{results['scale']['new']['facts']} new facts taught to a trained {before}"
+    columns = ("new known", "in unseen words", "old still known", "old lost")
+    columns = ("method (factor of both learning rates)", *columns)
+    notes = ["LoRA is left out: Megatron-LM's GPT training has none."]
+    return Sheet(f"Continual learning: {title}", columns, rows, notes)
 
 
 def markdown(results: Results) -> str:

@@ -3,14 +3,11 @@
     OUT/runs/KEY/train.log, tensorboard/, checkpoints/, probe-CORPUS.log    while it is at work
     OUT/runs/KEY/record.json                        when it is finished: never run again
 
-Every training is `python -m megamem.run ... examples/pretrain_gpt.py FLAGS` with --save and --load
-on one folder, so whatever ended it, the same command goes on from its last checkpoint. What it did
-is read from the events that Megatron writes for TensorBoard. What its answers are worth:
+Every training saves to and loads from one folder, so whatever ended it, the same command goes on
+from its last checkpoint. What it did is read from the events that Megatron writes for TensorBoard.
 
     facts known = (accuracy on stated facts - accuracy on facts never stated) * facts
     bits known  = sum over relations of the same difference * bits to pick its answers
-
-The second accuracy is what guessing yields, measured on the control.
 """
 
 import contextlib
@@ -23,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -36,7 +33,6 @@ from typing import Any
 import psutil
 from experiment.plan import Rates, Run, words
 from rich.console import Console
-from rich.progress import Progress, TextColumn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[3]
@@ -49,11 +45,7 @@ PARAMETERS = re.compile(r"number of parameters on \(.*?\) model parallel rank \(
 
 
 class RunFailed(Exception):
-    """A training or a probe ended with an error; the message shows the end of its log."""
-
-
-class Stopped(Exception):
-    """A run was asked to stop before it was finished."""
+    """A training or a probe ended before it was finished; the message shows the end of its log."""
 
 
 @dataclass
@@ -73,7 +65,6 @@ class Runner:
     deadline: float
     console: Console
     stopping: Event = field(default_factory=Event)
-    killing: Event = field(default_factory=Event)
 
     def folder(self, key: str) -> Path:
         return self.output / "runs" / key
@@ -91,30 +82,23 @@ class Runner:
         """
         finished = self.records(runs)
         waiting = [run for run in runs if run.key not in finished]
-        if finished:
-            self.console.print(f"{title}: {len(finished)} of {len(runs)} runs are finished already")
+        done = len(finished)
+        self.console.print(f"{title}: {done} of {len(runs)} runs are finished already")
         self.stopping.clear()
-        pool = ThreadPoolExecutor(self.jobs)
-        columns = (*Progress.get_default_columns(), TextColumn("{task.fields[said]}"))
-        with Progress(*columns, console=self.console) as progress:
-            bar = progress.add_task(title, total=len(runs), completed=len(finished), said="")
+        with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 # what starts from another run's checkpoint, which comes first, waits for it
                 for _, wave in groupby(waiting, key=lambda run: bool(run.start)):
-                    futures = [pool.submit(self._finish, run, progress) for run in wave]
+                    futures = [pool.submit(self._finish, run) for run in wave]
                     for future in as_completed(futures):
-                        future.result()
-                        progress.advance(bar)
-            except Stopped:
-                return False
+                        if not future.result():
+                            return False
+                        done += 1
+                        self.console.print(f"{title}: {done} of {len(runs)} runs are finished")
             finally:
-                # what is at work saves and leaves; a second Ctrl-C kills it
+                # what is at work saves and leaves
                 self.stopping.set()
-                try:
-                    pool.shutdown(cancel_futures=True)
-                except KeyboardInterrupt:
-                    self.killing.set()
-                    raise
+                pool.shutdown(cancel_futures=True)
         return True
 
     def command(self, run: Run, asked: str = "") -> list[str]:
@@ -138,10 +122,11 @@ class Runner:
                 "probe_iterations": run.points,
             }
         else:
-            files |= {"save": checkpoints, "exit_signal_handler": True}
-            if run.start:
-                files["pretrained_checkpoint"] = self.folder(run.start) / "checkpoints"
+            start = self.folder(run.start) / "checkpoints"
             files |= {
+                "save": checkpoints,
+                "exit_signal_handler": True,
+                "pretrained_checkpoint": bool(run.start) and start,
                 "tensorboard_dir": folder / "tensorboard",
                 "tensorboard_log_interval": run.flags["log_interval"],
                 "log_timers_to_tensorboard": True,
@@ -153,25 +138,14 @@ class Runner:
         launcher += ["--cpu=force"] if self.device == "cpu" else []
         return [*launcher, str(PROBE if asked else TRAIN), *words(run.flags), *words(files)]
 
-    def _finish(self, run: Run, progress: Progress) -> None:
-        """Train and ask one run, as far as it is not done already; write its record."""
+    def _finish(self, run: Run) -> bool:
+        """Train and ask a run, as far as it is not done, and write its record; False if stopped."""
         folder = self.folder(run.key)
-        events = Events(folder / "tensorboard")
         _end_leftover(folder)
-        bar = progress.add_task(f"  {run.name}", total=run.iterations, said="starting")
-
-        def show() -> None:
-            if losses := events.read("lm loss"):
-                iteration, loss = max(losses.items())
-                progress.update(bar, completed=iteration, said=f"loss {loss:.3f}")
-
-        if not self._is_trained(run):
-            peak = self._launch(run, "train", self.command(run), show)
-            (folder / "peak").write_text(str(peak))
-        progress.update(bar, said="asking")
-        for corpus in probed_corpora(run):
-            if not (folder / f"probe-{corpus}.json").is_file():
-                self._launch(run, f"probe-{corpus}", self.command(run, corpus))
+        self.console.print(f"at work on {run.name}")
+        for asked in ("", *probed_corpora(run)):
+            if not (self._is_done(run, asked) or self._launch(run, asked)):
+                return False
         record = make_record(run, folder, self.output, self.device)
         part = folder / "record.json.part"
         part.write_text(json.dumps(record, indent=1) + "\n")
@@ -181,27 +155,24 @@ class Runner:
         for checkpoint in (folder / "checkpoints").glob("iter_*"):
             if not (run.keep and checkpoint.name == f"iter_{run.iterations:07d}"):
                 shutil.rmtree(checkpoint)
-        progress.remove_task(bar)
-        if not self.console.is_terminal:
-            self.console.print(f"finished {run.name}, last loss {record['loss']:.3f}")
+        self.console.print(f"finished {run.name}, last loss {record['loss']:.3f}")
+        return True
 
-    def _launch(
-        self, run: Run, name: str, command: Sequence[str], show: Callable[[], None] = lambda: None
-    ) -> int:
-        """Carry out a training or a probe; return the most bytes that it was seen to hold.
+    def _launch(self, run: Run, asked: str) -> bool:
+        """Train a run, or ask it for the facts of a corpus; return False if it was stopped.
 
         Raises:
-            RunFailed: it ended with an error, or before its last iteration.
-            Stopped: it was asked to stop.
+            RunFailed: it ended by itself before it was finished.
         """
-        log = self.folder(run.key) / f"{name}.log"
-        threads = {"OMP_NUM_THREADS": "1"} if self.device == "cpu" else {}
-        peak, patience = 0, float("inf")
+        folder, peak = self.folder(run.key), 0
         if self._is_over():
-            raise Stopped
+            return False
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / (f"probe-{asked}.log" if asked else "train.log")
+        threads = {"OMP_NUM_THREADS": "1"} if self.device == "cpu" else {}
         with log.open("ab") as file:
             process = psutil.Popen(
-                command,
+                self.command(run, asked),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -210,30 +181,32 @@ class Runner:
                 # Ctrl-C reaches this process alone, which asks that one to save
                 start_new_session=True,
             )
-        while process.poll() is None:
+        while process.poll() is None and not self._is_over():
             with contextlib.suppress(psutil.Error):
                 peak = max(peak, process.memory_info().rss)
-            show()
-            if patience == float("inf") and self._is_over():
-                self.console.print(f"stopping {run.name}, which saves first")
-                process.terminate()
-                patience = time.monotonic() + SECONDS_TO_STOP
-            elif time.monotonic() > patience or self.killing.is_set():
-                process.kill()
             time.sleep(POLL_SECONDS)
-        if patience < float("inf"):
-            raise Stopped
-        code = process.returncode
-        if code or (name == "train" and not self._is_trained(run)):
-            why = f"ended with {code}" if code else "ended before its last iteration"
+        if process.poll() is None:
+            self.console.print(f"stopping {run.name}, which saves first")
+            process.terminate()
+            try:
+                process.wait(SECONDS_TO_STOP)
+            except psutil.TimeoutExpired:
+                process.kill()
+            return False
+        if process.returncode or not self._is_done(run, asked):
             end = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+            why = f"ended with {process.returncode} before it was finished"
             raise RunFailed(f"{run.name} {why}; the end of {log}:\n{end}")
-        return peak
+        if not asked:
+            (folder / "peak").write_text(str(peak))
+        return True
 
     def _is_over(self) -> bool:
         return self.stopping.is_set() or time.monotonic() > self.deadline
 
-    def _is_trained(self, run: Run) -> bool:
+    def _is_done(self, run: Run, asked: str) -> bool:
+        if asked:
+            return (self.folder(run.key) / f"probe-{asked}.json").is_file()
         saved = self.folder(run.key) / "checkpoints" / "latest_checkpointed_iteration.txt"
         return saved.is_file() and saved.read_text().strip() == str(run.iterations)
 
@@ -247,34 +220,30 @@ def _end_leftover(folder: Path) -> None:
             process.wait(SECONDS_TO_STOP)
 
 
-class Events:
-    """The numbers that a training has written for TensorBoard so far."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.reader = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-
-    def read(self, tag: str) -> dict[int, float]:
-        """Iteration -> value; what was trained twice counts as it was trained last."""
-        self.reader.Reload()
-        known = tag in self.reader.Tags()["scalars"]
-        return {e.step: e.value for e in self.reader.Scalars(tag)} if known else {}
+def read_events(folder: Path) -> dict[str, dict[int, float]]:
+    """What a training wrote for TensorBoard: tag -> iteration -> the value written last."""
+    reader = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: {e.step: e.value for e in reader.Scalars(tag)} for tag in reader.Tags()["scalars"]}
 
 
 def make_record(run: Run, folder: Path, output: Path, device: str) -> dict[str, Any]:
     """All that is reported of a finished run, as plain numbers; None what was not measured."""
-    events, flags = Events(folder / "tensorboard"), run.flags
-    times, losses = events.read("iteration-time"), events.read("lm loss")
-    validation = events.read("lm loss validation")
+    events, flags = read_events(folder / "tensorboard"), run.flags
+    times, losses = events["iteration-time"], events["lm loss"]
     tokens = flags["global_batch_size"] * flags["seq_length"]
     (parameters,) = set(PARAMETERS.findall((folder / "train.log").read_text(errors="replace")))
+    # not there where this process was killed just after the training had ended
+    measured, peak, device_name = folder / "peak", 0, f"CPU, {platform.machine()}"
     if device == "gpu":
-        peak = int(max(events.read("mem-max-allocated-bytes").values()))
-    else:
-        # not there where this process was killed just after the training had ended
-        measured = folder / "peak"
-        peak = int(measured.read_text()) if measured.is_file() else 0
-    probed = {corpus: _asked(output / corpus, folder) for corpus in probed_corpora(run)}
+        import torch
+
+        device_name = torch.cuda.get_device_name()
+        peak = int(max(events["mem-max-allocated-bytes"].values()))
+    elif measured.is_file():
+        peak = int(measured.read_text())
+    # with a plus where the checkout was changed
+    describe = ("git", "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+")
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
         "family": run.model.family,
         "seed": run.seed,
@@ -291,12 +260,15 @@ def make_record(run: Run, folder: Path, output: Path, device: str) -> dict[str, 
         "tokens_per_second": round(tokens / median(times.values()), 2),
         "peak_bytes": peak,
         "loss": losses[max(losses)],
-        "validation_loss": round(validation[run.iterations], 7),
+        "validation_loss": round(events["lm loss validation"][run.iterations], 7),
         "data_order": data_order(folder / "cache"),
-        **software(device),
+        "commit": commit,
+        "device": device_name,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("megamem", "torch", "megatron-core")},
         "points": run.points,
         "seconds": [seconds_at(point, times) for point in run.points],
-        **probed,
+        **{corpus: _asked(output / corpus, folder) for corpus in probed_corpora(run)},
     }
 
 
@@ -333,13 +305,9 @@ def known(
 ) -> dict[str, float | None]:
     """What one checkpoint knows, asked in one phrasing: an entry of the `probes` of probe.py.
 
-    Args:
-        facts: of the whole corpus, of which the probe may have asked some.
-        bits_by_relation: bits to pick the answers of all facts of each relation.
-
     Returns:
-        `accuracy` on facts that training stated, `guessing` on facts that it did not, `facts` and
-        `bits` known of the whole corpus; no bits where nobody counted them
+        `accuracy` on facts that training stated, `guessing` on facts that it did not, and what is
+        known of all `facts` of the corpus and of the `bits` to pick their answers, if counted
     """
     # without a control, nothing is taken off
     accuracy, guessing = [*(total["accuracy"] for total in probe["totals"]), 0.0][:2]
@@ -357,33 +325,13 @@ def known(
 
 
 def data_order(cache: Path) -> str:
-    """A hash of the order in which Megatron gave the run its sequences; empty where it is gone.
-
-    Megatron writes it down before it trains: which documents, cut where, in which order.
-    """
+    """A hash of Megatron's index of the sequences that a run reads; empty where it is gone."""
     contents = sorted(hashlib.sha256(p.read_bytes()).hexdigest() for p in cache.glob("**/*.npy"))
     return hashlib.sha256("".join(contents).encode()).hexdigest()[:16] if contents else ""
 
 
 def best_rates(sweep: Sequence[Run], records: Mapping[str, Mapping[str, Any]]) -> dict[str, Rates]:
     """Family -> the pair of factors whose run knows most facts, asked their questions."""
-    best: dict[str, Run] = {}
-    for run in sweep:
-        rival = best.setdefault(run.model.family, run)
-        if records[run.key]["corpus"]["facts"][-1] > records[rival.key]["corpus"]["facts"][-1]:
-            best[run.model.family] = run
-    return {family: run.rates for family, run in best.items()}
-
-
-def software(device: str) -> dict[str, str]:
-    """Device, commit (with a plus where the checkout was changed) and releases of a number."""
-    name = f"CPU, {platform.machine()}"
-    if device == "gpu":
-        import torch
-
-        name = torch.cuda.get_device_name()
-    describe = ("git", "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+")
-    here = Path(__file__).parent
-    commit = subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()
-    versions = {name: version(name) for name in ("megamem", "torch", "megatron-core")}
-    return {"commit": commit, "device": name, "python": platform.python_version(), **versions}
+    best = sorted(sweep, key=lambda r: records[r.key]["corpus"]["facts"][-1], reverse=True)
+    # the last of a family to be put in stays: the best one, of equals the first
+    return {run.model.family: run.rates for run in reversed(best)}
