@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megamem.ops import squared_norm
+
 # numbers in a block, which take 256 MB in fp64
 BLOCK = 2**25
 
@@ -91,19 +93,10 @@ class RowGradient:
     def squared_norm(self, *, by_row: bool = False) -> Tensor:
         """Return the sum of squares of the gradient in fp64; not finite where a gradient is not.
 
-        The buffer is read in blocks, as torch makes an fp64 copy of its argument.
-
         Args:
-            by_row: read only the touched rows, which is faster where they are few.
+            by_row: the touched rows are few.
         """
-        blocks = (
-            (self.buffer[rows] for rows in self.touched_blocks())
-            if by_row
-            else self.buffer.split(self._block_rows())
-        )
-        total = torch.zeros((), dtype=torch.float64, device=self.buffer.device)
-        for block in blocks:
-            total += torch.linalg.vector_norm(block, dtype=torch.float64).square()
+        total = squared_norm(self.buffer, self.touched, few=by_row)
         return total * torch.as_tensor(self.factor, device=total.device).double().square()
 
     def count_zeros(self) -> Tensor:

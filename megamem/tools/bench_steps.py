@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from megamem import ops
+from megamem.ops import forms
 from megamem.reference import row_adam as row_adam_reference
+from megamem.reference.squared_norm import squared_norm as norm_reference
 from megamem.tools.bench_cases import Case, Rival, Work, relative_error
 
 ADAM = ("fp32", "fp32, as in training", "bf16, moment per row")
@@ -27,7 +29,11 @@ def adam_cases(widths: list[int], rows: list[int], device: torch.device) -> Iter
                 memory = num_rows * width * (11 if dtype == torch.bfloat16 else 19)
                 picked = f"{TOUCHED:.0%} of rows" if kind.endswith("training") else "all rows"
                 yield Case(f"adamw_ {kind}", shape, dtype, picked, build, memory)
-            picked, memory = f"{TOUCHED:.0%} of rows", num_rows * width * 23
+            picked = f"{TOUCHED:.0%} of rows"
+            for form in forms.FORMS["squared_norm"]:
+                build, memory = partial(_norm, form, shape, device), num_rows * width * 14
+                yield Case(f"squared_norm {form}", shape, torch.float32, picked, build, memory)
+            memory = num_rows * width * 23
             build = partial(_lazy, shape, device)
             yield Case("touched_adamw_ fp32", shape, torch.float32, picked, build, memory)
 
@@ -118,3 +124,19 @@ def _lazy(shape: dict[str, int], device: torch.device) -> Work:
     # the gradient is read, weights, moments and counters are read and written, the copy is written
     moved = len(table[1]) * (width * 30 + 8 + 16)
     return Work(lambda: step(ops.touched_adamw_, table, copy), moved, check)
+
+
+def _norm(form: str, shape: dict[str, int], device: torch.device) -> Work:
+    """The gradient norm by one form, of a buffer in which some rows have a gradient."""
+    num_rows, width = shape.values()
+    touched = torch.rand(num_rows, device=device) < TOUCHED
+    grads = torch.randn(num_rows, width, device=device).mul_(touched.unsqueeze(1))
+
+    def check() -> float:
+        few = slice(min(256, num_rows))
+        ours = ops.squared_norm(grads[few], touched[few], form=form)
+        return relative_error(ours.view(1), norm_reference(grads[few], touched[few]).view(1))
+
+    # what has to be read; the form torch reads all rows, and writes and reads a copy in fp64
+    moved = int(touched.sum()) * width * 4 + num_rows
+    return Work(lambda: ops.squared_norm(grads, touched, form=form), moved, check)

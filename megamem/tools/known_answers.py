@@ -218,6 +218,7 @@ def _placement(num_keys: int) -> KnownAnswer:
 
 _dense = partial(_step, look=steps.dense_step_is_right)
 _lazy = partial(_step, look=steps.touched_step_is_right)
+_norm = partial(_step, look=steps.norm_is_right)
 RANDOM = Form(BF16)
 ROW = Form(BF16, second="row")
 NONE = Form(first=False, second="")
@@ -239,6 +240,8 @@ ANSWERS: tuple[KnownAnswer, ...] = (
     _bag("row_dot", "forward and backward", reads.row_dots_are_exact, 2**18, 14),
     _dense("adamw_", "fp32 master and bf16 copy, clearing", form=Form(copy=True)),
     _dense("adamw_", "fp32 master and bf16 copy, clearing", form=Form(copy=True), width=1024),
+    _norm("squared_norm", "whole numbers", form=Form()),
+    _norm("squared_norm", "whole numbers", form=Form(BF16), width=1000),
     _dense("adamw_", "fp32 alone, clearing", form=Form()),
     _dense("adamw_", "bf16 rounded at random, clearing", form=RANDOM),
     _dense(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megamem import ops
+from megamem.ops.backend import use_triton
 from megamem.reference import row_adam as reference
 
 BLOCK = 16
@@ -25,6 +26,8 @@ POISON = 1e30
 """Value of the gradients that a step must not read."""
 STEP, LR, WEIGHT_DECAY = 50, 2.0**-6, 0.1
 SCALE = 0.5
+NORM_BOUND = 1e-14
+"""Relative error bound of a sum of squares in fp64."""
 FP32_BOUND, BF16_BOUND = 2e-6, 2.0**-7
 """Relative error bounds: several roundings in fp32; one unit in the last place for bf16 weights,
 which are rounded stochastically."""
@@ -150,6 +153,24 @@ def touched_step_is_right(
     else:
         reference.touched_sgd_(truth.weights, chosen, grads, _exact_options(device))
     return _differences(table, truth, copy)
+
+
+def norm_is_right(device: torch.device, rows: int, width: int, op: str, form: Form) -> str | None:
+    """The sum of squares of whole numbers, by both forms; the kernel must not read other rows."""
+    count = torch.arange(BLOCK * width, dtype=torch.float64).view(BLOCK, width)
+    touched = torch.arange(BLOCK) % 3 == 0
+    block = (count % 17 - 8) * touched.unsqueeze(1)
+    exact = float(block.square().sum()) * (rows // BLOCK)
+    grads = block.to(device, form.weights).repeat(rows // BLOCK, 1)
+    every = touched.to(device).repeat(rows // BLOCK)
+    for name, poison in (("torch", 0.0), ("triton", POISON)):
+        grads[~every] = poison
+        if name == "triton" and not use_triton(grads):
+            continue
+        found = float(getattr(ops, op)(grads, every, form=name))
+        if not abs(found - exact) <= NORM_BOUND * exact:
+            return f"the sum of squares by the form {name} is {found!r}, not {exact!r}"
+    return None
 
 
 def _options(form: Form, copy: Tensor | None, device: torch.device) -> ops.AdamOptions:

@@ -61,24 +61,27 @@ def _stages(record: dict[str, Any]) -> str:
 
 
 def _forms(record: dict[str, Any]) -> str:
-    """A Markdown table with a row per shape and a column per form; "" if there are no forms."""
+    """A Markdown table per op, with a row per shape and a column per form; "" without forms."""
     forms = record.get("forms", [])
-    if not forms:
-        return ""
-    names = list(dict.fromkeys((form["op"], form["form"]) for form in forms))
-    shapes = list(dict.fromkeys((form["op"], numbers(form["shape"])) for form in forms))
+    ops = dict.fromkeys(form["op"] for form in forms)
+    return "\n\n".join(_forms_of([form for form in forms if form["op"] == op]) for op in ops)
+
+
+def _forms_of(forms: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(form["form"] for form in forms))
+    shapes = dict.fromkeys((form["dtype"], numbers(form["shape"])) for form in forms)
     lines = [
-        "| op | shape | " + " | ".join(f"{form}, ms" for _, form in names) + " |",
+        "| op | shape | " + " | ".join(f"{name}, ms" for name in names) + " |",
         "|---|---|" + "---:|" * len(names),
     ]
-    for op, shape in shapes:
+    for dtype, shape in shapes:
         of = {
             form["form"]: f"{form['ms']:g}"
             for form in forms
-            if (form["op"], numbers(form["shape"])) == (op, shape)
+            if (form["dtype"], numbers(form["shape"])) == (dtype, shape)
         }
-        times = " | ".join(of.get(form, "") for _, form in names)
-        lines.append(f"| `{op}` {forms[0]['dtype']} | {shape} | {times} |")
+        times = " | ".join(of.get(name, "") for name in names)
+        lines.append(f"| `{forms[0]['op']}` {dtype} | {shape} | {times} |")
     return "\n".join(lines)
 
 

@@ -11,13 +11,14 @@ from torch.nn import functional as F
 from megamem import ops
 from megamem.__main__ import INTERRUPTED, parse
 from megamem.errors import USER_ERROR
+from megamem.ops.forms import FORMS
 from megamem.tools import bench, bench_cases, bench_published, bench_steps, bench_table
 from megamem.tools.bench_published import PublishedKernels
 from tests.helpers.commands import command
 
 run_bench = command("bench")
 RESULTS = sorted((Path(__file__).parent / "results").glob("*.jsonl"))
-MEASURED = {"embedding_bag", "product_topk", "adamw_", "touched_adamw_", "row_dot"}
+MEASURED = {"embedding_bag", "product_topk", "adamw_", "touched_adamw_", "row_dot", "squared_norm"}
 FIELDS = {
     "device",
     "op",
@@ -196,7 +197,8 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path, 
     kept = [record.op for record in bench_table.read_records(path)]
     # the check of every embedding_bag case uses that op, too
     steps = [f"adamw_ {kind}" for kind in bench_steps.ADAM]
-    assert kept == [*steps, "touched_adamw_ fp32"]
+    norms = [f"squared_norm {form}" for form in FORMS["squared_norm"]]
+    assert kept == [*steps, *norms, "touched_adamw_ fp32"]
 
 
 def test_a_rival_that_fails_is_left_out_and_named():

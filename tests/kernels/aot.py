@@ -32,6 +32,7 @@ from megamem.kernels.placement import place_rows
 from megamem.kernels.product_topk import product_topk
 from megamem.kernels.row_adam import update_rows_
 from megamem.kernels.row_gradient import row_gradient, sort_lookups
+from megamem.kernels.squared_norm import squared_norm
 from tests.kernels.races import Race, find_races
 
 TRITON = ".".join(triton.__version__.split(".")[:2])
@@ -203,6 +204,15 @@ def _adam(
     return run
 
 
+def _norm(dtype: torch.dtype, width: int, touched: bool = True) -> Callable[[int], None]:
+    def run(tokens: int) -> None:
+        rows = 256 * tokens
+        flags = _meta(rows, dtype=torch.bool) if touched else None
+        squared_norm(_meta(rows, width, dtype=dtype), flags)
+
+    return run
+
+
 def _placement(tokens: int) -> None:
     place_rows(_meta(tokens, 16, dtype=torch.int64), 1024, [tokens, 2**31, 3, 4 * tokens])
 
@@ -215,6 +225,7 @@ CASES: dict[str, Callable[[int], None]] = {
     "top-k bf16 N=1024 C=512 K=32": _topk(BF16, 1024, 512, 32),
     "adam fp32, gradients of few rows": _adam(FP32, touched=False, few=True),
     "adam bf16 random, touched": _adam(BF16, touched=True),
+    "norm fp32 V=2048": _norm(FP32, 2048),
 }
 MORE_CASES: dict[str, Callable[[int], None]] = {
     "fp32 V=1024": _bags(FP32, 1024),
@@ -246,6 +257,8 @@ MORE_CASES: dict[str, Callable[[int], None]] = {
     "moment per row, slices, few": _adam(FP32, False, row_wise=True, few=True, sliced=True),
     "sgd fp32 V=1000, few": _adam(FP32, touched=False, moments=False, width=1000, few=True),
     "adam fp32 touched V=72": _adam(FP32, touched=True, width=72),
+    "norm bf16 V=1000": _norm(BF16, 1000),
+    "norm fp32 V=8, all rows": _norm(FP32, 8, touched=False),
 }
 
 

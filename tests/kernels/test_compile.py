@@ -24,6 +24,7 @@ KERNELS = {
     "_compact_kernel",
     "_merge_kernel",
     "_place_kernel",
+    "_squared_norm_kernel",
     "_row_pass_kernel",
     "_two_looks_kernel",
     "_unsort_kernel",

@@ -25,6 +25,8 @@ INTERPRETED = (
     "row_dot, R=262144, V=2048, forward and backward",
     "adamw_, V=2048, fp32 master and bf16 copy, clearing",
     "rowwise_adamw_, V=512, bf16 rounded at random, clearing",
+    "squared_norm, V=2048, whole numbers",
+    "squared_norm, V=1000, whole numbers",
     "touched_adamw_, V=2048, fp32 master and bf16 copy",
     "touched_sgd_, V=2048, fp32 master and bf16 copy",
     "place_rows, N=1000",
@@ -170,6 +172,10 @@ def places_two_in_one_row(right: Callable[..., Any]) -> Callable[..., Any]:
     return lambda rows, num_keys, seed: right(rows // 2 * 2, num_keys, seed)
 
 
+def leaves_out_the_last_row(right: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda grads, touched, **how: right(grads[:-1], touched[:-1], **how)
+
+
 WRONG = [
     ("adamw_", clears_before_it_has_read, "numbers of the weights"),
     ("rowwise_adamw_", clears_before_it_has_read, "numbers of the weights"),
@@ -186,6 +192,7 @@ WRONG = [
     ("sparse_gradients", misreads_the_last_lookup, "touched rows are wrong"),
     ("row_dot", misreads_the_last_lookup, "dots"),
     ("row_dot", overwrites_a_buffer, "numbers of the gradient buffer"),
+    ("squared_norm", leaves_out_the_last_row, "the sum of squares by the form torch is"),
     ("place_rows", places_two_in_one_row, "rows are not read by exactly one pair"),
 ]
 
