@@ -93,6 +93,7 @@ def main():
             sys.stdout.write(f"iteration {iteration + 1}: loss {loss:.5f}, norm {norm:.3f}\n")
     if args.save:
         save_checkpoint(args.train_iters, model, optimizer, scheduler, 0)
+    torch.distributed.barrier()  # gloo aborts a rank that leaves while another still talks to it
     torch.distributed.destroy_process_group()
 
 

@@ -53,4 +53,5 @@ for step in range(31):
     if rank == 0 and step % 5 == 0:
         print(f"step {step}: loss {shown.item():.4f}")
 if ranks > 1:
+    dist.barrier()  # gloo aborts a rank that leaves while another one still talks to it
     dist.destroy_process_group()

@@ -265,7 +265,9 @@ def _rank(rank: int, folder: str, mode: str, ranks: int, sizes: Sizes, on_gpu: b
     with recorder:
         _step(mode, ranks, sizes, device, recorder)
     Path(folder, f"{rank}.json").write_text(json.dumps(recorder.peaks()))
-    # not in a finally: after a failure NCCL would wait for ranks that wait for this one
+    # not in a finally: after a failure NCCL would wait for ranks that wait for this one. All leave
+    # together, as a thread of gloo aborts a process that ends while another rank still sends to it
+    dist.barrier()
     dist.destroy_process_group()
 
 
