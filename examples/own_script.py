@@ -30,7 +30,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 
 from megamem import MemoryGPTModelConfig, add_memory_flags, check, spec_from_args, with_memory
-from megamem.megatron.launcher import use_helpers_of_the_wheel
+from megamem.megatron.launcher import close_process_group, use_helpers_of_the_wheel
 
 DEFAULTS = {"tokenizer_type": "NullTokenizer", "vocab_size": 127, "mock_data": True}
 DEFAULTS |= {"save_interval": 10**9, "lr_warmup_iters": 1}
@@ -93,8 +93,7 @@ def main():
             sys.stdout.write(f"iteration {iteration + 1}: loss {loss:.5f}, norm {norm:.3f}\n")
     if args.save:
         save_checkpoint(args.train_iters, model, optimizer, scheduler, 0)
-    torch.distributed.barrier()  # gloo aborts a rank that leaves while another still talks to it
-    torch.distributed.destroy_process_group()
+    close_process_group()  # together: gloo aborts a rank that leaves before another is done
 
 
 if __name__ == "__main__":

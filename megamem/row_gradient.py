@@ -20,9 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megamem.ops import squared_norm
-
-# numbers in a block, which take 256 MB in fp64
-BLOCK = 2**25
+from megamem.ops.squared_norm import rows_of_a_block
 
 
 class RowGradient:
@@ -82,7 +80,7 @@ class RowGradient:
 
     def touched_blocks(self) -> Sequence[Tensor]:
         """Return the touched rows in blocks, so that copies of their gradients stay small."""
-        return self.touched.nonzero().squeeze(1).split(self._block_rows())
+        return self.touched.nonzero().squeeze(1).split(rows_of_a_block(*self.buffer.shape))
 
     def take(self, rows: Tensor) -> Tensor:
         """Return a copy of these rows of the buffer, [len(rows), v], and set them to zero in it."""
@@ -120,8 +118,3 @@ class RowGradient:
         squares = torch.linalg.vector_norm(self.buffer, dim=1, dtype=compute).square_()
         dist.all_reduce(squares, group=columns)
         return squares / width
-
-    def _block_rows(self) -> int:
-        """Rows of a block: few enough for a copy to be small, enough of them to occupy a GPU."""
-        rows, width = self.buffer.shape
-        return max(1, min(-(-rows // 64), BLOCK // width))

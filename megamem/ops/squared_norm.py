@@ -14,6 +14,11 @@ from megamem.ops.backend import use_triton
 BLOCK = 2**25
 
 
+def rows_of_a_block(num_rows: int, width: int) -> int:
+    """Return rows few enough for a copy to be small, and enough of them to occupy a GPU."""
+    return max(1, min(-(-num_rows // 64), BLOCK // max(1, width)))
+
+
 def squared_norm(
     grads_rV: Tensor, touched_r: Tensor, *, few: bool = False, form: str | None = None
 ) -> Tensor:
@@ -53,9 +58,7 @@ def squared_norm(
 
 def _by_torch(grads_rV: Tensor, touched_r: Tensor | None) -> Tensor:
     """Read the gradients in blocks, as torch makes an fp64 copy of what it takes the norm of."""
-    num_rows, width = grads_rV.shape
-    # few enough rows for a copy to be small, enough of them to occupy a GPU
-    rows = max(1, min(-(-num_rows // 64), BLOCK // max(1, width)))
+    rows = rows_of_a_block(*grads_rV.shape)
     if touched_r is None:
         blocks = iter(grads_rV.split(rows))
     else:

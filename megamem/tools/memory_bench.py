@@ -36,6 +36,7 @@ from rich.table import Table
 from megamem.config import MemoryConfig
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.memory_pool import MemoryPool
+from megamem.megatron.launcher import close_process_group
 from megamem.optimizer import StepOptions, TableOptimizer
 from megamem.parallel.memory_group import form, partition
 from megamem.planner import OPTIMIZERS, Cluster, Job, ModelShape
@@ -265,10 +266,8 @@ def _rank(rank: int, folder: str, mode: str, ranks: int, sizes: Sizes, on_gpu: b
     with recorder:
         _step(mode, ranks, sizes, device, recorder)
     Path(folder, f"{rank}.json").write_text(json.dumps(recorder.peaks()))
-    # not in a finally: after a failure NCCL would wait for ranks that wait for this one. All leave
-    # together, as a thread of gloo aborts a process that ends while another rank still sends to it
-    dist.barrier()
-    dist.destroy_process_group()
+    # not in a finally: after a failure NCCL would wait for ranks that wait for this one
+    close_process_group()
 
 
 def _step(

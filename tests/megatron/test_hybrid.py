@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.training import argument_utils
 
 from megamem.checkpoint import SHARED, table_key
 from megamem.hybrid_pattern import stage_layers, symbols
@@ -69,6 +70,21 @@ def test_a_layer_is_chosen_by_its_number() -> None:
     built = [build_module(spec, layer_number=number, config=None) for number in range(1, 6)]
     assert [layer.kind for layer in built] == ["usual"] * 3 + ["memory", "usual"]
     assert [layer.layer_number for layer in built] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.gloo
+@pytest.mark.skipif(
+    not hasattr(argument_utils, "gpt_config_from_args"),
+    reason="Megatron describes models since 0.19; what older releases say is tested elsewhere",
+)
+def test_a_description_with_memories_trains_as_the_patched_model_does() -> None:
+    """Digit for digit, and the patched constructor does not put them in again."""
+    flags = ("--hybrid-layer-pattern", "*-*-*-", "--num-layers", 6, *SPEC, *MEMORY)
+    script = ROOT / "tests/helpers/described_hybrid.py"
+    described = run_training("described", 1, *flags, script=script)
+    assert described.losses == run_training("patched", 1, *flags, script=SCRIPT).losses
+    assert described.losses[-1] < described.losses[0] - 0.1
+    assert "layers 1, 5 are memory+" in described.stdout
 
 
 @pytest.mark.gloo

@@ -8,16 +8,14 @@ They build the models of Megatron's own descriptions with memory layers in place
 
 import dataclasses
 import inspect
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 try:
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.training.models import gpt, hybrid
 except ImportError as error:
     raise ImportError(
@@ -32,6 +30,38 @@ from megamem.megatron.model.memory_mlp import register_tables
 from megamem.spec import MemorySpec
 
 
+class _MemoryModelBuilder(ABC):
+    """What both builders have in common: they build the chunk of a changed description."""
+
+    plain: ClassVar[type]
+    """Megatron's builder."""
+    _model_config: Any
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> Any:
+        """Build one chunk and register the tables of its memory layers; all ranks must call it."""
+        described: Any = self._model_config
+        pools: dict[str, MemoryPool] = {}
+        if described.memory is not None:
+            described, pools = self.with_memories(described, pg_collection, vp_stage)
+        model = self.plain(described).build_model(
+            pg_collection, pre_process, post_process, vp_stage
+        )
+        register_tables(model, pools)
+        return model
+
+    @abstractmethod
+    def with_memories(
+        self, given: Any, pg_collection: ProcessGroupCollection, vp_stage: int | None
+    ) -> tuple[Any, dict[str, MemoryPool]]:
+        """The description with memories in its layer specs, and the pools that they read."""
+
+
 @dataclass(kw_only=True)
 class MemoryGPTModelConfig(gpt.GPTModelConfig):
     """Describes a GPT with memory layers; if `memory` is None, it is Megatron's GPT."""
@@ -40,36 +70,22 @@ class MemoryGPTModelConfig(gpt.GPTModelConfig):
     memory: MemorySpec | None = None
 
 
-class MemoryGPTModelBuilder(gpt.GPTModelBuilder):
+class MemoryGPTModelBuilder(_MemoryModelBuilder, gpt.GPTModelBuilder):
     """Builds the model of a MemoryGPTModelConfig, by chunks or wrapped for training."""
 
-    def build_model(
-        self,
-        pg_collection: ProcessGroupCollection,
-        pre_process: bool | None = None,
-        post_process: bool | None = None,
-        vp_stage: int | None = None,
-    ) -> GPTModel:
-        """Build one chunk and register the tables of its memory layers; all ranks must call it."""
-        given: Any = self._model_config
-        where = {"pg_collection": pg_collection, "vp_stage": vp_stage}
-        pools: dict[str, MemoryPool] = {}
+    plain = gpt.GPTModelBuilder
 
-        def with_memories(config: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
-            block, found = memory_layer_spec(
-                given.transformer, _layer_spec(given, vp_stage), given.memory, **where
-            )
-            pools.update(found)
-            return block
-
-        described = given
-        if given.memory is not None:
-            described = dataclasses.replace(given, transformer_layer_spec=with_memories)
-        model = gpt.GPTModelBuilder(described).build_model(
-            pg_collection, pre_process, post_process, vp_stage
+    def with_memories(
+        self, given: Any, pg_collection: ProcessGroupCollection, vp_stage: int | None
+    ) -> tuple[Any, dict[str, MemoryPool]]:
+        block, pools = memory_layer_spec(
+            given.transformer,
+            _layer_spec(given, vp_stage),
+            given.memory,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
         )
-        register_tables(model, pools)
-        return model
+        return dataclasses.replace(given, transformer_layer_spec=block), pools
 
 
 def _layer_spec(config: Any, vp_stage: int | None) -> Any:
@@ -91,33 +107,20 @@ class MemoryHybridModelConfig(hybrid.HybridModelConfig):
     memory: MemorySpec | None = None
 
 
-class MemoryHybridModelBuilder(hybrid.HybridModelBuilder):
+class MemoryHybridModelBuilder(_MemoryModelBuilder, hybrid.HybridModelBuilder):
     """Builds the model of a MemoryHybridModelConfig, by chunks or wrapped for training."""
 
-    def build_model(
-        self,
-        pg_collection: ProcessGroupCollection,
-        pre_process: bool | None = None,
-        post_process: bool | None = None,
-        vp_stage: int | None = None,
-    ) -> HybridModel:
-        """Build one chunk and register the tables of its memory layers; all ranks must call it."""
-        given: Any = self._model_config
-        described = given
-        pools: dict[str, MemoryPool] = {}
-        if given.memory is not None:
-            stack = given.hybrid_stack_spec or hybrid.default_hybrid_stack_spec
-            stack, pools = memory_stack_spec(
-                given.transformer,
-                stack,
-                given.memory,
-                given.hybrid_layer_pattern,
-                pg_collection=pg_collection,
-                vp_stage=vp_stage,
-            )
-            described = dataclasses.replace(given, hybrid_stack_spec=stack)
-        model = hybrid.HybridModelBuilder(described).build_model(
-            pg_collection, pre_process, post_process, vp_stage
+    plain = hybrid.HybridModelBuilder
+
+    def with_memories(
+        self, given: Any, pg_collection: ProcessGroupCollection, vp_stage: int | None
+    ) -> tuple[Any, dict[str, MemoryPool]]:
+        stack, pools = memory_stack_spec(
+            given.transformer,
+            given.hybrid_stack_spec or hybrid.default_hybrid_stack_spec,
+            given.memory,
+            given.hybrid_layer_pattern,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
         )
-        register_tables(model, pools)
-        return model
+        return dataclasses.replace(given, hybrid_stack_spec=stack), pools
