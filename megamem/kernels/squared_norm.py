@@ -13,13 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megamem.kernels import choices
 from megamem.kernels.embedding_bag import block_width
-
-ROWS = 64
-"""Rows of a program. A table of a million rows then has 16,384 of them."""
-TILE = 2048
-"""Elements that a program reads at once."""
-MAX_BLOCK_V = 1024
 
 
 @triton.jit
@@ -54,20 +49,21 @@ def _squared_norm_kernel(
 def squared_norm(grads_rV: Tensor, touched_r: Tensor | None) -> Tensor:
     """Return the sum of squares of the touched rows' gradients; the reference has the arguments."""
     num_rows, width = grads_rV.shape
-    programs = triton.cdiv(num_rows, ROWS)
+    chosen = choices.current().squared_norm
+    programs = triton.cdiv(num_rows, chosen.rows)
     sums_P = torch.zeros(programs, dtype=torch.float64, device=grads_rV.device)
     if programs:
-        block = block_width(width, MAX_BLOCK_V)
+        block = block_width(width, chosen.max_block_v)
         _squared_norm_kernel[(programs,)](
             grads_rV,
             touched_r,
             sums_P,
             num_rows,
             WIDTH=width,
-            ROWS=ROWS,
-            BLOCK_R=min(ROWS, max(1, TILE // block)),
+            ROWS=chosen.rows,
+            BLOCK_R=min(chosen.rows, max(1, chosen.tile // block)),
             BLOCK_V=block,
             HAS_TOUCHED=touched_r is not None,
-            num_warps=4,
+            num_warps=chosen.num_warps,
         )
     return sums_P.sum()

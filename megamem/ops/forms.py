@@ -6,6 +6,9 @@ with an environment variable on every rank:
 
     MEGAMEM_FORMS=product_topk=torch,...
 
+`megamem tune` may select a form that is not the default in the file that it writes: there, it has
+run on the GPU of the user, gave the known answers, and was faster.
+
 Triton's interpreter and a compilation without a GPU are not enough: three kernels that had passed
 both computed wrong results on the first GPU. tests/ops/test_forms.py compares this table with the
 records under tests/bench/results.
@@ -14,6 +17,8 @@ records under tests/bench/results.
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+
+from megamem.kernels import choices
 
 ENVIRONMENT = "MEGAMEM_FORMS"
 
@@ -50,7 +55,8 @@ FORMS: dict[str, dict[str, Form]] = {
 def pick(op: str, otherwise: str | None = None) -> str:
     """Return the name of the form that an op uses.
 
-    It is the form that the environment selects, else `otherwise`, else the default.
+    It is the form that the environment selects, else that of the tuning file of the run, else
+    `otherwise`, else the default.
 
     Args:
         op: name of the op.
@@ -59,7 +65,8 @@ def pick(op: str, otherwise: str | None = None) -> str:
     Raises:
         ValueError: MEGAMEM_FORMS names an op or a form that does not exist.
     """
-    return selected().get(op) or otherwise or next(iter(FORMS[op]))
+    tuned = choices.current().forms.get(op)
+    return selected().get(op) or tuned or otherwise or next(iter(FORMS[op]))
 
 
 def selected() -> dict[str, str]:

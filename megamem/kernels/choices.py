@@ -1,0 +1,102 @@
+"""What depends on the card: sizes of blocks, unrolling, warps, chunks, and forms of ops.
+
+    GENERAL     the choices for GPUs that were not measured, and for Triton's interpreter
+    DEFAULTS    the choices for GPUs that were measured, by compute capability
+
+Kernels ask current() at every launch. It returns the choices that the process was told to use,
+which a run reads from the file of `megamem tune`, or else those for the compute capability of the
+GPU.
+
+Choices do not change what an op computes. They can change the order of its sums, as far as its
+reference leaves that open, and which of two sub-keys is chosen if their scores differ by rounding
+alone. Every number is a power of two.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class SquaredNorm:
+    """The gradient norm of a table."""
+
+    rows: int = 64
+    """Rows of a program. A table of a million rows then has 16,384 of them."""
+    tile: int = 2048
+    """Elements that a program reads at once."""
+    max_block_v: int = 1024
+    """The most columns that a program reads at once."""
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The choices of every op, and the forms of ops that are not the default."""
+
+    squared_norm: SquaredNorm = SquaredNorm()
+    forms: Mapping[str, str] = field(default_factory=dict)
+    """Op -> its form, where that is not the default of megamem.ops.forms."""
+
+    def changed(self, op: str, **values: Any) -> "Choices":
+        """These choices with other numbers for one op; its form is the value of `form`."""
+        chosen = self
+        if (form := values.pop("form", None)) is not None:
+            chosen = replace(chosen, forms={**self.forms, op: form})
+        if values:
+            made: dict[str, Any] = {op: replace(getattr(self, op), **values)}
+            chosen = replace(chosen, **made)
+        return chosen
+
+
+OPS = tuple(each.name for each in fields(Choices) if each.name != "forms")
+"""The ops whose kernels have numbers to choose."""
+
+GENERAL = Choices()
+DEFAULTS: dict[tuple[int, int], Choices] = {
+    # tests/bench/results/h100-a4677c2-stages.json has the measurements of what differs from GENERAL
+    (9, 0): Choices(),
+}
+_of_process: Choices | None = None
+"""The choices of this process, if it was told any; all of its threads use them."""
+
+
+def of_capability(capability: tuple[int, int]) -> Choices:
+    """Return the choices for GPUs of a compute capability, such as (9, 0)."""
+    return DEFAULTS.get(capability, GENERAL)
+
+
+def current() -> Choices:
+    """Return the choices that kernels which are launched now use."""
+    if _of_process is not None:
+        return _of_process
+    # a kernel is launched on the current GPU; asking for it would initialise CUDA
+    if not torch.cuda.is_initialized():
+        return GENERAL
+    return _of_device(torch.cuda.current_device())
+
+
+@lru_cache
+def _of_device(index: int) -> Choices:
+    return of_capability(torch.cuda.get_device_capability(index))
+
+
+def use(choices: Choices | None) -> None:
+    """Use these choices in this process from now on; None for those of its GPU."""
+    global _of_process
+    _of_process = choices
+
+
+@contextmanager
+def using(choices: Choices | None) -> Iterator[None]:
+    """Use these choices inside of a `with` block; None for those of the GPU."""
+    before = _of_process
+    use(choices)
+    try:
+        yield
+    finally:
+        use(before)
