@@ -4,6 +4,7 @@
     row_gradient    _row_pass_kernel    value gradient and weight gradient in one pass
                     _merge_kernel       sums of rows that are spread over several chunks
                     _unsort_kernel      weight gradient in the original order of the lookups
+                    _mark_kernel        which rows of the output were written
 
 The sorted lookups are divided into chunks of equal length, so that the work does not depend on how
 the lookups are distributed over rows. A program computes BLOCK_V columns of one chunk,
@@ -20,7 +21,11 @@ _merge_kernel adds them in order, so repeated runs agree bit for bit. The column
 axis of the grid, so that the bag gradients of one block of columns stay in the L2 cache while the
 rows of the table are read once.
 
-Only touched rows are written, and no cost is proportional to the number of rows.
+Only touched rows are written, and no cost is proportional to the number of rows. Where the gradient
+is added to a buffer and `touched` is given, the first gradient of a row in a step overwrites what
+the buffer holds there, so that the buffer is neither read for it nor ever cleared. The flags are
+set by a kernel of their own afterwards, because the programs of all column blocks of a row, and
+_merge_kernel, have to see them as they were before the pass.
 
 The lookups are sorted in the backward and not in the forward, which does not need the order: it
 would take 12 bytes per lookup until the backward, and recomputation would compute it twice.
@@ -41,6 +46,8 @@ from megamem.kernels.embedding_bag import OPTIONS, block_width, num_warps
 MAX_BLOCK_V = 256
 UNROLL = 4
 MERGE_TILE = 8
+# lookups of a program that does little for each
+BLOCK_M = 256
 # enough chunks to fill a GPU, few enough that their partial sums stay small
 TARGET_CHUNKS, MIN_CHUNK, MAX_CHUNK = 8192, 32, 512
 
@@ -114,6 +121,7 @@ def _row_pass_kernel(
     values,  # [r, V]; None without WEIGHT_GRAD
     grads,  # [G, V]
     out,  # [*, V]; None without VALUE_GRAD
+    touched,  # [r] where a row is added to; None: to all rows with ADD
     partials,  # [chunks, 2, V] partial sums of head and tail
     dots,  # [V blocks, M]
     num_lookups,
@@ -144,6 +152,13 @@ def _row_pass_kernel(
             i_m = i + u + 1
             i_rows += (tl.load(rows + i_m, mask=i_m < num_lookups, other=num_rows).to(tl.int32),)
 
+        i_touched = ()
+        if ADD and touched is not None:
+            for u in tl.static_range(UNROLL):
+                m_u = (i + u < i_end) & (i_rows[u] < num_rows)
+                m_whole = m_u & (i_rows[u] != i_rows[u + 1]) & (i_rows[u] != row_before)
+                i_touched += (tl.load(touched + i_rows[u], mask=m_whole, other=0),)
+
         # every load of the group is issued before the first is used
         b_grads, b_weights, b_values, o_outs, b_outs = (), (), (), (), ()
         for u in tl.static_range(UNROLL):
@@ -160,8 +175,12 @@ def _row_pass_kernel(
                 b_weights += (tl.load(weights + i_m, mask=m_u, other=0.0).to(tl.float32),)
                 m_whole = m_u & (i_rows[u] != i_rows[u + 1]) & (i_rows[u] != row_before)
                 o_outs += (out + _slot(slots, i_m, i_rows[u], m_whole) * V + o_v,)
-                if ADD:
+                if ADD and touched is None:
                     b_outs += (tl.load(o_outs[u], mask=_only_if(m_whole, m_v), other=0.0),)
+        if ADD and touched is not None:
+            # these loads come last, as they wait for the flags
+            for u in tl.static_range(UNROLL):
+                b_outs += (tl.load(o_outs[u], _only_if(i_touched[u] != 0, m_v), other=0.0),)
 
         for u in tl.static_range(UNROLL):
             i_m = i + u
@@ -197,6 +216,7 @@ def _merge_kernel(
     slots,  # [M] or None
     partials,  # [chunks, 2, V]
     out,  # [*, V]
+    touched,  # [r] or None
     num_lookups,
     num_rows,
     chunk,
@@ -236,7 +256,10 @@ def _merge_kernel(
         i_k += TILE
     o_out = out + _slot(slots, i_next - 1, i_row, True) * V + o_v
     if ADD:
-        b_sum += tl.load(o_out, mask=m_v, other=0.0).to(tl.float32)
+        m_add = m_v
+        if touched is not None:
+            m_add = _only_if(tl.load(touched + i_row) != 0, m_v)
+        b_sum += tl.load(o_out, mask=m_add, other=0.0).to(tl.float32)
     tl.store(o_out, b_sum.to(out.dtype.element_ty), mask=m_v)
 
 
@@ -262,6 +285,21 @@ def _unsort_kernel(
     tl.store(out + i_out, b_dot.to(out.dtype.element_ty), mask=m_m)
 
 
+@triton.jit(do_not_specialize=["num_lookups", "num_rows"])
+def _mark_kernel(
+    rows,  # [M] sorted
+    touched,  # [r]
+    num_lookups,
+    num_rows,
+    BLOCK_M: tl.constexpr,
+):
+    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_row = tl.load(rows + o_m, mask=o_m < num_lookups, other=num_rows).to(tl.int32)
+    b_before = tl.load(rows + o_m - 1, mask=(o_m > 0) & (o_m < num_lookups), other=-1).to(tl.int32)
+    b_one = tl.full([BLOCK_M], 1, touched.dtype.element_ty)
+    tl.store(touched + b_row, b_one, mask=(b_row < num_rows) & (b_row != b_before))
+
+
 def row_gradient(
     lookups: SortedLookups,
     grad_GV: Tensor,
@@ -269,6 +307,7 @@ def row_gradient(
     out: Tensor | None,
     slots_M: Tensor | None = None,
     add: bool = False,
+    touched_r: Tensor | None = None,
 ) -> Tensor | None:
     """Write the value gradient to `out`, and return the weight gradient.
 
@@ -279,6 +318,8 @@ def row_gradient(
         out: receives the value gradient of the touched rows; None if it is not needed.
         slots_M: index in `out` of each sorted lookup's row; None for the row itself.
         add: whether to add to `out` instead of overwriting the touched rows.
+        touched_r: bool; with `add`, the rows of `out` that are added to. All other rows that are
+            written are overwritten, and marked.
 
     Returns:
         The weight gradient in the original order of the lookups, [M] in fp32; None without values.
@@ -307,6 +348,7 @@ def row_gradient(
         values_rV,
         grad_GV,
         out,
+        touched_r,
         partials,
         dots,
         **sizes,
@@ -326,6 +368,7 @@ def row_gradient(
             slots_M,
             partials,
             out,
+            touched_r,
             **sizes,
             chunk=chunk,
             V=width,
@@ -335,16 +378,19 @@ def row_gradient(
             num_warps=num_warps(block, 4),
             **OPTIONS,
         )
+    if touched_r is not None:
+        _mark_kernel[(triton.cdiv(num_lookups, BLOCK_M),)](
+            lookups.rows_M, touched_r, **sizes, BLOCK_M=BLOCK_M, **OPTIONS
+        )
     if values_rV is not None:
-        block_m = 256
-        _unsort_kernel[(triton.cdiv(num_lookups, block_m),)](
+        _unsort_kernel[(triton.cdiv(num_lookups, BLOCK_M),)](
             lookups.rows_M,
             lookups.order_M,
             dots,
             weight_grad_M,
             **sizes,
             NUM_BLOCKS=num_blocks,
-            BLOCK_M=block_m,
+            BLOCK_M=BLOCK_M,
             **OPTIONS,
         )
     return weight_grad_M

@@ -11,16 +11,17 @@ from torch import Tensor
 from megamem.kernels.embedding_bag import sum_bags
 from megamem.kernels.row_gradient import row_gradient, sort_lookups
 from megamem.ops.backend import use_triton
-from megamem.ops.checks import check_buffer, check_contents, check_inputs
-from megamem.ops.value_gradient import add_value_gradient_
+from megamem.ops.checks import check_contents, check_inputs
+from megamem.ops.row_buffer import RowBuffer, as_row_buffer
+from megamem.ops.value_gradient import add_rows_, add_value_gradient_
 from megamem.reference.embedding_bag import embedding_bag as reference
 
 
 class _EmbeddingBag(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values_rV, row_ids_M, weights_M, offsets, may_skip, buffer_rV):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, values_rV, row_ids_M, weights_M, offsets, may_skip, buffer):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(values_rV, row_ids_M, weights_M, offsets)
-        ctx.buffer_rV = buffer_rV
+        ctx.buffer = buffer
         if use_triton(values_rV):
             return sum_bags(values_rV, row_ids_M, weights_M, offsets, may_skip)
         return reference(values_rV, row_ids_M, weights_M, offsets)
@@ -29,7 +30,7 @@ class _EmbeddingBag(torch.autograd.Function):
     def backward(ctx: Any, grad_GV):  # type: ignore[no-untyped-def]
         values_rV, row_ids_M, weights_M, offsets = ctx.saved_tensors
         want_values, _, want_weights, *_ = ctx.needs_input_grad
-        want_values = want_values or ctx.buffer_rV is not None
+        want_values = want_values or ctx.buffer is not None
         backward = _backward if use_triton(values_rV) else _reference_backward
         grad_values, grad_weights = backward(
             grad_GV.contiguous(),
@@ -39,7 +40,7 @@ class _EmbeddingBag(torch.autograd.Function):
             offsets,
             want_values,
             want_weights,
-            ctx.buffer_rV,
+            ctx.buffer,
         )
         return grad_values, None, grad_weights, None, None, None
 
@@ -52,24 +53,21 @@ def _backward(
     offsets: Tensor,
     want_values: bool,
     want_weights: bool,
-    buffer_rV: Tensor | None,
+    buffer: RowBuffer | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     if not (want_values or want_weights):
         return None, None
     grad_values = None
-    if want_values:
-        grad_values = torch.zeros_like(values_rV) if buffer_rV is None else buffer_rV
     lookups = sort_lookups(row_ids_M, weights_M, offsets, len(values_rV))
-    grad_weights = row_gradient(
-        lookups,
-        grad_GV,
-        values_rV if want_weights else None,
-        grad_values,
-        add=buffer_rV is not None,
-    )
+    read_rV = values_rV if want_weights else None
+    if buffer is not None:
+        grad_weights = add_rows_(buffer, lookups, grad_GV, read_rV)
+    else:
+        grad_values = torch.zeros_like(values_rV) if want_values else None
+        grad_weights = row_gradient(lookups, grad_GV, read_rV, grad_values)
     if grad_weights is not None:
         grad_weights = grad_weights.to(weights_M.dtype)
-    return grad_values if buffer_rV is None else None, grad_weights
+    return grad_values, grad_weights
 
 
 def _reference_backward(
@@ -80,7 +78,7 @@ def _reference_backward(
     offsets: Tensor,
     want_values: bool,
     want_weights: bool,
-    buffer_rV: Tensor | None,
+    buffer: RowBuffer | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_weights = None
     if want_weights:
@@ -88,8 +86,8 @@ def _reference_backward(
         with torch.enable_grad():
             bags_GV = reference(values_rV.detach(), row_ids_M, weights_M, offsets)
         (grad_weights,) = torch.autograd.grad(bags_GV, weights_M, grad_GV)
-    if want_values and buffer_rV is not None:
-        add_value_gradient_(buffer_rV, grad_GV, row_ids_M, weights_M, offsets)
+    if want_values and buffer is not None:
+        add_value_gradient_(buffer, grad_GV, row_ids_M, weights_M, offsets)
     return None, grad_weights
 
 
@@ -101,7 +99,7 @@ def embedding_bag(
     *,
     may_skip: bool = True,
     check_row_ids: bool | None = None,
-    add_value_grad_to: Tensor | None = None,
+    add_value_grad_to: RowBuffer | Tensor | None = None,
 ) -> Tensor:
     """Return the weighted sum of the rows of each bag; megamem.reference.embedding_bag defines it.
 
@@ -116,7 +114,7 @@ def embedding_bag(
         check_row_ids: whether to check that row ids and offsets are in range. By default they are
             checked on a CPU only, as the host would have to wait for a GPU.
         add_value_grad_to: fp32 or bf16 [r, V] buffer to which the backward adds the gradient of the
-            touched rows; autograd then gets no gradient of the values.
+            touched rows, and in which it marks them; autograd then gets no gradient of the values.
 
     Returns:
         bags_GV in the dtype of the table.
@@ -126,11 +124,10 @@ def embedding_bag(
             out of range.
     """
     check_inputs(values_rV, row_ids_M, weights_M, offsets)
-    if add_value_grad_to is not None:
-        check_buffer(add_value_grad_to, values_rV)
+    buffer = as_row_buffer(add_value_grad_to, values_rV)
     if check_row_ids or (check_row_ids is None and not values_rV.is_cuda):
         check_contents(row_ids_M, offsets, len(values_rV), may_skip)
-    if not use_triton(values_rV) and add_value_grad_to is None:
+    if not use_triton(values_rV) and buffer is None:
         return reference(values_rV, row_ids_M, weights_M, offsets)
     return _EmbeddingBag.apply(
         values_rV.contiguous(),
@@ -138,5 +135,5 @@ def embedding_bag(
         weights_M.contiguous(),
         offsets.contiguous(),
         may_skip,
-        add_value_grad_to,
+        buffer,
     )

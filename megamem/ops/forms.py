@@ -43,7 +43,7 @@ FORMS: dict[str, dict[str, Form]] = {
         "torch": Form("h100-a4677c2-stages.json"),
     },
     "embedding_bag": {"triton": Form("h100-a4677c2.jsonl")},
-    "row_gradient": {"triton": Form("h100-a4677c2.jsonl")},
+    "row_gradient": {"add": Form("h100-a4677c2.jsonl"), "first_touch": Form(None)},
     "row_adam": {
         "triton": Form("h100-a4677c2.jsonl", "barriers before stores; IEEE division and root")
     },

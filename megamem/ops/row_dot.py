@@ -18,16 +18,17 @@ from torch import Tensor
 from megamem.kernels.embedding_bag import sum_bags
 from megamem.kernels.row_gradient import row_gradient, sort_lookups
 from megamem.ops.backend import use_triton
-from megamem.ops.checks import check_buffer, check_contents, check_inputs
+from megamem.ops.checks import check_contents, check_inputs
+from megamem.ops.row_buffer import RowBuffer, as_row_buffer
 from megamem.ops.value_gradient import add_value_gradient_
 from megamem.reference.row_dot import row_dot as reference
 
 
 class _RowDot(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values_rV, vectors_GV, row_ids_M, offsets, buffer_rV, anchor):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, values_rV, vectors_GV, row_ids_M, offsets, buffer, anchor):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(values_rV, vectors_GV, row_ids_M, offsets)
-        ctx.buffer_rV = buffer_rV
+        ctx.buffer = buffer
         if not use_triton(values_rV):
             return reference(values_rV, vectors_GV, row_ids_M, offsets)
         lookups = sort_lookups(row_ids_M, _ones(row_ids_M), offsets, len(values_rV))
@@ -39,8 +40,8 @@ class _RowDot(torch.autograd.Function):
         want_values, want_vectors, *_ = ctx.needs_input_grad
         lookups = (row_ids_M, grad_M.contiguous(), offsets)
         grad_values = grad_vectors = None
-        if ctx.buffer_rV is not None:
-            add_value_gradient_(ctx.buffer_rV, vectors_GV, *lookups)
+        if ctx.buffer is not None:
+            add_value_gradient_(ctx.buffer, vectors_GV, *lookups)
         elif want_values:
             grad_values = torch.zeros_like(values_rV)
             row_gradient(sort_lookups(*lookups, len(values_rV)), vectors_GV, None, grad_values)
@@ -72,7 +73,7 @@ def row_dot(
     offsets: Tensor,
     *,
     check_row_ids: bool | None = None,
-    add_value_grad_to: Tensor | None = None,
+    add_value_grad_to: RowBuffer | Tensor | None = None,
 ) -> Tensor:
     """Return the dot product of each lookup's row with its bag's vector.
 
@@ -86,8 +87,8 @@ def row_dot(
         check_row_ids: whether to check that row ids and offsets are in range. By default they are
             checked on a CPU only, as the host would have to wait for a GPU.
         add_value_grad_to: fp32 or bf16 [r, V] buffer to which the backward adds the gradient of the
-            touched rows, even if no other input requires a gradient; autograd then gets no
-            gradient of the values.
+            touched rows, and in which it marks them, even if no other input requires a gradient;
+            autograd then gets no gradient of the values.
 
     Returns:
         dots_M: fp32 (fp64 for an fp64 table); 0 where a lookup reads no row.
@@ -98,20 +99,19 @@ def row_dot(
     """
     check_inputs(values_rV, row_ids_M, _ones(row_ids_M), offsets)
     _check_vectors(vectors_GV, values_rV, offsets)
-    if add_value_grad_to is not None:
-        check_buffer(add_value_grad_to, values_rV)
+    buffer = as_row_buffer(add_value_grad_to, values_rV)
     if check_row_ids or (check_row_ids is None and not values_rV.is_cuda):
         check_contents(row_ids_M, offsets, len(values_rV), may_skip=True)
-    if not use_triton(values_rV) and add_value_grad_to is None:
+    if not use_triton(values_rV) and buffer is None:
         return reference(values_rV, vectors_GV, row_ids_M, offsets)
     # autograd only calls the backward if an input requires a gradient
-    anchor = None if add_value_grad_to is None else torch.zeros((), requires_grad=True)
+    anchor = None if buffer is None else torch.zeros((), requires_grad=True)
     return _RowDot.apply(
         values_rV.contiguous(),
         vectors_GV.contiguous(),
         row_ids_M.contiguous(),
         offsets.contiguous(),
-        add_value_grad_to,
+        buffer,
         anchor,
     )
 

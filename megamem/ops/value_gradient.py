@@ -10,9 +10,10 @@ result.
 import torch
 from torch import Tensor
 
-from megamem.kernels.row_gradient import row_gradient, sort_lookups
+from megamem.kernels.row_gradient import SortedLookups, row_gradient, sort_lookups
 from megamem.ops.backend import use_triton
 from megamem.ops.checks import check_gradient, check_inputs
+from megamem.ops.row_buffer import RowBuffer
 from megamem.reference.embedding_bag import embedding_bag as reference
 
 
@@ -64,15 +65,29 @@ def sparse_gradients(
 
 
 def add_value_gradient_(
-    buffer_rV: Tensor, grad_GV: Tensor, row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor
-) -> Tensor:
-    """Add the value gradient to the touched rows of a buffer, and return the buffer.
+    buffer: RowBuffer | Tensor,
+    grad_GV: Tensor,
+    row_ids_M: Tensor,
+    weights_M: Tensor,
+    offsets: Tensor,
+) -> None:
+    """Add the value gradient to the touched rows of a buffer, and mark them.
 
     Sums are formed in fp32 and rounded once.
+
+    Args:
+        buffer: receives the gradient.
+        grad_GV: gradient of the bags.
+        row_ids_M: row of the shard that each lookup reads, or -1 for none.
+        weights_M: weight of each lookup.
+        offsets: [G + 1], where the lookups of each bag start; the last entry is M.
 
     Raises:
         ValueError: if shapes, devices or dtypes do not fit.
     """
+    if isinstance(buffer, Tensor):
+        buffer = RowBuffer(buffer)
+    buffer_rV = buffer.buffer_rV
     check_inputs(buffer_rV, row_ids_M, weights_M, offsets)
     check_gradient(grad_GV, buffer_rV, offsets)
     if not use_triton(grad_GV):
@@ -82,11 +97,29 @@ def add_value_gradient_(
             weights_M,
             offsets,
         )
-        buffer_rV[rows_U] = (buffer_rV[rows_U] + grads_UV).to(buffer_rV.dtype)
-        return buffer_rV
+        old_UV = buffer_rV[rows_U]
+        if buffer.overwrites and buffer.touched_r is not None:
+            old_UV = old_UV.where(buffer.touched_r[rows_U].unsqueeze(1), 0)
+        buffer_rV[rows_U] = (old_UV + grads_UV).to(buffer_rV.dtype)
+        buffer.mark(rows_U)
+        return
     lookups = sort_lookups(row_ids_M, weights_M, offsets, len(buffer_rV))
-    row_gradient(lookups, grad_GV.contiguous(), None, buffer_rV, add=True)
-    return buffer_rV
+    add_rows_(buffer, lookups, grad_GV.contiguous(), None)
+
+
+def add_rows_(
+    buffer: RowBuffer, lookups: SortedLookups, grad_GV: Tensor, values_rV: Tensor | None
+) -> Tensor | None:
+    """Add the value gradient of sorted lookups to a buffer; return that of their weights, if any.
+
+    The gradient of the weights is computed if `values_rV`, the table, is given.
+    """
+    if buffer.overwrites:
+        out, touched_r = buffer.buffer_rV, buffer.touched_r
+        return row_gradient(lookups, grad_GV, values_rV, out, add=True, touched_r=touched_r)
+    by_weight_M = row_gradient(lookups, grad_GV, values_rV, buffer.buffer_rV, add=True)
+    buffer.mark(lookups.rows_M)
+    return by_weight_M
 
 
 def _reference_gradient(

@@ -127,14 +127,17 @@ def _gradient(
     sparse: bool = False,
     want_weights: bool = True,
     num_rows: int = 2**20,
+    first_touch: bool = False,
 ) -> Callable[[int], None]:
     def run(tokens: int) -> None:
+        flags = _meta(num_rows, dtype=torch.bool) if first_touch else None
         lookups = sort_lookups(*_lookups(tokens), num_rows)
         slots = _meta(tokens * 16, dtype=torch.int32) if sparse else None
         values = _meta(num_rows, width, dtype=dtype) if want_weights else None
         out = _meta(num_rows, width, dtype=out_dtype or dtype)
         grad = _meta(tokens, width, dtype=dtype)
-        row_gradient(lookups, grad, values, out, slots, add=out_dtype is not None)
+        add = out_dtype is not None
+        row_gradient(lookups, grad, values, out, slots, add=add, touched_r=flags)
 
     return run
 
@@ -222,6 +225,7 @@ CASES: dict[str, Callable[[int], None]] = {
     "bf16 V=2048": _bags(BF16, 2048),
     "gradient bf16 V=2048": _gradient(BF16, 2048),
     "gradient bf16 += fp32": _gradient(BF16, 2048, out_dtype=FP32),
+    "gradient bf16 first touch fp32": _gradient(BF16, 2048, out_dtype=FP32, first_touch=True),
     "top-k bf16 N=1024 C=512 K=32": _topk(BF16, 1024, 512, 32),
     "adam fp32, gradients of few rows": _adam(FP32, touched=False, few=True),
     "adam bf16 random, touched": _adam(BF16, touched=True),
@@ -239,6 +243,10 @@ MORE_CASES: dict[str, Callable[[int], None]] = {
     "gradient fp32 V=1000 += fp32": _gradient(FP32, 1000, out_dtype=FP32),
     "gradient fp16 V=72": _gradient(FP16, 72),
     "gradient bf16 += bf16": _gradient(BF16, 4096, out_dtype=BF16),
+    "gradient fp32 V=1000 first touch": _gradient(FP32, 1000, out_dtype=FP32, first_touch=True),
+    "gradient bf16 first touch bf16": _gradient(
+        BF16, 4096, out_dtype=BF16, first_touch=True, want_weights=False
+    ),
     "gradient bf16 sparse": _gradient(BF16, 2048, sparse=True, want_weights=False),
     "products bf16 V=2048": _products(BF16, 2048),
     "gradient of sub-keys": _gradient(BF16, 256, want_weights=False, num_rows=8192),

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from megamem.ops import add_value_gradient_, embedding_bag, sparse_gradients
+from megamem.ops.row_buffer import RowBuffer
 from megamem.reference.embedding_bag import embedding_bag as reference
 from tests.helpers.closeness import assert_as_good_as_torch
 from tests.ops.batches import BATCHES, Batch, make_batch
@@ -131,7 +132,7 @@ def test_gradient_added_to_a_buffer(name, buffer_dtype, device, poisoned_memory)
 
     direct = start.clone()
     lookups = (batch.row_ids_M, batch.weights_M, batch.offsets)
-    assert add_value_gradient_(direct, batch.grad_GV, *lookups) is direct
+    add_value_gradient_(direct, batch.grad_GV, *lookups)
     by_backward = start.clone()
     result = _run(embedding_bag, batch, torch.float32, add_value_grad_to=by_backward)
     assert result["dvalues"] is None
@@ -140,6 +141,44 @@ def test_gradient_added_to_a_buffer(name, buffer_dtype, device, poisoned_memory)
     untouched = torch.ones(len(start), dtype=torch.bool, device=device)
     untouched[batch.row_ids_M[batch.row_ids_M >= 0]] = False
     assert torch.equal(direct[untouched], start[untouched])
+
+
+@pytest.mark.parametrize("buffer_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["ragged and empty bags", "one row takes all", "most absent"])
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_the_first_touch_of_a_row_overwrites(
+    name, buffer_dtype, interpreted, device, poisoned_memory, monkeypatch
+):
+    """The sums of several batches are those of a buffer that began at zero, bit for bit."""
+    if not interpreted and device == "cpu":
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    batches = [make_batch(**BATCHES[name], device=device, seed=seed) for seed in range(3)]
+    num_rows = len(batches[0].values_rV)
+    cleared = RowBuffer(
+        torch.zeros_like(batches[0].values_rV, dtype=buffer_dtype),
+        torch.zeros(num_rows + 1, dtype=torch.bool, device=device),
+    )
+    undefined = RowBuffer(
+        torch.full_like(cleared.buffer_rV, torch.nan),
+        torch.zeros_like(cleared.flags),
+        overwrites=True,
+    )
+    seen: list[Tensor] = []
+    for batch in batches:
+        dweights = [
+            _run(embedding_bag, batch, torch.float32, add_value_grad_to=buffer)["dweights"]
+            for buffer in (cleared, undefined)
+        ]
+        assert torch.equal(*dweights)
+        seen.append(batch.row_ids_M)
+        read = torch.cat(seen)
+        touched = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        touched[read[read >= 0]] = True
+        for buffer in (cleared, undefined):
+            assert torch.equal(buffer.touched_r, touched)
+        assert torch.equal(undefined.buffer_rV[touched], cleared.buffer_rV[touched])
+        assert undefined.buffer_rV[~touched].isnan().all()
+        assert not cleared.buffer_rV[~touched].any()
 
 
 def test_float64_takes_the_twin(device):
