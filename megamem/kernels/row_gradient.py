@@ -112,8 +112,9 @@ def _slot(slots, i_m, i_row, mask):
     return i_slot
 
 
+# most of its branches are decided by constants when it is compiled
 @triton.jit(do_not_specialize=["num_lookups", "num_rows", "chunk"])
-def _row_pass_kernel(
+def _row_pass_kernel(  # noqa: C901
     rows,  # [M] sorted
     bags,  # [M]
     weights,  # [M]
