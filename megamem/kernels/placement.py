@@ -44,10 +44,12 @@ def _place_kernel(
     tl.store(placed + o_lookup, b_i * num_keys + b_j, mask=m_lookup)
 
 
-def place_rows(row_ids: Tensor, num_keys: int, round_keys: list[int]) -> Tensor:
-    """Return the rows that the pairs i * N + j read, int64, in the shape of row_ids."""
+def place_rows(
+    row_ids: Tensor, num_keys: int, round_keys: list[int], dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Return the rows that the pairs i * N + j read, in the shape of row_ids and in `dtype`."""
     row_ids = row_ids.contiguous()
-    placed = torch.empty(row_ids.shape, dtype=torch.int64, device=row_ids.device)
+    placed = torch.empty(row_ids.shape, dtype=dtype, device=row_ids.device)
     if row_ids.numel():
         grid = (triton.cdiv(row_ids.numel(), BLOCK),)
         _place_kernel[grid](row_ids, placed, row_ids.numel(), num_keys, *round_keys, BLOCK=BLOCK)

@@ -26,9 +26,9 @@ from megamem.reference.row_dot import row_dot as reference
 
 class _RowDot(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values_rV, vectors_GV, row_ids_M, offsets, buffer, anchor):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, values_rV, vectors_GV, row_ids_M, offsets, may_skip, buffer, anchor):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(values_rV, vectors_GV, row_ids_M, offsets)
-        ctx.buffer = buffer
+        ctx.buffer, ctx.may_skip = buffer, may_skip
         if not use_triton(values_rV):
             return reference(values_rV, vectors_GV, row_ids_M, offsets)
         lookups = sort_lookups(row_ids_M, _ones(row_ids_M), offsets, len(values_rV))
@@ -45,16 +45,11 @@ class _RowDot(torch.autograd.Function):
         elif want_values:
             grad_values = torch.zeros_like(values_rV)
             row_gradient(sort_lookups(*lookups, len(values_rV)), vectors_GV, None, grad_values)
-        if want_vectors:
-            backward = _vector_gradient if use_triton(values_rV) else _reference_vector_gradient
-            grad_vectors = backward(values_rV, vectors_GV, *lookups)
-        return grad_values, grad_vectors, None, None, None, None
-
-
-def _vector_gradient(
-    values_rV: Tensor, vectors_GV: Tensor, row_ids_M: Tensor, grad_M: Tensor, offsets: Tensor
-) -> Tensor:
-    return sum_bags(values_rV, row_ids_M, grad_M, offsets).to(vectors_GV.dtype)
+        if want_vectors and use_triton(values_rV):
+            grad_vectors = sum_bags(values_rV, *lookups, ctx.may_skip).to(vectors_GV.dtype)
+        elif want_vectors:
+            grad_vectors = _reference_vector_gradient(values_rV, vectors_GV, *lookups)
+        return grad_values, grad_vectors, None, None, None, None, None
 
 
 def _reference_vector_gradient(
@@ -72,6 +67,7 @@ def row_dot(
     row_ids_M: Tensor,
     offsets: Tensor,
     *,
+    may_skip: bool = True,
     check_row_ids: bool | None = None,
     add_value_grad_to: RowBuffer | Tensor | None = None,
 ) -> Tensor:
@@ -84,6 +80,7 @@ def row_dot(
         vectors_GV: the vector of each bag.
         row_ids_M: row of the shard that each lookup reads, or -1 for none.
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
+        may_skip: whether row ids may be negative; False saves a pass over them in the backward.
         check_row_ids: whether to check that row ids and offsets are in range. By default they are
             checked on a CPU only, as the host would have to wait for a GPU.
         add_value_grad_to: fp32 or bf16 [r, V] buffer to which the backward adds the gradient of the
@@ -101,7 +98,7 @@ def row_dot(
     _check_vectors(vectors_GV, values_rV, offsets)
     buffer = as_row_buffer(add_value_grad_to, values_rV)
     if check_row_ids or (check_row_ids is None and not values_rV.is_cuda):
-        check_contents(row_ids_M, offsets, len(values_rV), may_skip=True)
+        check_contents(row_ids_M, offsets, len(values_rV), may_skip)
     if not use_triton(values_rV) and buffer is None:
         return reference(values_rV, vectors_GV, row_ids_M, offsets)
     # autograd only calls the backward if an input requires a gradient
@@ -111,6 +108,7 @@ def row_dot(
         vectors_GV.contiguous(),
         row_ids_M.contiguous(),
         offsets.contiguous(),
+        may_skip,
         buffer,
         anchor,
     )

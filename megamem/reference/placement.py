@@ -9,6 +9,7 @@ It is a Feistel network on (i, j) with addition mod N, which can be inverted for
     i += f(j, key 0),  j += f(i, key 1),  i += f(j, key 2),  j += f(i, key 3)      (mod N)
 """
 
+import torch
 from torch import Tensor
 
 ROUNDS = 4
@@ -21,15 +22,17 @@ def round_keys(seed: int) -> list[int]:
     return [_mix((seed * ROUNDS + number + 1) * _GOLDEN & _MASK) for number in range(ROUNDS)]
 
 
-def place_rows(row_ids: Tensor, num_keys: int, seed: int) -> Tensor:
-    """Return the row that each pair i * N + j reads, int64. It is a bijection of 0 .. N * N - 1."""
+def place_rows(
+    row_ids: Tensor, num_keys: int, seed: int, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Return the row that each pair i * N + j reads. It is a bijection of 0 .. N * N - 1."""
     i, j = row_ids.long() // num_keys, row_ids.long() % num_keys
     for number, key in enumerate(round_keys(seed)):
         if number % 2 == 0:
             i = (i + _hash(j, key)) % num_keys
         else:
             j = (j + _hash(i, key)) % num_keys
-    return i * num_keys + j
+    return (i * num_keys + j).to(dtype)
 
 
 def unplace_rows(rows: Tensor, num_keys: int, seed: int) -> Tensor:

@@ -217,7 +217,9 @@ def _norm(dtype: torch.dtype, width: int, touched: bool = True) -> Callable[[int
 
 
 def _placement(tokens: int) -> None:
-    place_rows(_meta(tokens, 16, dtype=torch.int64), 1024, [tokens, 2**31, 3, 4 * tokens])
+    for placed in (torch.int64, torch.int32):
+        pairs = _meta(tokens, 16, dtype=torch.int64)
+        place_rows(pairs, 1024, [tokens, 2**31, 3, 4 * tokens], placed)
 
 
 CASES: dict[str, Callable[[int], None]] = {
