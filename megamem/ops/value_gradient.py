@@ -128,7 +128,7 @@ def _reference_gradient(
     """Return the touched rows and their gradients, by autograd on a table of these rows alone."""
     rows_U, slots = row_ids_M[row_ids_M >= 0].unique(return_inverse=True)
     compact_ids_M = torch.full_like(row_ids_M, -1)
-    compact_ids_M[row_ids_M >= 0] = slots
+    compact_ids_M[row_ids_M >= 0] = slots.to(compact_ids_M.dtype)
     table_UV = grad_GV.new_zeros(max(1, len(rows_U)), grad_GV.shape[1], requires_grad=True)
     with torch.enable_grad():
         bags_GV = reference(table_UV, compact_ids_M, weights_M.detach(), offsets)
