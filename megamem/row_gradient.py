@@ -2,90 +2,136 @@
 
 An optimizer creates it and passes it to the table:
 
-    forward of the table    mark(rows)                      marks rows that get a gradient
-    backward of the table   adds to `buffer`                touched rows only
+    backward of the table   adds to `rows`                  touched rows only, which it marks
     once per batch          scale(factor), reduce(group)    mean over tokens, sum over replicas
                             squared_norm(), count_zeros()   for Megatron's norm and its logs
                             the optimizer's step            reads `buffer` and `touched`, then calls
                                                             forget(); or calls take(rows)
 
-Rows that were not touched are zero in the buffer. This rank holds r rows and v columns of a table.
+What the buffer holds of rows that were not touched is of no account: zeros in form `add` of op
+`row_gradient`, undefined numbers in form `first_touch`. Everything that reads complete buffers goes
+by `touched`. This rank holds r rows and v columns of a table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megamem.ops import squared_norm
+from megamem.ops import forms, squared_norm
+from megamem.ops.row_buffer import RowBuffer
 from megamem.ops.squared_norm import rows_of_a_block
+from megamem.parallel.row_reduction import Block, RowReduction
 
 
 class RowGradient:
-    """The gradient of each touched row is factor * buffer[row]."""
-
-    buffer: Tensor
-    """[r, v], the sum of gradients over the tokens of the batch."""
+    """The gradient of each touched row is factor * buffer[row]; that of other rows is zero."""
 
     factor: float | Tensor
     """Multiplies the buffer when it is read, so that scaling needs no pass over the buffer."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        """Allocate a zero gradient for a weight of shape [r, v], with a buffer in `dtype`."""
-        self.buffer = torch.zeros_like(weight, dtype=dtype)
+    def __init__(
+        self, weight: Tensor, dtype: torch.dtype = torch.float32, form: str | None = None
+    ) -> None:
+        """Allocate a zero gradient for a weight of shape [r, v], with a buffer in `dtype`.
+
+        Args:
+            weight: this rank's shard of the table.
+            dtype: dtype of the buffer.
+            form: of op `row_gradient`; by default the one that is selected.
+        """
+        overwrites = (form or forms.pick("row_gradient")) == "first_touch"
+        allocate = torch.empty_like if overwrites else torch.zeros_like
+        flags = torch.zeros(len(weight) + 1, dtype=torch.bool, device=weight.device)
+        self._rows = RowBuffer(allocate(weight, dtype=dtype), flags, overwrites)
         self.factor = 1.0
-        # the last entry is for row -1, which stands for no row
-        self._touched = torch.zeros(len(weight) + 1, dtype=torch.bool, device=weight.device)
+        self._used = False
+        self._reduction: RowReduction | None = None
+
+    @property
+    def rows(self) -> RowBuffer:
+        """The buffer that a backward adds to."""
+        self._used = True
+        return self._rows
+
+    @property
+    def buffer(self) -> Tensor:
+        """[r, v], the sum of gradients over the tokens of the batch; complete after reduce()."""
+        self._finish()
+        return self._rows.buffer_rV
 
     @property
     def touched(self) -> Tensor:
         """[r] bool, whether each row has a gradient; a view."""
-        return self._touched[:-1]
+        assert self._rows.touched_r is not None
+        return self._rows.touched_r
 
-    def mark(self, rows: Tensor) -> None:
-        """Mark rows that a pass with a backward reads; -1 stands for no row."""
-        self._touched[rows] = True
+    @property
+    def needs_clearing(self) -> bool:
+        """Whether whoever uses the gradient of a row has to set it to zero in the buffer."""
+        return not self._rows.overwrites
 
     def scale(self, factor: float | Tensor) -> None:
         """Multiply the gradient by a number, which may be a tensor on the device."""
         self.factor = self.factor * factor
 
     def zero(self) -> None:
-        """Set the gradient to zero. Only touched rows are written, as the others are zero."""
-        self.buffer[self.touched.nonzero().squeeze(1)] = 0
-        self.factor = 1.0
+        """Set the gradient to zero. The host does not wait; after a step there is nothing to do."""
+        if self._used and self.needs_clearing:
+            self.buffer.masked_fill_(self.touched.unsqueeze(1), 0)
+        self._finish()
         self.forget()
 
     def forget(self) -> None:
-        """Unmark all rows. The buffer must be zero, which the optimizer's step leaves it."""
-        self._touched.zero_()
+        """Unmark all rows, whose gradients must have been cleared if that is needed."""
+        assert self._rows.flags is not None
+        self._rows.flags.zero_()
+        self.factor, self._used = 1.0, False
 
-    def reduce(self, group: ProcessGroup | None) -> None:
-        """Sum the gradient over replicas, which hold the same shard and read other tokens."""
-        if group is None:
-            return
-        dist.all_reduce(self.buffer, group=group)
-        touched = self._touched.to(torch.uint8)
-        dist.all_reduce(touched, op=dist.ReduceOp.MAX, group=group)
-        self._touched.copy_(touched)
+    def reduce(self, group: ProcessGroup | None, *, only_touched: bool = False) -> None:
+        """Start to sum the gradient over replicas, which hold the same shard and read other tokens.
+
+        Every rank of the group must call it, after the pipeline's last microbatch. Whoever reads
+        the gradient waits for it; squared_norm() uses each block of rows as it arrives.
+
+        Args:
+            group: the replicas; None if there are none.
+            only_touched: send only the rows that any of the replicas touched; the host waits for
+                their number.
+        """
+        if group is not None:
+            self._reduction = RowReduction(
+                self._rows.buffer_rV,
+                self.touched,
+                group,
+                only_touched=only_touched,
+                defined=not self._rows.overwrites,
+            )
+            # other replicas may have touched rows of which this rank read none
+            self._used = True
 
     def keep(self, rows: Tensor) -> None:
         """Set the gradient of all other rows to zero and unmark them."""
-        dropped = self._touched.clone()
+        dropped = self.touched.clone()
         dropped[rows] = False
-        self.buffer[dropped[:-1].nonzero().squeeze(1)] = 0
-        self._touched ^= dropped
+        if self.needs_clearing:
+            self.buffer.masked_fill_(dropped.unsqueeze(1), 0)
+        self.touched.logical_and_(~dropped)
 
     def touched_blocks(self) -> Sequence[Tensor]:
-        """Return the touched rows in blocks, so that copies of their gradients stay small."""
+        """Return the touched rows in blocks, so that copies of their gradients stay small.
+
+        The host waits for their number.
+        """
         return self.touched.nonzero().squeeze(1).split(rows_of_a_block(*self.buffer.shape))
 
     def take(self, rows: Tensor) -> Tensor:
-        """Return a copy of these rows of the buffer, [len(rows), v], and set them to zero in it."""
+        """Return a copy of these rows of the buffer, [len(rows), v], and clear them if needed."""
         grads = self.buffer[rows]
-        self.buffer[rows] = 0
+        if self.needs_clearing:
+            self.buffer[rows] = 0
         return grads
 
     def squared_norm(self, *, by_row: bool = False) -> Tensor:
@@ -94,12 +140,19 @@ class RowGradient:
         Args:
             by_row: the touched rows are few.
         """
-        total = squared_norm(self.buffer, self.touched, few=by_row)
-        return total * torch.as_tensor(self.factor, device=total.device).double().square()
+        total = torch.zeros((), dtype=torch.float64, device=self.touched.device)
+        for block in self._arriving():
+            touched = self.touched[block.rows]
+            total += squared_norm(
+                block.sums_EV, touched, few=by_row, defined=not self._rows.overwrites
+            )
+        if isinstance(self.factor, Tensor):
+            return total * self.factor.to(total.device, torch.float64).square()
+        return total * self.factor**2
 
     def count_zeros(self) -> Tensor:
         """Return the number of zeros in the gradient, rows that were not touched included."""
-        return (self.buffer == 0).sum()
+        return ((self.buffer == 0) | ~self.touched.unsqueeze(1)).sum()
 
     def mean_squares(self, width: int, columns: ProcessGroup | None) -> Tensor | None:
         """Return each row's mean square over all of its columns, [r], without the factor.
@@ -116,5 +169,20 @@ class RowGradient:
         # a norm over one dimension makes no copy of the buffer in another dtype
         compute = torch.promote_types(self.buffer.dtype, torch.float32)
         squares = torch.linalg.vector_norm(self.buffer, dim=1, dtype=compute).square_()
+        squares = squares.where(self.touched, 0)
         dist.all_reduce(squares, group=columns)
         return squares / width
+
+    def _arriving(self) -> Iterator[Block]:
+        """Yield the rows of the gradient in blocks; while it is summed, each as it arrives."""
+        reduction, self._reduction = self._reduction, None
+        if reduction is None:
+            yield Block(slice(None), self._rows.buffer_rV)
+        else:
+            yield from reduction
+
+    def _finish(self) -> None:
+        """Wait for the sum over the replicas, if there is one. On a GPU the host does not wait."""
+        if self._reduction is not None:
+            for _ in self._arriving():
+                pass

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "parallel": {"spec", "ops"},
     "checkpoint": {"parallel"},
     "metrics": {"parallel"},
-    "row_gradient": {"ops"},
+    "row_gradient": {"ops", "parallel"},
     "read_counter": set(),
     "layers": {
         *("spec", "ops", "parallel", "checkpoint", "metrics", "row_gradient", "read_counter"),

@@ -1,6 +1,6 @@
 """Triton kernel of the optimizer steps; megamem.reference.row_adam specifies the result.
 
-    update_rows_   _update_kernel   all rows, or those of a list
+    update_rows_   _update_kernel   all rows, those of a list, or those with a flag
 
 A program updates BLOCK_R rows, a block of columns at a time. It reads gradients, weights and
 moments once, and writes weights and moments once, with every kind of rounding. With one second
@@ -94,7 +94,8 @@ def _update_kernel(
     rows,  # [E]; None for all rows
     touches,  # [r] or None
     last_steps,  # [r] or None
-    touched,  # [r] or None; where it is 0, the gradients of a row are neither read nor cleared
+    touched,  # [r] or None; where it is 0, the gradients of a row are neither read nor cleared,
+    # and with SKIP nothing else of the row is either
     grad_scale,  # [1] or None
     row_squares,  # [r] or None: mean squares of the gradients over all columns of a row
     num_rows,
@@ -118,6 +119,7 @@ def _update_kernel(
     SECOND: tl.constexpr,
     RANDOM: tl.constexpr,
     CLEAR: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
     o_e = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_e = o_e < num_rows
@@ -128,6 +130,11 @@ def _update_kernel(
     if rows is not None:
         b_row = tl.load(rows + o_e, mask=m_e, other=-1).to(tl.int64)
         m_e = b_row >= 0
+    m_grads = m_e
+    if touched is not None:
+        m_grads = tl.load(touched + b_row, mask=m_e, other=0) != 0
+        if SKIP:
+            m_e = m_grads
     if touches is not None:
         b_touches = tl.load(touches + b_row, mask=m_e, other=0) + 1
         b_gap = step - tl.load(last_steps + b_row, mask=m_e, other=0)
@@ -139,9 +146,6 @@ def _update_kernel(
         b_unbias1 = tl.div_rn(b_one, _one_minus_exp(b_touches.to(tl.float32) * log_beta1))
         b_correction2 = _one_minus_exp(b_touches.to(tl.float32) * log_beta2)
         b_unbias2 = tl.div_rn(b_one, tl.sqrt_rn(b_correction2))
-    m_grads = m_e
-    if touched is not None:
-        m_grads = tl.load(touched + b_row, mask=m_e, other=0) != 0
     scale = 1.0
     if grad_scale is not None:
         scale = tl.load(grad_scale).to(tl.float32)
@@ -227,8 +231,9 @@ def update_rows_(
     row_squares_r: Tensor | None,
     touched_r: Tensor | None,
     clear_grads: bool,
+    skip_untouched: bool = False,
 ) -> None:
-    """Update all rows, or those of a list, in place.
+    """Update all rows, those of a list, or those of touched_r, in place.
 
     Args:
         weights_rV: updated.
@@ -239,6 +244,7 @@ def update_rows_(
         rows_E: distinct rows, or -1 for none; None for all rows.
         touches_r: number of steps that touched each row, updated; None for AdamW or SGD.
         last_steps_r: the last step that touched each row, updated; None for AdamW or SGD.
+        skip_untouched: update only the rows of touched_r.
 
     The other keywords are the options of megamem.reference.row_adam.AdamOptions.
     """
@@ -285,6 +291,7 @@ def update_rows_(
         SECOND=second,
         RANDOM=seed is not None,
         CLEAR=clear_grads,
+        SKIP=skip_untouched,
         num_warps=4,
         **OPTIONS,
     )

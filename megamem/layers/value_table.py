@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megamem.layers.init import WeightFactory
 from megamem.metrics import TableMetrics, gather_and_scatter_bytes
 from megamem.ops import embedding_bag, row_dot, unplace_rows
+from megamem.ops.row_buffer import RowBuffer
 from megamem.parallel.collectives import group_rank
 from megamem.parallel.memory_group import MemoryGroup
 from megamem.parallel.routing import RoutingPlan
@@ -107,6 +108,7 @@ class ValueTable(nn.Module):
             received.rows_M,
             weights_M,
             received.plan.offsets,
+            may_skip=not received.plan.all_present,
             check_row_ids=self.check_row_ids,
             add_value_grad_to=self._buffer(),
         )
@@ -120,6 +122,7 @@ class ValueTable(nn.Module):
             received.x_GD,
             received.rows_M,
             received.plan.offsets,
+            may_skip=not received.plan.all_present,
             check_row_ids=self.check_row_ids,
             add_value_grad_to=self._buffer(),
         )
@@ -128,17 +131,17 @@ class ValueTable(nn.Module):
             self.metrics.bytes_sent += gather_and_scatter_bytes(received.plan, token_bytes)
         return dots_M
 
-    def _buffer(self) -> Tensor | None:
+    def _buffer(self) -> RowBuffer | None:
         """Return the buffer that the backward adds to; None if autograd takes the gradient."""
         if self.gradient is None or not torch.is_grad_enabled():
             return None
-        return self.gradient.buffer
+        return self.gradient.rows
 
     def _mark(self, rows_M: Tensor) -> None:
-        """Mark the rows that are read, in passes that compute gradients."""
+        """Count the rows that are read, in passes that compute gradients."""
         if not torch.is_grad_enabled():
             return
-        for observer in (self.gradient, self.reads, self.metrics):
+        for observer in (self.reads, self.metrics):
             if observer is not None:
                 observer.mark(rows_M)
 

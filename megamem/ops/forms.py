@@ -44,8 +44,12 @@ FORMS: dict[str, dict[str, Form]] = {
     },
     "embedding_bag": {"triton": Form("h100-a4677c2.jsonl")},
     "row_gradient": {"add": Form("h100-a4677c2.jsonl"), "first_touch": Form(None)},
+    # 0.28 ms for a million lookups on the H100, where their bytes need 0.05
+    "sort_lookups": {"torch": Form("h100-a4677c2-stages.json"), "radix": Form(None)},
+    # how steps on touched rows alone get these rows
     "row_adam": {
-        "triton": Form("h100-a4677c2.jsonl", "barriers before stores; IEEE division and root")
+        "list": Form("h100-a4677c2.jsonl", "barriers before stores; IEEE division and root"),
+        "flags": Form(None),
     },
     # torch casts to fp64 first: 17.4 ms where a kernel of this kind, tried on the H100, took 2.7
     "squared_norm": {"torch": Form("h100-a4677c2-stages.json"), "triton": Form(None)},

@@ -5,6 +5,9 @@
     one second moment per row    rowwise_adamw_
     SGD                          sgd_              touched_sgd_
 
+Touched rows are listed, or have flags (forms `list` and `flags` of op `row_adam`): for a list the
+host waits for the number of rows, with flags the gradients stay where they are.
+
 Weights in fp32 are the master weights; `copy_rV` receives their bf16 copy in the same pass. Weights
 in bf16 with a `seed` are rounded stochastically and need no master. `grad_scale` is a number on the
 device, the clipping factor over the loss scale, so that the host never waits for the device.
@@ -12,6 +15,8 @@ megamem.reference.row_adam defines the arithmetic.
 
 Letters: r rows on this rank, V row width, E rows of a list.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -67,7 +72,7 @@ def adamw_(
 
 def touched_adamw_(
     weights_rV: Tensor,
-    rows_E: Tensor,
+    rows_E: Tensor | None,
     grads_EV: Tensor,
     exp_avg_rV: Tensor | None,
     exp_avg_sq: Tensor | None,
@@ -81,8 +86,9 @@ def touched_adamw_(
 
     Args:
         weights_rV: updated.
-        rows_E: distinct rows, or -1 for none, as megamem.ops.sparse_gradients returns them.
-        grads_EV: their gradients.
+        rows_E: distinct rows, or -1 for none, as megamem.ops.sparse_gradients returns them. None:
+            the rows that are marked in the option `touched_r`, which the host need not list.
+        grads_EV: their gradients; those of all rows if there is no list.
         exp_avg_rV: the first moment, updated; None for none.
         exp_avg_sq: the second moment, updated: [r, V], or [r] for one number per row; None for
             none.
@@ -105,9 +111,18 @@ def touched_adamw_(
     moments, counters = (exp_avg_rV, exp_avg_sq), (touches_r, last_steps_r)
     with torch.no_grad():
         if use_triton(weights_rV):
-            update_rows_(weights_rV, grads_EV, *moments, rows_E, *counters, **vars(options))
+            update_rows_(
+                weights_rV,
+                grads_EV,
+                *moments,
+                rows_E,
+                *counters,
+                **vars(options),
+                skip_untouched=rows_E is None,
+            )
         else:
-            reference.touched_adamw_(weights_rV, rows_E, grads_EV, *moments, *counters, options)
+            for rows_U, grads_UV in _listed(rows_E, grads_EV, options):
+                reference.touched_adamw_(weights_rV, rows_U, grads_UV, *moments, *counters, options)
 
 
 def rowwise_adamw_(
@@ -138,7 +153,7 @@ def sgd_(weights_rV: Tensor, grads_rV: Tensor, options: AdamOptions) -> None:
 
 
 def touched_sgd_(
-    weights_rV: Tensor, rows_E: Tensor, grads_EV: Tensor, options: AdamOptions
+    weights_rV: Tensor, rows_E: Tensor | None, grads_EV: Tensor, options: AdamOptions
 ) -> None:
     """Set the touched rows to weights * (1 - lr * weight_decay) - lr * gradient.
 
@@ -146,20 +161,37 @@ def touched_sgd_(
 
     Args:
         weights_rV: updated.
-        rows_E: distinct rows, or -1 for none.
-        grads_EV: their gradients.
+        rows_E: distinct rows, or -1 for none; None as in touched_adamw_.
+        grads_EV: their gradients; those of all rows if there is no list.
         options: options of the step.
 
     Raises:
-        ValueError: if shapes, devices or dtypes do not fit, or if an option is set that only
-            applies to steps on every row.
+        ValueError: as touched_adamw_ does.
     """
     _check_touched(weights_rV, rows_E, grads_EV, None, None, options)
     with torch.no_grad():
         if use_triton(weights_rV):
-            update_rows_(weights_rV, grads_EV, None, None, rows_E, **vars(options))
+            arguments = (weights_rV, grads_EV, None, None, rows_E)
+            update_rows_(*arguments, **vars(options), skip_untouched=rows_E is None)
         else:
-            reference.touched_sgd_(weights_rV, rows_E, grads_EV, options)
+            for rows_U, grads_UV in _listed(rows_E, grads_EV, options):
+                reference.touched_sgd_(weights_rV, rows_U, grads_UV, options)
+
+
+def _listed(
+    rows_E: Tensor | None, grads_EV: Tensor, options: AdamOptions
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield rows to update and their gradients; those of touched_r are cleared if asked for."""
+    if rows_E is not None:
+        yield rows_E, grads_EV
+        return
+    assert options.touched_r is not None
+    # in blocks, so that copies of the gradients stay small
+    block = max(1, CACHED // grads_EV.shape[1])
+    for rows_U in options.touched_r.nonzero().squeeze(1).split(block):
+        yield rows_U, grads_EV[rows_U]
+        if options.clear_grads:
+            grads_EV[rows_U] = 0
 
 
 def _torch_supports(
@@ -220,23 +252,33 @@ def _by_torch_(
 
 def _check_touched(
     weights_rV: Tensor,
-    rows_E: Tensor,
+    rows_E: Tensor | None,
     grads_EV: Tensor,
     exp_avg_rV: Tensor | None,
     exp_avg_sq: Tensor | None,
     options: AdamOptions,
 ) -> None:
     _check_state(weights_rV, grads_EV, exp_avg_rV, exp_avg_sq, options)
-    if options.touched_r is not None or options.clear_grads or options.row_squares_r is not None:
+    if options.row_squares_r is not None:
         raise ValueError(
-            "touched_r, clear_grads and row_squares_r are options of steps on every row; drop them "
-            "for a step on touched rows."
+            "row_squares_r is an option of steps on every row; drop it for a step on touched rows."
         )
-    _check_rows("rows_E", rows_E, weights_rV, rows_E.shape[:1])
-    if grads_EV.shape != (len(rows_E), weights_rV.shape[1]):
+    if rows_E is None:
+        if options.touched_r is None:
+            raise ValueError("a step on touched rows needs a list of them, or touched_r.")
+        _check_rows("touched_r", options.touched_r, weights_rV, weights_rV.shape[:1])
+    elif options.touched_r is not None or options.clear_grads:
         raise ValueError(
-            f"gradients have shape {tuple(grads_EV.shape)}, but there are {len(rows_E)} rows of "
-            f"width {weights_rV.shape[1]}."
+            "touched_r and clear_grads are options of steps without a list of rows; drop them for "
+            "a step on a list."
+        )
+    else:
+        _check_rows("rows_E", rows_E, weights_rV, rows_E.shape[:1])
+    num_rows = len(weights_rV) if rows_E is None else len(rows_E)
+    if grads_EV.shape != (num_rows, weights_rV.shape[1]):
+        raise ValueError(
+            f"gradients have shape {tuple(grads_EV.shape)}, but there are {num_rows} rows of width "
+            f"{weights_rV.shape[1]}."
         )
 
 

@@ -3,6 +3,8 @@
 Letters: r rows on this rank, V row width, E touched rows.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -20,17 +22,24 @@ def rows_of_a_block(num_rows: int, width: int) -> int:
 
 
 def squared_norm(
-    grads_rV: Tensor, touched_r: Tensor, *, few: bool = False, form: str | None = None
+    grads_rV: Tensor,
+    touched_r: Tensor,
+    *,
+    few: bool = False,
+    defined: bool = True,
+    form: str | None = None,
 ) -> Tensor:
     """Return the sum of the squares of a gradient, in fp64.
 
     megamem.reference.squared_norm defines the result, which is not finite where a gradient is not.
 
     Args:
-        grads_rV: gradients; those of rows that were not touched are zero.
+        grads_rV: gradients.
         touched_r: bool, whether each row has a gradient.
         few: few rows have one. The form `torch` then reads these alone, and the host waits for
             their number. The form `triton` never reads others.
+        defined: whether the gradients of rows that were not touched are zero. Otherwise their
+            numbers are undefined, and are masked.
         form: takes precedence over the form that is selected or the default.
 
     Returns:
@@ -53,16 +62,18 @@ def squared_norm(
     with torch.no_grad():
         if use_triton(grads_rV) and (form or forms.pick("squared_norm")) == "triton":
             return kernels.squared_norm(grads_rV.contiguous(), touched_r.contiguous())
-        return _by_torch(grads_rV, touched_r if few else None)
+        return _by_torch(grads_rV, touched_r, few, defined)
 
 
-def _by_torch(grads_rV: Tensor, touched_r: Tensor | None) -> Tensor:
+def _by_torch(grads_rV: Tensor, touched_r: Tensor, few: bool, defined: bool) -> Tensor:
     """Read the gradients in blocks, as torch makes an fp64 copy of what it takes the norm of."""
     rows = rows_of_a_block(*grads_rV.shape)
-    if touched_r is None:
-        blocks = iter(grads_rV.split(rows))
-    else:
+    blocks: Iterable[Tensor] = grads_rV.split(rows)
+    if few:
         blocks = (grads_rV[rows_E] for rows_E in touched_r.nonzero().squeeze(1).split(rows))
+    elif not defined:
+        flags = touched_r.unsqueeze(1).split(rows)
+        blocks = (block.where(here, 0) for block, here in zip(blocks, flags, strict=True))
     total = torch.zeros((), dtype=torch.float64, device=grads_rV.device)
     for block in blocks:
         total += torch.linalg.vector_norm(block, dtype=torch.float64).square()

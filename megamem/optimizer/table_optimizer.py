@@ -10,6 +10,7 @@ from torch import Tensor
 from megamem.ops import (
     AdamOptions,
     adamw_,
+    forms,
     rowwise_adamw_,
     sgd_,
     touched_adamw_,
@@ -54,6 +55,14 @@ class StepOptions:
 
 
 DEFAULTS = StepOptions()
+
+
+def _product(scale: float | Tensor, factor: float | Tensor, weight: Tensor) -> Tensor:
+    """Return scale * factor, [1] on the device of a weight; nothing is copied from the host."""
+    product, dtype = scale * factor, wide(weight.dtype)
+    if isinstance(product, Tensor):
+        return product.reshape(1).to(weight.device, dtype)
+    return torch.full((1,), product, dtype=dtype, device=weight.device)
 
 
 class TableOptimizer(torch.optim.Optimizer):
@@ -196,7 +205,6 @@ class TableOptimizer(torch.optim.Optimizer):
         for name, table in self.tables.items():
             weight, state = table.weight, self.state[table.weight]
             gradient, reads = self.gradients[name], self.reads[name]
-            factor = torch.as_tensor(scale, device=weight.device) * gradient.factor
             master = state.get(MASTER)
             options = AdamOptions(
                 step=self.table_steps,
@@ -204,7 +212,7 @@ class TableOptimizer(torch.optim.Optimizer):
                 weight_decay=float(group["weight_decay"]),
                 betas=self.options.betas,
                 eps=self.options.eps,
-                grad_scale=factor.reshape(1).to(wide(weight.dtype)),
+                grad_scale=_product(scale, gradient.factor, weight),
                 copy_rV=None if master is None else weight.data,
                 seed=self.options.seed if self._rounds(weight) else None,
                 row_offset=table.shard.offset[0],
@@ -226,29 +234,19 @@ class TableOptimizer(torch.optim.Optimizer):
         state: dict[str, Tensor],
         options: AdamOptions,
     ) -> None:
+        buffer, listed = gradient.buffer, options
+        clears = gradient.needs_clearing
+        options = replace(options, touched_r=gradient.touched, clear_grads=clears)
         if self.kind == "lazy_adamw" or self.finetunes:
-            for rows in gradient.touched_blocks():
-                grads = gradient.take(rows)
-                if self.kind == "sgd":
-                    touched_sgd_(weights, rows, grads, options)
-                else:
-                    if self.finetunes:
-                        # a row that was not chosen was frozen, and has no decay to catch up on
-                        state["last_steps"][rows] = self.table_steps - 1
-                    touched_adamw_(
-                        weights,
-                        rows,
-                        grads,
-                        state["exp_avg"],
-                        state["exp_avg_sq"],
-                        state["touches"],
-                        state["last_steps"],
-                        options,
-                    )
-            return
-        buffer = gradient.buffer
-        options = replace(options, touched_r=gradient.touched, clear_grads=True)
-        if self.kind == "sgd":
+            if self.finetunes and self.kind != "sgd":
+                # a row that was not chosen was frozen, and has no decay to catch up on
+                state["last_steps"].masked_fill_(gradient.touched, self.table_steps - 1)
+            if forms.pick("row_adam") == "flags":
+                self._update_touched(weights, None, buffer, state, options)
+            else:
+                for rows in gradient.touched_blocks():
+                    self._update_touched(weights, rows, gradient.take(rows), state, listed)
+        elif self.kind == "sgd":
             sgd_(weights, buffer, options)
         elif self.kind == "rowwise_adamw":
             moments = state["exp_avg"], state["exp_avg_sq"]
@@ -258,6 +256,22 @@ class TableOptimizer(torch.optim.Optimizer):
         else:
             moments = state["exp_avg"], state["exp_avg_sq"]
             adamw_(weights, buffer, *moments, options)
+
+    def _update_touched(
+        self,
+        weights: Tensor,
+        rows: Tensor | None,
+        grads: Tensor,
+        state: dict[str, Tensor],
+        options: AdamOptions,
+    ) -> None:
+        """Update these rows, or those that the options mark."""
+        if self.kind == "sgd":
+            touched_sgd_(weights, rows, grads, options)
+        else:
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            counters = state["touches"], state["last_steps"]
+            touched_adamw_(weights, rows, grads, *moments, *counters, options)
 
     def _rounds(self, weight: Tensor) -> bool:
         return self.rounds_randomly and weight.dtype == torch.bfloat16
