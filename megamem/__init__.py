@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from megamem.megatron.startup.checks import check
     from megamem.optimizer import StepOptions, TableOptimizer
     from megamem.parallel.memory_group import MemoryGroup
+    from megamem.parallel.tuning import load_tuning
     from megamem.resolution import resolve
     from megamem.spec import MemorySpec
 
@@ -33,6 +34,7 @@ _HOMES = {
     "TableOptimizer": "megamem.optimizer",
     "add_memory_flags": "megamem.megatron.arguments",
     "check": "megamem.megatron.startup.checks",
+    "load_tuning": "megamem.parallel.tuning",
     "memory_layer_spec": "megamem.megatron.model.layer_specs",
     "memory_stack_spec": "megamem.megatron.model.hybrid",
     "register_tables": "megamem.megatron.model.memory_mlp",
@@ -55,6 +57,7 @@ __all__ = [
     "__version__",
     "add_memory_flags",
     "check",
+    "load_tuning",
     "memory_layer_spec",
     "memory_stack_spec",
     "register_tables",

@@ -132,6 +132,12 @@ class MemoryConfig:
     """Measure how the memory is used, and report it to TensorBoard, wandb and the log. auto: on if
     --tensorboard-dir or --wandb-project is given."""
 
+    memory_tuning: str | None = None
+    """File of `megamem tune` with the block sizes and forms that kernels use; all ranks use those
+    that rank 0 reads. off: use the built-in ones. They change results by rounding only: the order
+    of sums, and which of two sub-keys is read whose scores are equal up to rounding. Default: the
+    file for this kind of GPU in the user's cache folder, if there is one."""
+
     def __post_init__(self) -> None:
         ConfigurationError.collect(self._problems())
 

@@ -104,6 +104,7 @@ def resolve(
         finetune_rows=config.memory_finetune_rows or 0,
         background=config.memory_background or "",
         metrics=config.memory_metrics,
+        tuning=config.memory_tuning or "",
     )
 
 

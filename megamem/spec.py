@@ -91,6 +91,8 @@ class MemorySpec:
     background: str
     """Checkpoint folder with the read counts of the background; empty for that of --load."""
     metrics: Literal["auto", "on", "off"]
+    tuning: str = ""
+    """File of `megamem tune`, or "off"; empty for the one in the user's cache folder."""
 
     @property
     def num_rows(self) -> int:

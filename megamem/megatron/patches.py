@@ -23,7 +23,8 @@ Replaced once --memory-layers has been read, by install_memory():
     num_floating_point_operations      memories are counted in place of feed-forwards
                                        (a method of ModelConfig)
     setup_model_and_optimizer          flags are compared between ranks and with the checkpoint
-                                       (a callback before the model is built, and one after)
+                                       (a callback before the model is built, and one after);
+                                       all ranks get the choices of one tuning file
     train_step                         tables that are not finite are named if a batch is skipped
                                        (a callback after a step)
     training_log                       statistics of the memories are logged beside the loss
@@ -62,6 +63,7 @@ from megamem.megatron.reports.tensorboard import TrainingMetrics
 from megamem.megatron.startup import checks
 from megamem.megatron.startup.rank_consistency import broadcast_from_rank0, differing_flags
 from megamem.megatron.startup.saved_model import checkpoint_problems
+from megamem.parallel.tuning import load_tuning
 from megamem.patching import replace, replace_everywhere
 from megamem.spec import MemorySpec
 
@@ -222,8 +224,13 @@ def _compare_with_ranks_and_checkpoint(original: Callable[..., Any]) -> Callable
         ConfigurationError.collect(differing_flags(spec, args))
         # all ranks raise the same error
         ConfigurationError.collect(broadcast_from_rank0(lambda: checkpoint_problems(spec, args)))
+        try:
+            tuned = load_tuning(spec, args.params_dtype)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
         if dist.get_rank() == 0:
             sys.stdout.write(f" > {sizes.summary(spec)}\n")
+            sys.stdout.write(f" > {tuned}\n" if tuned else "")
         return original(*rest, **more)
 
     return setup_model_and_optimizer

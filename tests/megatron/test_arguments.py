@@ -40,6 +40,7 @@ def test_every_field_is_a_flag_and_comes_back() -> None:
         memory_check_row_ids=True,
         memory_wire="alltoall",
         memory_metrics="on",
+        memory_tuning="elsewhere.json",
     )
     words = []
     for field in dataclasses.fields(MemoryConfig):
