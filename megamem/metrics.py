@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megamem.parallel.collectives import group_rank
-from megamem.parallel.routing import RoutingPlan
+from megamem.parallel.routing import COUNT_DTYPE, RoutingPlan
 from megamem.parallel.row_shard import TableShard
 
 MAP_SIDE = 256
@@ -343,7 +343,7 @@ def sent_bytes(
     else:
         sent = sum(plan.send) - plan.send[rank]
         received = sum(plan.recv) - plan.recv[rank]
-        counts = peers * own * torch.int64.itemsize
+        counts = peers * own * COUNT_DTYPE.itemsize
     total = counts + sent * lookup + received * weight
     # partial bags are sent to the ranks of the tokens, and their gradients to all owners of rows
     total += gather_and_scatter_bytes(plan, slice_bytes)

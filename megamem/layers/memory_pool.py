@@ -10,6 +10,7 @@ tokens of all column ranks, G bags (the tokens of all ranks), V row width, v on 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import batched
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from megamem.parallel.routing import (
     receive,
     tokens_of_bags,
 )
+from megamem.parallel.row_shard import id_dtype
 from megamem.spec import MemorySpec
 
 
@@ -115,13 +117,14 @@ class MemoryPool:
             x_TD: the tokens; they are sent to the owners of rows if the variant reads them.
         """
         spec, group, rows = self.spec, self.group, self.values.shard.rows
-        rows_TL = place_rows(row_ids_TL, spec.num_keys, spec.placement_seed)
-        by_row_rank = torch.tensor(token_counts).view(group.row_ranks, group.column_ranks)
-        column_counts = by_row_rank[group_rank(group.rows)].tolist()
-        rows_XL, weights_XL = gather_lookups(
-            rows_TL, weights_TL, spec.num_rows, column_counts, group.columns
+        rows_TL = place_rows(
+            row_ids_TL, spec.num_keys, spec.placement_seed, id_dtype(spec.num_rows)
         )
-        plan = plan_routing(rows_XL, rows, group.rows, by_row_rank.sum(1).tolist(), spec.wire)
+        # column ranks vary fastest
+        by_row_rank = list(batched(token_counts, group.column_ranks))
+        column_counts = list(by_row_rank[group_rank(group.rows)])
+        rows_XL, weights_XL = gather_lookups(rows_TL, weights_TL, column_counts, group.columns)
+        plan = plan_routing(rows_XL, rows, group.rows, [*map(sum, by_row_rank)], spec.wire)
         weights_M = dispatch(plan, weights_XL)
         tokens = all_gather_tokens(plan, x_TD) if self.variant.reads_tokens else None
         return Lookups(plan, weights_M, column_counts, tokens)

@@ -1,8 +1,9 @@
 """Collectives with a backward. Each docstring states what the forward and the backward send.
 
-A group of None stands for this process alone. Counts are Python numbers that every rank knows, so
-that nothing here waits for the device, except gather_counts(). Where PendingCollectives are given,
-a collective is only started, and its result may be read after pending.wait().
+Counts are Python numbers that every rank knows, so that nothing here waits for the device, except
+gather_counts() and HostCopy.numbers(). Where PendingCollectives are given, a collective is only
+started, and its result may be read after pending.wait(). Where a group may be None, this stands for
+this process alone: nothing is computed or copied then.
 
 Letters: T tokens on this rank, X tokens of all column ranks, G bags (the tokens of all ranks),
 V row width, v on this rank; W ranks of the group.
@@ -43,11 +44,30 @@ class PendingCollectives:
         self._pending.clear()
 
 
+class HostCopy:
+    """A copy of a few numbers from the device to the host, for which the host waits once.
+
+    It goes through pinned memory, so that work that is queued after it does not wait for the host.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        """Start to copy x."""
+        self._numbers = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        self._numbers.copy_(x, non_blocking=True)
+        self._copied = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
+
+    def numbers(self) -> list[int]:
+        """Wait for the copy, and return the numbers."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._numbers.tolist()
+
+
 def exchange(
     x: Tensor,
     send: list[int],
     recv: list[int],
-    group: ProcessGroup | None,
+    group: ProcessGroup,
     pending: PendingCollectives | None = None,
 ) -> Tensor:
     """All-to-all of rows, without a gradient; all_to_all() is the same with one.
@@ -57,8 +77,6 @@ def exchange(
     Returns:
         [sum(recv), ...], the `recv[p]` rows that each rank p sent, in the order of the ranks.
     """
-    if group is None:
-        return x
     x = x.contiguous()
     out = x.new_empty(sum(recv), *x.shape[1:])
     wait = pending is None
@@ -71,7 +89,7 @@ def exchange(
 def gather_padded(
     x: Tensor,
     size: int,
-    group: ProcessGroup | None,
+    group: ProcessGroup,
     fill: float = 0,
     pending: PendingCollectives | None = None,
 ) -> Tensor:
@@ -80,8 +98,6 @@ def gather_padded(
     if len(x) < size:
         padded = x.new_full((size, *x.shape[1:]), fill)
         padded[: len(x)] = x
-    if group is None:
-        return padded.unsqueeze(0)
     out = x.new_empty(group_size(group), size, *x.shape[1:])
     wait = pending is None
     work = dist.all_gather_into_tensor(out.flatten(0, 1), padded, group=group, async_op=not wait)
@@ -97,11 +113,11 @@ def join_padded(padded: Tensor, counts: list[int]) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)])
 
 
-def _gather(x: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+def _gather(x: Tensor, counts: list[int], group: ProcessGroup) -> Tensor:
     return join_padded(gather_padded(x, max(counts), group), counts)
 
 
-def _own(x: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+def _own(x: Tensor, counts: list[int], group: ProcessGroup) -> Tensor:
     return x.split(counts)[group_rank(group)]
 
 
@@ -128,14 +144,12 @@ class _GatherWeights(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        if ctx.group is None:
-            return grad[0, : ctx.rows], None, None, None
         out = grad.new_empty(grad.shape[1:])
         dist.reduce_scatter_tensor(out, grad.contiguous().flatten(0, 1), group=ctx.group)
         return out[: ctx.rows], None, None, None
 
 
-def _reduce_scatter(bags_GV: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+def _reduce_scatter(bags_GV: Tensor, counts: list[int], group: ProcessGroup) -> Tensor:
     """Reduce-scatter, carried out as an all-to-all and a sum.
 
     The sum is taken here so that it is in fp32 and in the order of the ranks, which makes repeated
@@ -152,13 +166,13 @@ class _ReduceScatterBags(torch.autograd.Function):
     """Forward: reduce-scatter. Backward: all-gather."""
 
     @staticmethod
-    def forward(ctx, bags_GV, counts, group):  # type: ignore[no-untyped-def]
+    def forward(ctx, bags_GV, counts, num_tokens, group):  # type: ignore[no-untyped-def]
         ctx.counts, ctx.group = counts, group
-        return _reduce_scatter(bags_GV, counts, group)
+        return _reduce_scatter(bags_GV, counts, group)[:num_tokens]
 
     @staticmethod
     def backward(ctx, grad_TV):  # type: ignore[no-untyped-def]
-        return _gather(grad_TV, ctx.counts, ctx.group), None, None
+        return _gather(grad_TV, ctx.counts, ctx.group), None, None, None
 
 
 class _GatherBagTokens(torch.autograd.Function):
@@ -244,7 +258,7 @@ def all_to_all(
     x: Tensor,
     send: list[int],
     recv: list[int],
-    group: ProcessGroup | None,
+    group: ProcessGroup,
     pending: PendingCollectives | None = None,
 ) -> Tensor:
     """exchange() with a gradient, which the reverse all-to-all sends back."""
@@ -252,24 +266,32 @@ def all_to_all(
 
 
 def gather_weights(
-    x: Tensor, size: int, group: ProcessGroup | None, pending: PendingCollectives | None = None
+    x: Tensor, size: int, group: ProcessGroup, pending: PendingCollectives | None = None
 ) -> Tensor:
     """gather_padded() with a gradient, which is reduce-scattered: [W, size, ...]."""
     return _GatherWeights.apply(x, size, group, pending)
 
 
-def reduce_scatter_bags(bags_GV: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+def reduce_scatter_bags(
+    bags_GV: Tensor, counts: list[int], num_tokens: int, group: ProcessGroup
+) -> Tensor:
     """Send rank p its `counts[p]` partial bags, and return the sums over all ranks, [T, V].
 
     The gradient is all-gathered.
+
+    Args:
+        bags_GV: this rank's part of the sum of each bag.
+        counts: bags of every rank; those after a rank's tokens are padding.
+        num_tokens: T, the tokens of this rank, at most `counts[rank]`.
+        group: the ranks.
     """
-    return _ReduceScatterBags.apply(bags_GV, counts, group)
+    return _ReduceScatterBags.apply(bags_GV, counts, num_tokens, group)
 
 
 def gather_bag_tokens(
     x: Tensor,
     counts: list[int],
-    group: ProcessGroup | None,
+    group: ProcessGroup,
     pending: PendingCollectives | None = None,
 ) -> Tensor:
     """All-gather every rank's tokens, [W, max(counts), ...]; their gradients are reduce-scattered.
@@ -301,7 +323,8 @@ def gather_counts(own: int, group: ProcessGroup | None, device: torch.device) ->
     """Return every rank's number, in the order of the ranks. The host waits for the device."""
     if group is None:
         return [own]
-    return [int(n) for n in gather_padded(torch.tensor([own], device=device), 1, group).flatten()]
+    number = torch.full((1,), own, dtype=torch.int64, device=device)
+    return HostCopy(gather_padded(number, 1, group).flatten()).numbers()
 
 
 def split_tokens(x: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:

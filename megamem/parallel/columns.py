@@ -9,7 +9,6 @@ Letters: T tokens on this rank, X tokens of all column ranks, L lookups per toke
 v columns on this rank.
 """
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -24,7 +23,6 @@ from megamem.parallel.collectives import (
 def gather_lookups(
     row_ids_TL: Tensor,
     weights_TL: Tensor,
-    num_rows: int,
     counts: list[int],
     group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
@@ -33,19 +31,16 @@ def gather_lookups(
     Args:
         row_ids_TL: row ids of the unsharded table, none negative.
         weights_TL: their weights.
-        num_rows: R, the rows of the unsharded table.
         counts: T of every column rank; X is their sum.
         group: the column ranks.
 
     Returns:
-        row_ids_XL: int32 where the table is small enough, otherwise int64.
+        row_ids_XL: in the dtype of row_ids_TL, which is sent.
         weights_XL: their weights, whose gradient is reduce-scattered.
     """
     if group is None:
         return row_ids_TL, weights_TL
     size, pending = max(counts), PendingCollectives()
-    # int32 ids, which all but the largest tables allow, halve the bytes sent
-    row_ids_TL = row_ids_TL.to(torch.int32 if num_rows < 2**31 else torch.int64)
     row_ids = gather_padded(row_ids_TL, size, group, pending=pending)
     weights = gather_weights(weights_TL, size, group, pending)
     pending.wait()

@@ -6,6 +6,7 @@ R and V are the rows and the row width of the unsharded table; r and v those of 
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 COLUMN_BLOCK = 8
@@ -47,11 +48,12 @@ class RowShard:
         return self.num_rows % self.world_size == 0
 
     def owner(self, row_ids: Tensor) -> Tensor:
-        """Return the rank that holds each row."""
-        return ((row_ids + 1) * self.world_size - 1) // self.num_rows
+        """Return the rank that holds each row, int64."""
+        # products of a row id and a number of ranks need not fit in 32 bits
+        return ((row_ids.long() + 1) * self.world_size - 1) // self.num_rows
 
     def local_on(self, owners: Tensor, row_ids: Tensor) -> Tensor:
-        """Return the index of each row in the shard of its owner."""
+        """Return the index of each row in the shard of its owner, given as int64."""
         return row_ids - owners * self.num_rows // self.world_size
 
 
@@ -111,6 +113,11 @@ class TableShard:
         """The number of columns of every column rank."""
         blocks = self.column_blocks
         return [count * COLUMN_BLOCK for count in even_counts(blocks.num_rows, blocks.world_size)]
+
+
+def id_dtype(num_rows: int) -> torch.dtype:
+    """Return the dtype of row ids: int32, which halves their bytes, for all but huge tables."""
+    return torch.int32 if num_rows < 2**31 else torch.int64
 
 
 def even_counts(total: int, parts: int) -> list[int]:

@@ -14,7 +14,7 @@ of its weight 4, and a count c; a rank sends B partial sums per token.
     2d               column among the C consecutive ranks that share rows, plus row among the P / C
                      ranks that share columns, with the lookups of C ranks and slices of V / C
 
-Packing holds b, c and B. megamem.parallel sends b = 8, c = 8 and B = P - 1, as every rank returns
+Packing holds b, c and B. megamem.parallel sends b = 8, c = 4 and B = P - 1, as every rank returns
 a sum for every token. The minimum is b = 6, c = 0 and B = E f.
 """
 
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megamem.parallel.routing import choose_wire
+from megamem.parallel.routing import COUNT_DTYPE, choose_wire
 from megamem.parallel.row_shard import COLUMN_BLOCK
 from megamem.spec import Layout, Mode, Wire
 
@@ -46,8 +46,8 @@ class Packing:
     """alltoall: whether ranks that hold no row of a token return a sum for it as well."""
 
 
-# what megamem.parallel sends (int32 ids, fp32 weights, int64 counts), and the minimum
-SENT = Packing(lookup=8, count=8, empty_bags=True)
+# what megamem.parallel sends (int32 ids, fp32 weights, int32 counts), and the minimum
+SENT = Packing(lookup=8, count=COUNT_DTYPE.itemsize, empty_bags=True)
 LEAST = Packing(lookup=LEAST_LOOKUP_BYTES, count=0, empty_bags=False)
 
 

@@ -1,10 +1,23 @@
 """Routing plans on one rank and on several. tests/layers checks the sums."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from megamem.parallel.routing import choose_wire, combine, dispatch, plan_routing, receive
+from megamem.parallel.routing import (
+    all_gather_tokens,
+    choose_wire,
+    combine,
+    dispatch,
+    plan_routing,
+    receive,
+    tokens_of_bags,
+)
 from megamem.parallel.row_shard import RowShard
 from tests.helpers.distributed import run_distributed
 
@@ -29,6 +42,42 @@ def test_alone_every_lookup_stays_in_its_bag(wire) -> None:
     assert torch.equal(dispatch(plan, weights_TL).view(5, LOOKUPS), weights_TL)
     bags_GV = torch.rand(5, 8)
     assert torch.equal(combine(plan, bags_GV), bags_GV)
+    assert plan.all_present
+
+
+class _Computed(TorchDispatchMode):
+    """Counts the operations that write memory; views write none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given, made = (
+            {x.untyped_storage().data_ptr() for x in tree_leaves(tree) if isinstance(x, Tensor)}
+            for tree in ((args, kwargs), out)
+        )
+        if func._schema.is_mutable or made - given:
+            self.names[func.overloadpacket.__name__] += 1
+        return out
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_alone_only_offsets_are_computed(wire) -> None:
+    """One rank copies nothing, sums nothing and compares no id, forward and backward."""
+    row_ids_TL = torch.randint(NUM_ROWS, (5, LOOKUPS), dtype=torch.int32)
+    weights_TL, x_TD, bags_GV = (torch.rand(5, n, requires_grad=True) for n in (LOOKUPS, 16, 8))
+    with _Computed() as computed:
+        plan = plan_routing(row_ids_TL, RowShard(NUM_ROWS, 0, 1), None, [5], wire)
+        weights_M, tokens = dispatch(plan, weights_TL), all_gather_tokens(plan, x_TD)
+        assert receive(plan).data_ptr() == row_ids_TL.data_ptr()
+        results = (weights_M, tokens_of_bags(plan, tokens), combine(plan, bags_GV))
+    assert computed.names == {"arange": 1}
+    gradients = [torch.ones_like(x) for x in results]
+    with _Computed() as computed:
+        torch.autograd.grad(results, (weights_TL, x_TD, bags_GV), gradients)
+    assert not computed.names
 
 
 def _lookups_arrive_where_their_rows_are(counts: list[int], skewed: bool) -> None:
