@@ -10,10 +10,10 @@ from megamem.ops.sizes import chunk_length, column_block, padded_topk, tokens_of
 from megamem.parallel.traffic import widest_slice
 from megamem.planner.job import Job, Layout, layout_wire
 
-# int64 row ids, fp32 weights
-ROW_ID_BYTES, WEIGHT_BYTES = 8, 4
-# alltoall saves one int64 position per lookup, to return the gradient of the lookup's weight
-ORDER_BYTES = 8
+# int64 pairs of sub-keys, int32 rows of a table, int64 offsets of bags, fp32 weights
+PAIR_BYTES, ROW_ID_BYTES, OFFSET_BYTES, WEIGHT_BYTES = 8, 4, 8, 4
+# alltoall saves one int32 position per lookup, to return the gradient of the lookup's weight
+ORDER_BYTES = 4
 # a sorted lookup: int32 row, int64 position, int32 bag, fp32 weight; and its weight's gradient
 SORTED_BYTES = 4 + 8 + 4 + 4 + 4
 # the scores of sub-keys that may be among the best are packed into int64
@@ -51,10 +51,10 @@ def kept_bytes(job: Job, layout: Layout) -> float:
         # queries before and after the norm; the normalised sub-keys are shared by all tokens
         kept += (tokens + spec.num_keys) * queries * e
     lookups = spec.lookups_per_token * tokens
-    kept += lookups * (ROW_ID_BYTES + WEIGHT_BYTES)
+    kept += lookups * (PAIR_BYTES + WEIGHT_BYTES)
     alone = layout.group_size == 1
     kept += arrived_lookups(job, layout) * (ROW_ID_BYTES + (0 if alone else WEIGHT_BYTES))
-    kept += layout.group_size * tokens * ROW_ID_BYTES
+    kept += layout.group_size * tokens * OFFSET_BYTES
     kept += variant.kept_per_lookup * arrived_lookups(job, layout) * WEIGHT_BYTES
     if variant.reads_tokens and not alone:
         # on a single rank the tokens are the layer's input, which is counted already
