@@ -162,15 +162,15 @@ def test_buffers_of_one_layer() -> None:
     job = job_of(world=8, memory_layers=[3])
     lookups, width = TOKENS * LOOKUPS, TOKENS * WIDTH * 2
     # input, queries (4 heads of 1024), read-out, gate twice, product; ids, weights; bag offsets
-    kept = 7 * width + lookups * (12 + 8) + 8 * TOKENS
+    kept = 7 * width + lookups * (12 + 4) + 8 * TOKENS
     assert kept_bytes(job, Layout("row", 1, 1)) == kept
     # at fixed sizes every rank holds the lookups of all ranks, with their weights
-    assert kept_bytes(job, Layout("row", 8, 1)) == kept + lookups * (7 * 12 + 4) + 7 * 8 * TOKENS
+    assert kept_bytes(job, Layout("row", 8, 1)) == kept + lookups * (7 * 8 + 4) + 7 * 8 * TOKENS
     assert kept_bytes(job, Layout("column", 8, 8)) == kept_bytes(job, Layout("row", 8, 1))
     # alltoall sends lookups only to the owners of their rows, and saves the order of the results
     exact = job_of(world=8, memory_layers=[3], memory_wire="alltoall")
     ours = kept_bytes(exact, Layout("row", 8, 1))
-    assert ours == kept + lookups * (4 + 8) + 7 * 8 * TOKENS
+    assert ours == kept + lookups * (4 + 4) + 7 * 8 * TOKENS
 
 
 def test_temporary_peak_of_one_exchange() -> None:
