@@ -22,6 +22,20 @@ import torch
 
 
 @dataclass(frozen=True)
+class RowAdam:
+    """The steps of the tables' optimizers."""
+
+    tile: int = 1024
+    """Elements that a program updates at once."""
+    max_block_v: int = 1024
+    """The most columns that a program updates at once."""
+    row_moment_tile: int = 1024
+    """The same for a step on every row with one second moment per row."""
+    row_moment_block_v: int = 1024
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
 class SquaredNorm:
     """The gradient norm of a table."""
 
@@ -38,6 +52,7 @@ class SquaredNorm:
 class Choices:
     """The choices of every op, and the forms of ops that are not the default."""
 
+    row_adam: RowAdam = RowAdam()
     squared_norm: SquaredNorm = SquaredNorm()
     forms: Mapping[str, str] = field(default_factory=dict)
     """Op -> its form, where that is not the default of megamem.ops.forms."""
@@ -59,7 +74,7 @@ OPS = tuple(each.name for each in fields(Choices) if each.name != "forms")
 GENERAL = Choices()
 DEFAULTS: dict[tuple[int, int], Choices] = {
     # tests/bench/results/h100-a4677c2-stages.json has the measurements of what differs from GENERAL
-    (9, 0): Choices(),
+    (9, 0): Choices(row_adam=RowAdam(row_moment_tile=2048, row_moment_block_v=2048)),
 }
 _of_process: Choices | None = None
 """The choices of this process, if it was told any; all of its threads use them."""

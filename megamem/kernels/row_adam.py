@@ -29,10 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megamem.kernels import choices
 from megamem.kernels.embedding_bag import OPTIONS, block_width
 
-MAX_BLOCK_V = 1024
-TILE = 1024
 NO_MOMENT, FULL_MOMENT, ROW_MOMENT = 0, 1, 2
 
 
@@ -251,11 +250,15 @@ def update_rows_(
     num_rows, width = grads_EV.shape
     if num_rows == 0:
         return
-    block_v = block_width(width, MAX_BLOCK_V)
-    block_r = max(1, TILE // block_v)
     second = NO_MOMENT
     if exp_avg_sq is not None:
         second = ROW_MOMENT if exp_avg_sq.dim() == 1 else FULL_MOMENT
+    chosen = choices.current().row_adam
+    tile, max_block_v = chosen.tile, chosen.max_block_v
+    if second == ROW_MOMENT and rows_E is None and not skip_untouched:
+        tile, max_block_v = chosen.row_moment_tile, chosen.row_moment_block_v
+    block_v = block_width(width, max_block_v)
+    block_r = max(1, tile // block_v)
     # the key of Philox is unsigned, and Triton takes the signed number with the same bits
     key = ((seed or 0) + 2**63) % 2**64 - 2**63
     _update_kernel[(triton.cdiv(num_rows, block_r),)](
@@ -292,7 +295,7 @@ def update_rows_(
         RANDOM=seed is not None,
         CLEAR=clear_grads,
         SKIP=skip_untouched,
-        num_warps=4,
+        num_warps=chosen.num_warps,
         **OPTIONS,
     )
 

@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from megamem.kernels import choices
 from megamem.kernels.embedding_bag import sum_bags
 from megamem.kernels.placement import place_rows
 from megamem.kernels.product_topk import product_topk
@@ -279,6 +280,7 @@ def compile_cases(cases: dict[str, Callable[[int], None]], arch: int) -> Iterato
         RuntimeError: another number of tokens made a kernel compile again.
     """
     driver.set_active(_Driver(arch))  # type: ignore[arg-type]
+    choices.use(choices.of_capability((arch // 10, arch % 10)))
     launched: dict[Any, str] = {}
     launch = JITFunction.run
 
@@ -299,6 +301,7 @@ def compile_cases(cases: dict[str, Callable[[int], None]], arch: int) -> Iterato
                 run(tokens)
     finally:
         JITFunction.run = launch
+        choices.use(None)
     for kernel, case in launched.items():
         yield _measure(kernel, case, arch)
 

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from megamem.kernels import choices
-from megamem.kernels import squared_norm as kernels
+from megamem.kernels import choices, row_adam, squared_norm
 from megamem.kernels.choices import DEFAULTS, GENERAL, OPS, Choices
-from megamem.ops import forms
+from megamem.ops import AdamOptions, forms
+from megamem.tools import known_answers
 
+# an op of known answers -> the kernel whose choices it uses
+KERNEL_OF = {"squared_norm": "squared_norm"}
+KERNEL_OF |= dict.fromkeys(("adamw_", "rowwise_adamw_", "sgd_"), "row_adam")
 RECORD = Path(__file__).parents[2] / "tests/bench/results/h100-a4677c2-stages.json"
 
 
@@ -71,21 +74,59 @@ def test_a_block_that_raises_leaves_no_choices_behind() -> None:
     assert choices.current() is before
 
 
-def test_the_kernel_is_launched_with_the_choices(
+class Recorder:
+    """Takes the place of a kernel, and keeps the keywords of its launches."""
+
+    def __init__(self) -> None:
+        self.launched: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *_, **given: self.launched.append({"grid": grid, **given})
+
+    def seen(self, *names: str) -> list[tuple[Any, ...]]:
+        return [tuple(each[name] for name in names) for each in self.launched]
+
+
+def test_the_norm_is_launched_with_its_choices(
     monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    launched: list[dict[str, Any]] = []
-
-    class Recorder:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *_, **given: launched.append({"grid": grid, **given})
-
-    monkeypatch.setattr(kernels, "_squared_norm_kernel", Recorder())
+    monkeypatch.setattr(squared_norm, "_squared_norm_kernel", recorder := Recorder())
     grads = torch.zeros(64, 512, device=device)
     for told in ({}, {"rows": 16, "tile": 1024, "max_block_v": 256, "num_warps": 8}):
         with choices.using(GENERAL.changed("squared_norm", **told)):
-            kernels.squared_norm(grads, None)
-    seen = [
-        (each["grid"], each["BLOCK_R"], each["BLOCK_V"], each["num_warps"]) for each in launched
-    ]
+            squared_norm.squared_norm(grads, None)
+    seen = recorder.seen("grid", "BLOCK_R", "BLOCK_V", "num_warps")
     assert seen == [((1,), 4, 512, 4), ((4,), 4, 256, 8)]
+
+
+def test_a_step_is_launched_with_its_choices(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """A step on every row with a moment per row has numbers of its own."""
+    monkeypatch.setattr(row_adam, "_update_kernel", recorder := Recorder())
+    table = torch.zeros(8, 2048, device=device)
+    full, by_row = torch.zeros_like(table), torch.zeros(8, device=device)
+    rows = torch.arange(8, device=device)
+    options = vars(AdamOptions(step=1, lr=1e-3))
+    told = GENERAL.changed("row_adam", tile=512, max_block_v=256, num_warps=8)
+    for chosen in (GENERAL, DEFAULTS[9, 0], told):
+        with choices.using(chosen):
+            row_adam.update_rows_(table, table, None, full, **options)
+            row_adam.update_rows_(table, table, None, by_row, **options)
+            row_adam.update_rows_(table, table, None, by_row, rows, **options)
+    general, of_told = ((8,), 1, 1024, 4), ((4,), 2, 256, 8)
+    assert recorder.seen("grid", "BLOCK_R", "BLOCK_V", "num_warps") == [
+        *(general, general, general),
+        *(general, ((8,), 1, 2048, 4), general),
+        *(of_told, ((8,), 1, 1024, 8), of_told),
+    ]
+
+
+@pytest.mark.parametrize("capability", DEFAULTS)
+def test_the_choices_of_a_card_give_the_known_answers(
+    device: str, capability: tuple[int, int]
+) -> None:
+    differ = {op for op in OPS if getattr(DEFAULTS[capability], op) != getattr(GENERAL, op)}
+    answers = [answer for answer in known_answers.ANSWERS if KERNEL_OF.get(answer.op) in differ]
+    assert len(answers) >= len(differ)
+    with choices.using(DEFAULTS[capability]):
+        outcomes = known_answers.run(torch.device(device), 4096, answers=answers)
+    assert [outcome.wrong for outcome in outcomes] == [None] * len(answers)
