@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megamem.layers.memory_pool import MemoryPool
 from megamem.parallel.memory_group import MemoryGroup
+from megamem.row_gradient import RowGradient
 from megamem.spec import Layout, MemorySpec
 
 
@@ -23,6 +24,12 @@ def pool_of(
     pool = MemoryPool(on_group(spec, group), name, group, dtype=dtype)
     pool.tables.requires_grad_(False)
     return pool
+
+
+def assert_no_gradient(gradient: RowGradient) -> None:
+    """No row is touched, and what has to be cleared is."""
+    assert not gradient.touched.any()
+    assert not gradient.needs_clearing or not gradient.buffer.any()
 
 
 def read(pool: MemoryPool, pairs_TL: Tensor, weights_TL: Tensor, counts: list[int]) -> Tensor:

@@ -115,6 +115,49 @@ def test_gradients_of_untouched_rows_are_neither_read_nor_cleared(row_moment, fl
     assert (every == 0).all()
 
 
+@pytest.mark.parametrize("clears", [True, False])
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "row moment", "bf16 rounded randomly"])
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_rows_with_flags_step_as_those_of_a_list(kind, clears, interpreted, device, monkeypatch):
+    """Bit for bit; nothing else is read, although it is NaN, or written."""
+    if not interpreted and device == "cpu":
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dtype = torch.bfloat16 if kind == "bf16 rounded randomly" else torch.float32
+    options = replace(OPTIONS, seed=5 if dtype == torch.bfloat16 else None)
+    torch.manual_seed(0)
+    num_rows, width = 9, 1032
+    touched = torch.tensor([1, 0, 0, 1, 1, 0, 0, 0, 1], dtype=torch.bool, device=device)
+    rows = touched.nonzero().squeeze(1)
+    start = torch.randn(num_rows, width, device=device).to(dtype)
+    grads = torch.randn(num_rows, width, device=device)
+    grads[~touched] = torch.nan
+
+    def run(listed: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
+        weights, seen = start.clone(), grads.clone()
+        second = torch.ones(num_rows) if kind == "row moment" else torch.ones(num_rows, width)
+        state = [weights]
+        if listed:
+            steps = (rows, grads[rows], options)
+        else:
+            steps = (None, seen, replace(options, touched_r=touched, clear_grads=clears))
+        if kind == "sgd":
+            touched_sgd_(weights, *steps)
+        else:
+            moments = (torch.ones_like(grads), second.to(device))
+            counters = _counters(num_rows, device)
+            touched_adamw_(weights, *steps[:2], *moments, *counters, steps[2])
+            state += [*moments, *counters]
+        return state, seen
+
+    listed, _ = run(listed=True)
+    flagged, seen = run(listed=False)
+    for a, b in zip(flagged, listed, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(flagged[0][~touched], start[~touched])
+    assert torch.equal(seen[touched], torch.zeros_like(grads[rows]) if clears else grads[rows])
+    assert seen[~touched].isnan().all()
+
+
 def test_a_cpu_steps_on_the_twin(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     weights, grads = torch.ones(3, 8), torch.ones(3, 8)
@@ -168,9 +211,9 @@ def test_errors_for_people(change, message):
         ({"grad_scale": torch.ones(2)}, "the gradient scale must be one number"),
         ({"grad_scale": torch.ones(1, device="meta")}, "the gradient scale must be on cpu"),
         ({"copy_rV": torch.zeros(2, 8)}, "the copy has shape"),
-        ({"touched_r": torch.ones(3, dtype=torch.bool)}, "options of steps on every row"),
-        ({"clear_grads": True}, "options of steps on every row"),
-        ({"row_squares_r": torch.ones(3)}, "options of steps on every row"),
+        ({"touched_r": torch.ones(3, dtype=torch.bool)}, "options of steps without a list"),
+        ({"clear_grads": True}, "options of steps without a list"),
+        ({"row_squares_r": torch.ones(3)}, "an option of steps on every row"),
     ],
 )
 def test_errors_about_options_of_touched_rows(change, message):
@@ -179,6 +222,19 @@ def test_errors_about_options_of_touched_rows(change, message):
         touched_adamw_(**{**GOOD, "options": options})
     with pytest.raises(ValueError, match=message):
         touched_sgd_(GOOD["weights_rV"], GOOD["rows_E"], GOOD["grads_EV"], options)
+
+
+def test_errors_of_rows_with_flags():
+    good = {**GOOD, "rows_E": None, "grads_EV": torch.zeros(3, 8)}
+    with pytest.raises(ValueError, match="needs a list of them, or touched_r"):
+        touched_adamw_(**good)
+    few = replace(GOOD["options"], touched_r=torch.ones(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="touched_r .* integers or booleans"):
+        touched_adamw_(**{**good, "options": few})
+    marked = replace(GOOD["options"], touched_r=torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="there are 3 rows"):
+        touched_adamw_(**{**good, "grads_EV": torch.zeros(2, 8), "options": marked})
+    touched_adamw_(**{**good, "options": marked})
 
 
 def test_errors_of_the_dense_forms():

@@ -1,5 +1,6 @@
 """Every optimizer steps a table that is spread over ranks as it steps the table of one process."""
 
+import os
 from dataclasses import replace
 from itertools import product
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megamem.layers.memory_pool import MemoryPool
+from megamem.ops.forms import ENVIRONMENT
 from megamem.optimizer import TableOptimizer
 from megamem.parallel.memory_group import MemoryGroup, form, partition
 from megamem.parallel.routing import choose_wire
@@ -67,7 +69,8 @@ def _matches(kind: str, size: int, columns: int, wire: str, dtype: torch.dtype, 
         torch.testing.assert_close(state, want, **close)
 
 
-def _all(shapes: list[tuple[int, int]]) -> None:
+def _all(shapes: list[tuple[int, int]], forms: str) -> None:
+    os.environ[ENVIRONMENT] = forms
     for (size, columns), kind in product(shapes, KINDS):
         for wire in ("alltoall", "allgather"):
             _matches(kind, size, columns, wire, torch.float64)
@@ -83,8 +86,10 @@ def _all(shapes: list[tuple[int, int]]) -> None:
         (4, [(4, 1), (4, 2), (2, 1), (2, 2)]),
     ],
 )
-def test_ranks_step_as_one_process(world_size: int, shapes: list[tuple[int, int]]) -> None:
-    run_distributed(_all, world_size, shapes)
+def test_ranks_step_as_one_process(
+    world_size: int, shapes: list[tuple[int, int]], forms: str
+) -> None:
+    run_distributed(_all, world_size, shapes, forms)
 
 
 def test_one_rank_needs_no_group() -> None:

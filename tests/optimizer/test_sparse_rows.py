@@ -19,7 +19,7 @@ from megamem.parallel.row_shard import RowShard
 from megamem.read_counter import ReadCounter
 from megamem.resolution import resolve
 from megamem.row_gradient import RowGradient
-from tests.helpers.pools import pool_of
+from tests.helpers.pools import assert_no_gradient, pool_of
 from tests.optimizer.test_table_optimizer import (
     BETAS,
     DECAY,
@@ -135,7 +135,7 @@ def test_only_chosen_rows_move_and_only_then(kind: str, microbatches: int, limit
         for name, state in optimizer.state[table.weight].items():
             others = [row for row in range(ROWS) if row not in rows]
             assert torch.equal(state[others], kept[name][others]), name
-        assert not table.gradient.buffer.any() and not table.gradient.touched.any()
+        assert_no_gradient(table.gradient)
         assert not table.reads.lookups.any()
     torch.testing.assert_close(table.weight.detach(), _of_chosen(start, grads, chosen, kind))
     assert table.reads.counts.tolist() == read_counts and table.reads.batches.tolist() == [batches]
