@@ -128,6 +128,12 @@ class MemoryConfig:
     allgather: every lookup is sent to all ranks, in messages of fixed size, without a host sync.
     auto: allgather for up to 8 ranks that rows are divided over, alltoall for more."""
 
+    memory_reduce_rows: Literal["auto", "all", "touched"] = "auto"
+    """Rows of a table whose gradients are summed over its replicas in each step. all: every row.
+    touched: those that the batch read on any replica, for whose number the host waits once a step.
+    auto: touched if a batch is expected to read at most half of the rows. It changes nothing in
+    the result."""
+
     memory_metrics: Literal["auto", "on", "off"] = "auto"
     """Measure how the memory is used, and report it to TensorBoard, wandb and the log. auto: on if
     --tensorboard-dir or --wandb-project is given."""

@@ -5,8 +5,13 @@ from typing import Literal
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.layers.variants import VARIANTS, Variant
 from megamem.parallel.routing import choose_wire
-from megamem.parallel.traffic import choose_layout, divisors, mode_problem
-from megamem.spec import Layout, MemorySpec, Mode
+from megamem.parallel.traffic import (
+    choose_layout,
+    choose_reduced_rows,
+    divisors,
+    mode_problem,
+)
+from megamem.spec import Layout, MemorySpec, Mode, ReducedRows
 
 
 def resolve(
@@ -21,6 +26,7 @@ def resolve(
     network: float = 45e9,
     seed: int = 1234,
     tokens_vary: bool = False,
+    batch_tokens: int | None = None,
     timeout_minutes: float = 10,
 ) -> MemorySpec:
     """The spec of a model of this hidden size: all widths, and the layout of its tables.
@@ -36,6 +42,7 @@ def resolve(
         link, network: bandwidth of a rank in bytes per second, within a node and between nodes.
         seed: the seed of the run.
         tokens_vary: whether ranks that share a table may get sequences of different lengths.
+        batch_tokens: tokens of a batch, of all ranks; None if they are not known.
         timeout_minutes: how long a collective of a memory group waits for a rank.
 
     Raises:
@@ -95,6 +102,7 @@ def resolve(
         tokens_vary=tokens_vary,
         seed=seed,
         timeout_minutes=timeout_minutes,
+        reduce_rows=_reduced_rows(config, batch_tokens),
         optimizer=config.memory_optimizer,
         stochastic_rounding=config.memory_stochastic_rounding,
         lr=_or_model(config.memory_lr),
@@ -106,6 +114,14 @@ def resolve(
         metrics=config.memory_metrics,
         tuning=config.memory_tuning or "",
     )
+
+
+def _reduced_rows(config: MemoryConfig, batch_tokens: int | None) -> ReducedRows:
+    if config.memory_reduce_rows != "auto":
+        return config.memory_reduce_rows
+    readers = len(config.memory_layers) if config.memory_pool == "shared" else 1
+    lookups = config.memory_heads * config.memory_topk * readers
+    return choose_reduced_rows(config.memory_num_keys**2, lookups, batch_tokens)
 
 
 def _value_dim(config: MemoryConfig, hidden_size: int, variant: Variant) -> int:

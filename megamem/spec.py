@@ -11,6 +11,7 @@ from typing import Literal
 
 Mode = Literal["row", "column", "2d"]
 Wire = Literal["alltoall", "allgather"]
+ReducedRows = Literal["all", "touched"]
 Optimizer = Literal["adamw", "lazy_adamw", "rowwise_adamw", "sgd"]
 OfModel = Literal["model"]
 """Stands in place of a number where the tables use the model's own setting."""
@@ -79,6 +80,8 @@ class MemorySpec:
     timeout_minutes: float
     """How long a collective of the ranks that share a table waits for one of them."""
 
+    reduce_rows: ReducedRows
+    """Rows whose gradients are summed over the replicas of a table."""
     optimizer: Optimizer
     stochastic_rounding: bool
     lr: float | OfModel

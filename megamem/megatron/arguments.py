@@ -46,6 +46,7 @@ def spec_from_args(args: argparse.Namespace) -> MemorySpec | None:
         number_bytes=args.params_dtype.itemsize,
         seed=args.seed,
         tokens_vary=tokens_vary(args),
+        batch_tokens=args.global_batch_size * args.seq_length,
         # Megatron's own collectives wait as long
         timeout_minutes=args.distributed_timeout_minutes,
     )

@@ -73,9 +73,10 @@ class TableOptimizer(torch.optim.Optimizer):
     An update has these phases:
 
     1. Backward passes add the gradients of touched rows to the RowGradient of each table.
-    2. `reduce()` sums them over the replicas.
+    2. `reduce()` starts to sum them over the replicas.
     3. `squared_norm()` returns this rank's part of the squared norm, for the caller to sum over all
-       ranks.
+       ranks. It takes each block of rows as its sum arrives; the step has to wait for the norm of
+       all gradients, on which clipping and skipping depend.
     4. `step(scale)` updates the rows by scale * gradient, and sets the gradients to zero.
 
     Only phases 2 to 4 take time proportional to the size of the table, once per batch. A step also
@@ -105,6 +106,7 @@ class TableOptimizer(torch.optim.Optimizer):
         self.tables, self.options = {table.name: table for table in tables}, options
         self.kind = spec.optimizer
         self.rounds_randomly = spec.stochastic_rounding
+        self.only_touched = spec.reduce_rows == "touched"
         self.table_steps = 0
         self.limit = spec.finetune_rows
         self.inverse_frequencies: dict[str, Tensor] = {}
@@ -143,9 +145,9 @@ class TableOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Sum gradients and lookups of the batch over the replicas, which read other tokens."""
+        """Start to sum gradients and lookups of the batch over the replicas."""
         for name, table in self.tables.items():
-            self.gradients[name].reduce(table.group.replicas)
+            self.gradients[name].reduce(table.group.replicas, only_touched=self.only_touched)
             self.reads[name].reduce(table.group.replicas)
 
     @torch.no_grad()

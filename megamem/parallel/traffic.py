@@ -25,7 +25,7 @@ from typing import Literal
 
 from megamem.parallel.routing import COUNT_DTYPE, choose_wire
 from megamem.parallel.row_shard import COLUMN_BLOCK
-from megamem.spec import Layout, Mode, Wire
+from megamem.spec import Layout, Mode, ReducedRows, Wire
 
 # the minimum for a lookup: an id of 4 bytes and a weight of 2
 LEAST_LOOKUP_BYTES = 6
@@ -274,6 +274,22 @@ def choose_layout(
 def expected_unique(rows: float, picks: float) -> float:
     """Return the expected number of distinct rows among uniform random picks."""
     return rows * -math.expm1(-picks / rows)
+
+
+def choose_reduced_rows(rows: int, lookups: int, batch_tokens: int | None) -> ReducedRows:
+    """Return which rows' gradients the replicas of a table send, so that they send fewer bytes.
+
+    It is the touched rows if at most half of all rows are expected to be touched: those are copied
+    out of the buffer and back, and the host waits for their number.
+
+    Args:
+        rows: R, the rows of the table.
+        lookups: lookups of the table per token, of all layers that read it.
+        batch_tokens: tokens of a batch, of all ranks; None if they are not known.
+    """
+    if batch_tokens is None or expected_unique(rows, batch_tokens * lookups) > rows / 2:
+        return "all"
+    return "touched"
 
 
 def forward_bytes(width: int, lookups: int, tokens: float, *, e: int = 2) -> float:

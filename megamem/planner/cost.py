@@ -123,8 +123,9 @@ def layout_cost(job: Job, layout: Layout) -> LayoutCost:
     replicas = cluster.stage_ranks // size
     tokens = job.microbatch_tokens * share.calls
     # gradients, and for each row whether it has one; every replica then makes the same update
+    summed = share.touched_by_step if job.spec.reduce_rows == "touched" else share.rows
     replica_bytes = all_reduce_bytes(
-        share.numbers * job.state.gradient + share.tables * share.rows, replicas
+        share.tables * (summed * share.width * job.state.gradient + share.rows), replicas
     )
     return LayoutCost(
         layout=layout,

@@ -162,7 +162,8 @@ def _why(job: Job, best: LayoutCost, costs: list[LayoutCost]) -> str:
     sentences.append(f"{sent}.")
     if best.replicas > 1:
         sentences.append(
-            f"To sum the gradients of {best.replicas} replicas of the table, each rank sends "
+            f"To sum the gradients of {job.spec.reduce_rows} rows over the {best.replicas} "
+            "replicas of the table, each rank sends "
             f"{best.replicas_per_step / GB:.1f} GB per step ({step.replicas * 1e3:.0f} ms)."
         )
     elif len(costs) > 1:

@@ -57,11 +57,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Add the planner's own flags, the --memory-* flags and Megatron's.
+    """Add the planner's own flags, the --memory-* flags and Megatron's."""
+    _add_own_flags(parser)
+    add_model_flags(parser, words)
+
+
+def add_model_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Add the flags that describe a run: its ranks, its memory layers, and Megatron's.
 
     The flags that a --preset stands for become defaults.
     """
-    _add_own_flags(parser)
+    _add_cluster_flags(parser)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         # Megatron warns at import about packages that only training needs
         warnings.simplefilter("ignore")
@@ -79,7 +85,7 @@ def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         parser.set_defaults(**_preset_flags(chosen))
 
 
-def _add_own_flags(parser: argparse.ArgumentParser) -> None:
+def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "All other flags are Megatron's: --num-layers --hidden-size --ffn-hidden-size\n"
         "--num-attention-heads --vocab-size --seq-length --micro-batch-size --global-batch-size\n"
@@ -100,6 +106,16 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
         help="GPUs of a node, which NVLink connects (default: %(default)s)",
     )
     add(
+        "--preset",
+        choices=PRESETS,
+        help='use the flags of a base model of "Memory Layers at Scale" with its three memory '
+        "layers, in bf16 and with the distributed optimizer; other flags override them",
+    )
+
+
+def _add_own_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
         "--gpu",
         choices=HARDWARE,
         default="h100",
@@ -111,12 +127,6 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
         default=0.6,
         help="share of a GPU's memory that weights, gradients, optimizer state and lookup buffers "
         "may take; the rest is for activations (default: %(default)s)",
-    )
-    add(
-        "--preset",
-        choices=PRESETS,
-        help='use the flags of a base model of "Memory Layers at Scale" with its three memory '
-        "layers, in bf16 and with the distributed optimizer; other flags override them",
     )
     add("--json", metavar="FILE", help="also write the plan to this file")
 
@@ -185,6 +195,7 @@ def job_from_args(args: argparse.Namespace) -> Job:
         number_bytes=2 if cluster.half_precision else 4,
         link=hardware.link,
         network=hardware.network,
+        batch_tokens=cluster.batch * shape.seq_length,
     )
     return Job(
         shape=shape,
