@@ -1,6 +1,5 @@
 """Triton kernels of embedding_bag's backward: one pass over the rows, without atomics.
 
-    sort_lookups    sorts the lookups by row (torch's radix sort)
     row_gradient    _row_pass_kernel    value gradient and weight gradient in one pass
                     _merge_kernel       sums of rows that are spread over several chunks
                     _unsort_kernel      weight gradient in the original order of the lookups
@@ -27,6 +26,10 @@ the buffer holds there, so that the buffer is neither read for it nor ever clear
 set by a kernel of their own afterwards, because the programs of all column blocks of a row, and
 _merge_kernel, have to see them as they were before the pass.
 
+sort_lookups.py sorts the lookups. Where it leaves lookups out, their number is only known on the
+device, and the kernels read it from memory: there is a fixed number of chunks, of which each has an
+equal part of the lookups that are present.
+
 The lookups are sorted in the backward and not in the forward, which does not need the order: it
 would take 12 bytes per lookup until the backward, and recomputation would compute it twice.
 
@@ -34,14 +37,13 @@ Letters: r rows on this rank, V row width, M lookups, G bags. Prefixes in kernel
 offsets, m_ a mask, b_ a block in registers.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from megamem.kernels.embedding_bag import OPTIONS, block_width, num_warps
+from megamem.kernels.sort_lookups import SortedLookups, number_of_lookups
 
 MAX_BLOCK_V = 256
 UNROLL = 4
@@ -57,44 +59,14 @@ def chunk_length(num_lookups: int) -> int:
     return min(MAX_CHUNK, max(MIN_CHUNK, triton.next_power_of_2(num_lookups // TARGET_CHUNKS)))
 
 
+def chunks_of_present(num_lookups: int) -> int:
+    """Return the number of chunks where the number of lookups that are present is not known."""
+    return min(TARGET_CHUNKS, triton.cdiv(num_lookups, MIN_CHUNK))
+
+
 def column_block(width: int) -> int:
     """Return the number of columns that one program sums."""
     return block_width(width, MAX_BLOCK_V)
-
-
-@dataclass(frozen=True)
-class SortedLookups:
-    """The lookups of a batch, sorted by row; lookups that read no row come last."""
-
-    rows_M: Tensor
-    """Row that each lookup reads, ascending; num_rows for none."""
-    order_M: Tensor
-    """Index of each lookup before it was sorted."""
-    bags_M: Tensor
-    """Bag of each lookup."""
-    weights_M: Tensor
-    """Weight of each lookup."""
-    num_rows: int
-    """r, the rows of the shard."""
-
-
-def sort_lookups(
-    row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor, num_rows: int
-) -> SortedLookups:
-    """Sort lookups by row, and lookups of one row by their position.
-
-    torch's radix sort makes one pass per 8 bits of the key: two for a table of less than 2**15
-    rows, four for a larger one.
-    """
-    key = torch.int16 if num_rows <= torch.iinfo(torch.int16).max else torch.int32
-    keys_M = torch.where(row_ids_M < 0, num_rows, row_ids_M).to(key)
-    rows_M, order_M = keys_M.sort(stable=True)
-    bag_ids_M = torch.repeat_interleave(
-        torch.arange(len(offsets) - 1, dtype=torch.int32, device=offsets.device),
-        offsets.diff(),
-        output_size=len(row_ids_M),
-    )
-    return SortedLookups(rows_M, order_M, bag_ids_M[order_M], weights_M[order_M], num_rows)
 
 
 @triton.jit
@@ -112,8 +84,27 @@ def _slot(slots, i_m, i_row, mask):
     return i_slot
 
 
+@triton.jit
+def _divide(count, num_lookups, chunk, MIN_CHUNK: tl.constexpr):
+    """Return the number of lookups and the length of a chunk, computed here if there is a count."""
+    num_lookups = number_of_lookups(count, num_lookups)
+    if count is not None:
+        chunk = tl.maximum(tl.cdiv(num_lookups, tl.num_programs(0)), MIN_CHUNK)
+    return num_lookups, chunk
+
+
+@triton.jit
+def _first_row(rows, i_first, count, num_present, num_rows):
+    """Return the row of the first lookup of a chunk; num_rows if it has no lookups."""
+    if count is None:
+        i_row = tl.load(rows + i_first)
+    else:
+        i_row = tl.load(rows + i_first, mask=i_first < num_present, other=num_rows)
+    return i_row.to(tl.int32)
+
+
 # most of its branches are decided by constants when it is compiled
-@triton.jit(do_not_specialize=["num_lookups", "num_rows", "chunk"])
+@triton.jit(do_not_specialize=["count", "num_lookups", "num_rows", "chunk"])
 def _row_pass_kernel(  # noqa: C901
     rows,  # [M] sorted
     bags,  # [M]
@@ -125,9 +116,11 @@ def _row_pass_kernel(  # noqa: C901
     touched,  # [r] where a row is added to; None: to all rows with ADD
     partials,  # [chunks, 2, V] partial sums of head and tail
     dots,  # [V blocks, M]
+    count,  # [1] how many lookups are present; None: all M
     num_lookups,
     num_rows,
     chunk,
+    MIN_CHUNK: tl.constexpr,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -139,9 +132,10 @@ def _row_pass_kernel(  # noqa: C901
     i_v = tl.program_id(1).to(tl.int64)
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
     m_v = o_v < V
+    num_present, chunk = _divide(count, num_lookups, chunk, MIN_CHUNK)
     i_first = i_c * chunk
-    i_end = tl.minimum(i_first + chunk, num_lookups)
-    i_row = tl.load(rows + i_first).to(tl.int32)
+    i_end = tl.minimum(i_first + chunk, num_present)
+    i_row = _first_row(rows, i_first, count, num_present, num_rows)
     if i_row >= num_rows:
         return
     row_before = tl.load(rows + i_first - 1, mask=i_c > 0, other=-1).to(tl.int32)
@@ -151,7 +145,7 @@ def _row_pass_kernel(  # noqa: C901
         i_rows = (i_row,)
         for u in tl.static_range(UNROLL):
             i_m = i + u + 1
-            i_rows += (tl.load(rows + i_m, mask=i_m < num_lookups, other=num_rows).to(tl.int32),)
+            i_rows += (tl.load(rows + i_m, mask=i_m < num_present, other=num_rows).to(tl.int32),)
 
         i_touched = ()
         if ADD and touched is not None:
@@ -205,22 +199,24 @@ def _row_pass_kernel(  # noqa: C901
 
     if VALUE_GRAD:
         i_last = tl.load(rows + i_end - 1).to(tl.int32)
-        row_after = tl.load(rows + i_end, mask=i_end < num_lookups, other=num_rows).to(tl.int32)
+        row_after = tl.load(rows + i_end, mask=i_end < num_present, other=num_rows).to(tl.int32)
         if (i_last == row_after) & (i_last < num_rows):
             i_half = tl.where(i_last == row_before, 0, 1)
             tl.store(partials + (i_c * 2 + i_half) * V + o_v, b_sum, mask=m_v)
 
 
-@triton.jit(do_not_specialize=["num_lookups", "num_rows", "chunk"])
+@triton.jit(do_not_specialize=["count", "num_lookups", "num_rows", "chunk"])
 def _merge_kernel(
     rows,  # [M] sorted
     slots,  # [M] or None
     partials,  # [chunks, 2, V]
     out,  # [*, V]
     touched,  # [r] or None
+    count,  # [1] or None
     num_lookups,
     num_rows,
     chunk,
+    MIN_CHUNK: tl.constexpr,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
     TILE: tl.constexpr,
@@ -229,9 +225,10 @@ def _merge_kernel(
     i_c = tl.program_id(0).to(tl.int64)
     o_v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     m_v = o_v < V
+    num_present, chunk = _divide(count, num_lookups, chunk, MIN_CHUNK)
     i_first = i_c * chunk
     i_next = i_first + chunk
-    if i_next >= num_lookups:
+    if i_next >= num_present:
         return
     i_row = tl.load(rows + i_next - 1).to(tl.int32)
     row_after = tl.load(rows + i_next).to(tl.int32)
@@ -245,7 +242,7 @@ def _merge_kernel(
     go_on = True
     while go_on:
         o_k = i_k + tl.arange(0, TILE)
-        b_row = tl.load(rows + o_k * chunk, mask=o_k * chunk < num_lookups, other=num_rows)
+        b_row = tl.load(rows + o_k * chunk, mask=o_k * chunk < num_present, other=num_rows)
         m_k = b_row.to(tl.int32) == i_row
         b_heads = tl.load(
             partials + o_k[:, None] * 2 * V + o_v[None, :],
@@ -264,19 +261,20 @@ def _merge_kernel(
     tl.store(o_out, b_sum.to(out.dtype.element_ty), mask=m_v)
 
 
-@triton.jit(do_not_specialize=["num_lookups", "num_rows"])
+@triton.jit(do_not_specialize=["count", "num_lookups", "num_rows"])
 def _unsort_kernel(
     rows,  # [M] sorted
     order,  # [M]
     dots,  # [V blocks, M]
-    out,  # [M]
+    out,  # [M] zeros if there is a count
+    count,  # [1] how many lookups are present; None: all M
     num_lookups,
     num_rows,
     NUM_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < num_lookups
+    m_m = o_m < number_of_lookups(count, num_lookups)
     m_present = tl.load(rows + o_m, mask=m_m, other=0).to(tl.int32) < num_rows
     b_dot = tl.zeros([BLOCK_M], tl.float32)
     for i_v in tl.static_range(NUM_BLOCKS):
@@ -286,14 +284,16 @@ def _unsort_kernel(
     tl.store(out + i_out, b_dot.to(out.dtype.element_ty), mask=m_m)
 
 
-@triton.jit(do_not_specialize=["num_lookups", "num_rows"])
+@triton.jit(do_not_specialize=["count", "num_lookups", "num_rows"])
 def _mark_kernel(
     rows,  # [M] sorted
     touched,  # [r]
+    count,  # [1] how many lookups are present; None: all M
     num_lookups,
     num_rows,
     BLOCK_M: tl.constexpr,
 ):
+    num_lookups = number_of_lookups(count, num_lookups)
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     b_row = tl.load(rows + o_m, mask=o_m < num_lookups, other=num_rows).to(tl.int32)
     b_before = tl.load(rows + o_m - 1, mask=(o_m > 0) & (o_m < num_lookups), other=-1).to(tl.int32)
@@ -329,18 +329,22 @@ def row_gradient(
     device = grad_GV.device
     weight_grad_M = None
     if values_rV is not None:
-        weight_grad_M = torch.empty(num_lookups, dtype=torch.float32, device=device)
+        # absent lookups that were left out get a gradient of zero
+        make = torch.empty if lookups.count is None else torch.zeros
+        weight_grad_M = make(num_lookups, dtype=torch.float32, device=device)
     if num_lookups == 0:
         return weight_grad_M
     chunk, block = chunk_length(num_lookups), column_block(width)
-    num_chunks = triton.cdiv(num_lookups, chunk)
-    num_blocks = triton.cdiv(width, block)
+    num_chunks, num_blocks = triton.cdiv(num_lookups, chunk), triton.cdiv(width, block)
+    if lookups.count is not None:
+        num_chunks = chunks_of_present(num_lookups)
     partials = dots = None
     if out is not None:
         partials = torch.empty(num_chunks, 2, width, dtype=torch.float32, device=device)
     if values_rV is not None:
         dots = torch.empty(num_blocks, num_lookups, dtype=torch.float32, device=device)
-    sizes = {"num_lookups": num_lookups, "num_rows": lookups.num_rows}
+    count, num_rows = lookups.count, lookups.num_rows
+    sizes = {"count": count, "num_lookups": num_lookups, "num_rows": num_rows}
     _row_pass_kernel[(num_chunks, num_blocks)](
         lookups.rows_M,
         lookups.bags_M,
@@ -354,6 +358,7 @@ def row_gradient(
         dots,
         **sizes,
         chunk=chunk,
+        MIN_CHUNK=MIN_CHUNK,
         V=width,
         BLOCK_V=block,
         UNROLL=UNROLL,
@@ -372,6 +377,7 @@ def row_gradient(
             touched_r,
             **sizes,
             chunk=chunk,
+            MIN_CHUNK=MIN_CHUNK,
             V=width,
             BLOCK_V=block,
             TILE=MERGE_TILE,
@@ -380,9 +386,7 @@ def row_gradient(
             **OPTIONS,
         )
     if touched_r is not None:
-        _mark_kernel[(triton.cdiv(num_lookups, BLOCK_M),)](
-            lookups.rows_M, touched_r, **sizes, BLOCK_M=BLOCK_M, **OPTIONS
-        )
+        mark_rows_(lookups, touched_r)
     if values_rV is not None:
         _unsort_kernel[(triton.cdiv(num_lookups, BLOCK_M),)](
             lookups.rows_M,
@@ -395,3 +399,18 @@ def row_gradient(
             **OPTIONS,
         )
     return weight_grad_M
+
+
+def mark_rows_(lookups: SortedLookups, touched_r: Tensor) -> None:
+    """Set the flags of the rows that sorted lookups read."""
+    num_lookups = len(lookups.rows_M)
+    if num_lookups:
+        _mark_kernel[(triton.cdiv(num_lookups, BLOCK_M),)](
+            lookups.rows_M,
+            touched_r,
+            lookups.count,
+            num_lookups,
+            lookups.num_rows,
+            BLOCK_M=BLOCK_M,
+            **OPTIONS,
+        )

@@ -65,8 +65,10 @@ def check_buffer(buffer_rV: Tensor, values_rV: Tensor) -> None:
         )
 
 
-def check_contents(row_ids_M: Tensor, offsets: Tensor, num_rows: int, may_skip: bool) -> None:
-    """Raise a ValueError for row ids out of range, and for offsets that do not delimit bags.
+def check_contents(
+    row_ids_M: Tensor, offsets: Tensor, num_rows: int, may_skip: bool, equal_bags: bool = False
+) -> None:
+    """Raise a ValueError for row ids out of range, and for offsets that do not delimit such bags.
 
     The host waits for the device.
     """
@@ -76,6 +78,11 @@ def check_contents(row_ids_M: Tensor, offsets: Tensor, num_rows: int, may_skip: 
         raise ValueError(
             f"offsets go from {int(offsets[0])} to {int(offsets[-1])} for {num_lookups} lookups, "
             "but they must rise from 0 to the number of lookups and never fall."
+        )
+    if equal_bags and (steps != steps[:1]).any():
+        raise ValueError(
+            f"bags have {int(steps.min())} to {int(steps.max())} lookups, but with equal_bags=True "
+            "all of them must have the same number."
         )
     if num_lookups == 0:
         return

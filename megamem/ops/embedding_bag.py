@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 from megamem.kernels.embedding_bag import sum_bags
-from megamem.kernels.row_gradient import row_gradient, sort_lookups
+from megamem.kernels.row_gradient import row_gradient
 from megamem.ops.backend import use_triton
 from megamem.ops.checks import check_contents, check_inputs
 from megamem.ops.row_buffer import RowBuffer, as_row_buffer
+from megamem.ops.sort_lookups import sort_lookups
 from megamem.ops.value_gradient import add_rows_, add_value_gradient_
 from megamem.reference.embedding_bag import embedding_bag as reference
 
 
 class _EmbeddingBag(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values_rV, row_ids_M, weights_M, offsets, may_skip, buffer):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, values_rV, row_ids_M, weights_M, offsets, known, buffer):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(values_rV, row_ids_M, weights_M, offsets)
-        ctx.buffer = buffer
+        ctx.buffer, ctx.known = buffer, known
         if use_triton(values_rV):
-            return sum_bags(values_rV, row_ids_M, weights_M, offsets, may_skip)
+            return sum_bags(values_rV, row_ids_M, weights_M, offsets, known["may_skip"])
         return reference(values_rV, row_ids_M, weights_M, offsets)
 
     @staticmethod
@@ -41,6 +42,7 @@ class _EmbeddingBag(torch.autograd.Function):
             want_values,
             want_weights,
             ctx.buffer,
+            **ctx.known,
         )
         return grad_values, None, grad_weights, None, None, None
 
@@ -54,11 +56,12 @@ def _backward(
     want_values: bool,
     want_weights: bool,
     buffer: RowBuffer | None,
+    **known: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     if not (want_values or want_weights):
         return None, None
     grad_values = None
-    lookups = sort_lookups(row_ids_M, weights_M, offsets, len(values_rV))
+    lookups = sort_lookups(row_ids_M, weights_M, offsets, len(values_rV), **known)
     read_rV = values_rV if want_weights else None
     if buffer is not None:
         grad_weights = add_rows_(buffer, lookups, grad_GV, read_rV)
@@ -79,6 +82,7 @@ def _reference_backward(
     want_values: bool,
     want_weights: bool,
     buffer: RowBuffer | None,
+    **known: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_weights = None
     if want_weights:
@@ -87,7 +91,7 @@ def _reference_backward(
             bags_GV = reference(values_rV.detach(), row_ids_M, weights_M, offsets)
         (grad_weights,) = torch.autograd.grad(bags_GV, weights_M, grad_GV)
     if want_values and buffer is not None:
-        add_value_gradient_(buffer, grad_GV, row_ids_M, weights_M, offsets)
+        add_value_gradient_(buffer, grad_GV, row_ids_M, weights_M, offsets, **known)
     return None, grad_weights
 
 
@@ -98,6 +102,7 @@ def embedding_bag(
     offsets: Tensor,
     *,
     may_skip: bool = True,
+    equal_bags: bool = False,
     check_row_ids: bool | None = None,
     add_value_grad_to: RowBuffer | Tensor | None = None,
 ) -> Tensor:
@@ -110,7 +115,8 @@ def embedding_bag(
         row_ids_M: row of the shard that each lookup reads, or -1 for none.
         weights_M: weight of each lookup.
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
-        may_skip: whether row ids may be negative; False saves a pass over them.
+        may_skip: whether row ids may be negative; False saves passes over them.
+        equal_bags: whether all bags have the same number of lookups; True saves the backward work.
         check_row_ids: whether to check that row ids and offsets are in range. By default they are
             checked on a CPU only, as the host would have to wait for a GPU.
         add_value_grad_to: fp32 or bf16 [r, V] buffer to which the backward adds the gradient of the
@@ -126,7 +132,7 @@ def embedding_bag(
     check_inputs(values_rV, row_ids_M, weights_M, offsets)
     buffer = as_row_buffer(add_value_grad_to, values_rV)
     if check_row_ids or (check_row_ids is None and not values_rV.is_cuda):
-        check_contents(row_ids_M, offsets, len(values_rV), may_skip)
+        check_contents(row_ids_M, offsets, len(values_rV), may_skip, equal_bags)
     if not use_triton(values_rV) and buffer is None:
         return reference(values_rV, row_ids_M, weights_M, offsets)
     return _EmbeddingBag.apply(
@@ -134,6 +140,6 @@ def embedding_bag(
         row_ids_M.contiguous(),
         weights_M.contiguous(),
         offsets.contiguous(),
-        may_skip,
+        {"may_skip": may_skip, "equal_bags": equal_bags},
         buffer,
     )

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from megamem.kernels import product_topk as kernels
 from megamem.kernels.embedding_bag import sum_bags
-from megamem.kernels.row_gradient import row_gradient, sort_lookups
+from megamem.kernels.row_gradient import row_gradient
 from megamem.ops import forms
 from megamem.ops.backend import use_triton
+from megamem.ops.sort_lookups import sort_lookups
 from megamem.reference.product_topk import product_topk as reference
 
 

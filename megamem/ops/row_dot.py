@@ -16,22 +16,23 @@ import torch
 from torch import Tensor
 
 from megamem.kernels.embedding_bag import sum_bags
-from megamem.kernels.row_gradient import row_gradient, sort_lookups
+from megamem.kernels.row_gradient import row_gradient
 from megamem.ops.backend import use_triton
 from megamem.ops.checks import check_contents, check_inputs
 from megamem.ops.row_buffer import RowBuffer, as_row_buffer
+from megamem.ops.sort_lookups import sort_lookups
 from megamem.ops.value_gradient import add_value_gradient_
 from megamem.reference.row_dot import row_dot as reference
 
 
 class _RowDot(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values_rV, vectors_GV, row_ids_M, offsets, may_skip, buffer, anchor):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, values_rV, vectors_GV, row_ids_M, offsets, known, buffer, anchor):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(values_rV, vectors_GV, row_ids_M, offsets)
-        ctx.buffer, ctx.may_skip = buffer, may_skip
+        ctx.buffer, ctx.known = buffer, known
         if not use_triton(values_rV):
             return reference(values_rV, vectors_GV, row_ids_M, offsets)
-        lookups = sort_lookups(row_ids_M, _ones(row_ids_M), offsets, len(values_rV))
+        lookups = sort_lookups(row_ids_M, _ones(row_ids_M), offsets, len(values_rV), **known)
         return row_gradient(lookups, vectors_GV, values_rV, None)
 
     @staticmethod
@@ -41,12 +42,13 @@ class _RowDot(torch.autograd.Function):
         lookups = (row_ids_M, grad_M.contiguous(), offsets)
         grad_values = grad_vectors = None
         if ctx.buffer is not None:
-            add_value_gradient_(ctx.buffer, vectors_GV, *lookups)
+            add_value_gradient_(ctx.buffer, vectors_GV, *lookups, **ctx.known)
         elif want_values:
             grad_values = torch.zeros_like(values_rV)
-            row_gradient(sort_lookups(*lookups, len(values_rV)), vectors_GV, None, grad_values)
+            by_row = sort_lookups(*lookups, len(values_rV), **ctx.known)
+            row_gradient(by_row, vectors_GV, None, grad_values)
         if want_vectors and use_triton(values_rV):
-            grad_vectors = sum_bags(values_rV, *lookups, ctx.may_skip).to(vectors_GV.dtype)
+            grad_vectors = sum_bags(values_rV, *lookups, ctx.known["may_skip"]).to(vectors_GV.dtype)
         elif want_vectors:
             grad_vectors = _reference_vector_gradient(values_rV, vectors_GV, *lookups)
         return grad_values, grad_vectors, None, None, None, None, None
@@ -68,6 +70,7 @@ def row_dot(
     offsets: Tensor,
     *,
     may_skip: bool = True,
+    equal_bags: bool = False,
     check_row_ids: bool | None = None,
     add_value_grad_to: RowBuffer | Tensor | None = None,
 ) -> Tensor:
@@ -80,7 +83,8 @@ def row_dot(
         vectors_GV: the vector of each bag.
         row_ids_M: row of the shard that each lookup reads, or -1 for none.
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
-        may_skip: whether row ids may be negative; False saves a pass over them in the backward.
+        may_skip: whether row ids may be negative; False saves passes over them.
+        equal_bags: whether all bags have the same number of lookups; True saves work.
         check_row_ids: whether to check that row ids and offsets are in range. By default they are
             checked on a CPU only, as the host would have to wait for a GPU.
         add_value_grad_to: fp32 or bf16 [r, V] buffer to which the backward adds the gradient of the
@@ -98,7 +102,7 @@ def row_dot(
     _check_vectors(vectors_GV, values_rV, offsets)
     buffer = as_row_buffer(add_value_grad_to, values_rV)
     if check_row_ids or (check_row_ids is None and not values_rV.is_cuda):
-        check_contents(row_ids_M, offsets, len(values_rV), may_skip)
+        check_contents(row_ids_M, offsets, len(values_rV), may_skip, equal_bags)
     if not use_triton(values_rV) and buffer is None:
         return reference(values_rV, vectors_GV, row_ids_M, offsets)
     # autograd only calls the backward if an input requires a gradient
@@ -108,7 +112,7 @@ def row_dot(
         vectors_GV.contiguous(),
         row_ids_M.contiguous(),
         offsets.contiguous(),
-        may_skip,
+        {"may_skip": may_skip, "equal_bags": equal_bags},
         buffer,
         anchor,
     )

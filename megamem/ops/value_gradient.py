@@ -10,15 +10,24 @@ result.
 import torch
 from torch import Tensor
 
-from megamem.kernels.row_gradient import SortedLookups, row_gradient, sort_lookups
+from megamem.kernels.row_gradient import mark_rows_, row_gradient
+from megamem.kernels.sort_lookups import SortedLookups
 from megamem.ops.backend import use_triton
 from megamem.ops.checks import check_gradient, check_inputs
 from megamem.ops.row_buffer import RowBuffer
+from megamem.ops.sort_lookups import sort_lookups
 from megamem.reference.embedding_bag import embedding_bag as reference
 
 
 def sparse_gradients(
-    values_rV: Tensor, grad_GV: Tensor, row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor
+    values_rV: Tensor,
+    grad_GV: Tensor,
+    row_ids_M: Tensor,
+    weights_M: Tensor,
+    offsets: Tensor,
+    *,
+    may_skip: bool = True,
+    equal_bags: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the touched rows. The host does not wait for their number.
 
@@ -28,6 +37,8 @@ def sparse_gradients(
         row_ids_M: row of the shard that each lookup reads, or -1 for none.
         weights_M: weight of each lookup.
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
+        may_skip: whether row ids may be negative; False saves work.
+        equal_bags: whether all bags have the same number of lookups; True saves work.
 
     Returns:
         rows_E: the touched rows, ascending, then -1; E = min(M, r).
@@ -51,16 +62,17 @@ def sparse_gradients(
             bags_GV = reference(values_rV.detach(), row_ids_M, weights_M, offsets)
             (weight_grads_M,) = torch.autograd.grad(bags_GV, weights_M, grad_GV)
         return rows_E, grads_EV, weight_grads_M
-    lookups = sort_lookups(row_ids_M, weights_M, offsets, num_rows)
+    known = {"may_skip": may_skip, "equal_bags": equal_bags}
+    lookups = sort_lookups(row_ids_M, weights_M, offsets, num_rows, **known)
+    rows_M = lookups.rows_or_none()
     starts_M = torch.ones(len(row_ids_M), dtype=torch.bool, device=device)
-    starts_M[1:] = lookups.rows_M[1:] != lookups.rows_M[:-1]
+    starts_M[1:] = rows_M[1:] != rows_M[:-1]
     slots_M = starts_M.cumsum(0, dtype=torch.int32) - 1
     by_weight_M = row_gradient(lookups, grad_GV.contiguous(), values_rV, grads_EV, slots_M)
     assert by_weight_M is not None
     # lookups of no row share the slot after the last row, which may lie beyond the result
     rows_E = torch.full((num_slots + 1,), -1, dtype=torch.int64, device=device)
-    rows_M = lookups.rows_M.to(torch.int64)
-    rows_E[slots_M] = torch.where(rows_M < num_rows, rows_M, -1)
+    rows_E[slots_M] = torch.where(rows_M < num_rows, rows_M.long(), -1)
     return rows_E[:num_slots], grads_EV, by_weight_M
 
 
@@ -70,6 +82,9 @@ def add_value_gradient_(
     row_ids_M: Tensor,
     weights_M: Tensor,
     offsets: Tensor,
+    *,
+    may_skip: bool = True,
+    equal_bags: bool = False,
 ) -> None:
     """Add the value gradient to the touched rows of a buffer, and mark them.
 
@@ -81,6 +96,8 @@ def add_value_gradient_(
         row_ids_M: row of the shard that each lookup reads, or -1 for none.
         weights_M: weight of each lookup.
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
+        may_skip: whether row ids may be negative; False saves work.
+        equal_bags: whether all bags have the same number of lookups; True saves work.
 
     Raises:
         ValueError: if shapes, devices or dtypes do not fit.
@@ -103,7 +120,8 @@ def add_value_gradient_(
         buffer_rV[rows_U] = (old_UV + grads_UV).to(buffer_rV.dtype)
         buffer.mark(rows_U)
         return
-    lookups = sort_lookups(row_ids_M, weights_M, offsets, len(buffer_rV))
+    known = {"may_skip": may_skip, "equal_bags": equal_bags}
+    lookups = sort_lookups(row_ids_M, weights_M, offsets, len(buffer_rV), **known)
     add_rows_(buffer, lookups, grad_GV.contiguous(), None)
 
 
@@ -118,7 +136,10 @@ def add_rows_(
         out, touched_r = buffer.buffer_rV, buffer.touched_r
         return row_gradient(lookups, grad_GV, values_rV, out, add=True, touched_r=touched_r)
     by_weight_M = row_gradient(lookups, grad_GV, values_rV, buffer.buffer_rV, add=True)
-    buffer.mark(lookups.rows_M)
+    if lookups.count is None:
+        buffer.mark(lookups.rows_M)
+    elif buffer.touched_r is not None:
+        mark_rows_(lookups, buffer.touched_r)
     return by_weight_M
 
 

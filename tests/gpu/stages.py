@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from megamem import ops
-from megamem.kernels.row_gradient import row_gradient, sort_lookups
+from megamem.kernels.row_gradient import row_gradient
 from megamem.ops.backend import use_triton
+from megamem.ops.sort_lookups import sort_lookups
 from megamem.tools.bench import copy_gbps, median_ms
 from tests.gpu import report
 from tests.gpu.layer import Sizes, TrainedLayer, build

@@ -32,7 +32,8 @@ from megamem.kernels.embedding_bag import sum_bags
 from megamem.kernels.placement import place_rows
 from megamem.kernels.product_topk import product_topk
 from megamem.kernels.row_adam import update_rows_
-from megamem.kernels.row_gradient import row_gradient, sort_lookups
+from megamem.kernels.row_gradient import row_gradient
+from megamem.kernels.sort_lookups import sort_by_radix, sort_by_torch
 from megamem.kernels.squared_norm import squared_norm
 from tests.kernels.races import Race, find_races
 
@@ -132,7 +133,7 @@ def _gradient(
 ) -> Callable[[int], None]:
     def run(tokens: int) -> None:
         flags = _meta(num_rows, dtype=torch.bool) if first_touch else None
-        lookups = sort_lookups(*_lookups(tokens), num_rows)
+        lookups = sort_by_torch(*_lookups(tokens), num_rows)
         slots = _meta(tokens * 16, dtype=torch.int32) if sparse else None
         values = _meta(num_rows, width, dtype=dtype) if want_weights else None
         out = _meta(num_rows, width, dtype=out_dtype or dtype)
@@ -147,9 +148,26 @@ def _products(dtype: torch.dtype, width: int) -> Callable[[int], None]:
     """Rows times the vectors of their bags, which is a weight gradient alone."""
 
     def run(tokens: int) -> None:
-        lookups = sort_lookups(*_lookups(tokens), 2**20)
+        lookups = sort_by_torch(*_lookups(tokens), 2**20)
         vectors, values = _meta(tokens, width, dtype=dtype), _meta(2**20, width, dtype=dtype)
         row_gradient(lookups, vectors, values, None)
+
+    return run
+
+
+def _sort(
+    num_rows: int, width: int = 0, may_skip: bool = True, ids: torch.dtype = torch.int32
+) -> Callable[[int], None]:
+    """The radix sort, and the row gradient of what it leaves if there is a width."""
+
+    def run(tokens: int) -> None:
+        row_ids, weights, offsets = _lookups(tokens)
+        row_ids = row_ids.to(ids)
+        for equal_bags in (True, False):
+            lookups = sort_by_radix(row_ids, weights, offsets, num_rows, may_skip, equal_bags)
+        if width:
+            table, grad = _meta(num_rows, width, dtype=BF16), _meta(tokens, width, dtype=BF16)
+            row_gradient(lookups, grad, table, _meta(num_rows, width), add=True)
 
     return run
 
@@ -229,6 +247,7 @@ CASES: dict[str, Callable[[int], None]] = {
     "gradient bf16 V=2048": _gradient(BF16, 2048),
     "gradient bf16 += fp32": _gradient(BF16, 2048, out_dtype=FP32),
     "gradient bf16 first touch fp32": _gradient(BF16, 2048, out_dtype=FP32, first_touch=True),
+    "sort of rows": _sort(2**20, width=2048),
     "top-k bf16 N=1024 C=512 K=32": _topk(BF16, 1024, 512, 32),
     "adam fp32, gradients of few rows": _adam(FP32, touched=False, few=True),
     "adam bf16 random, touched": _adam(BF16, touched=True),
@@ -253,6 +272,9 @@ MORE_CASES: dict[str, Callable[[int], None]] = {
     "gradient bf16 sparse": _gradient(BF16, 2048, sparse=True, want_weights=False),
     "products bf16 V=2048": _products(BF16, 2048),
     "gradient of sub-keys": _gradient(BF16, 256, want_weights=False, num_rows=8192),
+    "sort of rows, all present": _sort(2**20, may_skip=False),
+    "sort of few rows": _sort(100, ids=torch.int64),
+    "sort of many rows": _sort(2**31 - 1, ids=torch.int64),
     "top-k fp32 N=4096 C=512 K=32": _topk(FP32, 4096, 512, 32),
     "top-k bf16 N=16384 C=128 K=64": _topk(BF16, 16384, 128, 64),
     "top-k bf16 N=46340 C=512 K=128": _topk(BF16, 46340, 512, 128),

@@ -22,10 +22,12 @@ from tests.kernels.aot import (
 KERNELS = {
     "_bag_kernel",
     "_compact_kernel",
+    "_count_kernel",
     "_merge_kernel",
     "_place_kernel",
     "_squared_norm_kernel",
     "_row_pass_kernel",
+    "_scatter_kernel",
     "_two_looks_kernel",
     "_unsort_kernel",
     "_update_kernel",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megamem.kernels.row_gradient import sort_lookups
+from megamem.kernels.sort_lookups import sort_by_torch
 from megamem.ops import (
     AdamOptions,
     add_value_gradient_,
@@ -125,7 +125,7 @@ def test_sort_keys_are_as_narrow_as_the_table(num_rows, key, device):
     """The last row and the lookup of none, which is sorted as one row more, still fit."""
     ids = torch.tensor([num_rows - 1, -1, 0, num_rows - 1, 3], device=device)
     offsets = torch.tensor([0, 2, 5], device=device)
-    lookups = sort_lookups(ids, torch.arange(5.0, device=device), offsets, num_rows)
+    lookups = sort_by_torch(ids, torch.arange(5.0, device=device), offsets, num_rows)
     assert lookups.rows_M.dtype == key
     assert lookups.rows_M.tolist() == [0, 3, num_rows - 1, num_rows - 1, num_rows]
     assert lookups.order_M.tolist() == [2, 4, 0, 3, 1]

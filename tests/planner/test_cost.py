@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megamem.kernels import product_topk, row_gradient
+from megamem.kernels.sort_lookups import sort_by_torch
 from megamem.parallel.traffic import (
     expected_unique,
     forward_bytes,
@@ -225,7 +226,7 @@ def test_sorted_lookups_take_what_the_backward_allocates(lookups, width, monkeyp
     kernels = {name: _Kernel() for name in ("_row_pass_kernel", "_merge_kernel", "_unsort_kernel")}
     for name, kernel in kernels.items():
         monkeypatch.setattr(row_gradient, name, kernel)
-    ordered = row_gradient.sort_lookups(row_ids, weights, offsets, len(table))
+    ordered = sort_by_torch(row_ids, weights, offsets, len(table))
     weight_grad = row_gradient.row_gradient(ordered, table[:1], table, table)
     ((*_, partials, dots),) = kernels["_row_pass_kernel"].launches
     held = [ordered.rows_M, ordered.order_M, ordered.bags_M, ordered.weights_M]

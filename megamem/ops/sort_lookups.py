@@ -1,0 +1,38 @@
+"""Sorts lookups by row, by the form of op `sort_lookups` that is selected (megamem.ops.forms).
+
+    torch    all lookups; those that read no row come last
+    radix    Triton kernels; lookups that read no row are left out
+
+Letters: M lookups, r rows on this rank.
+"""
+
+from torch import Tensor
+
+from megamem.kernels.sort_lookups import SortedLookups, sort_by_radix, sort_by_torch
+from megamem.ops import forms
+
+
+def sort_lookups(
+    row_ids_M: Tensor,
+    weights_M: Tensor,
+    offsets: Tensor,
+    num_rows: int,
+    *,
+    may_skip: bool = True,
+    equal_bags: bool = False,
+) -> SortedLookups:
+    """Return the lookups sorted by row, and by position where rows are equal.
+
+    megamem.reference.sort_lookups defines the result.
+
+    Args:
+        row_ids_M: row of the shard that each lookup reads, or a negative number for none.
+        weights_M: weight of each lookup.
+        offsets: [G + 1], where the lookups of each bag start; the last entry is M.
+        num_rows: r, the rows of the shard.
+        may_skip: whether row ids may be negative; False saves work.
+        equal_bags: whether all bags have the same number of lookups; True saves work.
+    """
+    if forms.pick("sort_lookups") == "torch":
+        return sort_by_torch(row_ids_M, weights_M, offsets, num_rows, may_skip)
+    return sort_by_radix(row_ids_M, weights_M, offsets, num_rows, may_skip, equal_bags)
