@@ -12,6 +12,7 @@ from megamem.ops.row_adam import (
     touched_sgd_,
 )
 from megamem.ops.row_dot import row_dot
+from megamem.ops.sort_lookups import sort_lookups
 from megamem.ops.squared_norm import squared_norm
 from megamem.ops.value_gradient import add_value_gradient_, sparse_gradients
 from megamem.reference.philox import random_rows
@@ -27,6 +28,7 @@ __all__ = [
     "row_dot",
     "rowwise_adamw_",
     "sgd_",
+    "sort_lookups",
     "sparse_gradients",
     "squared_norm",
     "touched_adamw_",

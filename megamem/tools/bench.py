@@ -33,6 +33,7 @@ from megamem.tools.bench_cases import (
     topk_cases,
 )
 from megamem.tools.bench_published import PublishedKernels
+from megamem.tools.bench_sort import sort_cases
 from megamem.tools.bench_steps import adam_cases
 from megamem.tools.bench_table import (
     Record,
@@ -45,7 +46,7 @@ from megamem.tools.bench_table import (
 from megamem.tools.markers import rewrite
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPS = ("bag", "topk", "adam", "dot")
+OPS = ("bag", "topk", "adam", "dot", "sort")
 MARKER = "bench"
 """Name of the markers around the table in a Markdown page."""
 WRONG_RESULT = 1
@@ -167,7 +168,7 @@ def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         return
     parser.set_defaults(command=" ".join(("python -m megamem bench", *words)))
     add("--device", help="cuda, cuda:1 or cpu (default: the GPU if there is one)")
-    ops = "ops to measure: embedding_bag, product_topk, optimizer steps, row_dot (default: all)"
+    ops = "embedding_bag, product_topk, optimizer steps, row_dot, sort_lookups (default: all)"
     add("--ops", nargs="+", choices=OPS, default=OPS, help=ops)
     quick = "measure each op at one size only, that of a layer of width 2048"
     add("--quick", action="store_true", help=quick)
@@ -228,6 +229,8 @@ def _cases(
         yield from adam_cases(widths, rows, device)
     if "dot" in args.ops:
         yield from dot_cases(widths, rows, tokens, lookups, dtype, device)
+    if "sort" in args.ops:
+        yield from sort_cases(typical, rows, tokens, lookups, dtype, device)
 
 
 def measure(

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from megamem import ops
+from megamem.ops.backend import use_triton
+from megamem.ops.forms import FORMS
 from megamem.reference.product_topk import product_topk as topk_reference
+from megamem.reference.sort_lookups import sort_lookups as sort_reference
 
 PERIOD = 1021
 """Number of rows after which a table repeats. It is prime, so that an offset that is wrong by a
 power of two does not find the expected numbers in another row."""
+SORTED = ("rows", "positions", "bags", "weights")
 CHUNK = 2**26
 """Numbers that the plain-torch computation holds at once."""
 
@@ -309,6 +313,42 @@ def row_dots_are_exact(
     wrong = wrong or unlike(vector_grad, reads.bags(), what)
     truth = reads.add_row_gradient_(torch.full_like(buffer, 5.0))
     return wrong or unlike(buffer, truth, "numbers of the gradient buffer")
+
+
+# sort_lookups -------------------------------------------------------------------------------------
+
+
+def sort_is_exact(
+    device: torch.device, tokens: int, lookups: int, rows: int, width: int
+) -> str | None:
+    """sort_lookups by every form that runs on the device.
+
+    One lookup in 16 reads no row, then nearly all, as where other ranks have the rows; then none.
+    """
+    reads = Reads(device, tokens, lookups, rows, width)
+    seldom = torch.arange(len(reads.row_ids), device=device) % 16 == 5
+    sizes = reads.offsets, {"may_skip": True, "equal_bags": False}
+    alike = torch.arange(0, len(seldom) + 1, lookups, device=device)
+    all_known = alike, {"may_skip": False, "equal_bags": True}
+    for row_ids, (offsets, known) in (
+        (reads.row_ids, sizes),
+        (reads.row_ids.where(seldom, -1), sizes),
+        (reads.row_ids.clamp(min=0), all_known),
+    ):
+        truth = sort_reference(row_ids, reads.weights, offsets)
+        count = len(truth[0])
+        for form in FORMS["sort_lookups"]:
+            if form != "torch" and not use_triton(reads.weights):
+                continue
+            ours = ops.sort_lookups(row_ids, reads.weights, offsets, rows, form=form, **known)
+            found = (ours.rows_or_none(), ours.order_M, ours.bags_M, ours.weights_M)
+            for name, x, expected in zip(SORTED, found, truth, strict=True):
+                what = f"{name} of sorted lookups by the form {form}"
+                if wrong := unlike(x[:count].to(expected.dtype), expected, what):
+                    return wrong
+            if not bool((found[0][count:] == rows).all()):
+                return f"lookups that read no row are sorted as if they did by the form {form}"
+    return None
 
 
 # placement ----------------------------------------------------------------------------------------

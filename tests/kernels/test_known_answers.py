@@ -23,6 +23,7 @@ INTERPRETED = (
     "embedding_bag, R=1048576, V=2048, forward",
     "embedding_bag, R=262144, V=2048, backward into fp32",
     "row_dot, R=262144, V=2048, forward and backward",
+    "sort_lookups, R=1048576, V=2048, both forms",
     "adamw_, V=2048, fp32 master and bf16 copy, clearing",
     "rowwise_adamw_, V=512, bf16 rounded at random, clearing",
     "squared_norm, V=2048, whole numbers",
@@ -176,6 +177,15 @@ def leaves_out_the_last_row(right: Callable[..., Any]) -> Callable[..., Any]:
     return lambda grads, touched, **how: right(grads[:-1], touched[:-1], **how)
 
 
+def forgets_the_order_of_equal_rows(right: Callable[..., Any]) -> Callable[..., Any]:
+    def sort(row_ids: Tensor, weights: Tensor, *sizes: Any, **how: Any) -> Any:
+        # positions from the last to the first
+        by_row = right(row_ids.flip(0), weights.flip(0), *sizes, **how)
+        return replace(by_row, order_M=len(row_ids) - 1 - by_row.order_M)
+
+    return sort
+
+
 WRONG = [
     ("adamw_", clears_before_it_has_read, "numbers of the weights"),
     ("rowwise_adamw_", clears_before_it_has_read, "numbers of the weights"),
@@ -192,6 +202,7 @@ WRONG = [
     ("sparse_gradients", misreads_the_last_lookup, "touched rows are wrong"),
     ("row_dot", misreads_the_last_lookup, "dots"),
     ("row_dot", overwrites_a_buffer, "numbers of the gradient buffer"),
+    ("sort_lookups", forgets_the_order_of_equal_rows, "positions of sorted lookups by the form"),
     ("squared_norm", leaves_out_the_last_row, "the sum of squares by the form torch is"),
     ("place_rows", places_two_in_one_row, "rows are not read by exactly one pair"),
 ]
