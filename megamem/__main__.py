@@ -31,6 +31,10 @@ COMMANDS = {
         "megamem.tools.bench",
         "measure the kernels as a fraction of this machine's memory bandwidth",
     ),
+    "tune": (
+        "megamem.tools.tune",
+        "measure which block sizes and forms of the kernels are fastest on this GPU",
+    ),
     "doctor": (
         "megamem.tools.doctor",
         "check whether this machine can train, and show what it would use",

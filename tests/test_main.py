@@ -30,6 +30,7 @@ LINES: dict[tuple[str, ...], tuple[str, str]] = {
     ("convert", "import", *CONVERT): ("--memory-placement-seed", "--dtype"),
     ("bench",): ("--min-ms", "--quick"),
     ("bench", "--memory"): ("--num-keys", "--ranks"),
+    ("tune",): ("--seconds", "--swiglu"),
     ("doctor",): ("--timeout", "--light"),
 }
 each_line = pytest.mark.parametrize("line", LINES, ids=" ".join)
@@ -103,7 +104,7 @@ def test_help(line, capsys):
     assert f"\n  {flag} " in said.out
 
 
-@pytest.mark.parametrize("name", ["plan", "convert", "bench", "doctor"])
+@pytest.mark.parametrize("name", ["plan", "convert", "bench", "tune", "doctor"])
 def test_help_begins_with_what_the_command_is_for(name, capsys):
     with pytest.raises(SystemExit):
         main([name, "--help"])
