@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from megamem.ops import random_rows
+from megamem.parallel.collectives import GradientGroup
 from megamem.parallel.row_shard import TableShard
 
 # numbers drawn at a time, so that the fp64 copies stay small beside the memory of a device
@@ -30,7 +30,7 @@ class WeightFactory:
     name: str
     """Name of the layer or table in the model; different names draw different numbers."""
 
-    gradient_group: ProcessGroup | None = None
+    gradient_group: GradientGroup | None = None
     """Ranks that hold these weights and use them on different tokens, so that the gradients must be
     summed over them. None: the gradients are not summed."""
 

@@ -22,7 +22,13 @@ from megamem.layers.product_keys import ProductKeys
 from megamem.layers.query import Query
 from megamem.layers.variants import variant_of
 from megamem.metrics import LayerMetrics
-from megamem.parallel.collectives import gather_counts, gather_tokens, group_size, split_tokens
+from megamem.parallel.collectives import (
+    GradientGroup,
+    gather_counts,
+    gather_tokens,
+    group_size,
+    split_tokens,
+)
 from megamem.parallel.row_shard import even_counts
 from megamem.spec import MemorySpec
 
@@ -66,12 +72,13 @@ class MemoryLayer(nn.Module):
         assert pool.spec.variant == spec.variant, (pool.spec.variant, spec.variant)
         self.layer, self.pool, self.group = layer, pool, group
         self.tokens_sharded, self.tokens_vary = tokens_sharded, spec.tokens_vary
+        # where tokens are sharded, the caller's framework sums the gradients, as it does for norms
+        # under sequence parallelism; where they are replicated, it does not
+        self.gradient_group = None if tokens_sharded or group is None else GradientGroup(group)
         make = WeightFactory(
             seed=spec.seed,
             name=f"layer_{layer}",
-            # where tokens are sharded, the caller's framework sums the gradients, as it does for
-            # norms under sequence parallelism; where they are replicated, it does not
-            gradient_group=None if tokens_sharded else group,
+            gradient_group=self.gradient_group,
             device=device,
             dtype=dtype,
         )

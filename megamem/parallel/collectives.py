@@ -9,6 +9,7 @@ Letters: T tokens on this rank, X tokens of all column ranks, G bags (the tokens
 V row width, v on this rank; W ranks of the group.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,11 +57,22 @@ class HostCopy:
         self._numbers.copy_(x, non_blocking=True)
         self._copied = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
 
-    def numbers(self) -> list[int]:
+    def numbers(self) -> list[Any]:
         """Wait for the copy, and return the numbers."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._numbers.tolist()
+
+
+@dataclass
+class GradientGroup:
+    """The ranks that hold the same weights and use them on different tokens."""
+
+    members: ProcessGroup
+    """The ranks over which the gradients of the weights are summed."""
+    in_backward: bool = True
+    """Whether every backward sums them; False if the training loop does, once for all backwards of
+    a step."""
 
 
 def exchange(
@@ -340,6 +352,8 @@ def gather_tokens(x: Tensor, counts: list[int], group: ProcessGroup | None) -> T
     return x if group is None else _GatherTokens.apply(x, counts, group)
 
 
-def reduce_gradient(x: Tensor, group: ProcessGroup | None) -> Tensor:
+def reduce_gradient(x: Tensor, group: GradientGroup | None) -> Tensor:
     """Return x unchanged. Its gradient is all-reduced, as each rank uses x on different tokens."""
-    return x if group is None else _ReduceGradient.apply(x, group)
+    if group is None or not group.in_backward:
+        return x
+    return _ReduceGradient.apply(x, group.members)

@@ -208,7 +208,7 @@ class _Permute(torch.autograd.Function):
     would scatter, with a sort to make it repeatable."""
 
     @staticmethod
-    def forward(ctx: Any, x_J: Tensor, order_J: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x_J: Tensor, order_J: Tensor) -> Tensor:
         if ctx.needs_input_grad[0]:
             # 4 bytes per lookup are kept for the backward
             places = torch.arange(len(order_J), dtype=torch.int32, device=order_J.device)
@@ -216,7 +216,7 @@ class _Permute(torch.autograd.Function):
         return x_J.index_select(0, order_J)
 
     @staticmethod
-    def backward(ctx: Any, grad_J: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_J: Tensor) -> tuple[Tensor, None]:
         (inverse_J,) = ctx.saved_tensors
         return grad_J.index_select(0, inverse_J), None
 

@@ -1,6 +1,7 @@
 """Routing plans on one rank and on several. tests/layers checks the sums."""
 
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megamem.parallel import collectives
 from megamem.parallel.routing import (
     all_gather_tokens,
     choose_wire,
@@ -95,6 +97,8 @@ def _lookups_arrive_where_their_rows_are(counts: list[int], skewed: bool) -> Non
         row_ids_M = receive(plan)
         assert plan.offsets[-1] == len(row_ids_M) == len(weights_M)
         assert len(plan.offsets) == sum(plan.bag_counts) + 1
+        # -1 alone reads nothing: marks of rows count from the end
+        assert (row_ids_M >= -1).all() and (row_ids_M < shard.num_local).all()
 
         # every token's bag holds its lookups of rows here, in their order, and nothing else
         bag = 0
@@ -127,3 +131,32 @@ def _checks(counts: list[int]) -> None:
 @pytest.mark.parametrize("counts", [[4, 4], [5, 0, 2]], ids=str)
 def test_lookups_arrive_where_their_rows_are(counts: list[int]) -> None:
     run_distributed(_checks, len(counts), counts)
+
+
+def _alltoall_waits_once() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    weights_TL = torch.rand(5, LOOKUPS, requires_grad=True)
+    row_ids_TL = torch.randint(NUM_ROWS, (5, LOOKUPS), dtype=torch.int32)
+    waits, numbers = [], collectives.HostCopy.numbers
+    counted = mock.patch.object(
+        collectives.HostCopy, "numbers", lambda copy: waits.append(copy) or numbers(copy)
+    )
+    with counted, _Computed() as computed:
+        shard = RowShard(NUM_ROWS, rank, world)
+        plan = plan_routing(row_ids_TL, shard, dist.group.WORLD, [5] * world, "alltoall")
+        weights_M = dispatch(plan, weights_TL)
+        assert receive(plan).dtype == torch.int32
+    assert len(waits) == 1 and plan.all_present
+    # each of these makes the host wait for a number from a GPU
+    assert not computed.names.keys() & {"_local_scalar_dense", "bincount", "nonzero"}
+    assert sum(plan.send) == 5 * LOOKUPS and sum(plan.recv) == len(weights_M)
+    with _Computed() as computed:
+        (gradient,) = torch.autograd.grad(weights_M, weights_TL, weights_M.detach())
+    # what the exchange fills, and one gather; autograd's own backward would scatter into zeros
+    assert computed.names == {"new_empty": 1, "index_select": 1}
+    assert torch.equal(gradient, weights_TL)
+
+
+@pytest.mark.gloo
+def test_alltoall_waits_once_and_its_backward_gathers() -> None:
+    run_distributed(_alltoall_waits_once, 2)

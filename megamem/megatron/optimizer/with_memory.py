@@ -13,6 +13,7 @@ from torch import nn
 from megamem.megatron.model.carried_spec import spec_of_model
 from megamem.megatron.optimizer.background import load_background
 from megamem.megatron.optimizer.chain import ChainWithTables, TableMember, find_tables
+from megamem.megatron.optimizer.layer_gradients import sum_once_a_step
 from megamem.optimizer import StepOptions, TableOptimizer
 from megamem.patching import replace
 from megamem.spec import MemorySpec
@@ -66,7 +67,7 @@ def with_memory(
     )
     for chunk in chunks:
         replace(chunk, "scale_gradients", _with_tables_of(chunk))
-    return ChainWithTables(member, optimizer)
+    return ChainWithTables(member, optimizer, sum_once_a_step(chunks))
 
 
 def _reduces_in_fp32(chunks: list[nn.Module]) -> bool:
