@@ -7,7 +7,7 @@ a pass over complete tables.
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megamem.checkpoint import sharded_piece, state_key
 from megamem.layers.value_table import ValueTable
+from megamem.megatron.optimizer.layer_gradients import LayerGradients
 from megamem.optimizer import TableOptimizer
 from megamem.spec import OfModel
 
@@ -199,11 +200,23 @@ class ChainWithTables(ChainedOptimizer):
     and are part of the logged norm.
     """
 
-    def __init__(self, tables: TableMember, model: MegatronOptimizer) -> None:
+    def __init__(
+        self,
+        tables: TableMember,
+        model: MegatronOptimizer,
+        layer_gradients: Sequence[LayerGradients] = (),
+    ) -> None:
+        """Join the two.
+
+        Args:
+            tables: the optimizer of the tables.
+            model: the optimizer of the model.
+            layer_gradients: gradients of the model that must be complete before a step.
+        """
         members = model.chained_optimizers if isinstance(model, ChainedOptimizer) else [model]
         # the tables come first, because they must read the loss scale before a member changes it
         super().__init__([tables, *members])
-        self.tables, self.model = tables, model
+        self.tables, self.model, self.layer_gradients = tables, model, layer_gradients
         for member in members:
             scaler = getattr(member, "grad_scaler", None)
             if scaler is not None:
@@ -212,6 +225,8 @@ class ChainWithTables(ChainedOptimizer):
 
     def prepare_grads(self) -> bool:
         self._norm = None
+        for gradients in self.layer_gradients:
+            gradients.before_step()
         return super().prepare_grads()
 
     def get_grad_norm(self) -> float:
