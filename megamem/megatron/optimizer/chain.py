@@ -21,6 +21,7 @@ from megamem.checkpoint import sharded_piece, state_key
 from megamem.layers.value_table import ValueTable
 from megamem.megatron.optimizer.layer_gradients import LayerGradients
 from megamem.optimizer import TableOptimizer
+from megamem.parallel.collectives import HostCopy
 from megamem.spec import OfModel
 
 logger = logging.getLogger("megamem")
@@ -75,9 +76,10 @@ class TableMember(MegatronOptimizer):
         self.is_stub_optimizer = False
         self.data_ranks, self.separate_clip = data_ranks, separate_clip
         self.loss_scale = loss_scale
-        self.norm, self.scale = 0.0, 1.0
         self.squares: dict[str, Tensor] = {}
-        self.found_inf = False
+        self._squares_by_table: dict[str, Tensor] = {}
+        self._numbers: HostCopy | None = None
+        self._norm, self._scale, self._found_inf = 0.0, 1.0, False
         # a separate group, because the chain computes one norm for all members that share a group
         self.grad_stats_parallel_group: Any = dist.new_group(timeout=timeout)
 
@@ -93,22 +95,52 @@ class TableMember(MegatronOptimizer):
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
-        """Sum gradients over replicas and compute their norm; True if the batch must be skipped."""
-        # read now, because the members of the model change the loss scale before any member steps
-        self.scale = 1.0 / (self.data_ranks * float(self.loss_scale()))
+        """Sum gradients over replicas and compute their norm; returns False.
+
+        On a GPU all of this is only queued. The host gets the numbers, and whether the batch must
+        be skipped, when it asks for the norm: after it has waited for that of the model.
+        """
         self.optimizer.reduce()
-        self.squares = by_table = self.optimizer.squared_norm()
+        self.squares = self._squares_by_table = self.optimizer.squared_norm()
         if self.optimizer.finetunes:
             self.optimizer.choose()
             self.squares = self.optimizer.squared_norm()
         zero = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
-        totals = torch.stack([sum(part.values(), zero) for part in (by_table, self.squares)])
+        parts = (self._squares_by_table, self.squares)
+        totals = torch.stack([sum(part.values(), zero) for part in parts])
         dist.all_reduce(totals, group=self.grad_stats_parallel_group)
-        norms = [math.sqrt(total) * self.scale for total in totals.tolist()]
-        self.norm = norms[1] if math.isfinite(norms[0]) else math.inf
-        self.found_inf = not math.isfinite(self.norm)
-        if self.found_inf:
-            for name, squares in by_table.items():
+        # read now, because the members of the model change the loss scale before any member steps
+        scale = 1.0 / (self.data_ranks * self.loss_scale().to(totals).reshape(1))
+        self._numbers = HostCopy(torch.cat((totals.sqrt() * scale, scale)))
+        return False
+
+    @property
+    def norm(self) -> float:
+        """Norm of the gradients of all tables; infinite if one is not finite."""
+        self._receive()
+        return self._norm
+
+    @property
+    def scale(self) -> float:
+        """What the summed gradients are multiplied by, before clipping."""
+        self._receive()
+        return self._scale
+
+    @property
+    def found_inf(self) -> bool:
+        """Whether all ranks must skip this batch."""
+        self._receive()
+        return self._found_inf
+
+    def _receive(self) -> None:
+        """Wait for the numbers of prepare_grads()."""
+        if self._numbers is None:
+            return
+        (of_all, norm, self._scale), self._numbers = self._numbers.numbers(), None
+        self._norm = norm if math.isfinite(of_all) else math.inf
+        self._found_inf = not math.isfinite(self._norm)
+        if self._found_inf:
+            for name, squares in self._squares_by_table.items():
                 if not squares.isfinite():
                     logger.warning(
                         "rank %d: the gradient of value table %s is not finite; "
@@ -116,7 +148,6 @@ class TableMember(MegatronOptimizer):
                         dist.get_rank(),
                         name,
                     )
-        return self.found_inf
 
     def get_grad_norm(self) -> float:
         """Norm of the gradients of all tables; 0 if these are clipped separately."""
@@ -155,7 +186,8 @@ class TableMember(MegatronOptimizer):
 
         A chain calls the two parts separately.
         """
-        if self.prepare_grads():
+        self.prepare_grads()
+        if self.found_inf:
             return False, None, None
         return self.step_with_ready_grads(self.norm), self.norm, None
 
@@ -217,24 +249,44 @@ class ChainWithTables(ChainedOptimizer):
         # the tables come first, because they must read the loss scale before a member changes it
         super().__init__([tables, *members])
         self.tables, self.model, self.layer_gradients = tables, model, layer_gradients
-        for member in members:
-            scaler = getattr(member, "grad_scaler", None)
-            if scaler is not None:
-                scaler.update = _also_when(tables, scaler.update)
+        scalers = [getattr(member, "grad_scaler", None) for member in members]
+        self._scalers = [scaler for scaler in scalers if scaler is not None]
+        for scaler in self._scalers:
+            scaler.update = _also_when(tables, scaler.update)
         self._norm: float | None = None
 
     def prepare_grads(self) -> bool:
         self._norm = None
         for gradients in self.layer_gradients:
             gradients.before_step()
-        return super().prepare_grads()
+        found_inf = super().prepare_grads()
+        # with a loss scale Megatron has waited for the device, so the numbers of the tables are
+        # there; without one they are read after the norm of the model
+        return found_inf or (bool(self._scalers) and self.tables.found_inf)
 
     def get_grad_norm(self) -> float:
-        self._norm = super().get_grad_norm()
+        """Norm of all gradients that are clipped together; the host waits for the device once."""
+        tables, *members = self.chained_optimizers
+        norms = [member.get_grad_norm() or 0.0 for member in members]
+        self._norm = math.sqrt(sum(norm**2 for norm in (tables.get_grad_norm(), *norms)))
         return self._norm
 
+    def step(self) -> tuple[bool, float | None, int | None]:
+        """Update everything -> (updated, norm, zeros); (False, None, None) for a skipped batch.
+
+        Unlike Megatron's, it also skips batches in runs without a loss scale.
+        """
+        result = super().step()
+        return (False, None, None) if self.tables.found_inf else result
+
     def step_with_ready_grads(self) -> bool:
-        """Update the model and then the tables; in sparse memory finetuning only the tables."""
+        """Update the model and then the tables; in sparse memory finetuning only the tables.
+
+        Returns:
+            Whether anything was updated; False if the gradient of a table is not finite.
+        """
+        if self.tables.found_inf:
+            return False
         if self.tables.optimizer.finetunes:
             return self.tables.step_with_ready_grads()
         updated = self.model.step_with_ready_grads()
