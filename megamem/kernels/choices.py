@@ -22,6 +22,18 @@ import torch
 
 
 @dataclass(frozen=True)
+class EmbeddingBag:
+    """The forward of embedding_bag."""
+
+    max_block_v: int = 1024
+    """The most columns that a program sums."""
+    unroll: int = 8
+    """Lookups whose rows a program loads at once."""
+    compact_block: int = 128
+    """Lookups of a bag that are compacted at once."""
+
+
+@dataclass(frozen=True)
 class RowAdam:
     """The steps of the tables' optimizers."""
 
@@ -52,6 +64,7 @@ class SquaredNorm:
 class Choices:
     """The choices of every op, and the forms of ops that are not the default."""
 
+    embedding_bag: EmbeddingBag = EmbeddingBag()
     row_adam: RowAdam = RowAdam()
     squared_norm: SquaredNorm = SquaredNorm()
     forms: Mapping[str, str] = field(default_factory=dict)

@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_BLOCK_V = 1024
-UNROLL = 8
-COMPACT_BLOCK = 128
+from megamem.kernels import choices
+
 # a multiplication and an addition may be fused, independently of Triton's default
 OPTIONS = {"enable_fp_fusion": True}
 
@@ -113,7 +112,8 @@ def sum_bags(
     starts, ends = offsets[:-1], offsets[1:]
     if may_skip:
         row_ids_M, weights_M, ends = _close_gaps(row_ids_M, weights_M, offsets)
-    block = block_width(width)
+    chosen = choices.current().embedding_bag
+    block = block_width(width, chosen.max_block_v)
     _bag_kernel[(num_bags, triton.cdiv(width, block))](
         values_rV,
         row_ids_M,
@@ -123,7 +123,7 @@ def sum_bags(
         out_GV,
         V=width,
         BLOCK_V=block,
-        UNROLL=UNROLL,
+        UNROLL=chosen.unroll,
         num_warps=num_warps(block, values_rV.element_size()),
         **OPTIONS,
     )
@@ -144,15 +144,20 @@ def _close_gaps(
         present_ids_M,
         present_weights_M,
         ends,
-        COMPACT_BLOCK,
+        choices.current().embedding_bag.compact_block,
         num_warps=1,
         **OPTIONS,
     )
     return present_ids_M, present_weights_M, ends
 
 
-def block_width(width: int, limit: int = MAX_BLOCK_V) -> int:
-    """Return the columns of one program: a power of two that divides the width, where one does."""
+def block_width(width: int, limit: int) -> int:
+    """Return the columns of one program: a power of two that divides the width, where one does.
+
+    Args:
+        width: columns of a row.
+        limit: the most columns of a program.
+    """
     block = limit
     while block >= 256 and width % block:
         block //= 2

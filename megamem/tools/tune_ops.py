@@ -234,6 +234,11 @@ class _Batch:
         return cls(rows, torch.rand(count, device=device), offsets)
 
 
+def _bag_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
+    blocks = [(256, 8), (512, 8), (1024, 4), (1024, 16), (2048, 8)]
+    return {"triton": [{"max_block_v": block, "unroll": unroll} for block, unroll in blocks]}
+
+
 def _bag_runs(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Run]]:
     table = torch.empty(sizes.rows, sizes.value_dim, dtype=BF16, device=device).normal_()
     for distribution in DISTRIBUTIONS:
@@ -357,6 +362,12 @@ def _norm_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
 TUNED = (
     TunedOp("product_topk", _topk_numbers, _topk_answers, _topk_runs),
     TunedOp("row_adam", _step_numbers, _step_answers, _step_runs),
+    TunedOp(
+        "embedding_bag",
+        _bag_numbers,
+        partial(_read_answers, "embedding_bag", [reads.bags_are_exact]),
+        _bag_runs,
+    ),
     TunedOp("squared_norm", _norm_numbers, _norm_answers, _norm_runs),
 )
 """Most promising first, in case that the time does not suffice for all."""

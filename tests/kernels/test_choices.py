@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megamem.kernels import choices, row_adam, squared_norm
+from megamem.kernels import choices, embedding_bag, row_adam, squared_norm
 from megamem.kernels.choices import DEFAULTS, GENERAL, OPS, Choices
 from megamem.ops import AdamOptions, forms
 from megamem.tools import known_answers
@@ -97,6 +97,17 @@ def test_the_norm_is_launched_with_its_choices(
             squared_norm.squared_norm(grads, None)
     seen = recorder.seen("grid", "BLOCK_R", "BLOCK_V", "num_warps")
     assert seen == [((1,), 4, 512, 4), ((4,), 4, 256, 8)]
+
+
+def test_a_bag_is_launched_with_its_choices(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(embedding_bag, "_bag_kernel", recorder := Recorder())
+    table, ids = torch.zeros(4, 2048, device=device), torch.zeros(6, dtype=torch.int64)
+    lookups = (ids.to(device), torch.ones(6, device=device), torch.tensor([0, 6], device=device))
+    for told in ({}, {"max_block_v": 512, "unroll": 4, "compact_block": 2}):
+        with choices.using(GENERAL.changed("embedding_bag", **told)):
+            embedding_bag.sum_bags(table, *lookups)
+    seen = recorder.seen("grid", "BLOCK_V", "UNROLL")
+    assert seen == [((1, 2), 1024, 8), ((1, 4), 512, 4)]
 
 
 def test_a_step_is_launched_with_its_choices(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
