@@ -233,6 +233,11 @@ class _Batch:
         offsets = torch.arange(0, count + 1, sizes.lookups, device=device)
         return cls(rows, torch.rand(count, device=device), offsets)
 
+    @property
+    def lookups(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The lookups as arguments of an op."""
+        return self.row_ids, self.weights, self.offsets
+
 
 def _bag_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
     blocks = [(256, 8), (512, 8), (1024, 4), (1024, 16), (2048, 8)]
@@ -245,7 +250,7 @@ def _bag_runs(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Run]]:
         batch = _Batch.drawn(sizes, distribution, device)
         yield (
             f"forward, {distribution}",
-            partial(ops.embedding_bag, table, **vars(batch), check_row_ids=False),
+            partial(ops.embedding_bag, table, *batch.lookups, check_row_ids=False),
         )
 
 
@@ -273,7 +278,7 @@ def _gradient_runs(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Ru
         leaf = batch.weights.requires_grad_()
         bags = ops.embedding_bag(
             table.weight.detach(),
-            **vars(batch),
+            *batch.lookups,
             check_row_ids=False,
             add_value_grad_to=gradient.rows,
         )

@@ -77,6 +77,12 @@ PARTS = (
         90,
         needs=MEGATRON,
     ),
+    Part(
+        "tune",
+        "measure the candidates of every op with megamem tune, at one real size",
+        90,
+        needs=("rich", *MEGATRON),
+    ),
     Part("bench", "time every op of megamem bench at one real size", 90, needs=("rich",)),
 )
 BY_NAME = {part.name: part for part in PARTS}

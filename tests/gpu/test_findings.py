@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu import bench, machine, report, tests
+from tests.gpu import bench, machine, report, tests, tune
 from tests.gpu.layer import Sizes, build
 from tests.gpu.ranks import CLOSE, largest_difference
 from tests.gpu.sync_sites import SyncSites
@@ -45,6 +45,23 @@ if os.environ["RANK"] == "1":
     sys.exit(3)
 time.sleep(600)
 """
+
+
+def test_the_summary_of_the_candidates() -> None:
+    def outcome(op: str, form: str, ms: float | None, **more: object) -> dict:
+        return {"op": op, "form": form, "ms": ms, "numbers": {}, "wrong": "", "chosen": 0, **more}
+
+    measured = [
+        outcome("a", "old", 2.5),
+        outcome("a", "new", 1.25, numbers={"tile": 8}, chosen=True),
+        outcome("a", "bad", None, wrong="3 numbers are wrong"),
+        outcome("b", "old", 1.0, chosen=True),
+    ]
+    assert tune.summary_of(measured) == (
+        "3 of 4 candidates correct; a new tile=8 1.25 ms instead of 2.5; wrong: a bad"
+    )
+    measured[0] |= {"ms": None, "wrong": "it fails"}
+    assert "a new tile=8 1.25 ms; wrong: a old, a bad" in tune.summary_of(measured)
 
 
 def test_a_rank_that_fails_ends_its_run(tmp_path: Path) -> None:
