@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megamem import ops
+from megamem.ops.row_buffer import RowBuffer
 from megamem.reference.embedding_bag import embedding_bag as bag_reference
 from megamem.reference.product_topk import product_topk as topk_reference
 from megamem.reference.row_dot import row_dot as dot_reference
 from megamem.tools.bench_published import PublishedKernels
 
 CHECKED_BAGS = 64
+TO_BUFFER = ("backward += fp32", "backward first touch fp32")
 # far more than rounding to bf16 causes, and far less than the error of a wrong result
 MAX_RELATIVE_ERROR = 2e-2
 
@@ -92,7 +94,7 @@ def bag_cases(
 ) -> Iterator[Case]:
     """embedding_bag for each width and number of rows, with uniform and skewed lookups."""
     size = dtype.itemsize
-    kinds = ("forward", "forward + backward", "sparse backward", "backward += fp32")
+    kinds = ("forward", "forward + backward", "sparse backward", *TO_BUFFER)
     for width in widths:
         for num_rows in rows:
             for distribution in ("uniform", "zipf 1.0"):
@@ -101,7 +103,7 @@ def bag_cases(
                     tables = {"forward": 1, "sparse backward": 1, "forward + backward": 3}
                     touched = min(num_rows, tokens * lookups)
                     memory = num_rows * width * (tables.get(kind, 1) * size)
-                    memory += num_rows * width * 4 * (kind == "backward += fp32")
+                    memory += num_rows * width * 4 * (kind in TO_BUFFER)
                     memory += 2 * touched * width * size + tokens * width * 16
                     shape = {"T": tokens, "L": lookups, "R": num_rows, "V": width}
                     build = partial(_bag, kind, shape, dtype, distribution, device, published)
@@ -186,8 +188,10 @@ def _bag(
             backward_bytes,
             check,
         )
-    # as in training: the rows' gradient is added to the optimizer's buffer
-    buffer = torch.zeros(num_rows, width, device=device)
+    # as in training: the rows' gradient goes to the optimizer's buffer
+    overwrites = kind == "backward first touch fp32"
+    flags = torch.zeros(num_rows + 1, dtype=torch.bool, device=device)
+    buffer = RowBuffer(torch.zeros(num_rows, width, device=device), flags, overwrites)
     leaf = weights.clone().requires_grad_()
     out = ops.embedding_bag(
         values,
@@ -197,11 +201,15 @@ def _bag(
         check_row_ids=False,
         add_value_grad_to=buffer,
     )
-    # touched rows are read, and the buffer's touched rows are read and written
-    buffer_bytes = backward_bytes - distinct * width * size + 2 * distinct * width * 4
-    return Work(
-        lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True), buffer_bytes, check
-    )
+    # touched rows are read, and the buffer's touched rows are written, and read if added to
+    accesses = 1 if overwrites else 2
+    buffer_bytes = backward_bytes - distinct * width * size + accesses * distinct * width * 4
+
+    def first_backward() -> object:
+        flags.zero_()
+        return torch.autograd.grad(out, leaf, grad, retain_graph=True)
+
+    return Work(first_backward, buffer_bytes, check)
 
 
 def _bag_error(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +34,10 @@ def adam_cases(widths: list[int], rows: list[int], device: torch.device) -> Iter
             for form in forms.FORMS["squared_norm"]:
                 build, memory = partial(_norm, form, shape, device), num_rows * width * 14
                 yield Case(f"squared_norm {form}", shape, torch.float32, picked, build, memory)
-            memory = num_rows * width * 23
-            build = partial(_lazy, shape, device)
-            yield Case("touched_adamw_ fp32", shape, torch.float32, picked, build, memory)
+            for form in forms.FORMS["row_adam"]:
+                build, memory = partial(_lazy, form, shape, device), num_rows * width * 23
+                name = f"touched_adamw_ fp32, {form}"
+                yield Case(name, shape, torch.float32, picked, build, memory)
 
 
 def _adam(kind: str, shape: dict[str, int], device: torch.device) -> Work:
@@ -96,34 +98,48 @@ def _adam(kind: str, shape: dict[str, int], device: torch.device) -> Work:
     return Work(lambda: step(ops.adamw_, table, seed), moved, check, rivals)
 
 
-def _lazy(shape: dict[str, int], device: torch.device) -> Work:
-    """The step of lazy_adamw on touched rows, each of which has its own counters."""
+def _lazy(form: str, shape: dict[str, int], device: torch.device) -> Work:
+    """The step of lazy_adamw on touched rows, each of which has its own counters.
+
+    The time of form `list` has neither the making of the list nor the copy of the gradients in it.
+    """
     num_rows, width = shape.values()
 
-    def tables(count: int) -> tuple[list[Tensor], Tensor]:
-        weights = torch.randn(count, width, device=device)
-        rows = (torch.rand(count, device=device) < TOUCHED).nonzero().squeeze(1)
-        grads = torch.randn(len(rows), width, device=device)
+    def tables(count: int) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Return weights, gradients of all rows, moments and counters; the copy; the flags."""
+        weights, grads = torch.randn(2, count, width, device=device).unbind()
         moments = torch.zeros(2, count, width, device=device).unbind()
         counters = torch.zeros(2, count, dtype=torch.int32, device=device).unbind()
         copy = torch.empty_like(weights, dtype=torch.bfloat16)
-        return [weights, rows, grads, *moments, *counters], copy
+        touched = torch.rand(count, device=device) < TOUCHED
+        return [weights, grads, *moments, *counters], copy, touched
 
-    def step(op: Callable[..., None], table: list[Tensor], copy: Tensor) -> None:
-        op(*table, ops.AdamOptions(step=3, lr=1e-3, weight_decay=0.1, copy_rV=copy))
+    def listed(table: list[Tensor], copy: Tensor, touched: Tensor) -> tuple[object, ...]:
+        (weights, grads, *state), rows = table, touched.nonzero().squeeze(1)
+        options = ops.AdamOptions(step=3, lr=1e-3, weight_decay=0.1, copy_rV=copy)
+        return weights, rows, grads[rows], *state, options
 
-    table, copy = tables(num_rows)
+    def marked(table: list[Tensor], copy: Tensor, touched: Tensor) -> tuple[object, ...]:
+        weights, grads, *state = table
+        options = ops.AdamOptions(
+            step=3, lr=1e-3, weight_decay=0.1, copy_rV=copy, touched_r=touched
+        )
+        return weights, None, grads, *state, options
+
+    arguments: Callable[..., tuple[Any, ...]] = marked if form == "flags" else listed
 
     def check() -> float:
-        ours, out = tables(min(256, num_rows))
+        ours, out, touched = tables(min(256, num_rows))
         twin = [x.clone() for x in ours]
-        step(ops.touched_adamw_, ours, out)
-        step(row_adam_reference.touched_adamw_, twin, out.clone())
-        return max(relative_error(ours[n], twin[n]) for n in (0, 3))
+        ops.touched_adamw_(*arguments(ours, out, touched))
+        row_adam_reference.touched_adamw_(*listed(twin, out.clone(), touched))  # type: ignore[arg-type]
+        return max(relative_error(ours[n], twin[n]) for n in (0, 2))
 
+    table, copy, touched = tables(num_rows)
     # the gradient is read, weights, moments and counters are read and written, the copy is written
-    moved = len(table[1]) * (width * 30 + 8 + 16)
-    return Work(lambda: step(ops.touched_adamw_, table, copy), moved, check)
+    moved = int(touched.sum()) * (width * 30 + 16) + num_rows
+    step = arguments(table, copy, touched)
+    return Work(lambda: ops.touched_adamw_(*step), moved, check)
 
 
 def _norm(form: str, shape: dict[str, int], device: torch.device) -> Work:

@@ -14,6 +14,7 @@ from torch import nn
 from megamem import ops
 from megamem.kernels.row_gradient import row_gradient
 from megamem.ops.backend import use_triton
+from megamem.ops.row_buffer import RowBuffer
 from megamem.ops.sort_lookups import sort_lookups
 from megamem.tools.bench import copy_gbps, median_ms
 from tests.gpu import report
@@ -114,6 +115,15 @@ def table_stages(
         "bag backward, += fp32",
         lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True),
     )
+    flags = torch.zeros(rows + 1, dtype=torch.bool, device=device)
+    first = RowBuffer(buffer, flags, overwrites=True)
+    bags = ops.embedding_bag(values, row_ids, leaf, offsets, add_value_grad_to=first, **options)
+
+    def first_touch() -> None:
+        flags.zero_()
+        torch.autograd.grad(bags, leaf, grad, retain_graph=True)
+
+    yield "bag backward, first touch", first_touch
     if use_triton(values):
         # the two parts of the backward
         yield "bag backward: sort", lambda: sort_lookups(row_ids, weights, offsets, rows)
