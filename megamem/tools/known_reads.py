@@ -364,5 +364,8 @@ def placement_is_a_bijection(device: torch.device, num_keys: int) -> str | None:
     missed = int((rows.bincount(minlength=num_keys**2) != 1).sum())
     if missed:
         return f"{missed:,} of {len(pairs):,} rows are not read by exactly one pair of sub-keys"
+    narrow = ops.place_rows(pairs, num_keys, seed=7, dtype=torch.int32)
+    if wrong := unlike(narrow.long(), rows, "rows that are placed as int32"):
+        return wrong
     again = ops.unplace_rows(rows, num_keys, seed=7)
     return unlike(again, pairs, "pairs that unplace_rows returns")

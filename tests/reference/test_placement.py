@@ -48,4 +48,6 @@ def test_the_kernel_is_its_twin(num_keys: int, count: int, device: str) -> None:
         rows = place_rows(pairs.to(device, dtype), num_keys, 7)
         assert rows.dtype == torch.int64
         assert torch.equal(rows.cpu(), placement.place_rows(pairs, num_keys, 7))
+        narrow = place_rows(pairs.to(device, dtype), num_keys, 7, torch.int32)
+        assert narrow.dtype == torch.int32 and torch.equal(narrow.long(), rows)
     assert place_rows(pairs[:0].to(device), num_keys, 7).shape == (0,)
