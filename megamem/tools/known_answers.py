@@ -218,6 +218,7 @@ def _placement(num_keys: int) -> KnownAnswer:
 
 _dense = partial(_step, look=steps.dense_step_is_right)
 _lazy = partial(_step, look=steps.touched_step_is_right)
+_marked = partial(_step, look=steps.marked_step_is_right)
 _norm = partial(_step, look=steps.norm_is_right)
 RANDOM = Form(BF16)
 ROW = Form(BF16, second="row")
@@ -236,6 +237,7 @@ ANSWERS: tuple[KnownAnswer, ...] = (
     _topk("gradients", reads.topk_has_gradients),
     _bag("embedding_bag", "forward", reads.bags_are_exact, 2**20, 3),
     _bag("embedding_bag", "backward into fp32", reads.bag_gradients_are_exact, 2**18, 14),
+    _bag("embedding_bag", "first touch of fp32", reads.first_gradients_are_exact, 2**18, 22),
     _bag("sparse_gradients", "touched rows", reads.sparse_gradients_are_exact, 2**18, 14),
     _bag("sort_lookups", "both forms", reads.sort_is_exact, 2**20, 0),
     _bag("row_dot", "forward and backward", reads.row_dots_are_exact, 2**18, 14),
@@ -257,9 +259,12 @@ ANSWERS: tuple[KnownAnswer, ...] = (
     _lazy("touched_adamw_", "fp32 master and bf16 copy", form=Form(copy=True)),
     _lazy("touched_adamw_", "fp32 alone", form=Form(), width=1024),
     _lazy("touched_adamw_", "bf16 rounded at random, a moment per row", form=ROW),
+    _marked("touched_adamw_", "fp32 master and bf16 copy, by flags", form=Form(copy=True)),
+    _marked("touched_adamw_", "bf16 rounded at random, a moment per row, by flags", form=ROW),
     _lazy(
         "touched_sgd_", "fp32 master and bf16 copy", form=Form(copy=True, first=False, second="")
     ),
+    _marked("touched_sgd_", "bf16, by flags", form=Form(BF16, first=False, second="")),
     _placement(1024),
     _placement(4096),
     _placement(1000),

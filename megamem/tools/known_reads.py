@@ -15,6 +15,7 @@ from torch import Tensor
 from megamem import ops
 from megamem.ops.backend import use_triton
 from megamem.ops.forms import FORMS
+from megamem.ops.row_buffer import RowBuffer
 from megamem.reference.product_topk import product_topk as topk_reference
 from megamem.reference.sort_lookups import sort_lookups as sort_reference
 
@@ -278,6 +279,32 @@ def bag_gradients_are_exact(
     wrong = unlike(weight_grad, reads.dots(), "gradients of weights")
     truth = reads.add_row_gradient_(torch.full_like(buffer, 5.0))
     return wrong or unlike(buffer, truth, "numbers of the gradient buffer")
+
+
+def first_gradients_are_exact(
+    device: torch.device, tokens: int, lookups: int, rows: int, width: int
+) -> str | None:
+    """embedding_bag backward, twice: of a buffer that is undefined, the first gradient of each row
+    overwrites the numbers, and the second is added to it."""
+    reads = Reads(device, tokens, lookups, rows, width)
+    leaf = reads.weights.clone().requires_grad_()
+    flags = torch.zeros(rows + 1, dtype=torch.bool, device=device)
+    buffer = RowBuffer(torch.full((rows, width), torch.nan, device=device), flags, overwrites=True)
+    touched = torch.zeros(rows, dtype=torch.bool, device=device)
+    touched[reads.row_ids[reads.row_ids >= 0]] = True
+    truth = torch.zeros(rows, width, device=device)
+    for which in ("first", "second"):
+        bags = ops.embedding_bag(
+            reads.table(), reads.row_ids, leaf, reads.offsets, add_value_grad_to=buffer
+        )
+        torch.autograd.grad(bags, leaf, reads.grad)
+        ours = buffer.buffer_rV.where(touched.unsqueeze(-1), 0)
+        if wrong := unlike(ours, reads.add_row_gradient_(truth), f"numbers of the {which} sum"):
+            return wrong
+        if wrong := unlike(flags[:-1], touched, f"marks of touched rows after the {which} sum"):
+            return wrong
+    written = int((~buffer.buffer_rV[~touched].isnan()).any(-1).sum())
+    return f"{written:,} rows that were not touched were written" if written else None
 
 
 def sparse_gradients_are_exact(

@@ -140,6 +140,28 @@ def touched_step_is_right(
     counters = [table.touches, table.last_steps] if lazy else []
     options = _options(form, copy, device)
     getattr(ops, op)(table.weights, chosen, grads, *moments, *counters, options)
+    return _differences(table, _touched_truth(block, lazy, device), copy)
+
+
+def marked_step_is_right(
+    device: torch.device, rows: int, width: int, op: str, form: Form
+) -> str | None:
+    """A step on rows that flags mark, without a list of them, which clears their gradients."""
+    block = block_of(form, width, device)
+    table = block.repeated(rows // BLOCK)
+    copy = table.weights.bfloat16() if form.copy else None
+    lazy = op != "touched_sgd_"
+    moments = [m for m in (table.exp_avg, table.exp_avg_sq) if m is not None]
+    counters = [table.touches, table.last_steps] if lazy else []
+    options = replace(_options(form, copy, device), touched_r=table.touched, clear_grads=True)
+    getattr(ops, op)(table.weights, None, table.grads, *moments, *counters, options)
+    truth = _touched_truth(block, lazy, device)
+    truth.grads[truth.touched] = 0
+    return _differences(table, truth, copy)
+
+
+def _touched_truth(block: Table, lazy: bool, device: torch.device) -> Table:
+    """A block after a step on its touched rows, in float64."""
     truth = block.exact()
     chosen = truth.touched.nonzero().squeeze(-1)
     grads = truth.grads[chosen]
@@ -152,7 +174,7 @@ def touched_step_is_right(
         )
     else:
         reference.touched_sgd_(truth.weights, chosen, grads, _exact_options(device))
-    return _differences(table, truth, copy)
+    return truth
 
 
 def norm_is_right(device: torch.device, rows: int, width: int, op: str, form: Form) -> str | None:

@@ -22,6 +22,7 @@ INTERPRETED = (
     "product_topk, N=128, C=512, K=32, whole numbers",
     "embedding_bag, R=1048576, V=2048, forward",
     "embedding_bag, R=262144, V=2048, backward into fp32",
+    "embedding_bag, R=262144, V=2048, first touch of fp32",
     "row_dot, R=262144, V=2048, forward and backward",
     "sort_lookups, R=1048576, V=2048, both forms",
     "adamw_, V=2048, fp32 master and bf16 copy, clearing",
@@ -29,7 +30,9 @@ INTERPRETED = (
     "squared_norm, V=2048, whole numbers",
     "squared_norm, V=1000, whole numbers",
     "touched_adamw_, V=2048, fp32 master and bf16 copy",
+    "touched_adamw_, V=2048, fp32 master and bf16 copy, by flags",
     "touched_sgd_, V=2048, fp32 master and bf16 copy",
+    "touched_sgd_, V=2048, bf16, by flags",
     "place_rows, N=1000",
 )
 by_name = pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: answer.name)
