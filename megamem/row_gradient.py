@@ -9,7 +9,7 @@ An optimizer creates it and passes it to the table:
                                                             forget(); or calls take(rows)
 
 What the buffer holds of rows that were not touched is of no account: zeros in form `add` of op
-`row_gradient`, undefined numbers in form `first_touch`. Everything that reads complete buffers goes
+`row_gradient`, undefined numbers in its other forms. Everything that reads complete buffers goes
 by `touched`. This rank holds r rows and v columns of a table.
 """
 
@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megamem.ops import forms, squared_norm
-from megamem.ops.row_buffer import RowBuffer
+from megamem.ops.row_buffer import Deferred, RowBuffer
 from megamem.ops.squared_norm import rows_of_a_block
+from megamem.ops.value_gradient import add_deferred_
 from megamem.parallel.row_reduction import Block, RowReduction
 
 
@@ -33,19 +34,27 @@ class RowGradient:
     """Multiplies the buffer when it is read, so that scaling needs no pass over the buffer."""
 
     def __init__(
-        self, weight: Tensor, dtype: torch.dtype = torch.float32, form: str | None = None
+        self,
+        weight: Tensor,
+        dtype: torch.dtype = torch.float32,
+        *,
+        readers: int = 1,
+        form: str | None = None,
     ) -> None:
         """Allocate a zero gradient for a weight of shape [r, v], with a buffer in `dtype`.
 
         Args:
             weight: this rank's shard of the table.
             dtype: dtype of the buffer.
+            readers: number of passes of each microbatch that read the table on this rank.
             form: of op `row_gradient`; by default the one that is selected.
         """
-        overwrites = (form or forms.pick("row_gradient")) == "first_touch"
+        form = form or forms.pick("row_gradient")
+        overwrites = form != "add"
+        deferred = Deferred(readers) if form == "merged" and readers > 1 else None
         allocate = torch.empty_like if overwrites else torch.zeros_like
         flags = torch.zeros(len(weight) + 1, dtype=torch.bool, device=weight.device)
-        self._rows = RowBuffer(allocate(weight, dtype=dtype), flags, overwrites)
+        self._rows = RowBuffer(allocate(weight, dtype=dtype), flags, overwrites, deferred)
         self.factor = 1.0
         self._used = False
         self._reduction: RowReduction | None = None
@@ -65,6 +74,7 @@ class RowGradient:
     @property
     def touched(self) -> Tensor:
         """[r] bool, whether each row has a gradient; a view."""
+        add_deferred_(self._rows)
         assert self._rows.touched_r is not None
         return self._rows.touched_r
 
@@ -79,6 +89,8 @@ class RowGradient:
 
     def zero(self) -> None:
         """Set the gradient to zero. The host does not wait; after a step there is nothing to do."""
+        if self._rows.deferred is not None:
+            self._rows.deferred.passes.clear()
         if self._used and self.needs_clearing:
             self.buffer.masked_fill_(self.touched.unsqueeze(1), 0)
         self._finish()
@@ -175,6 +187,7 @@ class RowGradient:
 
     def _arriving(self) -> Iterator[Block]:
         """Yield the rows of the gradient in blocks; while it is summed, each as it arrives."""
+        add_deferred_(self._rows)
         reduction, self._reduction = self._reduction, None
         if reduction is None:
             yield Block(slice(None), self._rows.buffer_rV)
@@ -182,7 +195,11 @@ class RowGradient:
             yield from reduction
 
     def _finish(self) -> None:
-        """Wait for the sum over the replicas, if there is one. On a GPU the host does not wait."""
+        """Complete the gradient: add what is held back, and wait for the sum over the replicas.
+
+        On a GPU the host does not wait.
+        """
+        add_deferred_(self._rows)
         if self._reduction is not None:
             for _ in self._arriving():
                 pass

@@ -86,6 +86,8 @@ class MemoryLayer(nn.Module):
         self.keys = ProductKeys(spec, make)
         self.output = variant_of(spec).output(spec, make)
         self.metrics: LayerMetrics | None = None
+        for table in pool:
+            table.readers += 1
 
     def forward(self, hidden_SBD: Tensor, token_counts: list[int] | None = None) -> Tensor:
         """Return the memory's output for each token, [S, B, D].

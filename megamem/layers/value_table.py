@@ -57,6 +57,8 @@ def initial_rows(
 class ValueTable(nn.Module):
     """R rows of width V, of which this rank holds [r, v].
 
+    `readers` is the number of layers on this rank that read the table.
+
     By default autograd computes a dense gradient. An optimizer calls accumulate_into() with a
     RowGradient, to which each backward adds the gradients of the touched rows, so that no backward
     allocates a tensor as large as the table, and with a ReadCounter, whose counts are part of the
@@ -89,6 +91,7 @@ class ValueTable(nn.Module):
         self.gradient: RowGradient | None = None
         self.reads: ReadCounter | None = None
         self.metrics: TableMetrics | None = None
+        self.readers = 0
 
     def accumulate_into(self, gradient: RowGradient, reads: ReadCounter | None = None) -> None:
         """Add the gradients of later passes to `gradient`, and count the rows that are read.

@@ -56,14 +56,17 @@ def _backward(
     want_values: bool,
     want_weights: bool,
     buffer: RowBuffer | None,
-    **known: bool,
+    **known: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
     if not (want_values or want_weights):
         return None, None
     grad_values = None
     lookups = sort_lookups(row_ids_M, weights_M, offsets, len(values_rV), **known)
     read_rV = values_rV if want_weights else None
-    if buffer is not None:
+    if buffer is not None and buffer.deferred is not None:
+        grad_weights = row_gradient(lookups, grad_GV, read_rV, None)
+        add_value_gradient_(buffer, grad_GV, row_ids_M, weights_M, offsets, **known)
+    elif buffer is not None:
         grad_weights = add_rows_(buffer, lookups, grad_GV, read_rV)
     else:
         grad_values = torch.zeros_like(values_rV) if want_values else None
@@ -82,7 +85,7 @@ def _reference_backward(
     want_values: bool,
     want_weights: bool,
     buffer: RowBuffer | None,
-    **known: bool,
+    **known: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_weights = None
     if want_weights:
@@ -103,6 +106,7 @@ def embedding_bag(
     *,
     may_skip: bool = True,
     equal_bags: bool = False,
+    expected: int | None = None,
     check_row_ids: bool | None = None,
     add_value_grad_to: RowBuffer | Tensor | None = None,
 ) -> Tensor:
@@ -117,6 +121,8 @@ def embedding_bag(
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
         may_skip: whether row ids may be negative; False saves passes over them.
         equal_bags: whether all bags have the same number of lookups; True saves the backward work.
+        expected: about how many lookups read a row, if that is known. The backward takes memory for
+            twice as many; more are possible, and slower.
         check_row_ids: whether to check that row ids and offsets are in range. By default they are
             checked on a CPU only, as the host would have to wait for a GPU.
         add_value_grad_to: fp32 or bf16 [r, V] buffer to which the backward adds the gradient of the
@@ -140,6 +146,6 @@ def embedding_bag(
         row_ids_M.contiguous(),
         weights_M.contiguous(),
         offsets.contiguous(),
-        {"may_skip": may_skip, "equal_bags": equal_bags},
+        {"may_skip": may_skip, "equal_bags": equal_bags, "expected": expected},
         buffer,
     )

@@ -41,9 +41,19 @@ FORMS: dict[str, dict[str, Form]] = {
             "NaN ranks highest; bisection where more than 2 KP scores reach the threshold",
         ),
         "torch": Form("h100-a4677c2-stages.json"),
+        "fused": Form(None),
+    },
+    "product_topk_backward": {
+        "bags": Form("h100-a4677c2.jsonl"),
+        "dense": Form(None),
     },
     "embedding_bag": {"triton": Form("h100-a4677c2.jsonl")},
-    "row_gradient": {"add": Form("h100-a4677c2.jsonl"), "first_touch": Form(None)},
+    "row_gradient": {
+        "add": Form("h100-a4677c2.jsonl"),
+        # the H100 took 3.46 ms where rows were overwritten and 5.44 where they were added to
+        "first_touch": Form(None),
+        "merged": Form(None),
+    },
     # 0.28 ms for a million lookups on the H100, where their bytes need 0.05
     "sort_lookups": {"torch": Form("h100-a4677c2-stages.json"), "radix": Form(None)},
     # how steps on touched rows alone get these rows

@@ -1,9 +1,10 @@
 """The buffer that receives the gradients of a table's rows over a batch.
 
-Letters: r rows on this rank, V row width.
+Letters: r rows on this rank, V row width, M lookups, G bags.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -11,16 +12,42 @@ from megamem.ops.checks import check_buffer
 
 
 @dataclass(frozen=True)
+class Pass:
+    """The lookups of one pass through embedding_bag, and the gradient of its bags."""
+
+    grad_GV: Tensor
+    row_ids_M: Tensor
+    weights_M: Tensor
+    offsets: Tensor
+    known: dict[str, Any]
+    """What is known of the lookups, as sort_lookups takes it."""
+
+
+@dataclass
+class Deferred:
+    """Passes whose gradients are to be added to a buffer together."""
+
+    every: int
+    """Number of passes that are added at once."""
+
+    passes: list[Pass] = field(default_factory=list)
+    """Those that are held back, first to last."""
+
+
+@dataclass(frozen=True)
 class RowBuffer:
     """Gradients of rows, of which only those of touched rows count.
 
-    A backward adds the gradients of the rows that it touches, and marks them. There are two forms
+    A backward adds the gradients of the rows that it touches, and marks them. There are three forms
     of op `row_gradient` (megamem.ops.forms), which give the same sums:
 
         add             rows that were not touched are zero in the buffer; whoever reads the buffer
                         clears it
         first_touch     the first gradient of a row overwrites the buffer's numbers, which are
                         undefined before: nothing has to be cleared
+        merged          the same; where several layers read a table, the gradients of all of them
+                        are added in one pass for each microbatch, so that a row that several
+                        layers read is accessed once. Only the order of sums differs.
     """
 
     buffer_rV: Tensor
@@ -32,6 +59,9 @@ class RowBuffer:
 
     overwrites: bool = False
     """Whether the first gradient of a row overwrites what the buffer holds there."""
+
+    deferred: "Deferred | None" = None
+    """Holds the gradients of some passes back, to add them in one; None: each is added at once."""
 
     @property
     def touched_r(self) -> Tensor | None:

@@ -7,6 +7,8 @@ Letters: r rows on this rank, V row width, M lookups, G bags, U distinct rows, E
 result.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from megamem.kernels.row_gradient import mark_rows_, row_gradient
 from megamem.kernels.sort_lookups import SortedLookups
 from megamem.ops.backend import use_triton
 from megamem.ops.checks import check_gradient, check_inputs
-from megamem.ops.row_buffer import RowBuffer
+from megamem.ops.row_buffer import Pass, RowBuffer
 from megamem.ops.sort_lookups import sort_lookups
 from megamem.reference.embedding_bag import embedding_bag as reference
 
@@ -28,6 +30,7 @@ def sparse_gradients(
     *,
     may_skip: bool = True,
     equal_bags: bool = False,
+    expected: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the touched rows. The host does not wait for their number.
 
@@ -39,6 +42,8 @@ def sparse_gradients(
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
         may_skip: whether row ids may be negative; False saves work.
         equal_bags: whether all bags have the same number of lookups; True saves work.
+        expected: about how many lookups read a row, if that is known. Memory is taken for twice as
+            many; more are possible, and slower.
 
     Returns:
         rows_E: the touched rows, ascending, then -1; E = min(M, r).
@@ -62,8 +67,15 @@ def sparse_gradients(
             bags_GV = reference(values_rV.detach(), row_ids_M, weights_M, offsets)
             (weight_grads_M,) = torch.autograd.grad(bags_GV, weights_M, grad_GV)
         return rows_E, grads_EV, weight_grads_M
-    known = {"may_skip": may_skip, "equal_bags": equal_bags}
-    lookups = sort_lookups(row_ids_M, weights_M, offsets, num_rows, **known)
+    lookups = sort_lookups(
+        row_ids_M,
+        weights_M,
+        offsets,
+        num_rows,
+        may_skip=may_skip,
+        equal_bags=equal_bags,
+        expected=expected,
+    )
     rows_M = lookups.rows_or_none()
     starts_M = torch.ones(len(row_ids_M), dtype=torch.bool, device=device)
     starts_M[1:] = rows_M[1:] != rows_M[:-1]
@@ -85,8 +97,11 @@ def add_value_gradient_(
     *,
     may_skip: bool = True,
     equal_bags: bool = False,
+    expected: int | None = None,
 ) -> None:
     """Add the value gradient to the touched rows of a buffer, and mark them.
+
+    A buffer that defers keeps it until enough passes have come, or until add_deferred_().
 
     Sums are formed in fp32 and rounded once.
 
@@ -98,6 +113,7 @@ def add_value_gradient_(
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
         may_skip: whether row ids may be negative; False saves work.
         equal_bags: whether all bags have the same number of lookups; True saves work.
+        expected: about how many lookups read a row, if that is known.
 
     Raises:
         ValueError: if shapes, devices or dtypes do not fit.
@@ -107,6 +123,13 @@ def add_value_gradient_(
     buffer_rV = buffer.buffer_rV
     check_inputs(buffer_rV, row_ids_M, weights_M, offsets)
     check_gradient(grad_GV, buffer_rV, offsets)
+    if buffer.deferred is not None:
+        known = {"may_skip": may_skip, "equal_bags": equal_bags, "expected": expected}
+        passes = buffer.deferred.passes
+        passes.append(Pass(grad_GV, row_ids_M, weights_M.detach(), offsets, known))
+        if len(passes) >= buffer.deferred.every:
+            add_deferred_(buffer)
+        return
     if not use_triton(grad_GV):
         rows_U, grads_UV = _reference_gradient(
             grad_GV.to(torch.promote_types(grad_GV.dtype, torch.float32)),
@@ -120,9 +143,41 @@ def add_value_gradient_(
         buffer_rV[rows_U] = (old_UV + grads_UV).to(buffer_rV.dtype)
         buffer.mark(rows_U)
         return
-    known = {"may_skip": may_skip, "equal_bags": equal_bags}
-    lookups = sort_lookups(row_ids_M, weights_M, offsets, len(buffer_rV), **known)
+    lookups = sort_lookups(
+        row_ids_M,
+        weights_M,
+        offsets,
+        len(buffer_rV),
+        may_skip=may_skip,
+        equal_bags=equal_bags,
+        expected=expected,
+    )
     add_rows_(buffer, lookups, grad_GV.contiguous(), None)
+
+
+def add_deferred_(buffer: RowBuffer) -> None:
+    """Add the gradients of all passes that the buffer holds back, as those of one larger pass."""
+    if buffer.deferred is None or not buffer.deferred.passes:
+        return
+    passes = buffer.deferred.passes[:]
+    buffer.deferred.passes.clear()
+    starts = [0]
+    for one in passes:
+        starts.append(starts[-1] + len(one.row_ids_M))
+    ends = [one.offsets[1:] + start for one, start in zip(passes, starts, strict=False)]
+    offsets = torch.cat((passes[0].offsets[:1], *ends))
+    expected = [one.known["expected"] for one in passes]
+    lengths = {len(one.row_ids_M) / max(1, len(one.offsets) - 1) for one in passes}
+    add_value_gradient_(
+        replace(buffer, deferred=None),
+        torch.cat([one.grad_GV for one in passes]),
+        torch.cat([one.row_ids_M for one in passes]),
+        torch.cat([one.weights_M for one in passes]),
+        offsets,
+        may_skip=any(one.known["may_skip"] for one in passes),
+        equal_bags=all(one.known["equal_bags"] for one in passes) and len(lengths) == 1,
+        expected=None if None in expected else sum(expected),
+    )
 
 
 def add_rows_(

@@ -33,6 +33,7 @@ class Table(Protocol):
     weight: Any
     shard: TableShard
     group: MemoryGroup
+    readers: int
 
     def accumulate_into(self, gradient: RowGradient, reads: ReadCounter) -> None: ...
 
@@ -121,7 +122,7 @@ class TableOptimizer(torch.optim.Optimizer):
             dtype = options.buffer_dtype or torch.float32
             if weight.dtype == torch.float64:
                 dtype = torch.float64
-            self.gradients[name] = RowGradient(weight, dtype)
+            self.gradients[name] = RowGradient(weight, dtype, readers=table.readers)
             self.reads[name] = ReadCounter(weight, per_batch=self.finetunes)
             table.accumulate_into(self.gradients[name], self.reads[name])
             self.state[weight] = allocate(weight, self.slots_of(table))
