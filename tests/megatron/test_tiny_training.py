@@ -78,6 +78,22 @@ def test_two_ranks_take_the_steps_of_one(alone: TrainingLog, flags: tuple) -> No
     _same_steps(run_training("two ranks", 2, *MEMORY, *flags), alone)
 
 
+NEW_FORMS = {"MEGAMEM_FORMS": "row_gradient=merged,row_adam=flags,squared_norm=triton"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param((*DO, "--memory-reduce-rows", "touched"), id="replicas of touched rows"),
+        pytest.param((*OVERLAP, *FULL, "--memory-reduce-rows", "all"), id="replicas of all rows"),
+        pytest.param((*TP2, "--micro-batch-size", 1), id="tp, microbatches"),
+    ],
+)
+def test_new_forms_take_the_same_steps(alone: TrainingLog, flags: tuple) -> None:
+    log = run_training("new forms", 2, *MEMORY, *flags, environment=NEW_FORMS)
+    _same_steps(log, alone)
+
+
 def test_a_pool_inside_one_stage_trains_under_pipeline_parallelism(alone: TrainingLog) -> None:
     """Stages draw other dense weights than one process, so only the fall of the loss is checked."""
     log = run_training("pp", 2, *MEMORY, *PP2)
