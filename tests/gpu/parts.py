@@ -74,7 +74,7 @@ PARTS = (
     Part(
         "step",
         "time a training step of 16 layers of width 2048, with and without 3 memory layers",
-        90,
+        120,
         needs=MEGATRON,
     ),
     Part(

@@ -18,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megamem.ops.forms import ENVIRONMENT
 from tests.gpu import report
-from tests.gpu.training_runs import Log, Run, launch
+from tests.gpu.training_runs import UNTRIED, Log, Run, launch
 
 STEPS, SAVED_AT = 6, 3
 TIMEOUT = 80.0
@@ -50,6 +51,8 @@ class Check:
     flags: tuple[object, ...]
     close: tuple[float, float] = CLOSE
     cpu: bool = False
+    forms: str = ""
+    """Selects forms of ops, as MEGAMEM_FORMS does."""
 
 
 LAYOUTS = (
@@ -60,7 +63,14 @@ LAYOUTS = (
     Check("DP2, rows over both, alltoall", 2, (*WIDE, *ALLTOALL)),
     Check("DP2, columns over both", 2, (*WIDE, *COLUMN)),
     Check("DP2, replicas", 2, ("--memory-group-size", 1)),
+    Check(
+        "DP2, replicas of touched rows, untried forms",
+        2,
+        ("--memory-group-size", 1, "--memory-reduce-rows", "touched"),
+        forms=UNTRIED,
+    ),
     Check("one process, bf16", 1, ("--bf16",), CLOSE_IN_BF16),
+    Check("one process, bf16, untried forms", 1, ("--bf16",), CLOSE_IN_BF16, forms=UNTRIED),
 )
 ON_THE_CPU = Check("one process on the CPU", 1, (), cpu=True)
 RESUMED = (
@@ -86,7 +96,7 @@ def run(found: report.Report) -> None:
             (*words, *check.flags, *flags),
             cpu=check.cpu or found.dry_run,
             # for six steps compiling small functions takes longer than it saves
-            environment={"TORCHDYNAMO_DISABLE": "1"},
+            environment={"TORCHDYNAMO_DISABLE": "1", ENVIRONMENT: check.forms},
         )
         more["environment"] = wanted.environment | more.get("environment", {})
         return launch(replace(wanted, **more), folder, TIMEOUT * (4 if found.dry_run else 1))

@@ -16,8 +16,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megamem.ops.forms import FORMS
 from tests.gpu.machine import ROOT
 from tests.gpu.runner import end_marked
+
+UNTRIED = ",".join(
+    f"{op}={name}"
+    for op, choices in FORMS.items()
+    for name, form in list(choices.items())[-1:]
+    if form.record is None
+)
+"""Selects the last form of every op if it has never run on a GPU."""
 
 SCRIPT = ROOT / "examples" / "pretrain_gpt.py"
 MARK = "MEGAMEM_GPU_RUN_MARK"
