@@ -3,6 +3,7 @@
     row_gradient    _row_pass_kernel    value gradient and weight gradient in one pass
                     _merge_kernel       sums of rows that are spread over several chunks
                     _unsort_kernel      weight gradient in the original order of the lookups
+                    _late_dots_kernel   the same of lookups that are more than was expected
                     _mark_kernel        which rows of the output were written
 
 The sorted lookups are divided into chunks of equal length, so that the work does not depend on how
@@ -28,7 +29,9 @@ _merge_kernel, have to see them as they were before the pass.
 
 sort_lookups.py sorts the lookups. Where it leaves lookups out, their number is only known on the
 device, and the kernels read it from memory: there is a fixed number of chunks, of which each has an
-equal part of the lookups that are present.
+equal part of the lookups that are present. The products of rows and gradients of bags, one for each
+block of columns and lookup, are the largest of the buffers, so it has room for ROOM times as many
+lookups as are expected. A slower kernel computes those of further lookups, in the same order.
 
 The lookups are sorted in the backward and not in the forward, which does not need the order: it
 would take 12 bytes per lookup until the backward, and recomputation would compute it twice.
@@ -48,6 +51,8 @@ from megamem.kernels.sort_lookups import SortedLookups, number_of_lookups
 MAX_BLOCK_V = 256
 UNROLL = 4
 MERGE_TILE = 8
+ROOM = 2
+LATE_PROGRAMS = 1024
 # lookups of a program that does little for each
 BLOCK_M = 256
 # enough chunks to fill a GPU, few enough that their partial sums stay small
@@ -59,9 +64,20 @@ def chunk_length(num_lookups: int) -> int:
     return min(MAX_CHUNK, max(MIN_CHUNK, triton.next_power_of_2(num_lookups // TARGET_CHUNKS)))
 
 
-def chunks_of_present(num_lookups: int) -> int:
-    """Return the number of chunks where the number of lookups that are present is not known."""
-    return min(TARGET_CHUNKS, triton.cdiv(num_lookups, MIN_CHUNK))
+def chunks_and_room(
+    num_lookups: int, counted: bool = False, expected: int | None = None
+) -> tuple[int, int]:
+    """Return for how many chunks and lookups there are buffers.
+
+    Args:
+        num_lookups: M, above 0.
+        counted: whether the number of lookups that are present is only known on the device.
+        expected: about how many are present, if that is known.
+    """
+    if not counted:
+        return triton.cdiv(num_lookups, chunk_length(num_lookups)), num_lookups
+    room = num_lookups if expected is None else min(num_lookups, max(BLOCK_M, ROOM * expected))
+    return min(TARGET_CHUNKS, triton.cdiv(num_lookups, MIN_CHUNK)), room
 
 
 def column_block(width: int) -> int:
@@ -94,6 +110,16 @@ def _divide(count, num_lookups, chunk, MIN_CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _ends(i_c, count, num_present, chunk):
+    """Return where a chunk starts and ends; lookups that were counted have indices of 4 bytes."""
+    i_first = i_c * chunk
+    i_end = tl.minimum(i_first + chunk, num_present)
+    if count is not None:
+        i_first, i_end = i_first.to(tl.int32), i_end.to(tl.int32)
+    return i_first, i_end
+
+
+@triton.jit
 def _first_row(rows, i_first, count, num_present, num_rows):
     """Return the row of the first lookup of a chunk; num_rows if it has no lookups."""
     if count is None:
@@ -103,8 +129,25 @@ def _first_row(rows, i_first, count, num_present, num_rows):
     return i_row.to(tl.int32)
 
 
+@triton.jit
+def _is_read(i_m, i_end, i_row, count, num_rows):
+    """Return whether a lookup is in the chunk and reads a row, as all that were counted do."""
+    m_read = i_m < i_end
+    if count is None:
+        m_read = m_read & (i_row < num_rows)
+    return m_read
+
+
+@triton.jit
+def _with_room(mask, i_m, count, num_dots):
+    """Return the mask without lookups for which there is no room in the products."""
+    if count is not None:
+        mask = mask & (i_m < num_dots)
+    return mask
+
+
 # most of its branches are decided by constants when it is compiled
-@triton.jit(do_not_specialize=["count", "num_lookups", "num_rows", "chunk"])
+@triton.jit(do_not_specialize=["count", "num_lookups", "num_dots", "num_rows", "chunk"])
 def _row_pass_kernel(  # noqa: C901
     rows,  # [M] sorted
     bags,  # [M]
@@ -115,9 +158,10 @@ def _row_pass_kernel(  # noqa: C901
     out,  # [*, V]; None without VALUE_GRAD
     touched,  # [r] where a row is added to; None: to all rows with ADD
     partials,  # [chunks, 2, V] partial sums of head and tail
-    dots,  # [V blocks, M]
+    dots,  # [V blocks, num_dots]
     count,  # [1] how many lookups are present; None: all M
     num_lookups,
+    num_dots,
     num_rows,
     chunk,
     MIN_CHUNK: tl.constexpr,
@@ -133,8 +177,7 @@ def _row_pass_kernel(  # noqa: C901
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
     m_v = o_v < V
     num_present, chunk = _divide(count, num_lookups, chunk, MIN_CHUNK)
-    i_first = i_c * chunk
-    i_end = tl.minimum(i_first + chunk, num_present)
+    i_first, i_end = _ends(i_c, count, num_present, chunk)
     i_row = _first_row(rows, i_first, count, num_present, num_rows)
     if i_row >= num_rows:
         return
@@ -150,7 +193,7 @@ def _row_pass_kernel(  # noqa: C901
         i_touched = ()
         if ADD and touched is not None:
             for u in tl.static_range(UNROLL):
-                m_u = (i + u < i_end) & (i_rows[u] < num_rows)
+                m_u = _is_read(i + u, i_end, i_rows[u], count, num_rows)
                 m_whole = m_u & (i_rows[u] != i_rows[u + 1]) & (i_rows[u] != row_before)
                 i_touched += (tl.load(touched + i_rows[u], mask=m_whole, other=0),)
 
@@ -158,7 +201,7 @@ def _row_pass_kernel(  # noqa: C901
         b_grads, b_weights, b_values, o_outs, b_outs = (), (), (), (), ()
         for u in tl.static_range(UNROLL):
             i_m = i + u
-            m_u = (i_m < i_end) & (i_rows[u] < num_rows)
+            m_u = _is_read(i_m, i_end, i_rows[u], count, num_rows)
             i_bag = tl.load(bags + i_m, mask=m_u, other=0).to(tl.int64)
             b_grads += (tl.load(grads + i_bag * V + o_v, mask=_only_if(m_u, m_v), other=0.0),)
             if WEIGHT_GRAD:
@@ -179,11 +222,12 @@ def _row_pass_kernel(  # noqa: C901
 
         for u in tl.static_range(UNROLL):
             i_m = i + u
-            m_u = (i_m < i_end) & (i_rows[u] < num_rows)
+            m_u = _is_read(i_m, i_end, i_rows[u], count, num_rows)
             b_grad = b_grads[u].to(tl.float32)
             if WEIGHT_GRAD:
                 b_dot = tl.sum(b_values[u].to(tl.float32) * b_grad, axis=0)
-                tl.store(dots + i_v * num_lookups + i_m, b_dot, mask=m_u)
+                m_dot = _with_room(m_u, i_m, count, num_dots)
+                tl.store(dots + i_v * num_dots + i_m, b_dot, mask=m_dot)
             if VALUE_GRAD:
                 b_sum += b_weights[u] * b_grad
                 m_ends = m_u & (i_rows[u] != i_rows[u + 1])
@@ -261,27 +305,53 @@ def _merge_kernel(
     tl.store(o_out, b_sum.to(out.dtype.element_ty), mask=m_v)
 
 
-@triton.jit(do_not_specialize=["count", "num_lookups", "num_rows"])
+@triton.jit(do_not_specialize=["count", "num_lookups", "num_dots", "num_rows"])
 def _unsort_kernel(
     rows,  # [M] sorted
     order,  # [M]
-    dots,  # [V blocks, M]
+    dots,  # [V blocks, num_dots]
     out,  # [M] zeros if there is a count
     count,  # [1] how many lookups are present; None: all M
     num_lookups,
+    num_dots,
     num_rows,
     NUM_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < number_of_lookups(count, num_lookups)
+    m_m = _with_room(o_m < number_of_lookups(count, num_lookups), o_m, count, num_dots)
     m_present = tl.load(rows + o_m, mask=m_m, other=0).to(tl.int32) < num_rows
     b_dot = tl.zeros([BLOCK_M], tl.float32)
     for i_v in tl.static_range(NUM_BLOCKS):
-        o_dots = dots + tl.full([1], i_v, tl.int64) * num_lookups + o_m
+        o_dots = dots + tl.full([1], i_v, tl.int64) * num_dots + o_m
         b_dot += tl.load(o_dots, mask=m_m & m_present, other=0.0)
     i_out = tl.load(order + o_m, mask=m_m, other=0)
     tl.store(out + i_out, b_dot.to(out.dtype.element_ty), mask=m_m)
+
+
+@triton.jit(do_not_specialize=["count", "num_dots"])
+def _late_dots_kernel(
+    rows,  # [M] sorted
+    order,  # [M]
+    bags,  # [M]
+    values,  # [r, V]
+    grads,  # [G, V]
+    out,  # [M]
+    count,  # [1] how many lookups are present
+    num_dots,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    for i_m in range(num_dots + tl.program_id(0), tl.load(count), tl.num_programs(0)):
+        i_row = tl.load(rows + i_m).to(tl.int64)
+        i_bag = tl.load(bags + i_m).to(tl.int64)
+        dot = 0.0
+        for i_v in range(0, V, BLOCK_V):
+            o_v = i_v + tl.arange(0, BLOCK_V)
+            b_value = tl.load(values + i_row * V + o_v, mask=o_v < V, other=0.0)
+            b_grad = tl.load(grads + i_bag * V + o_v, mask=o_v < V, other=0.0)
+            dot += tl.sum(b_value.to(tl.float32) * b_grad.to(tl.float32), axis=0)
+        tl.store(out + tl.load(order + i_m), dot)
 
 
 @triton.jit(do_not_specialize=["count", "num_lookups", "num_rows"])
@@ -326,25 +396,29 @@ def row_gradient(
         The weight gradient in the original order of the lookups, [M] in fp32; None without values.
     """
     num_lookups, width = len(lookups.rows_M), grad_GV.shape[1]
-    device = grad_GV.device
-    weight_grad_M = None
-    if values_rV is not None:
-        # absent lookups that were left out get a gradient of zero
-        make = torch.empty if lookups.count is None else torch.zeros
-        weight_grad_M = make(num_lookups, dtype=torch.float32, device=device)
+    count, num_rows, device = lookups.count, lookups.num_rows, grad_GV.device
+    want_weights, want_values = values_rV is not None, out is not None
     if num_lookups == 0:
-        return weight_grad_M
-    chunk, block = chunk_length(num_lookups), column_block(width)
-    num_chunks, num_blocks = triton.cdiv(num_lookups, chunk), triton.cdiv(width, block)
-    if lookups.count is not None:
-        num_chunks = chunks_of_present(num_lookups)
+        return torch.empty(0, dtype=torch.float32, device=device) if want_weights else None
+    block = column_block(width)
+    num_blocks = triton.cdiv(width, block)
+    num_chunks, num_dots = chunks_and_room(num_lookups, count is not None, lookups.expected)
     partials = dots = None
-    if out is not None:
+    if want_values:
         partials = torch.empty(num_chunks, 2, width, dtype=torch.float32, device=device)
-    if values_rV is not None:
-        dots = torch.empty(num_blocks, num_lookups, dtype=torch.float32, device=device)
-    count, num_rows = lookups.count, lookups.num_rows
-    sizes = {"count": count, "num_lookups": num_lookups, "num_rows": num_rows}
+    if want_weights:
+        dots = torch.empty(num_blocks, num_dots, dtype=torch.float32, device=device)
+    sizes = {
+        "count": count,
+        "num_lookups": num_lookups,
+        "num_rows": num_rows,
+        "chunk": chunk_length(num_lookups),
+        "MIN_CHUNK": MIN_CHUNK,
+        "V": width,
+        "BLOCK_V": block,
+        "ADD": add,
+        **OPTIONS,
+    }
     _row_pass_kernel[(num_chunks, num_blocks)](
         lookups.rows_M,
         lookups.bags_M,
@@ -356,46 +430,65 @@ def row_gradient(
         touched_r,
         partials,
         dots,
-        **sizes,
-        chunk=chunk,
-        MIN_CHUNK=MIN_CHUNK,
-        V=width,
-        BLOCK_V=block,
+        num_dots=num_dots,
         UNROLL=UNROLL,
-        ADD=add,
-        VALUE_GRAD=out is not None,
-        WEIGHT_GRAD=values_rV is not None,
+        VALUE_GRAD=want_values,
+        WEIGHT_GRAD=want_weights,
         num_warps=1,
-        **OPTIONS,
+        **sizes,
     )
-    if out is not None:
+    if want_values:
         _merge_kernel[(num_chunks, num_blocks)](
             lookups.rows_M,
             slots_M,
             partials,
             out,
             touched_r,
-            **sizes,
-            chunk=chunk,
-            MIN_CHUNK=MIN_CHUNK,
-            V=width,
-            BLOCK_V=block,
             TILE=MERGE_TILE,
-            ADD=add,
             num_warps=num_warps(block, 4),
-            **OPTIONS,
+            **sizes,
         )
     if touched_r is not None:
         mark_rows_(lookups, touched_r)
-    if values_rV is not None:
-        _unsort_kernel[(triton.cdiv(num_lookups, BLOCK_M),)](
+    if values_rV is None or dots is None:
+        return None
+    return _unsorted(dots, lookups, values_rV, grad_GV)
+
+
+def _unsorted(dots: Tensor, lookups: SortedLookups, values_rV: Tensor, grad_GV: Tensor) -> Tensor:
+    """Return the weight gradient, from products that have room for some or all of the lookups."""
+    num_lookups, count = len(lookups.rows_M), lookups.count
+    num_blocks, num_dots = dots.shape
+    # lookups that were left out get a gradient of zero
+    make = torch.empty if count is None else torch.zeros
+    weight_grad_M = make(num_lookups, dtype=torch.float32, device=dots.device)
+    _unsort_kernel[(triton.cdiv(num_dots, BLOCK_M),)](
+        lookups.rows_M,
+        lookups.order_M,
+        dots,
+        weight_grad_M,
+        count,
+        num_lookups,
+        num_dots,
+        lookups.num_rows,
+        NUM_BLOCKS=num_blocks,
+        BLOCK_M=BLOCK_M,
+        **OPTIONS,
+    )
+    if num_dots < num_lookups:
+        width = grad_GV.shape[1]
+        _late_dots_kernel[(min(LATE_PROGRAMS, num_lookups - num_dots),)](
             lookups.rows_M,
             lookups.order_M,
-            dots,
+            lookups.bags_M,
+            values_rV,
+            grad_GV,
             weight_grad_M,
-            **sizes,
-            NUM_BLOCKS=num_blocks,
-            BLOCK_M=BLOCK_M,
+            count,
+            num_dots,
+            V=width,
+            BLOCK_V=column_block(width),
+            num_warps=1,
             **OPTIONS,
         )
     return weight_grad_M

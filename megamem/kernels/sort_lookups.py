@@ -36,6 +36,8 @@ DIGIT_BITS = 10
 TILE = 2048
 """Lookups that a program sorts at once."""
 MAX_PROGRAMS = 512
+MAX_LOOKUPS = 2**31 - 2**20
+"""So many that the ends of tiles and chunks, which may lie beyond the last, have 4 bytes, too."""
 NUM_WARPS = 8
 
 
@@ -56,6 +58,8 @@ class SortedLookups:
     count: Tensor | None = None
     """[1] int32, how many lookups read a row: entries after them are undefined. None: there are
     M entries, those of no row included."""
+    expected: int | None = None
+    """About how many lookups read a row, where there is a count. None: up to all of them."""
 
     def rows_or_none(self) -> Tensor:
         """Return rows_M with num_rows, which is no row, in the entries that are undefined."""
@@ -110,13 +114,13 @@ def _part(count, num_lookups, TILE: tl.constexpr):
     return i_first, tl.minimum(i_first + num_tiles * TILE, num_lookups)
 
 
-@triton.jit(do_not_specialize=["count", "num_lookups"])
+@triton.jit(do_not_specialize=["count", "num_lookups", "shift"])
 def _count_kernel(
     keys,  # [M]; a negative key is no lookup
     counts,  # [digits, P] lookups of each digit in the part of each program
     count,  # [1] number of keys; None: num_lookups
     num_lookups,
-    SHIFT: tl.constexpr,
+    shift,  # the bits of a key below the digit
     NUM_DIGITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -125,13 +129,13 @@ def _count_kernel(
     for i in range(i_first, i_end, TILE):
         o_m = i + tl.arange(0, TILE)
         b_key = tl.load(keys + o_m, mask=o_m < i_end, other=-1).to(tl.int32)
-        b_digit = (b_key >> SHIFT) & (NUM_DIGITS - 1)
+        b_digit = (b_key >> shift) & (NUM_DIGITS - 1)
         b_counts += tl.histogram(b_digit, NUM_DIGITS, mask=b_key >= 0)
     o_counts = tl.arange(0, NUM_DIGITS) * tl.num_programs(0) + tl.program_id(0)
     tl.store(counts + o_counts, b_counts)
 
 
-@triton.jit(do_not_specialize=["count", "num_lookups", "bag_size"])
+@triton.jit(do_not_specialize=["count", "num_lookups", "shift", "bag_size"])
 def _scatter_kernel(
     keys,  # [M]; a negative key is no lookup
     positions,  # [M] position of each lookup before the sort; None: its index
@@ -144,9 +148,9 @@ def _scatter_kernel(
     weights_out,  # [M]
     count,  # [1] number of keys; None: num_lookups
     num_lookups,
+    shift,  # the bits of a key below the digit
     bag_size,
     WEIGHT_STRIDE: tl.constexpr,
-    SHIFT: tl.constexpr,
     NUM_DIGITS: tl.constexpr,
     TILE: tl.constexpr,
     LAST: tl.constexpr,
@@ -159,7 +163,7 @@ def _scatter_kernel(
         o_m = i + o_tile
         b_key = tl.load(keys + o_m, mask=o_m < i_end, other=-1).to(tl.int32)
         m_key = b_key >= 0
-        b_digit = (b_key >> SHIFT) & (NUM_DIGITS - 1)
+        b_digit = (b_key >> shift) & (NUM_DIGITS - 1)
         b_counts = tl.histogram(b_digit, NUM_DIGITS, mask=m_key)
         # no lookup comes after all digits
         b_place = tl.sort(tl.where(m_key, b_digit, NUM_DIGITS) * TILE + o_tile)
@@ -196,6 +200,7 @@ def sort_by_radix(
     num_rows: int,
     may_skip: bool = True,
     equal_bags: bool = False,
+    expected: int | None = None,
 ) -> SortedLookups:
     """Sort the lookups that read a row by it, and lookups of one row by their position.
 
@@ -206,17 +211,23 @@ def sort_by_radix(
         num_rows: r, the rows of the shard.
         may_skip: whether row ids may be negative. If not, the result has no count.
         equal_bags: whether all bags have the same number of lookups, which saves a pass.
+        expected: about how many lookups read a row, if that is known; passed on.
+
+    Raises:
+        ValueError: there are more than MAX_LOOKUPS.
     """
     num_lookups, device = len(row_ids_M), row_ids_M.device
-    if num_lookups >= 2**31 - TILE:
-        raise ValueError(f"{num_lookups:,} lookups have no positions of 4 bytes.")
+    if num_lookups > MAX_LOOKUPS:
+        raise ValueError(
+            f"{num_lookups:,} lookups are more than the form radix can sort, {MAX_LOOKUPS:,}."
+        )
     rows_M, order_M, bags_M = (
         torch.empty(num_lookups, dtype=torch.int32, device=device) for _ in range(3)
     )
     sorted_weights_M = torch.empty(num_lookups, dtype=weights_M.dtype, device=device)
     if num_lookups == 0:
         count = torch.zeros(1, dtype=torch.int32, device=device) if may_skip else None
-        return SortedLookups(rows_M, order_M, bags_M, sorted_weights_M, num_rows, count)
+        return SortedLookups(rows_M, order_M, bags_M, sorted_weights_M, num_rows, count, expected)
     bag_ids_M = None if equal_bags else bags_of_lookups(offsets, num_lookups)
     programs = min(MAX_PROGRAMS, triton.cdiv(num_lookups, TILE))
     num_digits, bits = digits_of(num_rows)
@@ -224,13 +235,13 @@ def sort_by_radix(
     buffers = [(rows_M, order_M)]
     if num_digits > 1:
         buffers.append((torch.empty_like(rows_M), torch.empty_like(order_M)))
+    sizes = {"NUM_DIGITS": 2**bits, "TILE": TILE, "num_warps": NUM_WARPS, **OPTIONS}
     keys_M, positions_M, count = row_ids_M, None, None
     for digit in range(num_digits):
         keys_out_M, positions_out_M = buffers[(num_digits - 1 - digit) % 2]
-        sizes = {"SHIFT": digit * bits, "NUM_DIGITS": 2**bits, "TILE": TILE}
-        sizes |= {"num_warps": NUM_WARPS, **OPTIONS}
+        shift = digit * bits
         counts = torch.empty(2**bits, programs, dtype=torch.int32, device=device)
-        _count_kernel[(programs,)](keys_M, counts, count, num_lookups, **sizes)
+        _count_kernel[(programs,)](keys_M, counts, count, num_lookups, shift, **sizes)
         ends = counts.view(-1).cumsum(0, dtype=torch.int32)
         _scatter_kernel[(programs,)](
             keys_M,
@@ -244,6 +255,7 @@ def sort_by_radix(
             sorted_weights_M,
             count,
             num_lookups,
+            shift,
             num_lookups // (len(offsets) - 1),
             WEIGHT_STRIDE=weights_M.stride(0),
             **sizes,
@@ -252,4 +264,4 @@ def sort_by_radix(
         keys_M, positions_M = keys_out_M, positions_out_M
         if may_skip:
             count = ends[-1:]
-    return SortedLookups(rows_M, order_M, bags_M, sorted_weights_M, num_rows, count)
+    return SortedLookups(rows_M, order_M, bags_M, sorted_weights_M, num_rows, count, expected)

@@ -71,6 +71,7 @@ def row_dot(
     *,
     may_skip: bool = True,
     equal_bags: bool = False,
+    expected: int | None = None,
     check_row_ids: bool | None = None,
     add_value_grad_to: RowBuffer | Tensor | None = None,
 ) -> Tensor:
@@ -85,6 +86,8 @@ def row_dot(
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
         may_skip: whether row ids may be negative; False saves passes over them.
         equal_bags: whether all bags have the same number of lookups; True saves work.
+        expected: about how many lookups read a row, if that is known. The forward takes memory for
+            twice as many; more are possible, and slower.
         check_row_ids: whether to check that row ids and offsets are in range. By default they are
             checked on a CPU only, as the host would have to wait for a GPU.
         add_value_grad_to: fp32 or bf16 [r, V] buffer to which the backward adds the gradient of the
@@ -112,7 +115,7 @@ def row_dot(
         vectors_GV.contiguous(),
         row_ids_M.contiguous(),
         offsets.contiguous(),
-        {"may_skip": may_skip, "equal_bags": equal_bags},
+        {"may_skip": may_skip, "equal_bags": equal_bags, "expected": expected},
         buffer,
         anchor,
     )

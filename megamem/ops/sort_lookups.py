@@ -20,6 +20,7 @@ def sort_lookups(
     *,
     may_skip: bool = True,
     equal_bags: bool = False,
+    expected: int | None = None,
     form: str | None = None,
 ) -> SortedLookups:
     """Return the lookups sorted by row, and by position where rows are equal.
@@ -33,9 +34,11 @@ def sort_lookups(
         num_rows: r, the rows of the shard.
         may_skip: whether row ids may be negative; False saves work.
         equal_bags: whether all bags have the same number of lookups; True saves work.
+        expected: about how many lookups read a row, if that is known. The backward takes memory for
+            twice as many; more are possible, and slower.
         form: takes precedence over the form that is selected or the default. The form `radix` needs
             a GPU or Triton's interpreter.
     """
     if (form or forms.pick("sort_lookups")) == "torch":
         return sort_by_torch(row_ids_M, weights_M, offsets, num_rows, may_skip)
-    return sort_by_radix(row_ids_M, weights_M, offsets, num_rows, may_skip, equal_bags)
+    return sort_by_radix(row_ids_M, weights_M, offsets, num_rows, may_skip, equal_bags, expected)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from megamem.kernels.placement import place_rows
 from megamem.kernels.product_topk import product_topk
 from megamem.kernels.row_adam import update_rows_
 from megamem.kernels.row_gradient import row_gradient
-from megamem.kernels.sort_lookups import sort_by_radix, sort_by_torch
+from megamem.kernels.sort_lookups import SortedLookups, sort_by_radix, sort_by_torch
 from megamem.kernels.squared_norm import squared_norm
 from tests.kernels.races import Race, find_races
 
@@ -58,6 +59,9 @@ MAY_SPILL = {
 }
 _APPROXIMATE = re.compile(r"\b(?:[a-z0-9]+\.approx|div\.full)[.\w]*")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+Sort = Callable[..., SortedLookups]
+# absent lookups are left out, and there is no room for the products of most of those present
+FEW_EXPECTED: Sort = partial(sort_by_radix, expected=1)
 
 
 class Usage(NamedTuple):
@@ -130,10 +134,11 @@ def _gradient(
     want_weights: bool = True,
     num_rows: int = 2**20,
     first_touch: bool = False,
+    sort: Sort = sort_by_torch,
 ) -> Callable[[int], None]:
     def run(tokens: int) -> None:
         flags = _meta(num_rows, dtype=torch.bool) if first_touch else None
-        lookups = sort_by_torch(*_lookups(tokens), num_rows)
+        lookups = sort(*_lookups(tokens), num_rows)
         slots = _meta(tokens * 16, dtype=torch.int32) if sparse else None
         values = _meta(num_rows, width, dtype=dtype) if want_weights else None
         out = _meta(num_rows, width, dtype=out_dtype or dtype)
@@ -144,11 +149,11 @@ def _gradient(
     return run
 
 
-def _products(dtype: torch.dtype, width: int) -> Callable[[int], None]:
+def _products(dtype: torch.dtype, width: int, sort: Sort = sort_by_torch) -> Callable[[int], None]:
     """Rows times the vectors of their bags, which is a weight gradient alone."""
 
     def run(tokens: int) -> None:
-        lookups = sort_by_torch(*_lookups(tokens), 2**20)
+        lookups = sort(*_lookups(tokens), 2**20)
         vectors, values = _meta(tokens, width, dtype=dtype), _meta(2**20, width, dtype=dtype)
         row_gradient(lookups, vectors, values, None)
 
@@ -156,18 +161,12 @@ def _products(dtype: torch.dtype, width: int) -> Callable[[int], None]:
 
 
 def _sort(
-    num_rows: int, width: int = 0, may_skip: bool = True, ids: torch.dtype = torch.int32
+    num_rows: int, may_skip: bool = True, ids: torch.dtype = torch.int32
 ) -> Callable[[int], None]:
-    """The radix sort, and the row gradient of what it leaves if there is a width."""
-
     def run(tokens: int) -> None:
         row_ids, weights, offsets = _lookups(tokens)
-        row_ids = row_ids.to(ids)
         for equal_bags in (True, False):
-            lookups = sort_by_radix(row_ids, weights, offsets, num_rows, may_skip, equal_bags)
-        if width:
-            table, grad = _meta(num_rows, width, dtype=BF16), _meta(tokens, width, dtype=BF16)
-            row_gradient(lookups, grad, table, _meta(num_rows, width), add=True)
+            sort_by_radix(row_ids.to(ids), weights, offsets, num_rows, may_skip, equal_bags)
 
     return run
 
@@ -247,7 +246,8 @@ CASES: dict[str, Callable[[int], None]] = {
     "gradient bf16 V=2048": _gradient(BF16, 2048),
     "gradient bf16 += fp32": _gradient(BF16, 2048, out_dtype=FP32),
     "gradient bf16 first touch fp32": _gradient(BF16, 2048, out_dtype=FP32, first_touch=True),
-    "sort of rows": _sort(2**20, width=2048),
+    "sort of rows": _sort(2**20),
+    "gradient of those present": _gradient(BF16, 2048, out_dtype=FP32, sort=FEW_EXPECTED),
     "top-k bf16 N=1024 C=512 K=32": _topk(BF16, 1024, 512, 32),
     "adam fp32, gradients of few rows": _adam(FP32, touched=False, few=True),
     "adam bf16 random, touched": _adam(BF16, touched=True),
@@ -272,6 +272,13 @@ MORE_CASES: dict[str, Callable[[int], None]] = {
     "gradient bf16 sparse": _gradient(BF16, 2048, sparse=True, want_weights=False),
     "products bf16 V=2048": _products(BF16, 2048),
     "gradient of sub-keys": _gradient(BF16, 256, want_weights=False, num_rows=8192),
+    "gradient fp32 V=1000, of those present": _gradient(
+        FP32, 1000, out_dtype=FP32, sort=FEW_EXPECTED
+    ),
+    "gradient bf16 first touch, of those present": _gradient(
+        BF16, 2048, out_dtype=BF16, first_touch=True, sort=FEW_EXPECTED
+    ),
+    "products bf16 V=2048, of those present": _products(BF16, 2048, sort=FEW_EXPECTED),
     "sort of rows, all present": _sort(2**20, may_skip=False),
     "sort of few rows": _sort(100, ids=torch.int64),
     "sort of many rows": _sort(2**31 - 1, ids=torch.int64),

@@ -23,6 +23,7 @@ KERNELS = {
     "_bag_kernel",
     "_compact_kernel",
     "_count_kernel",
+    "_late_dots_kernel",
     "_merge_kernel",
     "_place_kernel",
     "_squared_norm_kernel",

@@ -176,7 +176,7 @@ def test_runs_agree_bit_for_bit(device, small_tiles):
 
 def test_too_many_lookups_for_positions_of_4_bytes():
     row_ids = torch.empty(2**31, dtype=torch.int32, device="meta")
-    with pytest.raises(ValueError, match="2,147,483,648 lookups have no positions of 4 bytes"):
+    with pytest.raises(ValueError, match="2,147,483,648 lookups are more than the form radix"):
         sort_by_radix(row_ids, row_ids.float(), row_ids[:2], 5)
 
 
@@ -247,6 +247,30 @@ def test_gradients_with_more_chunks_than_lookups_and_with_long_chunks(
             same_dtype, truth = (run(twin, batch, x) for x in (torch.float32, torch.float64))
             for key in truth:
                 assert_as_good_as_torch(key, found[key], same_dtype[key], truth[key])
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("expected", [0, 1, 20, 200])
+def test_more_lookups_than_were_expected(op, expected, device, radix, monkeypatch, poisoned_memory):
+    """They are computed in another way, to the same bits."""
+    monkeypatch.setattr(gradient_kernels, "BLOCK_M", 16)
+    monkeypatch.setattr(gradient_kernels, "LATE_PROGRAMS", 5)
+    run, ours, _ = OPS[op]
+    for width in (8, 264):
+        batch = make_batch([70, 0, 30], num_rows=6, width=width, absent=0.3, device=device)
+        truth = run(ours, batch, torch.float32)
+        found = run(ours, batch, torch.float32, expected=expected)
+        assert all(torch.equal(found[key], truth[key]) for key in truth)
+
+
+def test_room_follows_the_lookups_that_are_expected():
+    chunks_and_room = gradient_kernels.chunks_and_room
+    million = 2**20
+    assert chunks_and_room(million) == (8192, million)
+    assert chunks_and_room(8 * million) == (16384, 8 * million)
+    assert chunks_and_room(8 * million, counted=True) == (8192, 8 * million)
+    assert chunks_and_room(8 * million, counted=True, expected=million) == (8192, 2 * million)
+    assert chunks_and_room(100, counted=True, expected=99) == (4, 100)
 
 
 @pytest.mark.parametrize("op", OPS)
