@@ -45,38 +45,38 @@ MAX_TOPK = 128
 SCORE_BYTES = 2**26
 # scores of one half that a program loads at once in the second pass
 TILE = 512
-_LOWEST = tl.constexpr(-(2**31))
-_EMPTY = tl.constexpr(-(2**63))
-_INDEX = tl.constexpr(2**31 - 1)
+LOWEST = tl.constexpr(-(2**31))
+EMPTY = tl.constexpr(-(2**63))
+INDEX = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _to_order(b_score):
-    """Return int32 in the order of fp32 scores: above _LOWEST, equal for -0 and 0, NaN highest."""
-    b_bits = tl.where(b_score == b_score, (b_score + 0.0).to(tl.int32, bitcast=True), _INDEX)
-    return b_bits ^ ((b_bits >> 31) & _INDEX)
+def to_order(b_score):
+    """Return int32 in the order of fp32 scores: above LOWEST, equal for -0 and 0, NaN highest."""
+    b_bits = tl.where(b_score == b_score, (b_score + 0.0).to(tl.int32, bitcast=True), INDEX)
+    return b_bits ^ ((b_bits >> 31) & INDEX)
 
 
 @triton.jit
-def _to_score(b_order):
-    return (b_order ^ ((b_order >> 31) & _INDEX)).to(tl.float32, bitcast=True)
+def to_score(b_order):
+    return (b_order ^ ((b_order >> 31) & INDEX)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _pack(b_order, b_index):
-    return (b_order.to(tl.int64) << 32) | (b_index ^ _INDEX).to(tl.int64)
+def pack(b_order, b_index):
+    return (b_order.to(tl.int64) << 32) | (b_index ^ INDEX).to(tl.int64)
 
 
 @triton.jit
-def _middle(b_low, b_high):
+def middle(b_low, b_high):
     """Return the mean rounded up, computed without the sum, which could overflow int32."""
     return (b_low >> 1) + (b_high >> 1) + ((b_low | b_high) & 1)
 
 
 @triton.jit
 def _load_order(scores, o_n, mask):
-    """Return [halves, GROUPS] scores as ordered int32; _LOWEST where the mask is False."""
-    return tl.where(mask, _to_order(tl.load(scores + o_n, mask=mask, other=0.0)), _LOWEST)
+    """Return [halves, GROUPS] scores as ordered int32; LOWEST where the mask is False."""
+    return tl.where(mask, to_order(tl.load(scores + o_n, mask=mask, other=0.0)), LOWEST)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -109,7 +109,7 @@ def _two_looks_kernel(
     o_candidates = candidates + ((i_read * 2 + o_y) * KB)[:, None]
 
     # the first pass: a threshold that the maxima of at least K groups reach
-    b_max = tl.full([2 * READS, GROUPS], _LOWEST, tl.int32)
+    b_max = tl.full([2 * READS, GROUPS], LOWEST, tl.int32)
     for i in range(0, N, UNROLL * GROUPS):
         for u in tl.static_range(UNROLL):
             o_n = i + u * GROUPS + o_g
@@ -120,9 +120,9 @@ def _two_looks_kernel(
     b_count = tl.full([2 * READS], GROUPS, tl.int32)
     i_step = 0
     while (tl.max(b_count, axis=0) > K + K // 8) & (i_step < 40):
-        b_mid = _middle(b_low, b_high)
+        b_mid = middle(b_low, b_high)
         # scores are distributed more evenly than their bits; the mean of infinities is not used
-        b_mean = _to_order(0.5 * (_to_score(b_low) + _to_score(b_high)))
+        b_mean = to_order(0.5 * (to_score(b_low) + to_score(b_high)))
         b_mid = tl.where((i_step < 12) & (b_mean > b_low) & (b_mean <= b_high), b_mean, b_mid)
         b_reach = tl.sum((b_max >= b_mid[:, None]).to(tl.int32), axis=1)
         m_enough = b_reach >= K
@@ -142,7 +142,7 @@ def _two_looks_kernel(
             o_n = i + u * GROUPS + o_g
             m_reach = (b_orders[u] >= b_low[:, None]) & m_y & (o_n < N)
             b_place = b_used[:, None] + tl.cumsum(m_reach.to(tl.int32), axis=1) - 1
-            b_packed = _pack(b_orders[u], o_n)
+            b_packed = pack(b_orders[u], o_n)
             tl.store(o_candidates + b_place, b_packed, mask=m_reach & (b_place < KB))
             b_used += tl.sum(m_reach.to(tl.int32), axis=1)
 
@@ -150,7 +150,7 @@ def _two_looks_kernel(
         # many scores are (almost) equal: find the K-th best, and of its equals take the first
         b_high = b_top
         for _ in range(32):
-            b_mid = _middle(b_low, b_high)
+            b_mid = middle(b_low, b_high)
             b_reach = tl.zeros([2 * READS], tl.int32)
             for i in range(0, N, GROUPS):
                 b_order = _load_order(scores, i + o_g, m_y & (i + o_g < N))
@@ -172,14 +172,14 @@ def _two_looks_kernel(
             b_nth = b_equal[:, None] + tl.cumsum(m_equal.to(tl.int32), axis=1)
             m_keep = (b_order > b_low[:, None]) | (m_equal & (b_nth <= (K - b_above)[:, None]))
             b_place = b_used[:, None] + tl.cumsum(m_keep.to(tl.int32), axis=1) - 1
-            tl.store(o_candidates + b_place, _pack(b_order, i + o_g), mask=m_keep)
+            tl.store(o_candidates + b_place, pack(b_order, i + o_g), mask=m_keep)
             b_used += tl.sum(m_keep.to(tl.int32), axis=1)
             b_equal += tl.sum(m_equal.to(tl.int32), axis=1)
 
     # other threads stored what is read here and below
     tl.debug_barrier()
     o_b = tl.arange(0, KB)[None, :]
-    b_candidates = tl.load(o_candidates + o_b, mask=o_b < b_used[:, None], other=_EMPTY)
+    b_candidates = tl.load(o_candidates + o_b, mask=o_b < b_used[:, None], other=EMPTY)
     b_best = tl.topk(b_candidates, KP)
     tl.debug_barrier()
     tl.store(o_candidates + tl.arange(0, KP)[None, :], b_best, mask=m_y)
@@ -192,16 +192,16 @@ def _two_looks_kernel(
     o_right = candidates + o_r * (2 * KB) + KB + tl.load(ranks + num_pairs + o_p, mask=m_p, other=0)
     b_left = tl.load(o_left, mask=m_r & m_p, other=0)
     b_right = tl.load(o_right, mask=m_r & m_p, other=0)
-    b_sum = _to_score((b_left >> 32).to(tl.int32)) + _to_score((b_right >> 32).to(tl.int32))
-    b_i = (b_left & _INDEX).to(tl.int32) ^ _INDEX
-    b_j = (b_right & _INDEX).to(tl.int32) ^ _INDEX
-    b_pairs = tl.where(m_p, _pack(_to_order(b_sum), b_i * N + b_j), _EMPTY)
+    b_sum = to_score((b_left >> 32).to(tl.int32)) + to_score((b_right >> 32).to(tl.int32))
+    b_i = (b_left & INDEX).to(tl.int32) ^ INDEX
+    b_j = (b_right & INDEX).to(tl.int32) ^ INDEX
+    b_pairs = tl.where(m_p, pack(to_order(b_sum), b_i * N + b_j), EMPTY)
     b_pairs = tl.topk(b_pairs, KP)
 
     o_k = tl.arange(0, KP)[None, :]
     m_k = m_r & (o_k < K)
-    tl.store(best_scores + o_r * K + o_k, _to_score((b_pairs >> 32).to(tl.int32)), mask=m_k)
-    tl.store(row_ids + o_r * K + o_k, (b_pairs & _INDEX) ^ _INDEX, mask=m_k)
+    tl.store(best_scores + o_r * K + o_k, to_score((b_pairs >> 32).to(tl.int32)), mask=m_k)
+    tl.store(row_ids + o_r * K + o_k, (b_pairs & INDEX) ^ INDEX, mask=m_k)
 
 
 def product_topk(
@@ -227,19 +227,19 @@ def product_topk(
     padded = padded_topk(topk)
     groups = 4 * padded
     unroll = min(8, TILE // groups, triton.cdiv(num_keys, groups))
-    ranks_2P = _staircase(topk, device)
+    ranks_2P = staircase(topk, device)
     num_pairs = ranks_2P.shape[1]
     block_p = max(padded, triton.next_power_of_2(num_pairs))
     if reads is None:
         several = min(16, max(1, 1024 // block_p), triton.next_power_of_2(num_tokens * heads))
         reads = several if knobs.runtime.interpret else 1
-    # set 2h + z holds the sub-keys of half z of head h, in the order of the queries of a token
-    sets_XNC = sub_keys_2HNC.transpose(0, 1).flatten(0, 1)
+    sets_XNC = sets_of(sub_keys_2HNC)
     piece = tokens_of_a_piece(num_keys, heads)
     for start in range(0, num_tokens, piece):
         query = query_THQ[start : start + piece]
         count = len(query)
-        scores_XTN = _scores(query.reshape(count, 2 * heads, key_dim).transpose(0, 1), sets_XNC)
+        query_XTC = query.reshape(count, 2 * heads, key_dim).transpose(0, 1)
+        scores_XTN = multiply(query_XTC, sets_XNC.transpose(1, 2))
         candidates = torch.empty(count, heads, 2, 2 * padded, dtype=torch.int64, device=device)
         _two_looks_kernel[(triton.cdiv(count * heads, reads),)](
             scores_XTN,
@@ -274,16 +274,20 @@ def tokens_of_a_piece(num_keys: int, heads: int) -> int:
     return max(1, SCORE_BYTES // (8 * heads * num_keys))
 
 
-def _scores(query_XTC: Tensor, sets_XNC: Tensor) -> Tensor:
-    """Return the scores of every token and sub-key, [X, T, N] in fp32 for every input dtype."""
-    keys_XCN = sets_XNC.transpose(1, 2)
-    if query_XTC.is_cuda and query_XTC.dtype != torch.float32:
-        return torch.bmm(query_XTC, keys_XCN, out_dtype=torch.float32)
-    return torch.bmm(query_XTC.float(), keys_XCN.float())
+def sets_of(sub_keys_2HNC: Tensor) -> Tensor:
+    """Return [X, N, C]: set 2h + z is half z of head h, in the order of the queries of a token."""
+    return sub_keys_2HNC.transpose(0, 1).flatten(0, 1)
+
+
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Return the batched product of two tensors of one dtype, in fp32."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())
 
 
 @lru_cache
-def _staircase(topk: int, device: torch.device) -> Tensor:
+def staircase(topk: int, device: torch.device) -> Tensor:
     """Return [2, P], the pairs of ranks (a, b) from 0 with (a + 1) * (b + 1) <= topk."""
     pairs = [(a, b) for a in range(topk) for b in range(topk // (a + 1))]
     return torch.tensor(pairs, dtype=torch.int32, device=device).T.contiguous()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from megamem.kernels import product_topk as kernels
+from megamem.kernels import product_topk_backward as dense_backward
+from megamem.kernels import product_topk_fused as fused
 from megamem.kernels.embedding_bag import sum_bags
 from megamem.kernels.row_gradient import row_gradient
 from megamem.ops import forms
@@ -30,25 +32,43 @@ class _ProductTopk(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_THK, _):  # type: ignore[no-untyped-def]
         query_THQ, sub_keys_2HNC, row_ids_THK = ctx.saved_tensors
-        (num_tokens, heads, topk), num_keys = row_ids_THK.shape, sub_keys_2HNC.shape[2]
-        # the gradient of a half query is a bag of the sub-keys that were chosen for it
-        table_EC = sub_keys_2HNC.flatten(0, 2)
-        halves_2THK = torch.stack((row_ids_THK // num_keys, row_ids_THK % num_keys))
-        sets_2H = torch.arange(2 * heads, device=row_ids_THK.device).view(2, heads)
-        row_ids_M = (halves_2THK + sets_2H.view(2, 1, heads, 1) * num_keys).flatten()
-        weights_M = grad_THK.expand(2, -1, -1, -1).reshape(-1)
-        offsets = torch.arange(0, len(row_ids_M) + 1, topk, device=row_ids_M.device)
-        grad_query = grad_keys = None
-        if ctx.needs_input_grad[0]:
-            bags_GC = sum_bags(table_EC, row_ids_M, weights_M, offsets, may_skip=False)
-            grad_query = torch.cat(bags_GC.view(2, num_tokens, heads, -1).unbind(), dim=-1)
-        if ctx.needs_input_grad[1]:
-            halves_GC = torch.stack(query_THQ.chunk(2, dim=-1)).flatten(0, 2)
-            lookups = sort_lookups(row_ids_M, weights_M, offsets, len(table_EC))
-            grad_EC = torch.zeros_like(table_EC)
-            row_gradient(lookups, halves_GC, None, grad_EC)
-            grad_keys = grad_EC.view_as(sub_keys_2HNC)
-        return grad_query, grad_keys, None
+        dense = forms.pick("product_topk_backward") == "dense"
+        # the docstring of the kernel says why for these only
+        dense &= sub_keys_2HNC.shape[2] <= dense_backward.MAX_KEYS
+        dense &= query_THQ.dtype in (torch.bfloat16, torch.float32)
+        backward = dense_backward.product_topk_backward if dense else _backward_by_bags
+        saved = (row_ids_THK, query_THQ, sub_keys_2HNC)
+        return *backward(grad_THK.contiguous(), *saved, *ctx.needs_input_grad[:2]), None
+
+
+def _backward_by_bags(
+    grad_THK: Tensor,
+    row_ids_THK: Tensor,
+    query_THQ: Tensor,
+    sub_keys_2HNC: Tensor,
+    want_query: bool,
+    want_keys: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of the queries and of the sub-keys, by the kernels of embedding_bag."""
+    (num_tokens, heads, topk), num_keys = row_ids_THK.shape, sub_keys_2HNC.shape[2]
+    # the gradient of a half query is a bag of the sub-keys that were chosen for it
+    table_EC = sub_keys_2HNC.flatten(0, 2)
+    halves_2THK = torch.stack((row_ids_THK // num_keys, row_ids_THK % num_keys))
+    sets_2H = torch.arange(2 * heads, device=row_ids_THK.device).view(2, heads)
+    row_ids_M = (halves_2THK + sets_2H.view(2, 1, heads, 1) * num_keys).flatten()
+    weights_M = grad_THK.expand(2, -1, -1, -1).reshape(-1)
+    offsets = torch.arange(0, len(row_ids_M) + 1, topk, device=row_ids_M.device)
+    grad_query = grad_keys = None
+    if want_query:
+        bags_GC = sum_bags(table_EC, row_ids_M, weights_M, offsets, may_skip=False)
+        grad_query = torch.cat(bags_GC.view(2, num_tokens, heads, -1).unbind(), dim=-1)
+    if want_keys:
+        halves_GC = torch.stack(query_THQ.chunk(2, dim=-1)).flatten(0, 2)
+        lookups = sort_lookups(row_ids_M, weights_M, offsets, len(table_EC))
+        grad_EC = torch.zeros_like(table_EC)
+        row_gradient(lookups, halves_GC, None, grad_EC)
+        grad_keys = grad_EC.view_as(sub_keys_2HNC)
+    return grad_query, grad_keys
 
 
 def _forward(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -56,7 +76,9 @@ def _forward(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[Tenso
     tried = topk <= (64 if query_THQ.is_cuda else kernels.MAX_TOPK)
     tried &= query_THQ.dtype == torch.bfloat16 or not query_THQ.is_cuda
     form = forms.pick("product_topk", otherwise=None if tried else "torch")
-    if form == "torch":
+    if form == "fused" and topk <= fused.MAX_TOPK and query_THQ.dtype != torch.float64:
+        return fused.product_topk(query_THQ, sub_keys_2HNC, topk)
+    if form in ("torch", "fused"):
         return _by_torch(query_THQ, sub_keys_2HNC, topk)
     if topk > kernels.MAX_TOPK:
         raise ValueError(

@@ -41,7 +41,7 @@ def test_ids_are_the_twins(
     assert torch.equal(scores, true_scores)
 
 
-@pytest.fixture(params=["two_looks", "torch"])
+@pytest.fixture(params=["two_looks", "torch", "fused"])
 def form(request, monkeypatch) -> str:
     """Every form, whichever is the default on this device."""
     monkeypatch.setenv(forms.ENVIRONMENT, f"product_topk={request.param}")
