@@ -36,6 +36,13 @@ class ReceivedLookups:
     x_GD: Tensor | None
     """The token of every bag, where the variant reads tokens; otherwise None."""
 
+    @property
+    def known(self) -> dict[str, Any]:
+        """What is known of the lookups, as arguments of the ops."""
+        plan = self.plan
+        may_skip = not plan.all_present
+        return {"may_skip": may_skip, "equal_bags": plan.equal_bags, "expected": plan.expected}
+
 
 def initial_rows(
     spec: MemorySpec, std: float, make: WeightFactory, shard: TableShard
@@ -111,7 +118,7 @@ class ValueTable(nn.Module):
             received.rows_M,
             weights_M,
             received.plan.offsets,
-            may_skip=not received.plan.all_present,
+            **received.known,
             check_row_ids=self.check_row_ids,
             add_value_grad_to=self._buffer(),
         )
@@ -125,7 +132,7 @@ class ValueTable(nn.Module):
             received.x_GD,
             received.rows_M,
             received.plan.offsets,
-            may_skip=not received.plan.all_present,
+            **received.known,
             check_row_ids=self.check_row_ids,
             add_value_grad_to=self._buffer(),
         )

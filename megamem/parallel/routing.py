@@ -91,6 +91,18 @@ class RoutingPlan:
         """Whether every received lookup reads a row of this rank, so that no row id is -1."""
         return self.group is None or self.wire == "alltoall"
 
+    @property
+    def equal_bags(self) -> bool:
+        """Whether all bags have the same number of lookups."""
+        return self.group is None or self.wire == "allgather"
+
+    @property
+    def expected(self) -> int:
+        """About how many of the received lookups read a row of this rank."""
+        if self.all_present:
+            return len(self.sent_M)
+        return len(self.sent_M) * self.shard.num_local // self.shard.num_rows
+
 
 def choose_wire(wanted: Literal["auto", "alltoall", "allgather"], world_size: int) -> Wire:
     """Return the collective for `world_size` ranks; auto is allgather up to 8 ranks."""

@@ -59,7 +59,11 @@ class _Arrived:
         self.weights = torch.rand(count, device=device)
         self.offsets = torch.arange(0, count + 1, self.lookups, device=device)
         self.present = int(here.sum())
-        self.known: dict[str, Any] = {"may_skip": ranks > 1, "equal_bags": True}
+        self.known: dict[str, Any] = {
+            "may_skip": ranks > 1,
+            "equal_bags": True,
+            "expected": count // ranks,
+        }
 
     def first(self, bags: int) -> tuple[Tensor, Tensor, Tensor]:
         """Row ids, weights and offsets of the first bags."""

@@ -44,7 +44,7 @@ def test_alone_every_lookup_stays_in_its_bag(wire) -> None:
     assert torch.equal(dispatch(plan, weights_TL).view(5, LOOKUPS), weights_TL)
     bags_GV = torch.rand(5, 8)
     assert torch.equal(combine(plan, bags_GV), bags_GV)
-    assert plan.all_present
+    assert plan.all_present and plan.equal_bags and plan.expected == 5 * LOOKUPS
 
 
 class _Computed(TorchDispatchMode):
@@ -97,6 +97,12 @@ def _lookups_arrive_where_their_rows_are(counts: list[int], skewed: bool) -> Non
         row_ids_M = receive(plan)
         assert plan.offsets[-1] == len(row_ids_M) == len(weights_M)
         assert len(plan.offsets) == sum(plan.bag_counts) + 1
+        # what the ops are told of the lookups
+        assert plan.all_present == (wire == "alltoall") and plan.equal_bags == (wire == "allgather")
+        assert not plan.all_present or (row_ids_M >= 0).all()
+        assert not plan.equal_bags or len(plan.offsets.diff().unique()) == 1
+        share = 1 if plan.all_present else shard.num_local / NUM_ROWS
+        assert plan.expected == int(len(row_ids_M) * share)
         # -1 alone reads nothing: marks of rows count from the end
         assert (row_ids_M >= -1).all() and (row_ids_M < shard.num_local).all()
 
