@@ -15,7 +15,7 @@ from torch import Tensor
 from megamem import ops
 from megamem.ops.backend import use_triton
 from megamem.ops.forms import FORMS
-from megamem.ops.row_buffer import RowBuffer
+from megamem.ops.row_buffer import Deferred, RowBuffer
 from megamem.reference.product_topk import product_topk as topk_reference
 from megamem.reference.sort_lookups import sort_lookups as sort_reference
 
@@ -286,22 +286,43 @@ def first_gradients_are_exact(
 ) -> str | None:
     """embedding_bag backward, twice: of a buffer that is undefined, the first gradient of each row
     overwrites the numbers, and the second is added to it."""
-    reads = Reads(device, tokens, lookups, rows, width)
+    return _gradients_of_two_passes((device, tokens, lookups, rows, width), at_once=1)
+
+
+def merged_gradients_are_exact(
+    device: torch.device, tokens: int, lookups: int, rows: int, width: int
+) -> str | None:
+    """The same where the gradients of both passes are added at once, after the second."""
+    return _gradients_of_two_passes((device, tokens, lookups, rows, width), at_once=2)
+
+
+def _gradients_of_two_passes(
+    sizes: tuple[torch.device, int, int, int, int], at_once: int
+) -> str | None:
+    device, _, _, rows, width = sizes
+    reads = Reads(*sizes)
     leaf = reads.weights.clone().requires_grad_()
     flags = torch.zeros(rows + 1, dtype=torch.bool, device=device)
-    buffer = RowBuffer(torch.full((rows, width), torch.nan, device=device), flags, overwrites=True)
+    undefined = torch.full((rows, width), torch.nan, device=device)
+    deferred = Deferred(at_once) if at_once > 1 else None
+    buffer = RowBuffer(undefined, flags, overwrites=True, deferred=deferred)
     touched = torch.zeros(rows, dtype=torch.bool, device=device)
     touched[reads.row_ids[reads.row_ids >= 0]] = True
     truth = torch.zeros(rows, width, device=device)
-    for which in ("first", "second"):
+    for n in (1, 2):
         bags = ops.embedding_bag(
             reads.table(), reads.row_ids, leaf, reads.offsets, add_value_grad_to=buffer
         )
-        torch.autograd.grad(bags, leaf, reads.grad)
-        ours = buffer.buffer_rV.where(touched.unsqueeze(-1), 0)
-        if wrong := unlike(ours, reads.add_row_gradient_(truth), f"numbers of the {which} sum"):
+        (weight_grad,) = torch.autograd.grad(bags, leaf, reads.grad)
+        if wrong := unlike(weight_grad, reads.dots(), "gradients of weights"):
             return wrong
-        if wrong := unlike(flags[:-1], touched, f"marks of touched rows after the {which} sum"):
+        reads.add_row_gradient_(truth)
+        if n % at_once:
+            continue
+        ours = buffer.buffer_rV.where(touched.unsqueeze(-1), 0)
+        if wrong := unlike(ours, truth, f"numbers of the sum after pass {n}"):
+            return wrong
+        if wrong := unlike(flags[:-1], touched, f"marks of touched rows after pass {n}"):
             return wrong
     written = int((~buffer.buffer_rV[~touched].isnan()).any(-1).sum())
     return f"{written:,} rows that were not touched were written" if written else None

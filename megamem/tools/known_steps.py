@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megamem import ops
+from megamem.ops import forms
 from megamem.ops.backend import use_triton
 from megamem.reference import row_adam as reference
 
@@ -179,19 +180,35 @@ def _touched_truth(block: Table, lazy: bool, device: torch.device) -> Table:
 
 def norm_is_right(device: torch.device, rows: int, width: int, op: str, form: Form) -> str | None:
     """The sum of squares of whole numbers, by both forms; the kernel must not read other rows."""
+    for name in ("torch", "triton"):
+        if wrong := _norm_by(name, device, rows, width, op, form):
+            return wrong
+    return None
+
+
+def selected_norm_is_right(
+    device: torch.device, rows: int, width: int, op: str, form: Form
+) -> str | None:
+    """The same by the form that is selected alone."""
+    return _norm_by(forms.pick(op), device, rows, width, op, form)
+
+
+def _norm_by(
+    name: str, device: torch.device, rows: int, width: int, op: str, form: Form
+) -> str | None:
     count = torch.arange(BLOCK * width, dtype=torch.float64).view(BLOCK, width)
     touched = torch.arange(BLOCK) % 3 == 0
     block = (count % 17 - 8) * touched.unsqueeze(1)
     exact = float(block.square().sum()) * (rows // BLOCK)
     grads = block.to(device, form.weights).repeat(rows // BLOCK, 1)
     every = touched.to(device).repeat(rows // BLOCK)
-    for name, poison in (("torch", 0.0), ("triton", POISON)):
-        grads[~every] = poison
-        if name == "triton" and not use_triton(grads):
-            continue
-        found = float(getattr(ops, op)(grads, every, form=name))
-        if not abs(found - exact) <= NORM_BOUND * exact:
-            return f"the sum of squares by the form {name} is {found!r}, not {exact!r}"
+    if name == "triton":
+        if not use_triton(grads):
+            return None
+        grads[~every] = POISON
+    found = float(getattr(ops, op)(grads, every, form=name))
+    if not abs(found - exact) <= NORM_BOUND * exact:
+        return f"the sum of squares by the form {name} is {found!r}, not {exact!r}"
     return None
 
 

@@ -248,7 +248,7 @@ class Search:
 
     def _measure(self, op: TunedOp, say: Callable[[Candidate], None]) -> Iterator[Outcome]:
         """The outcome of each candidate; those of one form share the inputs of the timed calls."""
-        answers, form = op.answers(self.sizes), ""
+        form = ""
         runs: list[tuple[str, Run]] = []
         for candidate in op.candidates(self.sizes, self.chosen):
             say(candidate)
@@ -259,6 +259,7 @@ class Search:
                 self.not_tried.append(name)
                 continue
             with tuning.using(candidate.choose(self.chosen)):
+                answers = op.answers(self.sizes, candidate.form)
                 outcome = Outcome(candidate, self._wrong(answers))
                 try:
                     if not outcome.wrong:
@@ -326,7 +327,7 @@ def _compile_one(name: str, candidate: Candidate, sizes: Sizes, device: str) -> 
     """In a process of its own: launch the kernels of a candidate on few tokens or rows."""
     (op,) = (each for each in TUNED if each.name == name)
     with tuning.using(candidate.choose(tuning.current())):
-        for answer in op.answers(sizes):
+        for answer in op.answers(sizes, candidate.form):
             answer.check(torch.device(device), COMPILING_SCALE)
 
 

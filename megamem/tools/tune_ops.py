@@ -20,7 +20,7 @@ from megamem.ops.forms import FORMS
 from megamem.ops.tuning import OPS, Choices
 from megamem.optimizer import StepOptions, TableOptimizer
 from megamem.parallel.traffic import widest_slice
-from megamem.planner import Job
+from megamem.planner.job import Job, layout_wire
 from megamem.resolution import resolve
 from megamem.tools import known_reads as reads
 from megamem.tools import known_steps as steps
@@ -57,7 +57,11 @@ class Sizes:
     bags: int
     """Bags of a microbatch that this rank sums."""
     lookups: int
-    """Rows on this rank that a bag reads."""
+    """Lookups of a bag that this rank receives."""
+    senders: int
+    """One lookup in so many reads a row of this rank; the others read none."""
+    readers: int
+    """Layers on this rank that read one table."""
     optimizer: str
     stochastic_rounding: bool
     dtype: str = "bfloat16"
@@ -67,8 +71,10 @@ class Sizes:
         """The sizes of a job with the layout that its flags select."""
         spec, layout = job.spec, job.spec.layout
         tokens = max(1, math.ceil(job.microbatch_tokens))
-        lookups = max(1, spec.lookups_per_token // layout.row_ranks)
-        read = tokens * spec.lookups_per_token * layout.column_ranks
+        lookups, senders = spec.lookups_per_token, layout.row_ranks
+        if layout_wire(job, layout) == "alltoall":
+            # only the lookups of its rows arrive
+            lookups, senders = max(1, lookups // senders), 1
         return cls(
             tokens=tokens,
             heads=spec.heads,
@@ -77,8 +83,10 @@ class Sizes:
             key_dim=spec.key_dim,
             value_dim=widest_slice(spec.value_dim, layout.column_ranks),
             rows=math.ceil(spec.num_rows / layout.row_ranks),
-            bags=max(1, read // lookups),
+            bags=tokens * layout.group_size,
             lookups=lookups,
+            senders=senders,
+            readers=max(job.stage_memories) if spec.pool == "shared" else 1,
             optimizer=spec.optimizer,
             stochastic_rounding=spec.stochastic_rounding,
         )
@@ -86,7 +94,7 @@ class Sizes:
     def that_fit(self, memory: float) -> "Sizes":
         """The same with as many rows and bags as fit into so many bytes."""
         rows = min(self.rows, int(0.7 * memory / (STATE_BYTES * self.value_dim)))
-        bags = min(self.bags, int(0.1 * memory / (16 * self.value_dim)))
+        bags = min(self.bags, int(0.1 * memory / (16 * self.value_dim * self.readers)))
         # the table of an optimizer has a square number of rows
         return replace(self, rows=max(16, math.isqrt(rows) ** 2), bags=max(1, bags))
 
@@ -103,6 +111,7 @@ class Sizes:
             rows=min(256, math.isqrt(self.rows) ** 2),
             bags=min(8, self.bags),
             lookups=min(16, self.lookups),
+            readers=min(2, self.readers),
         )
 
 
@@ -137,7 +146,8 @@ class TunedOp:
     numbers: Callable[[Sizes], Mapping[str, list[Mapping[str, int]]]]
     """Form -> the numbers to try beside the present ones; forms that are not named are not tried.
     """
-    answers: Callable[[Sizes], list[KnownAnswer]]
+    answers: Callable[[Sizes, str], list[KnownAnswer]]
+    """Those that a form has to give, and that do not depend on other forms."""
     runs: Callable[[Sizes, torch.device], Iterator[tuple[str, Run]]]
     """Makes the inputs of the timed calls, one call after the other; a candidate's time is their
     mean."""
@@ -170,7 +180,7 @@ def _answer(
 # product_topk -------------------------------------------------------------------------------------
 
 
-def _topk_answers(sizes: Sizes) -> list[KnownAnswer]:
+def _topk_answers(sizes: Sizes, form: str) -> list[KnownAnswer]:
     given = {
         "tokens": min(sizes.tokens, CHECKED_TOKENS),
         "heads": sizes.heads,
@@ -183,10 +193,6 @@ def _topk_answers(sizes: Sizes) -> list[KnownAnswer]:
     # the answer with a NaN looks at a head beside the one that has it
     looks += [reads.topk_shows_nan] if sizes.heads > 1 else []
     return [_answer("product_topk", look, given, needs) for look in looks]
-
-
-def _topk_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
-    return {form: [] for form in FORMS["product_topk"]}
 
 
 def _queries(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -212,10 +218,12 @@ def _read_sizes(sizes: Sizes) -> dict[str, int]:
     }
 
 
-def _read_answers(op: str, looks: list[Callable[..., str | None]], sizes: Sizes) -> list[Any]:
+def _read_answers(
+    op: str, looks: Mapping[str, list[Callable[..., str | None]]], sizes: Sizes, form: str
+) -> list[KnownAnswer]:
     given = _read_sizes(sizes)
     needs = 24 * given["rows"] * given["width"] + 24 * reads.CHUNK
-    return [_answer(op, look, given, needs) for look in looks]
+    return [_answer(op, look, given, needs) for look in looks[form]]
 
 
 @dataclass(frozen=True)
@@ -227,9 +235,15 @@ class _Batch:
     offsets: Tensor
 
     @classmethod
-    def drawn(cls, sizes: Sizes, distribution: str, device: torch.device) -> "_Batch":
+    def drawn(
+        cls, sizes: Sizes, distribution: str, device: torch.device, layer: int = 0
+    ) -> "_Batch":
         count = sizes.bags * sizes.lookups
         rows = draw_rows(count, sizes.rows, distribution, device)
+        # the rows that are popular in one layer are not in another
+        rows = ((rows + layer * sizes.rows // sizes.readers) % sizes.rows).int()
+        if sizes.senders > 1:
+            rows = rows.where(torch.randint(sizes.senders, (count,), device=device) == 0, -1)
         offsets = torch.arange(0, count + 1, sizes.lookups, device=device)
         return cls(rows, torch.rand(count, device=device), offsets)
 
@@ -244,13 +258,18 @@ def _bag_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
     return {"triton": [{"max_block_v": block, "unroll": unroll} for block, unroll in blocks]}
 
 
+def _known(sizes: Sizes) -> dict[str, Any]:
+    """What training tells the ops about these lookups."""
+    return {"check_row_ids": False, "may_skip": sizes.senders > 1, "equal_bags": True}
+
+
 def _bag_runs(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Run]]:
     table = torch.empty(sizes.rows, sizes.value_dim, dtype=BF16, device=device).normal_()
     for distribution in DISTRIBUTIONS:
         batch = _Batch.drawn(sizes, distribution, device)
         yield (
             f"forward, {distribution}",
-            partial(ops.embedding_bag, table, *batch.lookups, check_row_ids=False),
+            partial(ops.embedding_bag, table, *batch.lookups, **_known(sizes)),
         )
 
 
@@ -265,47 +284,69 @@ def _optimizer(sizes: Sizes, device: torch.device, kind: str | None = None) -> T
     )
     spec = resolve(config, sizes.value_dim, seed=1)
     pool = MemoryPool(spec, "tune", device=device, dtype=BF16)
+    for table in pool:
+        table.readers = sizes.readers
     return TableOptimizer(pool, spec, StepOptions(), lr=1e-3, weight_decay=0.1)
 
 
 def _gradient_runs(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Run]]:
-    """The first backward of a step, in which no row has been touched before."""
+    """The first microbatch of a step, in which no row has been touched before."""
     optimizer = _optimizer(sizes, device, "sgd")
     (table,), (gradient,) = optimizer.tables.values(), optimizer.gradients.values()
     grad = torch.randn(sizes.bags, sizes.value_dim, device=device).to(BF16)
     for distribution in DISTRIBUTIONS:
-        batch = _Batch.drawn(sizes, distribution, device)
-        leaf = batch.weights.requires_grad_()
-        bags = ops.embedding_bag(
-            table.weight.detach(),
-            *batch.lookups,
-            check_row_ids=False,
-            add_value_grad_to=gradient.rows,
-        )
+        passes = []
+        for layer in range(sizes.readers):
+            batch = _Batch.drawn(sizes, distribution, device, layer)
+            leaf = batch.weights.requires_grad_()
+            lookups, known = batch.lookups, _known(sizes)
+            bags = ops.embedding_bag(
+                table.weight.detach(), *lookups, **known, add_value_grad_to=gradient.rows
+            )
+            passes.append((bags, leaf))
 
-        def backward(bags: Tensor = bags, leaf: Tensor = leaf) -> None:
+        def backward(passes: list[tuple[Tensor, Tensor]] = passes) -> None:
             gradient.forget()
-            torch.autograd.grad(bags, leaf, grad, retain_graph=True)
+            for bags, leaf in passes:
+                torch.autograd.grad(bags, leaf, grad, retain_graph=True)
 
         yield f"backward, {distribution}", backward
+
+
+GRADIENTS = [reads.bag_gradients_are_exact, reads.sparse_gradients_are_exact]
+"""Checks of the sort and of the sums over sorted lookups."""
+
+
+def _gradient_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
+    # with one reader there is nothing to merge
+    forms = FORMS["row_gradient"]
+    return {form: [] for form in forms if form != "merged" or sizes.readers > 1}
+
+
+def _forms_alone(op: str, sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
+    """All forms of an op, with the present numbers."""
+    return {form: [] for form in FORMS[op]}
 
 
 # steps of the tables' optimizers ------------------------------------------------------------------
 
 
-def _step_answers(sizes: Sizes) -> list[KnownAnswer]:
-    random = sizes.stochastic_rounding
-    form = Form(BF16) if random else Form(copy=True)
-    dense, lazy = steps.dense_step_is_right, steps.touched_step_is_right
-    look, op, form = {
-        "adamw": (dense, "adamw_", form),
-        "rowwise_adamw": (dense, "rowwise_adamw_", replace(form, second="row")),
-        "sgd": (dense, "sgd_", replace(form, first=False, second="")),
-        "lazy_adamw": (lazy, "touched_adamw_", form),
+def _step_answers(sizes: Sizes, form: str) -> list[KnownAnswer]:
+    state = Form(BF16) if sizes.stochastic_rounding else Form(copy=True)
+    by_list = form == "list"
+    dense, lazy = (
+        steps.dense_step_is_right,
+        steps.touched_step_is_right if by_list else steps.marked_step_is_right,
+    )
+    look, op, state = {
+        "adamw": (dense, "adamw_", state),
+        "rowwise_adamw": (dense, "rowwise_adamw_", replace(state, second="row")),
+        "sgd": (dense, "sgd_", replace(state, first=False, second="")),
+        "lazy_adamw": (lazy, "touched_adamw_", state),
     }[sizes.optimizer]
     given = _step_sizes(sizes)
     needs = 60 * given["rows"] * given["width"]
-    return [_answer("row_adam", look, {**given, "op": op, "form": form}, needs)]
+    return [_answer("row_adam", look, {**given, "op": op, "form": state}, needs)]
 
 
 def _step_sizes(sizes: Sizes) -> dict[str, int]:
@@ -326,8 +367,10 @@ def _step_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
 
 def _touched_rows(sizes: Sizes, distribution: str, device: torch.device) -> Tensor:
     """Flags of the rows that a microbatch reads."""
-    touched = torch.zeros(sizes.rows, dtype=torch.bool, device=device)
-    return touched.index_fill_(0, _Batch.drawn(sizes, distribution, device).row_ids, True)
+    # the last flag is for lookups that read no row
+    flags = torch.zeros(sizes.rows + 1, dtype=torch.bool, device=device)
+    rows = _Batch.drawn(sizes, distribution, device).row_ids.long().remainder(len(flags))
+    return flags.index_fill_(0, rows, True)[:-1]
 
 
 def _step_runs(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Run]]:
@@ -343,11 +386,11 @@ def _step_runs(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Run]]:
         yield f"step, {distribution}", step
 
 
-def _norm_answers(sizes: Sizes) -> list[KnownAnswer]:
+def _norm_answers(sizes: Sizes, form: str) -> list[KnownAnswer]:
     given: dict[str, Any] = _step_sizes(sizes)
     needs = 24 * given["rows"] * given["width"]
     given |= {"op": "squared_norm", "form": Form()}
-    return [_answer("squared_norm", steps.norm_is_right, given, needs)]
+    return [_answer("squared_norm", steps.selected_norm_is_right, given, needs)]
 
 
 def _norm_runs(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Run]]:
@@ -365,12 +408,33 @@ def _norm_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
 
 
 TUNED = (
-    TunedOp("product_topk", _topk_numbers, _topk_answers, _topk_runs),
+    TunedOp("product_topk", partial(_forms_alone, "product_topk"), _topk_answers, _topk_runs),
+    TunedOp(
+        "row_gradient",
+        _gradient_numbers,
+        partial(
+            _read_answers,
+            "row_gradient",
+            {
+                "add": GRADIENTS,
+                "first_touch": [*GRADIENTS, reads.first_gradients_are_exact],
+                "merged": [*GRADIENTS, reads.merged_gradients_are_exact],
+            },
+        ),
+        _gradient_runs,
+    ),
+    # the sort decides how much the sums after it have to read, so both are timed together
+    TunedOp(
+        "sort_lookups",
+        partial(_forms_alone, "sort_lookups"),
+        partial(_read_answers, "sort_lookups", {"torch": GRADIENTS, "radix": GRADIENTS}),
+        _gradient_runs,
+    ),
     TunedOp("row_adam", _step_numbers, _step_answers, _step_runs),
     TunedOp(
         "embedding_bag",
         _bag_numbers,
-        partial(_read_answers, "embedding_bag", [reads.bags_are_exact]),
+        partial(_read_answers, "embedding_bag", {"triton": [reads.bags_are_exact]}),
         _bag_runs,
     ),
     TunedOp("squared_norm", _norm_numbers, _norm_answers, _norm_runs),

@@ -23,6 +23,7 @@ INTERPRETED = (
     "embedding_bag, R=1048576, V=2048, forward",
     "embedding_bag, R=262144, V=2048, backward into fp32",
     "embedding_bag, R=262144, V=2048, first touch of fp32",
+    "embedding_bag, R=262144, V=2048, merged into fp32",
     "row_dot, R=262144, V=2048, forward and backward",
     "sort_lookups, R=1048576, V=2048, both forms",
     "adamw_, V=2048, fp32 master and bf16 copy, clearing",

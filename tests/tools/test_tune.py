@@ -134,17 +134,17 @@ def test_the_default_stays_unless_another_is_faster_by_more_than_the_noise(
 
 
 @pytest.mark.usefixtures("norm_alone")
-def test_a_wrong_default_is_an_error(
+def test_a_wrong_default_is_an_error_and_a_form_that_is_right_is_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = sys.modules["megamem.ops.squared_norm"]
     monkeypatch.setattr(module, "_by_torch", lambda *_: torch.zeros(()))
-    # the answer checks both forms, so that all are wrong
     status, found = _run(tmp_path)
     said = capsys.readouterr()
     assert status == tune.WRONG_DEFAULT
     assert said.err.startswith("megamem: error: the default of squared_norm is wrong on this")
-    assert found["choices"]["forms"] == {} and not any(x["chosen"] for x in found["measured"])
+    assert found["choices"]["forms"] == {"squared_norm": "triton"}
+    assert [each["form"] for each in found["measured"] if each["wrong"]] == ["torch"]
 
 
 @pytest.mark.usefixtures("norm_alone")
@@ -233,16 +233,28 @@ def test_the_sizes_are_those_of_one_rank() -> None:
     alone = _sizes("--memory-group-size 1")
     assert (alone.rows, alone.lookups, alone.topk) == (1024**2, 128, 32)
     assert alone.bags == alone.tokens
+    assert alone.senders == 1
     by_row = _sizes()
-    assert (by_row.rows, by_row.lookups) == (1024**2 // 8, 16)
+    assert (by_row.rows, by_row.lookups, by_row.senders) == (1024**2 // 8, 128, 8)
     assert by_row.bags == 8 * by_row.tokens and by_row.value_dim == alone.value_dim
+    sent = _sizes("--memory-wire alltoall")
+    assert (sent.rows, sent.lookups, sent.senders) == (1024**2 // 8, 16, 1)
     by_column = _sizes("--memory-mode column")
-    assert (by_column.rows, by_column.lookups) == (1024**2, 128)
+    assert (by_column.rows, by_column.lookups, by_column.senders) == (1024**2, 128, 1)
     assert by_column.bags == 8 * by_column.tokens
     assert by_column.value_dim == alone.value_dim // 8
     fits = by_row.that_fit(2e9)
     assert fits.rows < by_row.rows and fits.bags < by_row.bags
     assert by_row.that_fit(1e15).rows >= by_row.rows - 2 * 363
+
+
+def test_the_timed_calls_run_with_lookups_of_other_ranks() -> None:
+    """One lookup in eight is for a row of this rank; all ops take the others."""
+    sizes = _sizes().of_interpreter()
+    assert sizes.senders == 8
+    for op in TUNED:
+        for _, call in op.runs(sizes, CPU):
+            call()
 
 
 def test_the_default_is_the_first_candidate_and_none_comes_twice() -> None:
