@@ -199,7 +199,7 @@ def _candidates_kernel(
         b_scores = tl.trans(b_scores)
         o_n = i_n + tl.arange(0, BLOCK_N)[:, None]
         # a NaN is a candidate
-        m_reach = ((b_scores >= b_reach) | (b_scores != b_scores)) & m_t[None, :]
+        m_reach = ~(b_scores < b_reach) & m_t[None, :]
         if N % BLOCK_N != 0:
             m_reach &= o_n < N
         b_slot = tl.atomic_add(p_counts, 1, mask=m_reach, sem="relaxed")

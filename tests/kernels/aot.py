@@ -28,10 +28,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from megamem.kernels import choices
+from megamem.kernels import choices, product_topk_fused
 from megamem.kernels.embedding_bag import sum_bags
 from megamem.kernels.placement import place_rows
 from megamem.kernels.product_topk import product_topk
+from megamem.kernels.product_topk_backward import product_topk_backward
 from megamem.kernels.row_adam import update_rows_
 from megamem.kernels.row_gradient import row_gradient
 from megamem.kernels.sort_lookups import SortedLookups, sort_by_radix, sort_by_torch
@@ -43,9 +44,12 @@ TRITON = ".".join(triton.__version__.split(".")[:2])
 SHARED_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
 ARCHITECTURES = tuple(SHARED_KIB)
 # of kernel and argument: why no barrier is needed where the check asks for one
+_SLOT = "no two candidates of a read have one slot, as {}; slots are read by a later kernel"
 NO_RACE = {
+    ("_candidates_kernel", "slots"): _SLOT.format("an atomic addition counts them"),
+    ("_exact_kernel", "slots"): _SLOT.format("sums count them"),
     ("_row_pass_kernel", "out"): "a row is loaded and stored for one of its lookups only, the "
-    "last, in one layout; what the next lookups load are other rows"
+    "last, in one layout; what the next lookups load are other rows",
 }
 # of kernel and instruction: why it may be approximate
 MAY_APPROXIMATE: dict[tuple[str, str], str] = {}
@@ -171,12 +175,33 @@ def _sort(
     return run
 
 
-def _topk(dtype: torch.dtype, num_keys: int, key_dim: int, topk: int) -> Callable[[int], None]:
-    return lambda tokens: product_topk(
-        _meta(tokens, 4, 2 * key_dim, dtype=dtype),
-        _meta(2, 4, num_keys, key_dim, dtype=dtype),
-        topk,
-    )
+def _topk(
+    dtype: torch.dtype,
+    num_keys: int,
+    key_dim: int,
+    topk: int,
+    form: Callable[..., object] = product_topk,
+) -> Callable[[int], None]:
+    def run(tokens: int) -> None:
+        query = _meta(tokens, 4, 2 * key_dim, dtype=dtype)
+        form(query, _meta(2, 4, num_keys, key_dim, dtype=dtype), topk)
+
+    return run
+
+
+_fused = partial(_topk, form=product_topk_fused.product_topk)
+
+
+def _topk_backward(
+    dtype: torch.dtype, num_keys: int, key_dim: int, topk: int
+) -> Callable[[int], None]:
+    def run(tokens: int) -> None:
+        grad, row_ids = _meta(tokens, 4, topk), _meta(tokens, 4, topk, dtype=torch.int64)
+        query = _meta(tokens, 4, 2 * key_dim, dtype=dtype)
+        sub_keys = _meta(2, 4, num_keys, key_dim, dtype=dtype)
+        product_topk_backward(grad, row_ids, query, sub_keys)
+
+    return run
 
 
 def _adam(
@@ -249,6 +274,8 @@ CASES: dict[str, Callable[[int], None]] = {
     "sort of rows": _sort(2**20),
     "gradient of those present": _gradient(BF16, 2048, out_dtype=FP32, sort=FEW_EXPECTED),
     "top-k bf16 N=1024 C=512 K=32": _topk(BF16, 1024, 512, 32),
+    "fused top-k bf16 N=1024 C=512 K=32": _fused(BF16, 1024, 512, 32),
+    "top-k backward bf16 N=1024 K=32": _topk_backward(BF16, 1024, 512, 32),
     "adam fp32, gradients of few rows": _adam(FP32, touched=False, few=True),
     "adam bf16 random, touched": _adam(BF16, touched=True),
     "norm fp32 V=2048": _norm(FP32, 2048),
@@ -287,6 +314,15 @@ MORE_CASES: dict[str, Callable[[int], None]] = {
     "top-k bf16 N=46340 C=512 K=128": _topk(BF16, 46340, 512, 128),
     "top-k fp16 N=16 C=20 K=8": _topk(FP16, 16, 20, 8),
     "top-k bf16 N=1 C=256 K=1": _topk(BF16, 1, 256, 1),
+    "fused top-k bf16 N=4096 C=512 K=32": _fused(BF16, 4096, 512, 32),
+    "fused top-k bf16 N=16384 C=512 K=32": _fused(BF16, 16384, 512, 32),
+    "fused top-k bf16 N=16384 C=128 K=64": _fused(BF16, 16384, 128, 64),
+    "fused top-k bf16 N=100 C=24 K=8": _fused(BF16, 100, 24, 8),
+    "fused top-k fp16 N=1024 C=256 K=16": _fused(FP16, 1024, 256, 16),
+    "fused top-k fp32 N=4096 C=512 K=32": _fused(FP32, 4096, 512, 32),
+    "top-k backward bf16 N=100 K=8": _topk_backward(BF16, 100, 24, 8),
+    "top-k backward bf16 N=2048 K=64": _topk_backward(BF16, 2048, 512, 64),
+    "top-k backward fp32 N=1000 K=33": _topk_backward(FP32, 1000, 64, 33),
     "adam fp32 + bf16 copy": _adam(FP32, touched=False),
     "adam fp32 + bf16 copy V=1024, few": _adam(FP32, touched=False, width=1024, few=True),
     "adam bf16 random": _adam(BF16, touched=False),

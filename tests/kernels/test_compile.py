@@ -21,14 +21,18 @@ from tests.kernels.aot import (
 
 KERNELS = {
     "_bag_kernel",
+    "_candidates_kernel",
     "_compact_kernel",
     "_count_kernel",
+    "_exact_kernel",
     "_late_dots_kernel",
     "_merge_kernel",
+    "_pairs_kernel",
     "_place_kernel",
     "_squared_norm_kernel",
     "_row_pass_kernel",
     "_scatter_kernel",
+    "_score_gradient_kernel",
     "_two_looks_kernel",
     "_unsort_kernel",
     "_update_kernel",
