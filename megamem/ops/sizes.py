@@ -1,6 +1,6 @@
 """Chunk and block sizes of the ops, from which the planner estimates the memory that they take."""
 
 from megamem.kernels.product_topk import padded_topk, tokens_of_a_piece
-from megamem.kernels.row_gradient import chunk_length, column_block
+from megamem.kernels.row_gradient import chunks_and_room, column_block
 
-__all__ = ["chunk_length", "column_block", "padded_topk", "tokens_of_a_piece"]
+__all__ = ["chunks_and_room", "column_block", "padded_topk", "tokens_of_a_piece"]

@@ -6,7 +6,8 @@
 import math
 
 from megamem.layers.variants import variant_of
-from megamem.ops.sizes import chunk_length, column_block, padded_topk, tokens_of_a_piece
+from megamem.ops import forms
+from megamem.ops.sizes import chunks_and_room, column_block, padded_topk, tokens_of_a_piece
 from megamem.parallel.traffic import widest_slice
 from megamem.planner.job import Job, Layout, layout_wire
 
@@ -14,8 +15,11 @@ from megamem.planner.job import Job, Layout, layout_wire
 PAIR_BYTES, ROW_ID_BYTES, OFFSET_BYTES, WEIGHT_BYTES = 8, 4, 8, 4
 # alltoall saves one int32 position per lookup, to return the gradient of the lookup's weight
 ORDER_BYTES = 4
-# a sorted lookup: int32 row, int64 position, int32 bag, fp32 weight; and its weight's gradient
-SORTED_BYTES = 4 + 8 + 4 + 4 + 4
+# a sorted lookup: int32 row, position (int64 by torch), int32 bag, fp32 weight; and its weight's
+# gradient
+SORTED_BYTES = {"torch": 4 + 8 + 4 + 4 + 4, "radix": 4 + 4 + 4 + 4 + 4}
+# while lookups are sorted by the form radix: two of each, but one weight
+SORTING_BYTES = 8 + 8 + 4 + 4 + 4
 # the scores of sub-keys that may be among the best are packed into int64
 CANDIDATE_BYTES = 8
 # per lookup in the backward pass of product_topk: ids, gradients and the ids of both sub-keys
@@ -81,10 +85,11 @@ def passing_bytes(job: Job, layout: Layout) -> float:
     gradients = variant_of(spec).gradient_widths * read_out
     lookups = spec.lookups_per_token * tokens
     half = spec.key_dim // 2
+    arrived, share = arrived_lookups(job, layout), present_share(job, layout)
     return max(
         scored_bytes(job),
         2 * sums + total,
-        gradients + sums + sorted_bytes(arrived_lookups(job, layout), width, weights=True),
+        gradients + sums + sorted_bytes(arrived, width, weights=True, share=share),
         RANKED_BYTES * lookups + sorted_bytes(2 * lookups, half, weights=False),
     )
 
@@ -110,15 +115,31 @@ def arrived_lookups(job: Job, layout: Layout) -> float:
     return job.spec.lookups_per_token * job.microbatch_tokens * senders
 
 
-def sorted_bytes(lookups: float, width: int, *, weights: bool) -> float:
+def present_share(job: Job, layout: Layout) -> float | None:
+    """Share of the arrived lookups that read a row of this rank; None if all of them do."""
+    if layout.group_size == 1 or layout_wire(job, layout) != "allgather":
+        return None
+    return 1 / layout.row_ranks
+
+
+def sorted_bytes(lookups: float, width: int, *, weights: bool, share: float | None = None) -> float:
     """Bytes of lookups sorted by row, while gradients of rows are summed.
+
+    They depend on the form of op `sort_lookups`: `radix` leaves absent lookups out, though there
+    is memory for all of them until that is done.
 
     Args:
         lookups: how many lookups are sorted.
         width: numbers per row.
         weights: whether the gradients of the lookups' weights are summed, too.
+        share: share of the lookups that read a row, if not all do.
     """
+    form = forms.pick("sort_lookups")
+    counted = share is not None and form == "radix"
+    expected = int(lookups * (share or 1))
+    chunks, room = chunks_and_room(int(lookups), counted, expected)
     # a chunk may begin and end in the middle of a row
-    partials = math.ceil(lookups / chunk_length(int(lookups))) * 2 * width * 4
+    partials = chunks * 2 * width * 4
     blocks = math.ceil(width / column_block(width)) if weights else 0
-    return lookups * (SORTED_BYTES + 4 * blocks) + partials
+    held = lookups * SORTED_BYTES[form] + 4 * blocks * room + partials
+    return max(held, lookups * SORTING_BYTES) if form == "radix" else held
