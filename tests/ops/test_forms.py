@@ -122,3 +122,12 @@ def test_what_is_selected_of_several():
         "product_topk": "torch",
     }
     assert forms.parse("") == {}
+
+
+def test_the_page_of_kernels_lists_every_form():
+    page = (ROOT / "megamem/kernels/README.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \| `(\w+)` \| ([^|]+) \|", page, re.MULTILINE)
+    found = {op: [default, *re.findall(r"\w+", others)] for op, default, others in listed}
+    several = {op: set(forms) for op, forms in FORMS.items() if len(forms) > 1}
+    assert {op: set(forms) for op, forms in found.items()} == several
+    assert all(found[op][0] == next(iter(FORMS[op])) for op in several)
