@@ -117,8 +117,8 @@ def test_errors_for_people(text, message, monkeypatch):
 
 
 def test_what_is_selected_of_several():
-    assert forms.parse(" row_adam=triton , product_topk=torch,") == {
-        "row_adam": "triton",
+    assert forms.parse(" row_adam=list , product_topk=torch,") == {
+        "row_adam": "list",
         "product_topk": "torch",
     }
     assert forms.parse("") == {}
