@@ -23,8 +23,9 @@ from megamem.reference.product_topk import product_topk as reference
 
 class _ProductTopk(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query_THQ, sub_keys_2HNC, topk):  # type: ignore[no-untyped-def]
-        scores_THK, row_ids_THK = _forward(query_THQ, sub_keys_2HNC, topk)
+    def forward(ctx: Any, query_THQ, sub_keys_2HNC, topk, chosen):  # type: ignore[no-untyped-def]
+        form, ctx.form = chosen
+        scores_THK, row_ids_THK = _forward(query_THQ, sub_keys_2HNC, topk, form)
         ctx.save_for_backward(query_THQ, sub_keys_2HNC, row_ids_THK)
         ctx.mark_non_differentiable(row_ids_THK)
         return scores_THK, row_ids_THK
@@ -32,13 +33,13 @@ class _ProductTopk(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_THK, _):  # type: ignore[no-untyped-def]
         query_THQ, sub_keys_2HNC, row_ids_THK = ctx.saved_tensors
-        dense = forms.pick("product_topk_backward") == "dense"
+        dense = (ctx.form or forms.pick("product_topk_backward")) == "dense"
         # the docstring of the kernel says why for these only
         dense &= sub_keys_2HNC.shape[2] <= dense_backward.MAX_KEYS
         dense &= query_THQ.dtype in (torch.bfloat16, torch.float32)
         backward = dense_backward.product_topk_backward if dense else _backward_by_bags
         saved = (row_ids_THK, query_THQ, sub_keys_2HNC)
-        return *backward(grad_THK.contiguous(), *saved, *ctx.needs_input_grad[:2]), None
+        return *backward(grad_THK.contiguous(), *saved, *ctx.needs_input_grad[:2]), None, None
 
 
 def _backward_by_bags(
@@ -71,11 +72,13 @@ def _backward_by_bags(
     return grad_query, grad_keys
 
 
-def _forward(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+def _forward(
+    query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int, form: str | None
+) -> tuple[Tensor, Tensor]:
     # on a GPU, two_looks was only run with bf16 and at most 64 rows per head
     tried = topk <= (64 if query_THQ.is_cuda else kernels.MAX_TOPK)
     tried &= query_THQ.dtype == torch.bfloat16 or not query_THQ.is_cuda
-    form = forms.pick("product_topk", otherwise=None if tried else "torch")
+    form = form or forms.pick("product_topk", otherwise=None if tried else "torch")
     if form == "fused" and topk <= fused.MAX_TOPK and query_THQ.dtype != torch.float64:
         return fused.product_topk(query_THQ, sub_keys_2HNC, topk)
     if form in ("torch", "fused"):
@@ -98,7 +101,14 @@ def _by_torch(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[Tens
     return torch.cat(scores), torch.cat(row_ids)
 
 
-def product_topk(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+def product_topk(
+    query_THQ: Tensor,
+    sub_keys_2HNC: Tensor,
+    topk: int,
+    *,
+    form: str | None = None,
+    backward_form: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return the best `topk` of the N*N product keys for every token and head.
 
     megamem.reference.product_topk defines the result. Wherever scores are exact, the ids and their
@@ -109,6 +119,9 @@ def product_topk(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[T
         query_THQ: queries; Q = 2C, left half first.
         sub_keys_2HNC: the left and the right sub-keys.
         topk: K, at most N.
+        form: takes precedence over the form that is selected or the default.
+        backward_form: the same for the backward, which is product_topk_backward in the table of
+            forms.
 
     Returns:
         scores_THK: fp32 (fp64 for fp64 queries), best first.
@@ -122,7 +135,10 @@ def product_topk(query_THQ: Tensor, sub_keys_2HNC: Tensor, topk: int) -> tuple[T
         return reference(query_THQ, sub_keys_2HNC, topk)
     dtype = torch.promote_types(query_THQ.dtype, sub_keys_2HNC.dtype)
     return _ProductTopk.apply(
-        query_THQ.to(dtype).contiguous(), sub_keys_2HNC.to(dtype).contiguous(), topk
+        query_THQ.to(dtype).contiguous(),
+        sub_keys_2HNC.to(dtype).contiguous(),
+        topk,
+        (form, backward_form),
     )
 
 

@@ -138,19 +138,24 @@ def _topk(
     tokens: int = 8192,
     heads: int = 4,
     topk: int = 32,
+    **form: str,
 ) -> KnownAnswer:
-    """A check of product_topk in bf16. The scale divides the tokens, not the sub-keys."""
+    """A check of product_topk in bf16. The scale divides the tokens, not the sub-keys.
+
+    Args:
+        form: `form` or `backward_form`, where it is not the one in use.
+    """
     key_dim = 512
 
     def checked(device: torch.device, scale: int) -> str | None:
-        return look(device, max(4, tokens // scale), heads, num_keys, key_dim, topk)
+        return look(device, max(4, tokens // scale), heads, num_keys, key_dim, topk, **form)
 
     def needs(scale: int) -> float:
         # queries and sub-keys, their gradients, and the reference's chunk in float64
         count = max(4, tokens // scale) * heads
         return 24 * count * (key_dim + topk) + 60 * heads * num_keys * key_dim + 3e9 / scale**0.5
 
-    name = f"product_topk, N={num_keys}, C={key_dim}, K={topk}, {case}"
+    name = ", ".join((f"product_topk, N={num_keys}, C={key_dim}, K={topk}, {case}", *form.values()))
     return KnownAnswer(name, "product_topk", checked, needs)
 
 
@@ -235,6 +240,14 @@ ANSWERS: tuple[KnownAnswer, ...] = (
     _topk("all scores equal", reads.topk_breaks_ties, tokens=1024),
     _topk("one sub-key NaN", reads.topk_shows_nan, tokens=1024),
     _topk("gradients", reads.topk_has_gradients),
+    _topk("whole numbers", reads.topk_is_exact, form="fused"),
+    _topk("whole numbers", reads.topk_is_exact, num_keys=128, form="fused"),
+    _topk("whole numbers", reads.topk_is_exact, num_keys=4096, tokens=2048, form="fused"),
+    _topk("whole numbers", reads.topk_is_exact, tokens=1024, topk=64, form="fused"),
+    _topk("normal", reads.topk_is_within_rounding, tokens=2048, form="fused"),
+    _topk("all scores equal", reads.topk_breaks_ties, tokens=1024, form="fused"),
+    _topk("one sub-key NaN", reads.topk_shows_nan, tokens=1024, form="fused"),
+    _topk("gradients", reads.topk_has_gradients, backward_form="dense"),
     _bag("embedding_bag", "forward", reads.bags_are_exact, 2**20, 3),
     _bag("embedding_bag", "backward into fp32", reads.bag_gradients_are_exact, 2**18, 14),
     _bag("embedding_bag", "first touch of fp32", reads.first_gradients_are_exact, 2**18, 22),

@@ -56,25 +56,37 @@ def unlike(ours: Tensor, truth: Tensor, what: str) -> str | None:
 
 
 def topk_is_exact(
-    device: torch.device, tokens: int, heads: int, num_keys: int, key_dim: int, topk: int
+    device: torch.device,
+    tokens: int,
+    heads: int,
+    num_keys: int,
+    key_dim: int,
+    topk: int,
+    **form: str,
 ) -> str | None:
     """product_topk with scores that are whole numbers: row ids and their order are exact."""
     query = whole_numbers((tokens, heads, 2 * key_dim), 3, torch.bfloat16, device, 1)
     sub_keys = whole_numbers((2, heads, num_keys, key_dim), 3, torch.bfloat16, device, 2)
-    scores, rows = ops.product_topk(query, sub_keys, topk)
+    scores, rows = ops.product_topk(query, sub_keys, topk, **form)
     true_scores, true_rows = _true_topk(query, sub_keys, topk)
     return unlike(rows, true_rows, "row ids") or unlike(scores, true_scores, "scores")
 
 
 def topk_is_within_rounding(
-    device: torch.device, tokens: int, heads: int, num_keys: int, key_dim: int, topk: int
+    device: torch.device,
+    tokens: int,
+    heads: int,
+    num_keys: int,
+    key_dim: int,
+    topk: int,
+    **form: str,
 ) -> str | None:
     """product_topk of normally distributed queries and sub-keys, compared with float64."""
     generator = torch.Generator(device).manual_seed(3)
     options: dict[str, Any] = {"generator": generator, "device": device}
     query = torch.randn(tokens, heads, 2 * key_dim, **options).bfloat16()
     sub_keys = torch.randn(2, heads, num_keys, key_dim, **options).bfloat16()
-    scores, rows = ops.product_topk(query, sub_keys, topk)
+    scores, rows = ops.product_topk(query, sub_keys, topk, **form)
     if problem := _impossible_rows(rows, num_keys):
         return problem
     keys = sub_keys.double()
@@ -99,19 +111,31 @@ def topk_is_within_rounding(
 
 
 def topk_breaks_ties(
-    device: torch.device, tokens: int, heads: int, num_keys: int, key_dim: int, topk: int
+    device: torch.device,
+    tokens: int,
+    heads: int,
+    num_keys: int,
+    key_dim: int,
+    topk: int,
+    **form: str,
 ) -> str | None:
     """product_topk of queries of zeros: all scores are equal, so the first rows are returned."""
     query = torch.zeros(tokens, heads, 2 * key_dim, dtype=torch.bfloat16, device=device)
     sub_keys = whole_numbers((2, heads, num_keys, key_dim), 3, torch.bfloat16, device, 2)
-    scores, rows = ops.product_topk(query, sub_keys, topk)
+    scores, rows = ops.product_topk(query, sub_keys, topk, **form)
     true_rows = torch.arange(topk, device=device).expand_as(rows)
     wrong = unlike(rows, true_rows, "row ids of equal scores")
     return wrong or unlike(scores, torch.zeros_like(scores), "scores of queries of zeros")
 
 
 def topk_shows_nan(
-    device: torch.device, tokens: int, heads: int, num_keys: int, key_dim: int, topk: int
+    device: torch.device,
+    tokens: int,
+    heads: int,
+    num_keys: int,
+    key_dim: int,
+    topk: int,
+    **form: str,
 ) -> str | None:
     """product_topk with a NaN in one sub-key: it is ranked first, in its head only."""
     broken = num_keys * 2 // 3
@@ -119,7 +143,7 @@ def topk_shows_nan(
     sub_keys = whole_numbers((2, heads, num_keys, key_dim), 3, torch.bfloat16, device, 2)
     spoiled = sub_keys.clone()
     spoiled[0, 0, broken, -1] = torch.nan
-    scores, rows = ops.product_topk(query, spoiled, topk)
+    scores, rows = ops.product_topk(query, spoiled, topk, **form)
     missed = int((~scores[:, 0].isnan()).sum())
     if missed:
         count = scores[:, 0].numel()
@@ -136,13 +160,19 @@ def topk_shows_nan(
 
 
 def topk_has_gradients(
-    device: torch.device, tokens: int, heads: int, num_keys: int, key_dim: int, topk: int
+    device: torch.device,
+    tokens: int,
+    heads: int,
+    num_keys: int,
+    key_dim: int,
+    topk: int,
+    **form: str,
 ) -> str | None:
     """Gradients of product_topk: exact sums for queries and sub-keys, rounded to bf16."""
     query = whole_numbers((tokens, heads, 2 * key_dim), 3, torch.bfloat16, device, 1)
     sub_keys = whole_numbers((2, heads, num_keys, key_dim), 3, torch.bfloat16, device, 2)
     leaves = (query.requires_grad_(), sub_keys.requires_grad_())
-    scores, rows = ops.product_topk(*leaves, topk)
+    scores, rows = ops.product_topk(*leaves, topk, **form)
     grad = whole_numbers(tuple(scores.shape), 2, scores.dtype, device, 4)
     ours = torch.autograd.grad(scores, leaves, grad)
     true_keys = torch.zeros(sub_keys.shape, device=device).flatten(0, 2)

@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 SMALL, SMALLEST = 4096, 16384
 INTERPRETED = (
     "product_topk, N=128, C=512, K=32, whole numbers",
+    "product_topk, N=128, C=512, K=32, whole numbers, fused",
     "embedding_bag, R=1048576, V=2048, forward",
     "embedding_bag, R=262144, V=2048, backward into fp32",
     "embedding_bag, R=262144, V=2048, first touch of fp32",
@@ -122,29 +123,31 @@ def reads_counters_after_the_store(right: Callable[..., None]) -> Callable[..., 
 
 
 def reads_garbage_from_the_third_block_on(right: Callable[..., Any]) -> Callable[..., Any]:
-    def topk(query: Tensor, sub_keys: Tensor, topk: int) -> Any:
+    def topk(query: Tensor, sub_keys: Tensor, topk: int, **form: str) -> Any:
         spoiled = sub_keys.clone()
         spoiled[:, :, 128:] = torch.nan
-        return right(query, spoiled, topk)
+        return right(query, spoiled, topk, **form)
 
     return topk
 
 
 def prefers_the_larger_row_of_a_tie(right: Callable[..., Any]) -> Callable[..., Any]:
-    def topk(query: Tensor, sub_keys: Tensor, topk: int) -> Any:
-        scores, rows = right(query, sub_keys.flip(2), topk)
+    def topk(query: Tensor, sub_keys: Tensor, topk: int, **form: str) -> Any:
+        scores, rows = right(query, sub_keys.flip(2), topk, **form)
         return scores, sub_keys.shape[2] ** 2 - 1 - rows
 
     return topk
 
 
 def puts_nan_last(right: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda query, sub_keys, topk: right(query, sub_keys.nan_to_num(nan=-99.0), topk)
+    return lambda query, keys, *rest, **form: right(
+        query, keys.nan_to_num(nan=-99.0), *rest, **form
+    )
 
 
 def halves_a_gradient(right: Callable[..., Any]) -> Callable[..., Any]:
-    def topk(query: Tensor, sub_keys: Tensor, topk: int) -> Any:
-        scores, rows = right(query, sub_keys, topk)
+    def topk(query: Tensor, sub_keys: Tensor, topk: int, **form: str) -> Any:
+        scores, rows = right(query, sub_keys, topk, **form)
         if scores.requires_grad:
             scores.register_hook(lambda grad: torch.cat((grad[:-1], grad[-1:] / 2)))
         return scores, rows
