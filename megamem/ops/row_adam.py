@@ -13,7 +13,7 @@ in bf16 with a `seed` are rounded stochastically and need no master. `grad_scale
 device, the clipping factor over the loss scale, so that the host never waits for the device.
 megamem.reference.row_adam defines the arithmetic.
 
-Letters: r rows on this rank, V row width, E rows of a list.
+Letters: r rows on this rank, V row width, E rows of a list, U distinct rows.
 """
 
 from collections.abc import Iterator
