@@ -1,4 +1,4 @@
-"""The rates from which times are estimated. None of them is measured by the planner."""
+"""The rates of GPUs from which times are estimated. None of them is measured by the planner."""
 
 from dataclasses import dataclass
 
@@ -30,8 +30,10 @@ HARDWARE = {
 }
 
 ASSUMPTIONS = (
-    "Times are estimates: bytes and FLOPs are divided by assumed rates of H100, H200 and B200 "
-    "(memory copy 3.0, 4.3 and 7.2 TB/s; bf16 790, 790 and 1800 TFLOP/s; NVLink 350, 350 and 700 "
-    "GB/s; InfiniBand 45 GB/s). No overlap is assumed, and no other traffic of the model is "
-    "counted. A lookup is sent as 8 bytes: 4 for the row id and 4 for the weight."
+    "Times are estimates. Stages that were measured on an H100 are scaled from there by bytes and "
+    "lookups, and for other GPUs by the copy rate; all else is bytes and FLOPs divided by assumed "
+    "rates of H100, H200 and B200 (memory copy 3.0, 4.3 and 7.2 TB/s; bf16 790, 790 and 1800 "
+    "TFLOP/s; NVLink 350, 350 and 700 GB/s; InfiniBand 45 GB/s). Rows are read at random. No "
+    "overlap is assumed, and no other traffic of the model is counted. A lookup is sent as 8 "
+    "bytes: 4 for the row id and 4 for the weight."
 )

@@ -225,9 +225,15 @@ def memory_flops_per_token(spec: MemorySpec) -> int:
     the rows.
     """
     query = spec.hidden_size * spec.heads * spec.key_dim
-    scores = spec.heads * spec.num_keys * spec.key_dim
     output = sum(math.prod(shape) for shape in output_shapes(spec) if len(shape) == 2)
-    return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * (query + scores + output)
+    matrices = FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * (query + output)
+    return matrices + score_flops_per_token(spec)
+
+
+def score_flops_per_token(spec: MemorySpec) -> int:
+    """The part of memory_flops_per_token() that the scores of sub-keys take."""
+    scores = spec.heads * spec.num_keys * spec.key_dim
+    return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * scores
 
 
 def dense_flops_per_token(shape: ModelShape, spec: MemorySpec | None) -> int:

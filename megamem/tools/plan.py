@@ -261,7 +261,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         record["fits"] = cost.bytes.total <= plan.job.room
         record["flags"] = cost.layout.flags
         record["seconds"] = {
-            gpu: asdict(step) | {"share": step.share} for gpu, step in cost.seconds.items()
+            gpu: asdict(step)
+            | {"lookup": step.lookup, "optimizer": step.optimizer, "share": step.share}
+            for gpu, step in cost.seconds.items()
         }
         costs[str(cost.layout)] = record
     return {

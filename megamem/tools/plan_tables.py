@@ -9,11 +9,12 @@ from megamem.planner.plan import GB, KIB, Plan, fits
 
 
 def show_plan(plan: Plan, console: Console) -> None:
-    """Print parameters, all layouts, times by GPU, GPUs needed, and the recommendation."""
+    """Print parameters, layouts, stages, times by GPU, GPUs needed, and the recommendation."""
     job, best = plan.job, plan.recommended
     show = console.print
     show(_parameters(plan))
     show(_layouts(plan))
+    show(_stages(plan))
     show(_times(plan))
     show(_needed(plan))
     state = job.state
@@ -90,6 +91,35 @@ def _times(plan: Plan) -> Table:
         table.add_row(
             hardware.name, *(f"{part * 1e3:.1f}" for part in parts), f"{100 * step.share:.0f} %"
         )
+    return table
+
+
+def _stages(plan: Plan) -> Table:
+    """The stages of the recommended layout on the job's GPU, and their sums."""
+    gpu, step = plan.job.hardware.name, plan.recommended.seconds[plan.job.gpu]
+    table = _table(
+        f"Estimated stages of memory layers with {plan.recommended.layout} on {gpu}, in ms"
+    )
+    table.add_column("stage")
+    for title in ("", "per layer and microbatch", "per step"):
+        table.add_column(title, justify="right")
+    table.add_column("measured")
+    for stage in step.stages:
+        table.add_row(
+            stage.name,
+            stage.phase,
+            "" if stage.phase == "step" else f"{stage.seconds * 1e3:.2f}",
+            f"{stage.per_step * 1e3:.1f}",
+            "on an H100" if stage.record else "no, from bytes",
+        )
+    passes = [stage for stage in step.stages if stage.phase != "step"]
+    table.add_row(
+        "sum",
+        "",
+        f"{sum(stage.seconds for stage in passes) * 1e3:.2f}",
+        f"{(step.lookup + step.optimizer) * 1e3:.1f}",
+        style="bold",
+    )
     return table
 
 

@@ -20,9 +20,10 @@ from megamem.planner.buffers import (
     scored_bytes,
     sorted_bytes,
 )
-from megamem.planner.cost import backward_bytes, rank_bytes, rank_share
+from megamem.planner.cost import rank_bytes
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.plan import gpus_for_bytes
+from megamem.planner.stages import backward_bytes, rank_share
 from megamem.spec import Layout
 from tests.planner.jobs import LOOKUPS, MILLION_ROWS, TOKENS, WIDTH, job_of
 

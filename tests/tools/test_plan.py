@@ -32,6 +32,21 @@ def test_the_tables_and_the_advice(capsys: pytest.CaptureFixture) -> None:
     assert "Your flags select row over 1, which does not fit: 24" in said
 
 
+def test_every_stage_says_whether_it_was_measured(capsys: pytest.CaptureFixture) -> None:
+    batches = ("--world-size", "8", "--micro-batch-size", "4", "--global-batch-size", "64")
+    assert main(["--preset", "1.3b", "--memory-num-keys", "1024", *batches]) == 0
+    said = capsys.readouterr().out
+    rows = re.findall(r"^ (\S.*?) +(forward|backward|step) +([\d. ]+\S) +(\S.*?) *$", said, re.M)
+    stages = {name: (phase, numbers.split(), measured) for name, phase, numbers, measured in rows}
+    phase, numbers, measured = stages["row gradient"]
+    assert (phase, measured) == ("backward", "on an H100")
+    # three layers and two microbatches
+    assert float(numbers[1]) == pytest.approx(6 * float(numbers[0]), abs=0.1)
+    assert stages["gate"][2] == "no, from bytes" and len(stages["gradient norm"][1]) == 1
+    (each, step), *_ = re.findall(r"^ sum +([\d.]+) +([\d.]+) *$", said, re.M)
+    assert float(each) > float(numbers[0]) and float(step) > 6 * float(each)
+
+
 def test_the_written_plan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "plan.json"
     assert main([*BIG, "--memory-group-size", "128", "--json", str(path)]) == 0
