@@ -14,6 +14,7 @@ from torch import nn
 from megamem import ops
 from megamem.kernels.row_gradient import row_gradient
 from megamem.ops.backend import use_triton
+from megamem.ops.forms import FORMS
 from megamem.ops.row_buffer import RowBuffer
 from megamem.ops.sort_lookups import sort_lookups
 from megamem.tools.bench import copy_gbps, median_ms
@@ -126,7 +127,10 @@ def table_stages(
     yield "bag backward, first touch", first_touch
     if use_triton(values):
         # the two parts of the backward
-        yield "bag backward: sort", lambda: sort_lookups(row_ids, weights, offsets, rows)
+        lookups, known = (row_ids, weights, offsets, rows), {"may_skip": False, "equal_bags": True}
+        for form in FORMS["sort_lookups"]:
+            name = "bag backward: sort" + (f", {form}" if form != "torch" else "")
+            yield name, lambda form=form: sort_lookups(*lookups, form=form, **known)
         ordered = sort_lookups(row_ids, weights, offsets, rows)
         yield (
             "bag backward: row gradient",

@@ -118,16 +118,16 @@ def _meta(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _lookups(tokens: int) -> tuple[torch.Tensor, ...]:
+def _lookups(tokens: int, ids: torch.dtype = torch.int64) -> tuple[torch.Tensor, ...]:
     return (
-        _meta(tokens * 16, dtype=torch.int64),
+        _meta(tokens * 16, dtype=ids),
         _meta(tokens * 16),
         _meta(tokens + 1, dtype=torch.int64),
     )
 
 
-def _bags(dtype: torch.dtype, width: int) -> Callable[[int], None]:
-    return lambda tokens: sum_bags(_meta(2**20, width, dtype=dtype), *_lookups(tokens))
+def _bags(dtype: torch.dtype, width: int, ids: torch.dtype = torch.int32) -> Callable[[int], None]:
+    return lambda tokens: sum_bags(_meta(2**20, width, dtype=dtype), *_lookups(tokens, ids))
 
 
 def _gradient(
@@ -168,9 +168,9 @@ def _sort(
     num_rows: int, may_skip: bool = True, ids: torch.dtype = torch.int32
 ) -> Callable[[int], None]:
     def run(tokens: int) -> None:
-        row_ids, weights, offsets = _lookups(tokens)
+        row_ids, weights, offsets = _lookups(tokens, ids)
         for equal_bags in (True, False):
-            sort_by_radix(row_ids.to(ids), weights, offsets, num_rows, may_skip, equal_bags)
+            sort_by_radix(row_ids, weights, offsets, num_rows, may_skip, equal_bags)
 
     return run
 
@@ -287,6 +287,7 @@ MORE_CASES: dict[str, Callable[[int], None]] = {
     "bf16 V=24": _bags(BF16, 24),
     "fp32 V=1000": _bags(FP32, 1000),
     "bf16 V=4096": _bags(BF16, 4096),
+    "bf16 V=2048, ids of 8 bytes": _bags(BF16, 2048, ids=torch.int64),
     "gradient fp32 V=1024": _gradient(FP32, 1024),
     "gradient bf16 V=8": _gradient(BF16, 8),
     "gradient fp32 V=1000 += fp32": _gradient(FP32, 1000, out_dtype=FP32),
