@@ -7,6 +7,7 @@ import os
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megamem.config import MemoryConfig, flag
+from megamem.megatron.startup.saved_settings import SAVED, settings_of
 from megamem.resolution import resolve
 from megamem.spec import MemorySpec
 
@@ -28,6 +29,9 @@ def add_memory_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
 def spec_from_args(args: argparse.Namespace) -> MemorySpec | None:
     """The spec that the command line asks for, or None without --memory-layers.
 
+    The arguments also get the settings of the memory layers, which Megatron then saves with every
+    checkpoint.
+
     Args:
         args: the arguments of Megatron, validated by Megatron.
 
@@ -37,7 +41,7 @@ def spec_from_args(args: argparse.Namespace) -> MemorySpec | None:
     config = MemoryConfig.from_args(args)
     if not config.enabled:
         return None
-    return resolve(
+    spec = resolve(
         config,
         args.hidden_size,
         tensor_ranks=args.tensor_model_parallel_size,
@@ -50,6 +54,8 @@ def spec_from_args(args: argparse.Namespace) -> MemorySpec | None:
         # Megatron's own collectives wait as long
         timeout_minutes=args.distributed_timeout_minutes,
     )
+    setattr(args, SAVED, settings_of(spec))
+    return spec
 
 
 _made: tuple[argparse.Namespace, MemorySpec | None] | None = None

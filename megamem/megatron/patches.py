@@ -1,4 +1,4 @@
-"""Replaces ten functions of Megatron at run time, for training scripts that are not changed.
+"""Replaces twelve functions of Megatron at run time, for training scripts that are not changed.
 
 A script of your own calls the same functions of megamem by name, as examples/own_script.py does. In
 brackets is what Megatron would need to offer to make a replacement unnecessary.
@@ -11,6 +11,10 @@ Replaced at start, by install():
                                        (a list of functions to call with the validated arguments)
     core_transformer_config_from_args  the config of the model gets the spec
                                        (a field for extensions in TransformerConfig)
+    load_args_from_checkpoint          --use-checkpoint-args takes memory settings, too
+                                       (a list of further arguments to take)
+    load_checkpoint                    a checkpoint of another model is refused
+                                       (a callback with the arguments in the checkpoint)
 
 Replaced once --memory-layers has been read, by install_memory():
 
@@ -45,8 +49,9 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from megatron.training import arguments, training
+from megatron.training import arguments, checkpointing, training
 from megatron.training.global_vars import get_args
+from megatron.training.utils import print_rank_0
 
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.errors import friendly_parser
@@ -54,7 +59,7 @@ from megamem.layers.memory_pool import MemoryPool
 from megamem.megatron import compat
 from megamem.megatron.arguments import add_memory_flags, idle_flags, run_spec
 from megamem.megatron.model import hybrid, layer_specs
-from megamem.megatron.model.carried_spec import carried_spec, carry_spec
+from megamem.megatron.model.carried_spec import carried_spec, carry_spec, spec_of_model
 from megamem.megatron.model.memory_mlp import register_tables
 from megamem.megatron.optimizer.with_memory import with_memory
 from megamem.megatron.reports import sizes
@@ -62,7 +67,12 @@ from megamem.megatron.reports.broken_tables import report_broken
 from megamem.megatron.reports.tensorboard import TrainingMetrics
 from megamem.megatron.startup import checks
 from megamem.megatron.startup.rank_consistency import broadcast_from_rank0, differing_flags
-from megamem.megatron.startup.saved_model import checkpoint_problems
+from megamem.megatron.startup.saved_model import (
+    checkpoint_problems,
+    load_problems,
+    loaded_folder,
+)
+from megamem.megatron.startup.saved_settings import take_settings
 from megamem.parallel.tuning import load_tuning
 from megamem.patching import replace, replace_everywhere
 from megamem.spec import MemorySpec
@@ -79,6 +89,8 @@ def install() -> None:
     replace_everywhere(arguments, "add_megatron_arguments", _add_flags)
     replace_everywhere(arguments, "validate_args", _validate)
     replace_everywhere(compat.CONFIG_MODULE, "core_transformer_config_from_args", _carry_spec)
+    replace_everywhere(checkpointing, "load_args_from_checkpoint", _take_settings)
+    replace_everywhere(checkpointing, "load_checkpoint", _compare_with_checkpoint)
 
 
 def install_memory() -> None:
@@ -138,6 +150,38 @@ def _carry_spec(original: Callable[..., Any]) -> Callable[..., Any]:
         return config
 
     return core_transformer_config_from_args
+
+
+def _take_settings(original: Callable[..., Any]) -> Callable[..., Any]:
+    """With --use-checkpoint-args, what memory layers compute comes from the checkpoint, too."""
+
+    def load_args_from_checkpoint(
+        args: argparse.Namespace, load_arg: str = "load", *rest: Any, **more: Any
+    ) -> Any:
+        result = original(args, load_arg, *rest, **more)
+        if (folder := loaded_folder(args, (load_arg,))) is not None:
+            for setting in take_settings(args, folder):
+                print_rank_0(f"Setting {setting} from checkpoint")
+        return result
+
+    return load_args_from_checkpoint
+
+
+def _compare_with_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """However a checkpoint is loaded into a model, it must be one of that model."""
+    signature = inspect.signature(original)
+
+    def load_checkpoint(*rest: Any, **more: Any) -> Any:
+        given = signature.bind(*rest, **more)
+        given.apply_defaults()
+        models = given.arguments["ddp_model"]
+        spec = spec_of_model(models if isinstance(models, list) else [models])
+        options = (given.arguments["load_arg"],)
+        args = get_args()
+        ConfigurationError.collect(broadcast_from_rank0(lambda: load_problems(spec, args, options)))
+        return original(*rest, **more)
+
+    return load_checkpoint
 
 
 def _build_memories(original: Callable[..., Any]) -> Callable[..., Any]:

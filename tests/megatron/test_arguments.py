@@ -39,6 +39,7 @@ def test_every_field_is_a_flag_and_comes_back() -> None:
         memory_placement_seed=7,
         memory_check_row_ids=True,
         memory_wire="alltoall",
+        memory_reduce_rows="touched",
         memory_metrics="on",
         memory_tuning="elsewhere.json",
     )

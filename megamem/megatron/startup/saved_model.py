@@ -1,6 +1,7 @@
 """Checks that the checkpoints a run starts from fit its flags, before anything is allocated."""
 
 import argparse
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,43 +20,84 @@ from megamem.checkpoint import (
     sub_keys_key,
     table_key,
 )
+from megamem.config import ConfigurationError
 from megamem.layers.variants import table_names
+from megamem.megatron.startup.saved_settings import read_settings, setting_problems
 from megamem.optimizer.state import BATCHES, HITS, slots
 from megamem.spec import MemorySpec
+
+logger = logging.getLogger("megamem")
+
+UNSEEN = ("--memory-topk", "--memory-variant (memory or memory+)", "--memory-keep-ffn")
+"""Flags that the shapes in a checkpoint do not show."""
 
 
 def checkpoint_problems(spec: MemorySpec | None, args: argparse.Namespace) -> list[str]:
     """A sentence for each way in which --load or --memory-background does not fit the flags.
 
-    Only shapes and seeds are read. A --load folder without a checkpoint is accepted, because
-    Megatron then starts from scratch.
+    Only settings, shapes and seeds are read. A --load folder without a checkpoint is accepted,
+    because Megatron then starts from scratch.
     """
     found = background_problems(spec) if spec is not None else []
-    return found + _load_problems(spec, args)
+    return found + load_problems(spec, args)
 
 
-def _load_problems(spec: MemorySpec | None, args: argparse.Namespace) -> list[str]:
+_fitting: set[tuple[Path, MemorySpec | None]] = set()
+
+
+def load_problems(
+    spec: MemorySpec | None,
+    args: argparse.Namespace,
+    options: tuple[str, ...] = ("load", "pretrained_checkpoint"),
+) -> list[str]:
+    """A sentence for each way in which the checkpoint that Megatron will load does not fit a spec.
+
+    Args:
+        spec: the spec of the model that loads it; None for a model without memory layers.
+        args: Megatron's arguments.
+        options: the arguments that may name the checkpoint, the first that does first.
+    """
     try:
-        folder = loaded_folder(args)
+        folder = loaded_folder(args, options)
+        # a run asks before it builds the model, and when it loads
+        if (folder, spec) in _fitting:
+            return []
         if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
             return []
         saved = saved_shapes(folder)
+        seeds = read_placements(saved, folder)
+        settings = read_settings(folder)
+    except ConfigurationError as error:
+        return [str(error)]
     except Exception as error:  # a damaged file may raise any exception
         return [
             f"--load {args.load} cannot be read ({type(error).__name__}: {error}) and may be "
             "damaged; load an earlier iteration with --ckpt-step."
         ]
+    if spec is not None and settings is not None:
+        if found := setting_problems(settings, spec, f"--load {folder}"):
+            return found
+    elif spec is not None and saved_tables(saved):
+        logger.warning(
+            "--load %s does not say with which settings its memory layers were trained, because "
+            "it was converted. Shapes are compared, but these flags cannot be: %s",
+            folder,
+            ", ".join(UNSEEN),
+        )
     if found := compare(saved, spec, str(folder)):
         return found
     if spec is None:
         return []
-    found = placement_problems(read_placements(saved, folder), spec, str(folder))
+    found = placement_problems(seeds, spec, str(folder))
     # a "release" of a converter has no optimizer, and that of --pretrained-checkpoint is not loaded
     without_optimizer = folder.name == "release" or not folder.is_relative_to(
         args.load or folder / "none"
     )
     resumes = not (args.finetune or args.no_load_optim or without_optimizer)
-    return found + (state_problems(saved, spec, args, str(folder)) if resumes else [])
+    found += state_problems(saved, spec, args, str(folder)) if resumes else []
+    if not found:
+        _fitting.add((folder, spec))
+    return found
 
 
 def background_problems(spec: MemorySpec) -> list[str]:
@@ -248,10 +290,12 @@ def _listed(further: list[str]) -> str:
     return f"values and tables {', '.join(further)}" if further else "values alone"
 
 
-def loaded_folder(args: argparse.Namespace) -> Path | None:
+def loaded_folder(
+    args: argparse.Namespace, options: tuple[str, ...] = ("load", "pretrained_checkpoint")
+) -> Path | None:
     """The folder of the iteration that Megatron loads, from --load or --pretrained-checkpoint."""
     step = getattr(args, "ckpt_step", None)
-    for option in ("load", "pretrained_checkpoint"):
+    for option in options:
         path = getattr(args, option, None)
         if path and (folder := latest_folder(path, step)) is not None:
             return folder

@@ -1,0 +1,137 @@
+"""The settings of memory layers in a checkpoint, and how they differ from those of a run.
+
+Megatron saves the arguments of a run with every checkpoint. megamem adds `memory_settings` to them:
+everything that decides what memory layers compute, and the version of this format. Checkpoints that
+were saved before it existed hold the --memory flags, from which the same settings follow.
+
+The promise of the format: a release of megamem reads every format up to its own, and refuses newer
+ones. What is not in the settings may differ between a run and the checkpoint that it loads: how
+tables are sharded, the wire, learning rates and the optimizer (with new state), and reports.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+
+from megamem.config import ConfigurationError, MemoryConfig, flag
+from megamem.resolution import resolve
+from megamem.spec import MemorySpec
+
+FORMAT = 1
+"""Version of the settings, and of the keys and shapes of tables in a checkpoint."""
+
+SAVED = "memory_settings"
+"""Name of the settings among Megatron's arguments."""
+
+COMPARED = {
+    "layers": "memory_layers",
+    "variant": "memory_variant",
+    "num_keys": "memory_num_keys",
+    "heads": "memory_heads",
+    "topk": "memory_topk",
+    "key_dim": "memory_key_dim",
+    "value_dim": "memory_value_dim",
+    "pool": "memory_pool",
+    "qk_norm": "memory_qk_norm",
+    "keep_ffn": "memory_keep_ffn",
+    "placement_seed": "memory_placement_seed",
+}
+"""Setting -> the field of MemoryConfig that sets it."""
+
+
+def settings_of(spec: MemorySpec) -> dict[str, Any]:
+    """The settings of a run, as plain numbers, strings and lists."""
+    found = {name: getattr(spec, name) for name in ("hidden_size", *COMPARED)}
+    return {"format": FORMAT, **found, "layers": list(spec.layers)}
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings in a checkpoint; None if it has none, as converted ones may.
+
+    Raises:
+        ConfigurationError: they have a newer format.
+        Exception: the checkpoint is damaged.
+    """
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    args = common.get("args")
+    # converters save no arguments of Megatron
+    settings: dict[str, Any] | None = common.get(SAVED, getattr(args, SAVED, None))
+    if settings is None:
+        return _from_flags(args)
+    if settings["format"] > FORMAT:
+        raise ConfigurationError(
+            f"--load {folder} has format {settings['format']} of memory layers, but this release "
+            f"of megamem reads formats up to {FORMAT}; install a newer megamem."
+        )
+    return settings
+
+
+def _from_flags(args: argparse.Namespace | None) -> dict[str, Any] | None:
+    if not getattr(args, "memory_layers", None):
+        return None
+    assert args is not None
+    try:
+        # settings do not depend on the ranks, which need not be those of this run
+        alone = replace(
+            MemoryConfig.from_args(args),
+            memory_mode="row",
+            memory_group_size=1,
+            memory_column_ranks=None,
+        )
+        return settings_of(resolve(alone, args.hidden_size))
+    except ConfigurationError:
+        # the flags of a future release
+        return None
+
+
+def setting_problems(saved: dict[str, Any], spec: MemorySpec, named: str) -> list[str]:
+    """A sentence for each setting of a run that differs from the checkpoint's.
+
+    Args:
+        saved: the settings in the checkpoint.
+        spec: the spec of the run.
+        named: how the user names the checkpoint, as "--load DIR".
+    """
+    wanted = settings_of(spec)
+    width = saved["hidden_size"]
+    if width != spec.hidden_size:
+        # widths of the memory layers follow from it
+        return [_difference("--hidden-size", width, spec.hidden_size, named)]
+    return [
+        _difference(flag(field), saved[name], wanted[name], named)
+        for name, field in COMPARED.items()
+        if name in saved and saved[name] != wanted[name]
+    ]
+
+
+def _difference(option: str, saved: Any, wanted: Any, named: str) -> str:
+    if isinstance(saved, bool):
+        if saved:
+            return f"{option} is not given, but {named} was trained with it; add {option}."
+        return f"{option} is given, but {named} was trained without it; drop {option}."
+    text, now = _words(saved), _words(wanted)
+    return f"{option} {now} differs from {text} in {named}; use {option} {text}."
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def take_settings(args: argparse.Namespace, folder: Path) -> list[str]:
+    """Set the memory flags of a run to those of a checkpoint (--use-checkpoint-args).
+
+    Only the flags that decide what memory layers compute are taken.
+
+    Returns:
+        "flag value" for each flag that changed.
+    """
+    saved = dist_checkpointing.load_common_state_dict(str(folder)).get("args")
+    changed = []
+    for field in COMPARED.values():
+        if hasattr(saved, field) and getattr(saved, field) != getattr(args, field, None):
+            setattr(args, field, getattr(saved, field))
+            changed.append(f"{flag(field)} {_words(getattr(saved, field))}")
+    return changed

@@ -1,0 +1,183 @@
+"""A checkpoint never loads as something else than it was."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamem.config import ConfigurationError, MemoryConfig
+from megamem.megatron.startup.saved_settings import (
+    COMPARED,
+    FORMAT,
+    SAVED,
+    read_settings,
+    setting_problems,
+    settings_of,
+    take_settings,
+)
+from megamem.resolution import resolve
+from megamem.spec import Layout
+from tests.helpers.megatron_runs import ROOT, run_training
+from tests.megatron.test_tiny_training import MEMORY
+
+CONFIG = MemoryConfig(memory_layers=[1, 2], memory_num_keys=8, memory_topk=2)
+SPEC = resolve(CONFIG, 16)
+LONG = ("--train-iters", 4, "--lr-decay-iters", 4)
+
+pytestmark = pytest.mark.gloo
+
+
+def _checkpoint(folder: Path, common: dict) -> Path:
+    """As much of a checkpoint as the settings are read from."""
+    folder.mkdir(exist_ok=True)
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    torch.save(common, folder / "common.pt")
+    return folder
+
+
+def _flags(config: MemoryConfig, **more: object) -> argparse.Namespace:
+    return argparse.Namespace(hidden_size=16, **vars(config), **more)
+
+
+def test_settings_come_back_as_they_were_saved(tmp_path: Path) -> None:
+    args = argparse.Namespace(**{SAVED: settings_of(SPEC)})
+    assert read_settings(_checkpoint(tmp_path, {"args": args})) == settings_of(SPEC)
+    assert setting_problems(settings_of(SPEC), SPEC, "--load X") == []
+
+
+def test_flags_of_older_checkpoints_say_the_same(tmp_path: Path) -> None:
+    """Also those of runs on many ranks, with flags that this release does not know."""
+    config = replace(CONFIG, memory_group_size=8, memory_mode="column")
+    args = _flags(config, memory_of_the_future=3)
+    assert read_settings(_checkpoint(tmp_path, {"args": args})) == settings_of(SPEC)
+
+
+def test_without_memory_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    dense = _flags(MemoryConfig())
+    for common in ({"args": dense}, {"args": argparse.Namespace()}, {}):
+        assert read_settings(_checkpoint(tmp_path, common)) is None
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    newer = settings_of(SPEC) | {"format": FORMAT + 1}
+    with pytest.raises(ConfigurationError, match="install a newer megamem"):
+        read_settings(_checkpoint(tmp_path, {SAVED: newer}))
+
+
+CHANGES = {
+    "layers": ({"memory_layers": [1, 3]}, "--memory-layers 1 3 differs from 1 2"),
+    "variant": ({"memory_variant": "memory"}, "--memory-variant memory differs from memory+"),
+    "num_keys": ({"memory_num_keys": 9}, "--memory-num-keys 9 differs from 8"),
+    "heads": ({"memory_heads": 2}, "--memory-heads 2 differs from 4"),
+    "topk": ({"memory_topk": 3}, "--memory-topk 3 differs from 2 in --load X; use --memory-topk 2"),
+    "key_dim": ({"memory_key_dim": 32}, "--memory-key-dim 32 differs from 8"),
+    "value_dim": ({"memory_value_dim": 24}, "--memory-value-dim 24 differs from 16"),
+    "pool": ({"memory_pool": "layer"}, "--memory-pool layer differs from shared"),
+    "qk_norm": ({"memory_qk_norm": True}, "was trained without it; drop --memory-qk-norm"),
+    "keep_ffn": ({"memory_keep_ffn": True}, "was trained without it; drop --memory-keep-ffn"),
+    "placement_seed": ({"memory_placement_seed": 5}, "--memory-placement-seed 5 differs from 0"),
+}
+
+
+def test_every_setting_has_a_case() -> None:
+    assert CHANGES.keys() == COMPARED.keys()
+
+
+@pytest.mark.parametrize("setting", CHANGES)
+def test_each_difference_is_one_line_with_the_flag_and_both_values(setting: str) -> None:
+    change, message = CHANGES[setting]
+    other = resolve(replace(CONFIG, **change), 16)
+    problems = setting_problems(settings_of(SPEC), other, "--load X")
+    assert any(message in problem for problem in problems), problems
+    # what follows from a difference is named with it
+    assert all("\n" not in problem and problem.endswith(".") for problem in problems)
+
+
+def test_a_flag_that_was_dropped_is_to_be_added() -> None:
+    kept = resolve(replace(CONFIG, memory_keep_ffn=True), 16)
+    [problem] = setting_problems(settings_of(kept), SPEC, "--load X")
+    assert problem.endswith("was trained with it; add --memory-keep-ffn.")
+
+
+def test_another_hidden_size_comes_first() -> None:
+    [problem] = setting_problems(settings_of(SPEC), resolve(CONFIG, 32), "--load X")
+    assert problem == "--hidden-size 32 differs from 16 in --load X; use --hidden-size 16."
+
+
+def test_what_may_differ_may() -> None:
+    other = replace(
+        SPEC, layout=Layout("column", 8, 8), wire="alltoall", optimizer="sgd", lr=0.5, seed=7
+    )
+    assert setting_problems(settings_of(SPEC), other, "--load X") == []
+
+
+def test_settings_are_taken_from_a_checkpoint(tmp_path: Path) -> None:
+    saved = _flags(replace(CONFIG, memory_keep_ffn=True, memory_lr=0.5))
+    args = _flags(MemoryConfig(memory_topk=32, memory_lr=0.1))
+    taken = take_settings(args, _checkpoint(tmp_path, {"args": saved}))
+    assert "--memory-layers 1 2" in taken and "--memory-keep-ffn True" in taken
+    assert args.memory_layers == [1, 2] and args.memory_topk == 2 and args.memory_keep_ffn
+    # a learning rate is not part of the model
+    assert args.memory_lr == 0.1
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    saving = ("--save", folder, "--save-interval", 2, "--exit-interval", 2)
+    run_training("save", 1, *MEMORY, *LONG, *saving)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--memory-topk", 2), "--memory-topk 2 differs from 4"),
+        (("--memory-variant", "memory", "--memory-key-dim", 32), "--memory-variant memory differs"),
+        (("--memory-qk-norm",), "--memory-qk-norm is given, but"),
+        (("--memory-keep-ffn",), "--memory-keep-ffn is given, but"),
+        (("--memory-layers", 1), "--memory-layers 1 differs from 0 1"),
+        (("--hidden-size", 32), "--hidden-size 32 differs from 64"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value[0]),
+)
+def test_a_run_refuses_a_checkpoint_of_another_model(saved, flags, message) -> None:
+    log = run_training("other", 1, *MEMORY, *LONG, "--load", saved, *flags, check=False)
+    assert log.returncode != 0 and not log.iterations
+    assert log.stdout.count("megamem: error: ") == 1 and message in log.stdout
+    assert "Traceback" not in log.stdout
+
+
+def test_feed_forwards_are_not_dropped(tmp_path: Path) -> None:
+    saving = ("--save", tmp_path, "--save-interval", 2, "--exit-interval", 2)
+    run_training("save", 1, *MEMORY, *LONG, *saving, "--memory-keep-ffn")
+    log = run_training("dropped", 1, *MEMORY, *LONG, "--load", tmp_path, check=False)
+    assert log.returncode != 0 and "add --memory-keep-ffn" in log.stdout
+
+
+def test_checkpoint_args_bring_the_memory(saved: Path) -> None:
+    """Only what is not the model's is given again."""
+    same = run_training("flags", 1, *MEMORY, *LONG, "--load", saved)
+    taken = run_training(
+        "args", 1, *LONG, "--load", saved, "--use-checkpoint-args", "--memory-lr", 3e-3
+    )
+    assert taken.losses == same.losses and taken.iterations == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((*MEMORY, "--memory-topk", 2), "--memory-topk 2 differs from 4"),
+        ((), "holds memory layers, but --memory-layers is not given"),
+        (MEMORY, ""),
+    ],
+    ids=["other memory", "no memory", "the same"],
+)
+def test_a_script_that_loads_by_megatrons_functions_is_refused_too(saved, flags, message) -> None:
+    script = ROOT / "tests/helpers/loads_checkpoint.py"
+    log = run_training("loads", 1, *flags, "--load", saved, script=script, check=False)
+    if message:
+        assert log.returncode != 0 and message in log.stdout
+    assert (f"loaded {saved}" in log.stdout) == (not message), log.tail()
