@@ -45,23 +45,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megamem.kernels import choices
 from megamem.kernels.embedding_bag import OPTIONS, block_width, num_warps
 from megamem.kernels.sort_lookups import SortedLookups, number_of_lookups
 
-MAX_BLOCK_V = 256
-UNROLL = 4
-MERGE_TILE = 8
 ROOM = 2
 LATE_PROGRAMS = 1024
-# lookups of a program that does little for each
-BLOCK_M = 256
-# enough chunks to fill a GPU, few enough that their partial sums stay small
-TARGET_CHUNKS, MIN_CHUNK, MAX_CHUNK = 8192, 32, 512
 
 
 def chunk_length(num_lookups: int) -> int:
     """Return the number of sorted lookups in a chunk."""
-    return min(MAX_CHUNK, max(MIN_CHUNK, triton.next_power_of_2(num_lookups // TARGET_CHUNKS)))
+    chosen = choices.current().row_gradient
+    length = triton.next_power_of_2(num_lookups // chosen.target_chunks)
+    return min(chosen.max_chunk, max(chosen.min_chunk, length))
 
 
 def chunks_and_room(
@@ -74,15 +70,18 @@ def chunks_and_room(
         counted: whether the number of lookups that are present is only known on the device.
         expected: about how many are present, if that is known.
     """
+    chosen = choices.current().row_gradient
     if not counted:
         return triton.cdiv(num_lookups, chunk_length(num_lookups)), num_lookups
-    room = num_lookups if expected is None else min(num_lookups, max(BLOCK_M, ROOM * expected))
-    return min(TARGET_CHUNKS, triton.cdiv(num_lookups, MIN_CHUNK)), room
+    room = num_lookups
+    if expected is not None:
+        room = min(num_lookups, max(chosen.block_m, ROOM * expected))
+    return min(chosen.target_chunks, triton.cdiv(num_lookups, chosen.min_chunk)), room
 
 
 def column_block(width: int) -> int:
     """Return the number of columns that one program sums."""
-    return block_width(width, MAX_BLOCK_V)
+    return block_width(width, choices.current().row_gradient.max_block_v)
 
 
 @triton.jit
@@ -400,7 +399,7 @@ def row_gradient(
     want_weights, want_values = values_rV is not None, out is not None
     if num_lookups == 0:
         return torch.empty(0, dtype=torch.float32, device=device) if want_weights else None
-    block = column_block(width)
+    chosen, block = choices.current().row_gradient, column_block(width)
     num_blocks = triton.cdiv(width, block)
     num_chunks, num_dots = chunks_and_room(num_lookups, count is not None, lookups.expected)
     partials = dots = None
@@ -413,7 +412,7 @@ def row_gradient(
         "num_lookups": num_lookups,
         "num_rows": num_rows,
         "chunk": chunk_length(num_lookups),
-        "MIN_CHUNK": MIN_CHUNK,
+        "MIN_CHUNK": chosen.min_chunk,
         "V": width,
         "BLOCK_V": block,
         "ADD": add,
@@ -431,10 +430,10 @@ def row_gradient(
         partials,
         dots,
         num_dots=num_dots,
-        UNROLL=UNROLL,
+        UNROLL=chosen.unroll,
         VALUE_GRAD=want_values,
         WEIGHT_GRAD=want_weights,
-        num_warps=1,
+        num_warps=chosen.num_warps,
         **sizes,
     )
     if want_values:
@@ -444,7 +443,7 @@ def row_gradient(
             partials,
             out,
             touched_r,
-            TILE=MERGE_TILE,
+            TILE=chosen.merge_tile,
             num_warps=num_warps(block, 4),
             **sizes,
         )
@@ -458,11 +457,11 @@ def row_gradient(
 def _unsorted(dots: Tensor, lookups: SortedLookups, values_rV: Tensor, grad_GV: Tensor) -> Tensor:
     """Return the weight gradient, from products that have room for some or all of the lookups."""
     num_lookups, count = len(lookups.rows_M), lookups.count
-    num_blocks, num_dots = dots.shape
+    (num_blocks, num_dots), block_m = dots.shape, choices.current().row_gradient.block_m
     # lookups that were left out get a gradient of zero
     make = torch.empty if count is None else torch.zeros
     weight_grad_M = make(num_lookups, dtype=torch.float32, device=dots.device)
-    _unsort_kernel[(triton.cdiv(num_dots, BLOCK_M),)](
+    _unsort_kernel[(triton.cdiv(num_dots, block_m),)](
         lookups.rows_M,
         lookups.order_M,
         dots,
@@ -472,7 +471,7 @@ def _unsorted(dots: Tensor, lookups: SortedLookups, values_rV: Tensor, grad_GV: 
         num_dots,
         lookups.num_rows,
         NUM_BLOCKS=num_blocks,
-        BLOCK_M=BLOCK_M,
+        BLOCK_M=block_m,
         **OPTIONS,
     )
     if num_dots < num_lookups:
@@ -496,14 +495,14 @@ def _unsorted(dots: Tensor, lookups: SortedLookups, values_rV: Tensor, grad_GV: 
 
 def mark_rows_(lookups: SortedLookups, touched_r: Tensor) -> None:
     """Set the flags of the rows that sorted lookups read."""
-    num_lookups = len(lookups.rows_M)
+    num_lookups, block_m = len(lookups.rows_M), choices.current().row_gradient.block_m
     if num_lookups:
-        _mark_kernel[(triton.cdiv(num_lookups, BLOCK_M),)](
+        _mark_kernel[(triton.cdiv(num_lookups, block_m),)](
             lookups.rows_M,
             touched_r,
             lookups.count,
             num_lookups,
             lookups.num_rows,
-            BLOCK_M=BLOCK_M,
+            BLOCK_M=block_m,
             **OPTIONS,
         )

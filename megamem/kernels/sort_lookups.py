@@ -29,16 +29,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megamem.kernels import choices
 from megamem.kernels.embedding_bag import OPTIONS
 
-DIGIT_BITS = 10
-"""Most bits of a digit: the more bits, the fewer passes, and the more counters of each program."""
-TILE = 2048
-"""Lookups that a program sorts at once."""
-MAX_PROGRAMS = 512
 MAX_LOOKUPS = 2**31 - 2**20
 """So many that the ends of tiles and chunks, which may lie beyond the last, have 4 bytes, too."""
-NUM_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -69,10 +64,15 @@ class SortedLookups:
         return torch.where(entries < self.count, self.rows_M, self.num_rows)
 
 
-def digits_of(num_rows: int) -> tuple[int, int]:
-    """Return the number of digits of a row, and the bits of a digit."""
+def digits_of(num_rows: int, radix: int) -> tuple[int, int]:
+    """Return the number of digits of a row, and the bits of a digit.
+
+    Args:
+        num_rows: r, the rows of the shard.
+        radix: the most values of a digit, a power of two.
+    """
     bits = max(1, (num_rows - 1).bit_length())
-    num_digits = triton.cdiv(bits, DIGIT_BITS)
+    num_digits = triton.cdiv(bits, radix.bit_length() - 1)
     return num_digits, triton.cdiv(bits, num_digits)
 
 
@@ -229,13 +229,14 @@ def sort_by_radix(
         count = torch.zeros(1, dtype=torch.int32, device=device) if may_skip else None
         return SortedLookups(rows_M, order_M, bags_M, sorted_weights_M, num_rows, count, expected)
     bag_ids_M = None if equal_bags else bags_of_lookups(offsets, num_lookups)
-    programs = min(MAX_PROGRAMS, triton.cdiv(num_lookups, TILE))
-    num_digits, bits = digits_of(num_rows)
+    chosen = choices.current().sort_lookups
+    programs = min(chosen.max_programs, triton.cdiv(num_lookups, chosen.tile))
+    num_digits, bits = digits_of(num_rows, chosen.radix)
     # a pass writes to the buffers that the pass before did not write to, the last to the result
     buffers = [(rows_M, order_M)]
     if num_digits > 1:
         buffers.append((torch.empty_like(rows_M), torch.empty_like(order_M)))
-    sizes = {"NUM_DIGITS": 2**bits, "TILE": TILE, "num_warps": NUM_WARPS, **OPTIONS}
+    sizes = {"NUM_DIGITS": 2**bits, "TILE": chosen.tile, "num_warps": chosen.num_warps, **OPTIONS}
     keys_M, positions_M, count = row_ids_M, None, None
     for digit in range(num_digits):
         keys_out_M, positions_out_M = buffers[(num_digits - 1 - digit) % 2]

@@ -18,15 +18,17 @@ class Hardware:
     """Bytes sent to GPUs of the same node."""
     network: float
     """Bytes sent to other nodes."""
+    capability: tuple[int, int]
+    """The compute capability, on which the choices of the kernels depend."""
 
 
 HARDWARE = {
     # copy rates as others have measured them; links at about three quarters of NVLink 4's 450 GB/s
     # and nine tenths of InfiniBand NDR's 50 GB/s
-    "h100": Hardware("H100", 80e9, 3.0e12, 790e12, 350e9, 45e9),
-    "h200": Hardware("H200", 141e9, 4.3e12, 790e12, 350e9, 45e9),
+    "h100": Hardware("H100", 80e9, 3.0e12, 790e12, 350e9, 45e9, (9, 0)),
+    "h200": Hardware("H200", 141e9, 4.3e12, 790e12, 350e9, 45e9, (9, 0)),
     # all of these are assumed: the same fractions of NVIDIA's peak figures as for the H100
-    "b200": Hardware("B200", 192e9, 7.2e12, 1800e12, 700e9, 45e9),
+    "b200": Hardware("B200", 192e9, 7.2e12, 1800e12, 700e9, 45e9, (10, 0)),
 }
 
 ASSUMPTIONS = (

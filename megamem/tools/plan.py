@@ -21,6 +21,8 @@ from typing import Any
 from rich.console import Console
 
 from megamem.config import ConfigurationError, MemoryConfig
+from megamem.ops import tuning
+from megamem.parallel.tuning import OFF
 from megamem.planner import PRESETS, Cluster, Job, ModelShape, make_plan, preset
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.plan import Plan
@@ -47,7 +49,9 @@ UNPLANNED = {
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, write it to --json, and return the exit status."""
-    plan = make_plan(job_from_args(args))
+    job = job_from_args(args)
+    with tuning.using(choices_from_args(args)):
+        plan = make_plan(job)
     console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
     show_plan(plan, console)
     if args.json:
@@ -205,6 +209,27 @@ def job_from_args(args: argparse.Namespace) -> Job:
         wire=args.memory_wire,
         fill=args.fill,
     )
+
+
+def choices_from_args(args: argparse.Namespace) -> tuning.Choices:
+    """The choices of the kernels: those of the file of --memory-tuning, or those for the GPU.
+
+    Raises:
+        ConfigurationError: the file was not made by megamem tune, or for another kind of GPU.
+    """
+    hardware, path = HARDWARE[args.gpu], args.memory_tuning
+    if path in (None, OFF):
+        return tuning.of_capability(hardware.capability)
+    try:
+        read = tuning.read(Path(path))
+    except ValueError as error:
+        raise ConfigurationError(f"--memory-tuning: {error}") from error
+    if read.machine.capability != hardware.capability:
+        raise ConfigurationError(
+            f"--memory-tuning {path} was measured on {read.machine.device}, but the plan is for "
+            f"{hardware.name}; drop it, or choose another --gpu."
+        )
+    return read.choices
 
 
 def shape_from_args(args: argparse.Namespace) -> ModelShape:

@@ -318,9 +318,19 @@ GRADIENTS = [reads.bag_gradients_are_exact, reads.sparse_gradients_are_exact]
 
 
 def _gradient_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
+    names = ("max_block_v", "unroll", "num_warps", "max_chunk")
+    tried = [(128, 4, 1, 512), (256, 8, 1, 512), (512, 2, 1, 512), (512, 4, 1, 512)]
+    tried += [(512, 4, 2, 512), (1024, 2, 4, 512), (256, 4, 1, 128), (512, 4, 1, 128)]
+    numbers = [dict(zip(names, each, strict=True)) for each in tried]
     # with one reader there is nothing to merge
-    forms = FORMS["row_gradient"]
-    return {form: [] for form in forms if form != "merged" or sizes.readers > 1}
+    forms = [form for form in FORMS["row_gradient"] if form != "merged" or sizes.readers > 1]
+    return {form: list(numbers) for form in forms}
+
+
+def _sort_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
+    names = ("radix", "tile", "max_programs", "num_warps")
+    tried = [(256, 2048, 512, 8), (2048, 2048, 512, 8), (1024, 1024, 512, 4), (1024, 1024, 1024, 4)]
+    return {"torch": [], "radix": [dict(zip(names, each, strict=True)) for each in tried]}
 
 
 def _forms_alone(op: str, sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
@@ -426,7 +436,7 @@ TUNED = (
     # the sort decides how much the sums after it have to read, so both are timed together
     TunedOp(
         "sort_lookups",
-        partial(_forms_alone, "sort_lookups"),
+        _sort_numbers,
         partial(_read_answers, "sort_lookups", {"torch": GRADIENTS, "radix": GRADIENTS}),
         _gradient_runs,
     ),

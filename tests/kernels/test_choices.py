@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from megamem.kernels import choices, embedding_bag, row_adam, squared_norm
+from megamem.kernels import (
+    choices,
+    embedding_bag,
+    row_adam,
+    row_gradient,
+    sort_lookups,
+    squared_norm,
+)
 from megamem.kernels.choices import DEFAULTS, GENERAL, OPS, Choices
 from megamem.ops import AdamOptions, forms
 from megamem.tools import known_answers
@@ -108,6 +115,48 @@ def test_a_bag_is_launched_with_its_choices(monkeypatch: pytest.MonkeyPatch, dev
             embedding_bag.sum_bags(table, *lookups)
     seen = recorder.seen("grid", "BLOCK_V", "UNROLL")
     assert seen == [((1, 2), 1024, 8), ((1, 4), 512, 4)]
+
+
+def test_the_row_gradient_is_launched_with_its_choices(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    recorders = {name: Recorder() for name in ("_row_pass", "_merge", "_unsort", "_mark")}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(row_gradient, f"{name}_kernel", recorder)
+    table, ids = torch.zeros(4, 2048, device=device), torch.zeros(3000, dtype=torch.int32)
+    weights, bags = torch.ones(3000, device=device), torch.tensor([0, 3000], device=device)
+    lookups = sort_lookups.sort_by_torch(ids.to(device), weights, bags, 4)
+    touched = torch.zeros(4, dtype=torch.bool, device=device)
+    told = {"max_block_v": 512, "unroll": 2, "num_warps": 4, "merge_tile": 16, "block_m": 512}
+    told |= {"target_chunks": 8, "min_chunk": 64, "max_chunk": 128}
+    for each in ({}, told):
+        with choices.using(GENERAL.changed("row_gradient", **each)):
+            row_gradient.row_gradient(lookups, table[:1], table, table, None, True, touched)
+    names = ("grid", "chunk", "MIN_CHUNK", "BLOCK_V")
+    assert recorders["_row_pass"].seen(*names, "UNROLL", "num_warps") == [
+        ((94, 8), 32, 32, 256, 4, 1),
+        ((24, 4), 128, 64, 512, 2, 4),
+    ]
+    assert recorders["_merge"].seen(*names, "TILE") == [
+        ((94, 8), 32, 32, 256, 8),
+        ((24, 4), 128, 64, 512, 16),
+    ]
+    for name in ("_unsort", "_mark"):
+        assert recorders[name].seen("grid", "BLOCK_M") == [((12,), 256), ((6,), 512)]
+
+
+def test_the_sort_is_launched_with_its_choices(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    for name in ("_count_kernel", "_scatter_kernel"):
+        monkeypatch.setattr(sort_lookups, name, recorder := Recorder())
+    ids = torch.zeros(5000, dtype=torch.int32, device=device)
+    lookups = (ids, ids.float(), torch.tensor([0, 5000], device=device), 2**20)
+    for told in ({}, {"radix": 32, "tile": 512, "max_programs": 4, "num_warps": 2}):
+        with choices.using(GENERAL.changed("sort_lookups", **told)):
+            sort_lookups.sort_by_radix(*lookups)
+    seen = recorder.seen("grid", "NUM_DIGITS", "TILE", "num_warps")
+    assert seen == [((3,), 1024, 2048, 8)] * 2 + [((4,), 32, 512, 2)] * 4
 
 
 def test_a_step_is_launched_with_its_choices(monkeypatch: pytest.MonkeyPatch, device: str) -> None:

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megamem.kernels import choices
 from megamem.kernels import row_gradient as gradient_kernels
-from megamem.kernels import sort_lookups as kernels
 from megamem.kernels.sort_lookups import SortedLookups, digits_of, sort_by_radix, sort_by_torch
 from megamem.ops import add_value_gradient_, embedding_bag, row_dot, sparse_gradients
 from megamem.ops.row_buffer import RowBuffer
@@ -23,10 +23,11 @@ LARGEST = 2**31 - 1
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
+def small_tiles():
     """Several tiles, programs and digits even for a few lookups."""
-    for name, number in {"TILE": 16, "MAX_PROGRAMS": 3, "DIGIT_BITS": 4, "NUM_WARPS": 1}.items():
-        monkeypatch.setattr(kernels, name, number)
+    numbers = {"tile": 16, "max_programs": 4, "radix": 16, "num_warps": 1}
+    with choices.using(choices.current().changed("sort_lookups", **numbers)):
+        yield
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def test_weights_of_any_dtype_and_in_one_number_of_memory(dtype, device, small_t
     ],
 )
 def test_digits_are_few_and_cover_all_rows(num_rows, digits):
-    assert digits_of(num_rows) == digits
+    assert digits_of(num_rows, 1024) == digits
     assert 2 ** (digits[0] * digits[1]) >= num_rows
 
 
@@ -189,10 +190,8 @@ def test_any_lookups_in_any_sizes(bag_sizes, num_rows, data):
     row_ids = torch.tensor(picks, dtype=torch.int32, device=DEVICE)
     weights = torch.arange(count, device=DEVICE).float()
     lookups = (row_ids, weights, torch.tensor([0, *bag_sizes], device=DEVICE).cumsum(0))
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("TILE", "MAX_PROGRAMS", "DIGIT_BITS"):
-            bits = data.draw(st.integers(1, 6))
-            patch.setattr(kernels, name, bits if name == "DIGIT_BITS" else 2**bits)
+    drawn = {n: 2 ** data.draw(st.integers(1, 6)) for n in ("tile", "max_programs", "radix")}
+    with choices.using(choices.current().changed("sort_lookups", **drawn)):
         _assert_sorted(sort_by_radix(*lookups, num_rows), lookups)
 
 
@@ -234,16 +233,16 @@ def test_gradients_with_absent_lookups_left_out(op, name, device, radix, poisone
 
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_with_more_chunks_than_lookups_and_with_long_chunks(
-    op, device, radix, monkeypatch, poisoned_memory
+    op, device, radix, poisoned_memory
 ):
     """Whatever share of the lookups is present: chunks are as long as the device decides."""
     run, ours, twin = OPS[op]
-    for chunks, shortest in ((2, 4), (7, 1), (64, 4)):
-        monkeypatch.setattr(gradient_kernels, "TARGET_CHUNKS", chunks)
-        monkeypatch.setattr(gradient_kernels, "MIN_CHUNK", shortest)
+    for chunks, shortest in ((2, 4), (8, 1), (64, 4)):
+        numbers = {"target_chunks": chunks, "min_chunk": shortest}
         for absent in (0.0, 0.5, 0.97):
             batch = make_batch([30, 0, 83], num_rows=4, width=8, absent=absent, device=device)
-            found = run(ours, batch, torch.float32)
+            with choices.using(choices.current().changed("row_gradient", **numbers)):
+                found = run(ours, batch, torch.float32)
             same_dtype, truth = (run(twin, batch, x) for x in (torch.float32, torch.float64))
             for key in truth:
                 assert_as_good_as_torch(key, found[key], same_dtype[key], truth[key])
@@ -253,13 +252,13 @@ def test_gradients_with_more_chunks_than_lookups_and_with_long_chunks(
 @pytest.mark.parametrize("expected", [0, 1, 20, 200])
 def test_more_lookups_than_were_expected(op, expected, device, radix, monkeypatch, poisoned_memory):
     """They are computed in another way, to the same bits."""
-    monkeypatch.setattr(gradient_kernels, "BLOCK_M", 16)
     monkeypatch.setattr(gradient_kernels, "LATE_PROGRAMS", 5)
     run, ours, _ = OPS[op]
     for width in (8, 264):
         batch = make_batch([70, 0, 30], num_rows=6, width=width, absent=0.3, device=device)
-        truth = run(ours, batch, torch.float32)
-        found = run(ours, batch, torch.float32, expected=expected)
+        with choices.using(choices.current().changed("row_gradient", block_m=16)):
+            truth = run(ours, batch, torch.float32)
+            found = run(ours, batch, torch.float32, expected=expected)
         assert all(torch.equal(found[key], truth[key]) for key in truth)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megamem.__main__ import parse
+from megamem.ops import tuning
 from megamem.planner import PRESETS
 from megamem.planner.sizes import total_parameters
 from megamem.tools.plan import job_from_args, shape_from_args
@@ -17,6 +18,34 @@ from tests.helpers.megatron_runs import MODEL, SWITCHES, TRAINING, run_training
 
 main = command("plan")
 BIG = ("--preset", "1.3b", "--memory-num-keys", "8192", "--world-size", "128")
+
+
+def _written(path: Path, capability: tuple[int, int], **numbers: int) -> str:
+    """A file of `megamem tune` with other numbers for the row gradient."""
+    chosen = tuning.GENERAL.changed("row_gradient", **numbers)
+    machine = tuning.Machine("NVIDIA X", capability, "2", "3", "0")
+    tuning.write(path, tuning.Tuning(machine, {}, chosen))
+    return str(path)
+
+
+def test_the_plan_follows_the_choices_of_a_tuning_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    buffers = {}
+    words = [*BIG, "--memory-group-size", "128", "--json", str(tmp_path / "plan.json")]
+    file = _written(tmp_path / "tuning.json", (9, 0), min_chunk=1, max_chunk=1)
+    for more in ((), ("--memory-tuning", "off"), ("--memory-tuning", file)):
+        assert main([*words, *more]) == 0
+        plan = json.loads((tmp_path / "plan.json").read_text())
+        buffers[more[-1:]] = plan["layouts"]["row over 128"]["bytes"]["buffers"]
+    assert buffers[()] == buffers[("off",)] < buffers[(file,)]
+    assert tuning.current() is tuning.GENERAL
+    capsys.readouterr()
+    assert main([*words, "--memory-tuning", _written(Path(file), (8, 0))]) == 2
+    assert "was measured on NVIDIA X, but the plan is for H100; " in capsys.readouterr().err
+    Path(file).write_text("{")
+    assert main([*words, "--memory-tuning", file]) == 2
+    assert "--memory-tuning: " in capsys.readouterr().err
 
 
 def _shape(*words: object):
