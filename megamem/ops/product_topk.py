@@ -65,7 +65,10 @@ def _backward_by_bags(
         grad_query = torch.cat(bags_GC.view(2, num_tokens, heads, -1).unbind(), dim=-1)
     if want_keys:
         halves_GC = torch.stack(query_THQ.chunk(2, dim=-1)).flatten(0, 2)
-        lookups = sort_lookups(row_ids_M, weights_M, offsets, len(table_EC))
+        num_rows = len(table_EC)
+        lookups = sort_lookups(
+            row_ids_M, weights_M, offsets, num_rows, may_skip=False, equal_bags=True
+        )
         grad_EC = torch.zeros_like(table_EC)
         row_gradient(lookups, halves_GC, None, grad_EC)
         grad_keys = grad_EC.view_as(sub_keys_2HNC)
