@@ -45,7 +45,6 @@ class RowGradient:
     """The most columns that a program sums."""
     unroll: int = 4
     """Lookups whose rows a program loads at once."""
-    num_warps: int = 1
     merge_tile: int = 8
     """Partial sums that are added at once."""
     target_chunks: int = 8192

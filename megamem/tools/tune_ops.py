@@ -180,14 +180,18 @@ def _answer(
 # product_topk -------------------------------------------------------------------------------------
 
 
-def _topk_answers(sizes: Sizes, form: str) -> list[KnownAnswer]:
-    given = {
+def _topk_sizes(sizes: Sizes) -> dict[str, Any]:
+    return {
         "tokens": min(sizes.tokens, CHECKED_TOKENS),
         "heads": sizes.heads,
         "num_keys": sizes.num_keys,
         "key_dim": sizes.key_dim // 2,
         "topk": sizes.topk,
     }
+
+
+def _topk_answers(sizes: Sizes, form: str) -> list[KnownAnswer]:
+    given = _topk_sizes(sizes)
     needs = 3e9 + 60 * sizes.heads * sizes.num_keys * sizes.key_dim
     looks = [reads.topk_is_exact, reads.topk_is_within_rounding, reads.topk_breaks_ties]
     # the answer with a NaN looks at a head beside the one that has it
@@ -199,6 +203,19 @@ def _queries(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
     query = torch.randn(sizes.tokens, sizes.heads, sizes.key_dim, device=device).to(BF16)
     shape = (2, sizes.heads, sizes.num_keys, sizes.key_dim // 2)
     return query, torch.randn(shape, device=device).to(BF16)
+
+
+def _topk_backward_answers(sizes: Sizes, form: str) -> list[KnownAnswer]:
+    given = _topk_sizes(sizes)
+    needs = 3e9 + 60 * sizes.heads * sizes.num_keys * sizes.key_dim
+    return [_answer("product_topk_backward", reads.topk_has_gradients, given, needs)]
+
+
+def _topk_backward_runs(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Run]]:
+    leaves = tuple(x.requires_grad_() for x in _queries(sizes, device))
+    scores, _ = ops.product_topk(*leaves, sizes.topk)
+    grad = torch.randn(scores.shape, device=device)
+    yield "backward", lambda: torch.autograd.grad(scores, leaves, grad, retain_graph=True)
 
 
 def _topk_runs(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Run]]:
@@ -318,9 +335,9 @@ GRADIENTS = [reads.bag_gradients_are_exact, reads.sparse_gradients_are_exact]
 
 
 def _gradient_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
-    names = ("max_block_v", "unroll", "num_warps", "max_chunk")
-    tried = [(128, 4, 1, 512), (256, 8, 1, 512), (512, 2, 1, 512), (512, 4, 1, 512)]
-    tried += [(512, 4, 2, 512), (1024, 2, 4, 512), (256, 4, 1, 128), (512, 4, 1, 128)]
+    names = ("max_block_v", "unroll", "max_chunk")
+    tried = [(128, 4, 512), (128, 8, 512), (256, 8, 512), (512, 2, 512), (512, 4, 512)]
+    tried += [(256, 4, 128), (512, 4, 128)]
     numbers = [dict(zip(names, each, strict=True)) for each in tried]
     # with one reader there is nothing to merge
     forms = [form for form in FORMS["row_gradient"] if form != "merged" or sizes.readers > 1]
@@ -419,6 +436,12 @@ def _norm_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
 
 TUNED = (
     TunedOp("product_topk", partial(_forms_alone, "product_topk"), _topk_answers, _topk_runs),
+    TunedOp(
+        "product_topk_backward",
+        partial(_forms_alone, "product_topk_backward"),
+        _topk_backward_answers,
+        _topk_backward_runs,
+    ),
     TunedOp(
         "row_gradient",
         _gradient_numbers,

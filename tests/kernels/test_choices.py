@@ -127,7 +127,7 @@ def test_the_row_gradient_is_launched_with_its_choices(
     weights, bags = torch.ones(3000, device=device), torch.tensor([0, 3000], device=device)
     lookups = sort_lookups.sort_by_torch(ids.to(device), weights, bags, 4)
     touched = torch.zeros(4, dtype=torch.bool, device=device)
-    told = {"max_block_v": 512, "unroll": 2, "num_warps": 4, "merge_tile": 16, "block_m": 512}
+    told = {"max_block_v": 512, "unroll": 2, "merge_tile": 16, "block_m": 512}
     told |= {"target_chunks": 8, "min_chunk": 64, "max_chunk": 128}
     for each in ({}, told):
         with choices.using(GENERAL.changed("row_gradient", **each)):
@@ -135,7 +135,7 @@ def test_the_row_gradient_is_launched_with_its_choices(
     names = ("grid", "chunk", "MIN_CHUNK", "BLOCK_V")
     assert recorders["_row_pass"].seen(*names, "UNROLL", "num_warps") == [
         ((94, 8), 32, 32, 256, 4, 1),
-        ((24, 4), 128, 64, 512, 2, 4),
+        ((24, 4), 128, 64, 512, 2, 1),
     ]
     assert recorders["_merge"].seen(*names, "TILE") == [
         ((94, 8), 32, 32, 256, 8),

@@ -86,6 +86,20 @@ def test_nothing_is_wrong_in_any_shape_and_dtype_in_use():
     assert spilled == {key for key in MAY_SPILL if key[0] == TRITON}
 
 
+@pytest.mark.slow
+def test_nothing_is_wrong_with_the_candidates_of_megamem_tune():
+    """A user's file may choose any of them."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.candidates"],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, run.stdout) == (0, ""), run.stdout + run.stderr
+
+
 def test_every_exception_is_still_needed(usages):
     races = {(usage.kernel, argument) for usage in usages for argument, _ in usage.races}
     approximate = {(usage.kernel, name) for usage in usages for name in usage.approximate}
