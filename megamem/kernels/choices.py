@@ -22,6 +22,29 @@ import torch
 
 
 @dataclass(frozen=True)
+class ProductTopk:
+    """The form two_looks of product_topk."""
+
+    tile: int = 512
+    """Scores of one half that a program loads at once in the second pass."""
+    score_bytes: int = 2**26
+    """Bytes of the scores of the tokens that are scored at once."""
+
+
+@dataclass(frozen=True)
+class ProductTopkBackward:
+    """The form dense of product_topk's backward."""
+
+    tile: int = 512
+    """Pairs of a program."""
+    zeros_tile: int = 4096
+    """Zeros that a program stores at once."""
+    num_warps: int = 4
+    dense_bytes: int = 2**26
+    """Bytes of the dense gradient of the tokens that are processed at once."""
+
+
+@dataclass(frozen=True)
 class EmbeddingBag:
     """The forward of embedding_bag."""
 
@@ -101,6 +124,8 @@ class SquaredNorm:
 class Choices:
     """The choices of every op, and the forms of ops that are not the default."""
 
+    product_topk: ProductTopk = ProductTopk()
+    product_topk_backward: ProductTopkBackward = ProductTopkBackward()
     embedding_bag: EmbeddingBag = EmbeddingBag()
     row_gradient: RowGradient = RowGradient()
     sort_lookups: SortLookups = SortLookups()

@@ -39,12 +39,10 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from megamem.kernels import choices
 from megamem.kernels.embedding_bag import OPTIONS
 
 MAX_TOPK = 128
-SCORE_BYTES = 2**26
-# scores of one half that a program loads at once in the second pass
-TILE = 512
 LOWEST = tl.constexpr(-(2**31))
 EMPTY = tl.constexpr(-(2**63))
 INDEX = tl.constexpr(2**31 - 1)
@@ -226,7 +224,8 @@ def product_topk(
     row_ids_THK = torch.empty(num_tokens, heads, topk, dtype=torch.int64, device=device)
     padded = padded_topk(topk)
     groups = 4 * padded
-    unroll = min(8, TILE // groups, triton.cdiv(num_keys, groups))
+    tile = choices.current().product_topk.tile
+    unroll = max(1, min(8, tile // groups, triton.cdiv(num_keys, groups)))
     ranks_2P = staircase(topk, device)
     num_pairs = ranks_2P.shape[1]
     block_p = max(padded, triton.next_power_of_2(num_pairs))
@@ -270,8 +269,8 @@ def padded_topk(topk: int) -> int:
 
 
 def tokens_of_a_piece(num_keys: int, heads: int) -> int:
-    """Return the tokens whose fp32 scores of both halves take SCORE_BYTES, at least one."""
-    return max(1, SCORE_BYTES // (8 * heads * num_keys))
+    """Return the tokens whose fp32 scores of both halves are formed at once, at least one."""
+    return max(1, choices.current().product_topk.score_bytes // (8 * heads * num_keys))
 
 
 def sets_of(sub_keys_2HNC: Tensor) -> Tensor:

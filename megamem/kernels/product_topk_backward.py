@@ -38,17 +38,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megamem.kernels import choices
 from megamem.kernels.embedding_bag import OPTIONS
 from megamem.kernels.product_topk import multiply, sets_of
 
 # the largest N for which this form is used: at 4096 it would take as long as `bags`
 MAX_KEYS = 2048
-# bytes of the dense gradient of a piece of the tokens
-DENSE_BYTES = 2**26
-# pairs of a program, and zeros that it stores at once
-TILE = 512
-ZEROS_TILE = 4096
-NUM_WARPS = 4
 
 
 @triton.jit
@@ -103,7 +98,8 @@ def score_gradient(
     num_tokens, heads, topk = row_ids_THK.shape
     dense_XTN = torch.empty(2 * heads, num_tokens, num_keys, dtype=dtype, device=row_ids_THK.device)
     padded = triton.next_power_of_2(topk)
-    block_t = max(1, TILE // padded)
+    chosen = choices.current().product_topk_backward
+    block_t = max(1, chosen.tile // padded)
     _score_gradient_kernel[(triton.cdiv(num_tokens, block_t), 2 * heads)](
         grad_THK,
         row_ids_THK,
@@ -114,8 +110,8 @@ def score_gradient(
         K=topk,
         KP=padded,
         BLOCK_T=block_t,
-        BLOCK_N=min(triton.next_power_of_2(num_keys), ZEROS_TILE // block_t),
-        num_warps=NUM_WARPS,
+        BLOCK_N=min(triton.next_power_of_2(num_keys), chosen.zeros_tile // block_t),
+        num_warps=chosen.num_warps,
         **OPTIONS,
     )
     return dense_XTN
@@ -170,5 +166,6 @@ def _by_set(query_THQ: Tensor, heads: int, key_dim: int) -> Tensor:
 
 
 def tokens_of_a_piece(num_keys: int, heads: int, dtype: torch.dtype) -> int:
-    """Return the tokens whose dense gradient takes DENSE_BYTES, at least one."""
-    return max(1, DENSE_BYTES // (2 * heads * num_keys * dtype.itemsize))
+    """Return the tokens whose dense gradient is formed at once, at least one."""
+    dense_bytes = choices.current().product_topk_backward.dense_bytes
+    return max(1, dense_bytes // (2 * heads * num_keys * dtype.itemsize))

@@ -205,6 +205,20 @@ def _queries(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
     return query, torch.randn(shape, device=device).to(BF16)
 
 
+def _topk_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
+    numbers: list[Mapping[str, int]] = [{"tile": 256}, {"tile": 1024}, {"score_bytes": 2**28}]
+    return {form: numbers if form == "two_looks" else [] for form in FORMS["product_topk"]}
+
+
+def _topk_backward_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
+    numbers: list[Mapping[str, int]] = [
+        {"tile": 256},
+        {"tile": 1024, "num_warps": 8},
+        {"dense_bytes": 2**28},
+    ]
+    return {"bags": [], "dense": numbers}
+
+
 def _topk_backward_answers(sizes: Sizes, form: str) -> list[KnownAnswer]:
     given = _topk_sizes(sizes)
     needs = 3e9 + 60 * sizes.heads * sizes.num_keys * sizes.key_dim
@@ -212,8 +226,8 @@ def _topk_backward_answers(sizes: Sizes, form: str) -> list[KnownAnswer]:
 
 
 def _topk_backward_runs(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Run]]:
-    leaves = tuple(x.requires_grad_() for x in _queries(sizes, device))
-    scores, _ = ops.product_topk(*leaves, sizes.topk)
+    query, sub_keys = leaves = tuple(x.requires_grad_() for x in _queries(sizes, device))
+    scores, _ = ops.product_topk(query, sub_keys, sizes.topk)
     grad = torch.randn(scores.shape, device=device)
     yield "backward", lambda: torch.autograd.grad(scores, leaves, grad, retain_graph=True)
 
@@ -350,11 +364,6 @@ def _sort_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
     return {"torch": [], "radix": [dict(zip(names, each, strict=True)) for each in tried]}
 
 
-def _forms_alone(op: str, sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
-    """All forms of an op, with the present numbers."""
-    return {form: [] for form in FORMS[op]}
-
-
 # steps of the tables' optimizers ------------------------------------------------------------------
 
 
@@ -435,10 +444,10 @@ def _norm_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
 
 
 TUNED = (
-    TunedOp("product_topk", partial(_forms_alone, "product_topk"), _topk_answers, _topk_runs),
+    TunedOp("product_topk", _topk_numbers, _topk_answers, _topk_runs),
     TunedOp(
         "product_topk_backward",
-        partial(_forms_alone, "product_topk_backward"),
+        _topk_backward_numbers,
         _topk_backward_answers,
         _topk_backward_runs,
     ),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megamem.kernels import choices
 from megamem.kernels import product_topk as kernels
 from megamem.ops import forms, product_topk
 from megamem.reference.product_topk import product_topk as reference
@@ -89,11 +90,11 @@ def test_scores_that_all_but_tie(device, poisoned_memory):
         assert torch.equal(ours[0], truth[0]) and torch.equal(ours[1], truth[1])
 
 
-def test_pieces_of_tokens_are_the_whole(form, device, monkeypatch, poisoned_memory):
+def test_pieces_of_tokens_are_the_whole(form, device, monkeypatch, own_choices, poisoned_memory):
     """Scores are formed for a few tokens at a time, the last time for fewer."""
     query, sub_keys = _integers(7, 2, 20, 4, 2, device)
     truth = reference(query, sub_keys, 4)
-    monkeypatch.setattr(kernels, "SCORE_BYTES", 3 * 8 * 2 * 20)
+    choices.use(choices.current().changed("product_topk", score_bytes=3 * 8 * 2 * 20))
     assert kernels.tokens_of_a_piece(20, 2) == 3
     scored = []
     bmm = torch.bmm

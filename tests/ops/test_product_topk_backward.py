@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megamem.kernels import choices
 from megamem.kernels import product_topk_backward as dense
 from megamem.ops import forms, product_topk
 from megamem.reference.product_topk import product_topk as reference
@@ -101,14 +102,14 @@ def test_sub_keys_that_occur_in_many_pairs(calls, device, poisoned_memory):
     assert ours[1][0, 0, 3].item() == 136.0 and len(calls) == 2
 
 
-def test_pieces_of_tokens_are_the_whole(monkeypatch, calls, device, poisoned_memory):
+def test_pieces_of_tokens_are_the_whole(own_choices, calls, device, poisoned_memory):
     torch.manual_seed(3)
     low, high = -2, 3
     query = torch.randint(low, high, (7, 2, 8), device=device).float()
     sub_keys = torch.randint(low, high, (2, 2, 20, 4), device=device).float()
     grad = torch.randint(low, high, (7, 2, 4), device=device).float()
     truth = _gradients(reference, query, sub_keys, 4, grad, torch.float64)
-    monkeypatch.setattr(dense, "DENSE_BYTES", 3 * 2 * 2 * 20 * 4)
+    choices.use(choices.current().changed("product_topk_backward", dense_bytes=3 * 2 * 2 * 20 * 4))
     ours = _gradients(product_topk, query, sub_keys, 4, grad, torch.float32)
     assert calls == [3, 3, 1]
     assert all(torch.equal(a.double(), b) for a, b in zip(ours, truth, strict=True))
