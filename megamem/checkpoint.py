@@ -2,17 +2,32 @@
 
 Every rank writes its shard, with its offset in the unsharded table. Nothing is gathered, padded or
 flattened, so a run with any other number of ranks or any other --memory-mode can load it. The state
-of the optimizer is stored in the same way. A rank's shard has r rows and v columns.
+of the optimizer is stored in the same way. A rank's shard has r rows and v columns. The settings of
+the layers are stored with them.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from megamem.parallel.row_shard import TableShard
+from megamem.spec import MemorySpec
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+FORMAT = 1
+"""Version of the settings, and of the keys and shapes of tables. A release of megamem reads every
+version up to its own, and refuses newer ones."""
+
+SAVED = "memory_settings"
+"""Name of the settings in a checkpoint."""
+
+SETTINGS = (
+    *("layers", "variant", "num_keys", "heads", "topk", "key_dim", "value_dim"),
+    *("pool", "qk_norm", "keep_ffn", "placement_seed"),
+)
+"""What settings_of() takes from a spec beside the hidden size; each has a flag --memory-NAME."""
 
 TABLES = "memory_values"
 """Name of the submodule of the model that holds the value tables; keys start with it."""
@@ -47,6 +62,15 @@ def state_key(table: str, slot: str) -> str:
 def placement_key(table: str) -> str:
     """Return the checkpoint key of the placement seed of a table."""
     return f"{TABLES}.{table}.placement"
+
+
+def settings_of(spec: MemorySpec) -> dict[str, Any]:
+    """Return everything that decides what memory layers compute: numbers, strings and lists.
+
+    A checkpoint holds it, so that it never loads as something else than it was.
+    """
+    found = {name: getattr(spec, name) for name in ("hidden_size", *SETTINGS)}
+    return {"format": FORMAT, **found, "layers": list(spec.layers)}
 
 
 def sharded_piece(

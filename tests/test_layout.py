@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "ops": {"reference", "kernels"},
     "parallel": {"spec", "ops"},
-    "checkpoint": {"parallel"},
+    "checkpoint": {"spec", "parallel"},
     "metrics": {"parallel"},
     "row_gradient": {"ops", "parallel"},
     "read_counter": set(),
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     },
     # the only place where a spec is made
     "resolution": {"config", "spec", "layers", "parallel"},
+    "saved_settings": {"config", "spec", "resolution", "checkpoint"},
     "optimizer": {"spec", "ops", "parallel", "checkpoint", "row_gradient", "read_counter"},
     "planner": {"config", "spec", "ops", "parallel", "layers", "optimizer", "read_counter"},
     "patching": set(),
@@ -34,12 +35,13 @@ MAY_IMPORT = {
     "megatron": {
         *("config", "spec", "resolution", "ops", "parallel", "layers", "optimizer", "checkpoint"),
         *("metrics", "planner", "cpu", "errors", "patching", "hybrid_pattern"),
+        "saved_settings",
     },
     # for checkouts that an older megamem has patched
     "integration": {"megatron"},
     "tools": {
         *("reference", "ops", "config", "spec", "resolution", "layers", "optimizer", "checkpoint"),
-        *("planner", "parallel", "megatron", "patching", "errors"),
+        *("planner", "parallel", "megatron", "patching", "errors", "saved_settings"),
     },
     "run": {"megatron"},
     "__main__": {"config", "errors"},

@@ -6,8 +6,8 @@ import os
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 
+from megamem.checkpoint import SAVED, settings_of
 from megamem.config import MemoryConfig, flag
-from megamem.megatron.startup.saved_settings import SAVED, settings_of
 from megamem.resolution import resolve
 from megamem.spec import MemorySpec
 

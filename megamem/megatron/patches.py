@@ -71,10 +71,11 @@ from megamem.megatron.startup.saved_model import (
     checkpoint_problems,
     load_problems,
     loaded_folder,
+    saved_common,
 )
-from megamem.megatron.startup.saved_settings import take_settings
 from megamem.parallel.tuning import load_tuning
 from megamem.patching import replace, replace_everywhere
+from megamem.saved_settings import take_settings
 from megamem.spec import MemorySpec
 
 logger = logging.getLogger("megamem")
@@ -160,7 +161,7 @@ def _take_settings(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         result = original(args, load_arg, *rest, **more)
         if (folder := loaded_folder(args, (load_arg,))) is not None:
-            for setting in take_settings(args, folder):
+            for setting in take_settings(args, saved_common(folder).get("args")):
                 print_rank_0(f"Setting {setting} from checkpoint")
         return result
 

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 import struct
 from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -88,7 +90,47 @@ def test_a_run_goes_on_from_an_import(saved: Path, tmp_path: Path) -> None:
         words = ["import", str(tmp_path / "out"), "--to", str(folder)]
         assert main([*words, "--memory-placement-seed", str(seed)]) == 0
         flags = (*MEMORY, "--memory-placement-seed", seed, *start)
-        assert run_training("import", 1, *flags, "--load", folder).losses == whole
+        log = run_training("import", 1, *flags, "--load", folder)
+        assert log.losses == whole and "could not be compared" not in log.stdout
+    # the settings went out and came back
+    flags = (*MEMORY, "--memory-placement-seed", 0, *start, "--memory-topk", 2)
+    log = run_training("other", 1, *flags, "--load", tmp_path / "0", check=False)
+    assert log.returncode != 0 and "--memory-topk 2 differs from 4" in log.stdout
+
+
+def test_an_import_of_other_files_says_what_it_cannot_compare(saved: Path, tmp_path: Path) -> None:
+    assert main(["export", str(saved), "--to", str(tmp_path / "out")]) == 0
+    [file] = (tmp_path / "out").glob("*.safetensors")
+    # as another program writes it, without the settings
+    save_file(load_file(file), file)
+    words = ["import", str(tmp_path / "out"), "--to", str(tmp_path / "back")]
+    assert main([*words, "--memory-placement-seed", str(SEED)]) == 0
+    start = ("--finetune", "--train-iters", 1, "--load", tmp_path / "back")
+    log = run_training("import", 1, *MEMORY, *start)
+    assert "could not be compared" in log.stdout and "--memory-topk" in log.stdout
+
+
+class Runs:
+    """Runs when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_code_among_the_arguments_is_not_run(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "ckpt"
+    shutil.copytree(saved, folder)
+    state = dist_checkpointing.load_common_state_dict(str(folder / "iter_0000002"))
+    state["args"].sneaky = Runs(tmp_path / "ran")
+    # a file of its own comes first, as older releases of Megatron write it
+    torch.save(state, folder / "iter_0000002/common.pt")
+    assert main(["export", str(folder), "--to", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "ran").exists()
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["memory_settings"])["topk"] == 4
 
 
 @pytest.mark.parametrize(

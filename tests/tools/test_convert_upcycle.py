@@ -51,6 +51,10 @@ def test_the_loss_at_step_0_is_unchanged(
     assert _upcycle(dense, tmp_path / "kept", *MEMORY, KEEP) == 0
     assert "the loss at step 0 is that of the dense model" in capsys.readouterr().out
     assert _first_loss(tmp_path / "kept", *MEMORY, KEEP) == before
+    # what was added is known where the checkpoint is loaded
+    start = ("--load", tmp_path / "kept", "--finetune", *FIRST_STEP)
+    other = run_training("start", 1, *start, *MEMORY, check=False)
+    assert other.returncode != 0 and "was trained with it; add --memory-keep-ffn" in other.stdout
 
 
 @pytest.mark.gloo

@@ -4,6 +4,7 @@ import argparse
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megamem.checkpoint import (
     OPTIMIZER,
+    SETTINGS,
     TABLES,
     placement_key,
     state_key,
@@ -22,14 +24,11 @@ from megamem.checkpoint import (
 )
 from megamem.config import ConfigurationError
 from megamem.layers.variants import table_names
-from megamem.megatron.startup.saved_settings import read_settings, setting_problems
 from megamem.optimizer.state import BATCHES, HITS, slots
+from megamem.saved_settings import setting_flag, setting_problems, settings_in
 from megamem.spec import MemorySpec
 
 logger = logging.getLogger("megamem")
-
-UNSEEN = ("--memory-topk", "--memory-variant (memory or memory+)", "--memory-keep-ffn")
-"""Flags that the shapes in a checkpoint do not show."""
 
 
 def checkpoint_problems(spec: MemorySpec | None, args: argparse.Namespace) -> list[str]:
@@ -66,7 +65,7 @@ def load_problems(
             return []
         saved = saved_shapes(folder)
         seeds = read_placements(saved, folder)
-        settings = read_settings(folder)
+        settings = settings_in(saved_common(folder), folder)
     except ConfigurationError as error:
         return [str(error)]
     except Exception as error:  # a damaged file may raise any exception
@@ -74,16 +73,18 @@ def load_problems(
             f"--load {args.load} cannot be read ({type(error).__name__}: {error}) and may be "
             "damaged; load an earlier iteration with --ckpt-step."
         ]
-    if spec is not None and settings is not None:
-        if found := setting_problems(settings, spec, f"--load {folder}"):
-            return found
-    elif spec is not None and saved_tables(saved):
-        logger.warning(
-            "--load %s does not say with which settings its memory layers were trained, because "
-            "it was converted. Shapes are compared, but these flags cannot be: %s",
-            folder,
-            ", ".join(UNSEEN),
-        )
+    found = setting_problems(settings, spec, f"--load {folder}") if spec and settings else []
+    if found:
+        return found
+    if spec is not None and saved_tables(saved):
+        unknown = [setting_flag(name) for name in SETTINGS if name not in (settings or {})]
+        if unknown:
+            logger.warning(
+                "--load %s was converted and does not say with which %s its memory layers were "
+                "trained, so the flags of this run could not be compared with it",
+                folder,
+                ", ".join(unknown),
+            )
     if found := compare(saved, spec, str(folder)):
         return found
     if spec is None:
@@ -140,6 +141,12 @@ def has_counters(spec: MemorySpec, args: argparse.Namespace) -> bool | None:
         return None
     saved = saved_shapes(folder)
     return all(state_key(name, HITS) in saved for name in table_names(spec))
+
+
+def saved_common(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors: Megatron's arguments among other things."""
+    found: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(folder))
+    return found
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

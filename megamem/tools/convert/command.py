@@ -11,17 +11,23 @@ copied region by region, so a table need not fit in memory. No code in a checkpo
 """
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megamem.checkpoint import SAVED
 from megamem.config import ConfigurationError, MemoryConfig
+from megamem.saved_settings import settings_in
 from megamem.tools.convert import torch_dist
+from megamem.tools.convert.common_state import read_common
 from megamem.tools.convert.export import REMARKS, export, reimport
 from megamem.tools.convert.lazy import LazyTensor
 from megamem.tools.convert.reference import convert_reference
@@ -119,7 +125,7 @@ def _reference(args: argparse.Namespace, console: Console) -> None:
         )
     for warning in converted.warnings:
         console.print(f"Warning: {warning}")
-    _write(args, converted.tensors, converted.objects, console)
+    _write(args, converted.tensors, converted.objects, converted.settings, console)
     console.print(
         "To train this checkpoint, give Megatron these flags, and the model's --memory-topk:"
     )
@@ -129,8 +135,9 @@ def _reference(args: argparse.Namespace, console: Console) -> None:
 def _upcycle(args: argparse.Namespace, console: Console) -> None:
     _check_empty(args.to)
     memory = MemoryConfig.from_args(args)
-    tensors, objects = upcycle(torch_dist.TorchDist(args.source).tensors, memory, args.seed)
-    _write(args, tensors, objects, console)
+    source = torch_dist.TorchDist(args.source)
+    tensors, objects, settings = upcycle(source.tensors, memory, args.seed)
+    _write(args, tensors, objects, settings, console)
     if memory.memory_keep_ffn:
         console.print(
             "The new layers start by adding zero, so the loss at step 0 is that of the dense model."
@@ -152,14 +159,17 @@ def _export(args: argparse.Namespace, console: Console) -> None:
     _check_empty(args.to)
     if not 0 < args.shard_size < float("inf"):
         raise ConfigurationError(f"--shard-size {args.shard_size} must be greater than 0.")
-    tensors = _rounded(export(torch_dist.TorchDist(args.source).tensors), args)
+    source = torch_dist.TorchDist(args.source)
+    tensors = _rounded(export(source.tensors), args)
+    settings = settings_in(read_common(source), source.folder)
     _check_space(args.to, tensors)
+    remarks = REMARKS | ({SAVED: json.dumps(settings)} if settings else {})
     with _progress(console) as progress:
         task = progress.add_task("writing", total=_bytes(tensors))
         files = write_folder(
             args.to,
             tensors,
-            REMARKS,
+            remarks,
             int(args.shard_size * GB),
             lambda count: progress.advance(task, count),
         )
@@ -170,22 +180,26 @@ def _export(args: argparse.Namespace, console: Console) -> None:
 
 def _import(args: argparse.Namespace, console: Console) -> None:
     _check_empty(args.to)
-    source, _ = read_folder(args.source)
-    tensors, objects = reimport(source, _placement_seed(args))
-    _write(args, tensors, objects, console)
+    source, remarks = read_folder(args.source)
+    seed = _placement_seed(args)
+    tensors, objects = reimport(source, seed)
+    settings = json.loads(remarks[SAVED]) | {"placement_seed": seed} if SAVED in remarks else None
+    _write(args, tensors, objects, settings, console)
 
 
 def _write(
     args: argparse.Namespace,
     tensors: dict[str, LazyTensor],
     objects: list[str],
+    settings: dict[str, Any] | None,
     console: Console,
 ) -> None:
     tensors = _rounded(tensors, args)
     _check_space(args.to, tensors)
     with _progress(console) as progress:
         task = progress.add_task("writing", total=_bytes(tensors))
-        torch_dist.write(args.to, tensors, objects, lambda n: progress.advance(task, n))
+        advance = partial(progress.advance, task)
+        torch_dist.write(args.to, tensors, objects, advance, settings)
     console.print(
         f"Wrote {len(tensors)} tensors, {_bytes(tensors) / GB:.3g} GB, to {args.to}",
         soft_wrap=True,

@@ -5,12 +5,12 @@ facebookresearch/memory is the implementation that was published with "Memory La
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from megamem.checkpoint import SHARED, layer_table, table_key
+from megamem.checkpoint import SHARED, layer_table, settings_of, table_key
 from megamem.config import ConfigurationError
 from megamem.layers.variants.peer import U
 from megamem.tools.convert import layout
@@ -59,6 +59,8 @@ class Converted:
     """Keys of extra state, all of it empty."""
     flags: list[str]
     """The flags of a run that loads the checkpoint."""
+    settings: dict[str, Any]
+    """The settings of the memory layers, without those that the source does not say."""
     warnings: list[str]
     """Sentences about weights that are probably not what the user expects."""
 
@@ -109,10 +111,14 @@ def convert_reference(
             name = pool + within
             tensors[table_key(name)] = layout.placed(table, spec.num_keys, seed)
             tensors |= layout.placement_of(name, seed)
+    settings = settings_of(spec) | {"placement_seed": seed}
+    # shapes do not tell how many rows a head reads
+    del settings["topk"]
     return Converted(
         tensors,
         layout.extra_states(len(layers), memories, keep_ffn=False),
         shape.flags(spec, OUTPUT in source, seed),
+        settings,
         _not_finite(source),
     )
 

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     BytesIOWriteData,
+    LoadItemType,
     LoadPlan,
     ReadItem,
     SavePlan,
@@ -37,6 +38,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megamem.checkpoint import SAVED
 from megamem.config import ConfigurationError
 from megamem.tools.convert.lazy import LazyTensor, Region, Tensors
 
@@ -131,6 +133,18 @@ class TorchDist:
         entries = self._index.state_dict_metadata.items()
         return [key for key, entry in entries if isinstance(entry, BytesStorageMetadata)]
 
+    def read_object(self, key: str) -> bytes:
+        """An object, as it was pickled.
+
+        Raises:
+            ConfigurationError: the file is missing or damaged.
+        """
+        found = _Bytes()
+        index = MetadataIndex(key)
+        item = ReadItem(LoadItemType.BYTE_IO, index, torch.Size([0]), index, *[torch.Size([0])] * 2)
+        self._read([item], found, key)
+        return found.content
+
     def _lazy(self, key: str, entry: TensorStorageMetadata) -> LazyTensor:
         regions = tuple(Region(tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks)
         dtype = entry.properties.dtype
@@ -147,14 +161,17 @@ class TorchDist:
         target = torch.empty(region.sizes, dtype=entry.properties.dtype)
         wanted = ChunkStorageMetadata(torch.Size(region.offsets), torch.Size(region.sizes))
         items = create_read_items_for_chunk_list(key, entry, [wanted])
+        self._read(items, _Into(target), key)
+        return target
+
+    def _read(self, items: list[ReadItem], into: "_Reading", key: str) -> None:
         try:
-            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+            self._reader.read_data(LoadPlan(items), into).wait()
         except Exception as error:
             raise ConfigurationError(
                 f"{key} in {self.folder} cannot be read ({type(error).__name__}: {error}); the "
                 "checkpoint may be damaged, so use another iteration."
             ) from error
-        return target
 
 
 class _SafeReader(dcp.FileSystemReader):
@@ -179,22 +196,17 @@ class _IndexUnpickler(pickle.Unpickler):
         )
 
 
-class _Into(dcp.LoadPlanner):
-    """Reads into one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        self.target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        target = self.target
-        for dim, (offset, length) in enumerate(
-            zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        ):
-            target = target.narrow(dim, offset, length)
-        return target
+class _Reading(dcp.LoadPlanner):
+    """Takes what is read; a reader asks it for nothing else."""
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         pass
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        raise NotImplementedError
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise NotImplementedError
 
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError
@@ -208,12 +220,37 @@ class _Into(dcp.LoadPlanner):
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
         raise NotImplementedError
 
+
+class _Bytes(_Reading):
+    """Reads one object."""
+
+    content = b""
+
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError
+        self.content = value.getvalue()
+
+
+class _Into(_Reading):
+    """Reads into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        self.target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        target = self.target
+        for dim, (offset, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            target = target.narrow(dim, offset, length)
+        return target
 
 
 def write(
-    folder: Path, tensors: Tensors, empty_objects: list[str], advance: Callable[[int], None]
+    folder: Path,
+    tensors: Tensors,
+    empty_objects: list[str],
+    advance: Callable[[int], None],
+    settings: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint that Megatron's --load reads as a release: weights for iteration 0.
 
@@ -223,6 +260,7 @@ def write(
         tensors: key -> tensor.
         empty_objects: keys of extra state, which is saved as None.
         advance: called with the number of bytes that were written.
+        settings: those of the memory layers, as far as they are known.
 
     Raises:
         ConfigurationError: a tensor cannot be read.
@@ -240,7 +278,9 @@ def write(
         except CheckpointException as error:
             # the exception of the only process, without torch's report about ranks
             raise next(iter(error.failures.values()))[0] from error
-    torch.save({"checkpoint_version": CHECKPOINT_VERSION}, release / "common.pt")
+    common: dict[str, Any] = {"checkpoint_version": CHECKPOINT_VERSION}
+    common |= {SAVED: settings} if settings else {}
+    torch.save(common, release / "common.pt")
     (release / "metadata.json").write_text(json.dumps(FORMAT | COMMON))
     (folder / TRACKER).write_text(RELEASE)
 

@@ -1,11 +1,12 @@
 """Adds memory layers to a dense Megatron checkpoint."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megamem.checkpoint import table_key
+from megamem.checkpoint import settings_of, table_key
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.layers.init import WeightFactory
 from megamem.layers.memory import MemoryLayer
@@ -23,7 +24,7 @@ EXPERTS = ("mlp.experts", "mlp.router", "mlp.shared_experts")
 
 def upcycle(
     source: Tensors, config: MemoryConfig, seed: int
-) -> tuple[dict[str, LazyTensor], list[str]]:
+) -> tuple[dict[str, LazyTensor], list[str], dict[str, Any]]:
     """Add memory layers to a dense model, with the initial weights of a run with this seed.
 
     With `memory_keep_ffn` the new layers start by adding zero, so that the model's output does not
@@ -36,7 +37,7 @@ def upcycle(
         seed: seed of the new weights.
 
     Returns:
-        key -> tensor, and the keys of extra state.
+        key -> tensor, the keys of extra state, and the settings of the memory layers.
 
     Raises:
         ConfigurationError: the checkpoint is not a dense GPT, or does not have these layers.
@@ -66,7 +67,8 @@ def upcycle(
             name, std = variant.table_name(pool, use), variant.init_std(spec, use)
             tensors[table_key(name)] = initial_table(name, std, spec, embedding.dtype)
             tensors |= layout.placement_of(name, spec.placement_seed)
-    return tensors, layout.extra_states(dense.num_layers, spec.layers, spec.keep_ffn)
+    objects = layout.extra_states(dense.num_layers, spec.layers, spec.keep_ffn)
+    return tensors, objects, settings_of(spec)
 
 
 def _check_dense(source: Tensors) -> None:

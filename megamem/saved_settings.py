@@ -1,61 +1,34 @@
 """The settings of memory layers in a checkpoint, and how they differ from those of a run.
 
-Megatron saves the arguments of a run with every checkpoint. megamem adds `memory_settings` to them:
-everything that decides what memory layers compute, and the version of this format. Checkpoints that
-were saved before it existed hold the --memory flags, from which the same settings follow.
-
-The promise of the format: a release of megamem reads every format up to its own, and refuses newer
-ones. What is not in the settings may differ between a run and the checkpoint that it loads: how
-tables are sharded, the wire, learning rates and the optimizer (with new state), and reports.
+Megatron saves the arguments of a run with every checkpoint, and megamem.checkpoint.settings_of()
+among them. Checkpoints that were saved before it existed hold the --memory flags, from which the
+same settings follow. What is not in the settings may differ between a run and the checkpoint that
+it loads: how tables are sharded, the wire, learning rates and the optimizer (with new state), and
+reports.
 """
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
-
+from megamem.checkpoint import FORMAT, SAVED, SETTINGS, settings_of
 from megamem.config import ConfigurationError, MemoryConfig, flag
 from megamem.resolution import resolve
 from megamem.spec import MemorySpec
 
-FORMAT = 1
-"""Version of the settings, and of the keys and shapes of tables in a checkpoint."""
 
-SAVED = "memory_settings"
-"""Name of the settings among Megatron's arguments."""
-
-COMPARED = {
-    "layers": "memory_layers",
-    "variant": "memory_variant",
-    "num_keys": "memory_num_keys",
-    "heads": "memory_heads",
-    "topk": "memory_topk",
-    "key_dim": "memory_key_dim",
-    "value_dim": "memory_value_dim",
-    "pool": "memory_pool",
-    "qk_norm": "memory_qk_norm",
-    "keep_ffn": "memory_keep_ffn",
-    "placement_seed": "memory_placement_seed",
-}
-"""Setting -> the field of MemoryConfig that sets it."""
-
-
-def settings_of(spec: MemorySpec) -> dict[str, Any]:
-    """The settings of a run, as plain numbers, strings and lists."""
-    found = {name: getattr(spec, name) for name in ("hidden_size", *COMPARED)}
-    return {"format": FORMAT, **found, "layers": list(spec.layers)}
-
-
-def read_settings(folder: Path) -> dict[str, Any] | None:
+def settings_in(common: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
     """The settings in a checkpoint; None if it has none, as converted ones may.
+
+    Args:
+        common: what the checkpoint holds beside tensors.
+        folder: the checkpoint, for messages.
 
     Raises:
         ConfigurationError: they have a newer format.
-        Exception: the checkpoint is damaged.
     """
-    common = dist_checkpointing.load_common_state_dict(str(folder))
     args = common.get("args")
     # converters save no arguments of Megatron
     settings: dict[str, Any] | None = common.get(SAVED, getattr(args, SAVED, None))
@@ -101,10 +74,15 @@ def setting_problems(saved: dict[str, Any], spec: MemorySpec, named: str) -> lis
         # widths of the memory layers follow from it
         return [_difference("--hidden-size", width, spec.hidden_size, named)]
     return [
-        _difference(flag(field), saved[name], wanted[name], named)
-        for name, field in COMPARED.items()
+        _difference(setting_flag(name), saved[name], wanted[name], named)
+        for name in SETTINGS
         if name in saved and saved[name] != wanted[name]
     ]
+
+
+def setting_flag(name: str) -> str:
+    """The flag that sets a setting."""
+    return flag(f"memory_{name}")
 
 
 def _difference(option: str, saved: Any, wanted: Any, named: str) -> str:
@@ -120,17 +98,21 @@ def _words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def take_settings(args: argparse.Namespace, folder: Path) -> list[str]:
+def take_settings(args: argparse.Namespace, saved: argparse.Namespace | None) -> list[str]:
     """Set the memory flags of a run to those of a checkpoint (--use-checkpoint-args).
 
     Only the flags that decide what memory layers compute are taken.
 
+    Args:
+        args: the arguments of the run.
+        saved: the arguments in the checkpoint, if it has any.
+
     Returns:
         "flag value" for each flag that changed.
     """
-    saved = dist_checkpointing.load_common_state_dict(str(folder)).get("args")
     changed = []
-    for field in COMPARED.values():
+    for name in SETTINGS:
+        field = f"memory_{name}"
         if hasattr(saved, field) and getattr(saved, field) != getattr(args, field, None):
             setattr(args, field, getattr(saved, field))
             changed.append(f"{flag(field)} {_words(getattr(saved, field))}")
