@@ -1,10 +1,13 @@
 """A checkpoint never loads as something else than it was."""
 
 import argparse
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megamem.checkpoint import FORMAT, SAVED, SETTINGS, settings_of
 from megamem.config import ConfigurationError, MemoryConfig
@@ -168,3 +171,49 @@ def test_a_script_that_loads_by_megatrons_functions_is_refused_too(saved, flags,
     if message:
         assert log.returncode != 0 and message in log.stdout
     assert (f"loaded {saved}" in log.stdout) == (not message), log.tail()
+
+
+def _copy(saved: Path, folder: Path) -> Path:
+    shutil.copytree(saved, folder)
+    return folder / "iter_0000002"
+
+
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_damaged_file_is_named(saved: Path, tmp_path: Path, how: str) -> None:
+    file, *_ = sorted(_copy(saved, tmp_path / "copy").glob("*.distcp"))
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        file.unlink()
+    log = run_training("damaged", 1, *MEMORY, *LONG, "--load", tmp_path / "copy", check=False)
+    what = f"{file.name} has 1,000 of" if how == "cut" else f"{file.name} is missing"
+    [line] = re.findall(r"megamem: error: (.*)", log.stdout)
+    assert what in line and "--ckpt-step" in line and "Traceback" not in log.stdout
+
+
+def test_an_iteration_of_another_format_is_refused(saved: Path, tmp_path: Path) -> None:
+    folder = _copy(saved, tmp_path / "copy")
+    # as --ckpt-format torch saves it
+    shutil.rmtree(folder)
+    (folder / "mp_rank_00").mkdir(parents=True)
+    torch.save({}, folder / "mp_rank_00/model_optim_rng.pt")
+    flags = (*MEMORY, *LONG, "--load", tmp_path / "copy", "--auto-detect-ckpt-format")
+    log = run_training("legacy", 1, *flags, check=False)
+    [line] = re.findall(r"megamem: error: (.*)", log.stdout)
+    assert "no checkpoint of format torch_dist" in line and "upcycle" in line
+    assert "Traceback" not in log.stdout
+
+
+def test_a_conversion_to_another_format_is_refused(saved: Path, tmp_path: Path) -> None:
+    flags = (
+        "--load",
+        saved,
+        "--save",
+        tmp_path,
+        "--ckpt-convert-format",
+        "torch",
+        "--ckpt-convert-save",
+        tmp_path,
+    )
+    log = run_training("convert", 1, *MEMORY, *LONG, *flags, check=False)
+    assert log.returncode != 0 and "--ckpt-convert-format other than torch_dist" in log.stdout

@@ -168,6 +168,12 @@ REFUSALS = (
         "only torch_dist stores the value table by rows",
         "use --ckpt-format torch_dist",
     ),
+    Refusal(
+        "--ckpt-convert-format other than torch_dist",
+        lambda args: getattr(args, "ckpt_convert_format", None) not in (None, "torch_dist"),
+        "only torch_dist stores the value table by rows and the state of its optimizer",
+        "drop it",
+    ),
 )
 """All options of Megatron that are refused, in the order in which they are reported."""
 

@@ -61,8 +61,15 @@ def load_problems(
         # a run asks before it builds the model, and when it loads
         if (folder, spec) in _fitting:
             return []
-        if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        if folder is None:
             return []
+        if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+            return [] if spec is None else [_other_format(folder)]
+        if damaged := damaged_files(folder):
+            return [
+                f"--load {folder} is damaged: {damaged[0]}; copy the checkpoint again, or load an "
+                "earlier iteration with --ckpt-step."
+            ]
         saved = saved_shapes(folder)
         seeds = read_placements(saved, folder)
         settings = settings_in(saved_common(folder), folder)
@@ -101,6 +108,33 @@ def load_problems(
     return found
 
 
+def _other_format(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"--load {folder} does not exist; load another iteration with --ckpt-step."
+    return (
+        f"--load {folder} is no checkpoint of format torch_dist, the only one that holds memory "
+        "layers; to start from a dense one, convert it with Megatron's --ckpt-convert-format "
+        "torch_dist, and then add memory layers with megamem convert upcycle."
+    )
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """A few words for each file of a checkpoint that is missing or shorter than its index says."""
+    ends: dict[str, int] = {}
+    for entry in (FileSystemReader(str(folder)).read_metadata().storage_data or {}).values():
+        ends[entry.relative_path] = max(
+            ends.get(entry.relative_path, 0), entry.offset + entry.length
+        )
+    found = []
+    for name, end in sorted(ends.items()):
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size < end:
+            found.append(f"{name} has {path.stat().st_size:,} of {end:,} bytes")
+    return found
+
+
 def background_problems(spec: MemorySpec) -> list[str]:
     """A sentence if --memory-background has no read counts for the tables of this run."""
     path = spec.background
@@ -135,9 +169,9 @@ def background_problems(spec: MemorySpec) -> list[str]:
 
 
 def has_counters(spec: MemorySpec, args: argparse.Namespace) -> bool | None:
-    """Whether the checkpoint that Megatron will load has read counts; None without a checkpoint."""
+    """Whether the checkpoint that Megatron will load has read counts; None without one."""
     folder = loaded_folder(args)
-    if folder is None:
+    if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
         return None
     saved = saved_shapes(folder)
     return all(state_key(name, HITS) in saved for name in table_names(spec))
@@ -265,9 +299,12 @@ def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, folder: 
                 f"{round(shape[0] ** 0.5)}."
             )
         if shape[1] != wanted[1]:
+            follows = wanted[1] == spec.hidden_size
+            flags = "--hidden-size, or --memory-value-dim," if follows else "--memory-value-dim"
             problems.append(
-                f"--memory-value-dim {wanted[1]} differs from the width {shape[1]} of the rows in "
-                f"--load {folder}; use --memory-value-dim {shape[1]}."
+                f"{'--hidden-size' if follows else '--memory-value-dim'} {wanted[1]} means rows of "
+                f"that width, but those in --load {folder} have {shape[1]}; use the {flags} that "
+                "it was saved with."
             )
         if problems:
             return problems
