@@ -205,15 +205,7 @@ def test_an_iteration_of_another_format_is_refused(saved: Path, tmp_path: Path) 
 
 
 def test_a_conversion_to_another_format_is_refused(saved: Path, tmp_path: Path) -> None:
-    flags = (
-        "--load",
-        saved,
-        "--save",
-        tmp_path,
-        "--ckpt-convert-format",
-        "torch",
-        "--ckpt-convert-save",
-        tmp_path,
-    )
+    to = ("--ckpt-convert-format", "torch", "--ckpt-convert-save", tmp_path / "torch")
+    flags = ("--load", saved, "--save", tmp_path, "--save-interval", 2, *to)
     log = run_training("convert", 1, *MEMORY, *LONG, *flags, check=False)
     assert log.returncode != 0 and "--ckpt-convert-format other than torch_dist" in log.stdout
