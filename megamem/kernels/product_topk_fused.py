@@ -42,6 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.runtime import driver
 
 from megamem.kernels.embedding_bag import OPTIONS
 from megamem.kernels.product_topk import (
@@ -62,9 +63,9 @@ MAX_BLOCK_T = 128
 MIN_BLOCK_N = 128
 BLOCK_C = 64
 NUM_WARPS = 8
-NUM_STAGES = 4
-# of more than MIN_BLOCK_N groups, whose tiles are larger
-WIDE_NUM_STAGES = 3
+NUM_STAGES = 3
+# the same where tensor cores take their operands from registers: compute capability 8 and 12
+SMALL_TILE = 64 * 128
 # the same for fp32, whose products have no tensor cores
 FP32_TILE = 64 * 128
 FP32_BLOCK_C = 16
@@ -159,6 +160,22 @@ def _raise(b_max, b_low, K: tl.constexpr):
     return b_low
 
 
+@triton.jit
+def _columns(b):
+    """Return [BLOCK_N / 2, BLOCK_T, 2], both halves of a block's columns."""
+    return tl.permute(tl.reshape(b, [b.shape[0], 2, b.shape[1] // 2]), [2, 0, 1])
+
+
+@triton.jit
+def _append(slots, counts, m_reach, b_scores, o_read, o_n, KB: tl.constexpr):
+    """Store the scores of a block [columns, BLOCK_T] where m_reach is True, with their indices."""
+    m_reach = tl.reshape(m_reach, [o_read.shape[0]])
+    b_bits = tl.reshape(b_scores, [o_read.shape[0]]).to(tl.int32, bitcast=True)
+    b_slot = tl.atomic_add(counts + o_read, 1, mask=m_reach, sem="relaxed")
+    b_slot = tl.where(m_reach, b_slot, KB)
+    tl.store(slots + o_read * KB + b_slot, pack(b_bits, o_n), mask=b_slot < KB)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _candidates_kernel(
     query,  # [T, X, C]
@@ -178,8 +195,7 @@ def _candidates_kernel(
 ):
     o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     i_x = tl.program_id(1).to(tl.int64)
-    m_t = o_t < num_tokens
-    o_read = o_t * (2 * H) + i_x
+    m_t = (o_t < num_tokens)[:, None]
     o_t = tl.minimum(o_t, num_tokens - 1)
     query += i_x * C
     sub_keys += (i_x % 2 * H + i_x // 2) * (N * C)
@@ -190,21 +206,23 @@ def _candidates_kernel(
         b_max = tl.maximum(b_max, b_scores)
     b_low = _raise(b_max, to_order(tl.min(b_max, axis=1)), K)
 
-    b_reach = to_score(b_low)[None, :]
-    p_counts = (counts + o_read)[None, :] + tl.zeros([BLOCK_N, BLOCK_T], tl.int32)
-    p_slots = (slots + o_read * KB)[None, :]
+    b_reach = to_score(b_low)[:, None]
+    # of an element of a block that is turned and in one dimension; so turned, the candidates that a
+    # thread stores are of one token
+    o_e = tl.arange(0, BLOCK_N // 2 * BLOCK_T)
+    o_read = (tl.program_id(0) * BLOCK_T + o_e % BLOCK_T) * (2 * H) + tl.program_id(1)
     for i_n in range(0, N, BLOCK_N):
-        # turned, so that the scores that a thread stores are of one token
         b_scores = _scores(query, sub_keys, o_t, i_n, H, N, C, BLOCK_N, BLOCK_C)
-        b_scores = tl.trans(b_scores)
-        o_n = i_n + tl.arange(0, BLOCK_N)[:, None]
         # a NaN is a candidate
-        m_reach = ~(b_scores < b_reach) & m_t[None, :]
+        m_reach = m_t & ~(b_scores < b_reach)
         if N % BLOCK_N != 0:
-            m_reach &= o_n < N
-        b_slot = tl.atomic_add(p_counts, 1, mask=m_reach, sem="relaxed")
-        b_packed = pack(b_scores.to(tl.int32, bitcast=True), o_n)
-        tl.store(p_slots + b_slot, b_packed, mask=m_reach & (b_slot < KB))
+            m_reach &= (i_n + tl.arange(0, BLOCK_N) < N)[None, :]
+        # one half of the sub-keys after the other takes fewer registers
+        m_first, m_second = tl.split(_columns(m_reach))
+        b_first, b_second = tl.split(_columns(b_scores))
+        o_n = i_n + o_e // BLOCK_T
+        _append(slots, counts, m_first, b_first, o_read, o_n, KB)
+        _append(slots, counts, m_second, b_second, o_read, o_n + BLOCK_N // 2, KB)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -426,16 +444,14 @@ def product_topk(
         query_THQ, sub_keys_2HNC = query_THQ.float(), sub_keys_2HNC.float()
     fp32 = query_THQ.dtype == torch.float32
     block_n = max(MIN_BLOCK_N, 4 * padded)
-    stages = NUM_STAGES if block_n == MIN_BLOCK_N else WIDE_NUM_STAGES
-    stages = FP32_NUM_STAGES if fp32 else stages
     sizes = {"H": heads, "N": num_keys, "K": topk, "KB": num_slots}
     widths = {
         "C": key_dim,
         "BLOCK_N": block_n,
         "BLOCK_C": min(FP32_BLOCK_C if fp32 else BLOCK_C, max(16, triton.next_power_of_2(key_dim))),
-        "num_stages": stages,
+        "num_stages": FP32_NUM_STAGES if fp32 else NUM_STAGES,
     }
-    block_t = min(MAX_BLOCK_T, (FP32_TILE if fp32 else TILE) // block_n)
+    block_t = min(MAX_BLOCK_T, (FP32_TILE if fp32 else _tile()) // block_n)
     exact_block_t = (FP32_EXACT_TILE if fp32 else EXACT_TILE) // block_n
     ranks_2P = staircase(topk, device)
     num_pairs = ranks_2P.shape[1]
@@ -493,6 +509,13 @@ def product_topk(
             **OPTIONS,
         )
     return scores_THK, row_ids_THK
+
+
+def _tile() -> int:
+    """Return the scores that a program for this GPU holds in registers."""
+    if knobs.runtime.interpret:
+        return TILE
+    return TILE if driver.active.get_current_target().arch // 10 in (9, 10) else SMALL_TILE
 
 
 def slots_of_a_half(num_keys: int, topk: int) -> int:
