@@ -67,9 +67,15 @@ def _run(tmp_path: Path, *words: str) -> tuple[int, dict[str, Any]]:
     return status, json.loads(path.read_text())
 
 
-def test_every_candidate_gives_the_known_answers_and_a_run_uses_the_fastest(
+def test_every_form_gives_the_known_answers_and_a_run_uses_the_fastest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # of the numbers of each form the last, as the interpreter takes its time
+    last = [
+        replace(op, numbers=lambda sizes, op=op: {f: n[-1:] for f, n in op.numbers(sizes).items()})
+        for op in TUNED
+    ]
+    monkeypatch.setattr(tune, "TUNED", tuple(last))
     # the more a candidate differs from the default, the faster it seems to be
     _timed(monkeypatch, lambda now: 9.0 - now.row_adam.tile / 1024 - len(now.forms))
     path = tmp_path / "tuning.json"
