@@ -96,7 +96,11 @@ def passing_bytes(job: Job, layout: Layout) -> float:
 
 def scored_bytes(job: Job) -> float:
     """Bytes held while the best sub-keys are chosen: fp32 scores of one chunk of tokens, candidates
-    and a copy of the sub-keys."""
+    and a copy of the sub-keys.
+
+    This is the default form of product_topk. The form `fused` needs less: it has no scores and no
+    copy of the sub-keys, and its candidates take at most 64 MB.
+    """
     spec = job.spec
     token_scores = 2 * spec.heads * spec.num_keys * 4
     tokens = min(job.microbatch_tokens, tokens_of_a_piece(spec.num_keys, spec.heads))

@@ -54,12 +54,23 @@ NO_RACE = {
 # of kernel and instruction: why it may be approximate
 MAY_APPROXIMATE: dict[tuple[str, str], str] = {}
 # of the release of Triton, kernel, case and architecture: bytes that may spill, and why
+_FEW = "two or four registers, outside of the loops over blocks of sub-keys, or in fp32 alone"
 MAY_SPILL = {
     ("3.6", "_merge_kernel", "gradient fp32 V=1000 += fp32", 80): (
         8,
         "ptxas gives the kernel 32 registers and needs one more; it runs once for rows that "
         "several chunks share",
     )
+    ** {
+        ("3.9", "_pairs_kernel", "fused top-k bf16 N=16384 C=128 K=64", arch): (8, _FEW)
+        for arch in (100, 120)
+    },
+    ("3.6", "_pairs_kernel", "fused top-k bf16 N=16384 C=128 K=64", 80): (8, _FEW),
+    **{
+        ("3.6", "_exact_kernel", "fused top-k fp32 N=4096 C=512 K=32", arch): (8, _FEW)
+        for arch in (90, 120)
+    },
+    ("3.6", "_candidates_kernel", "fused top-k fp32 N=4096 C=512 K=32", 120): (16, _FEW),
 }
 _APPROXIMATE = re.compile(r"\b(?:[a-z0-9]+\.approx|div\.full)[.\w]*")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
