@@ -1,11 +1,14 @@
 """Checks that the files named by --data-path and similar flags are complete, from a few bytes.
 
+Only what Megatron itself would fail on is refused: the flags are read in its order and by its own
+functions, and bytes that it does not read are of no account.
+
 A dataset has two files. PREFIX.bin holds the tokens, PREFIX.idx the place of each sequence:
 
     magic 9 B | version 8 B | dtype 1 B | sequences 8 B | documents 8 B
     lengths 4 B each sequence | pointers 8 B each sequence | documents 8 B each [| modes 1 B each]
 
-The last length and the last pointer give the size of PREFIX.bin.
+The last length and the last pointer give the size that PREFIX.bin has at least.
 """
 
 import argparse
@@ -15,9 +18,11 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megatron.core.datasets.indexed_dataset import DType
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.core.datasets.utils import get_blend_from_list
 
 from megamem.spec import MemorySpec
 
@@ -25,8 +30,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 VERSION = 1
 LENGTH, POINTER = struct.Struct("<i"), struct.Struct("<q")
-BLEND_FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-FILE_FLAGS = ("data_args_path", "per_split_data_args_path")
+SPLITS = ("train", "valid", "test")
 
 
 class DataProblemError(Exception):
@@ -59,14 +63,14 @@ class Index:
 
 def data_problems(spec: MemorySpec | None, args: argparse.Namespace) -> list[str]:
     """A sentence for each dataset on the command line that this rank cannot read."""
-    if args.mock_data:
+    if args.mock_data or not _reads_indexed_datasets(args):
         return []
     problems = []
-    for flag, words in _blends(args):
-        if isinstance(words, DataProblemError):
-            problems.append(f"{flag}: {words}")
+    for flag, prefixes in _blends(args):
+        if isinstance(prefixes, DataProblemError):
+            problems.append(f"{flag}: {prefixes}")
             continue
-        for prefix in _prefixes(words):
+        for prefix in prefixes:
             try:
                 check_dataset(prefix)
             except DataProblemError as problem:
@@ -80,8 +84,8 @@ def check_dataset(prefix: str) -> None:
     Raises:
         DataProblemError: a file is missing or truncated, or the two do not belong together.
     """
-    if "://" in prefix:
-        return  # object storage: Megatron fetches it first
+    if is_object_storage_path(prefix):
+        return  # Megatron fetches it first
     for suffix in (".idx", ".bin"):
         if not os.path.isfile(prefix + suffix):
             raise DataProblemError(f"there is no {prefix}{suffix}; {_advice(prefix)}")
@@ -93,16 +97,11 @@ def check_dataset(prefix: str) -> None:
                 f"the .idx file is truncated: it has {size} of {index.num_bytes} bytes; build it "
                 "again"
             )
-        if size not in (index.num_bytes, index.num_bytes + index.num_sequences):
-            raise DataProblemError(
-                f"the .idx file has {size} bytes, but by its header it should have "
-                f"{index.num_bytes}; build it again"
-            )
         expected = index.data_bytes(stream)
     found = os.path.getsize(prefix + ".bin")
-    if found != expected:
+    if found < expected:
         raise DataProblemError(
-            f"the .bin file has {found} bytes, but by the .idx file it should have {expected}: it "
+            f"the .bin file has {found} bytes, but the .idx file names {expected}: it "
             "is truncated or belongs to another .idx file; build or copy both files again"
         )
 
@@ -141,27 +140,59 @@ def _advice(prefix: str) -> str:
     return "give the path of the dataset's two files without .idx or .bin"
 
 
+def _reads_indexed_datasets(args: argparse.Namespace) -> bool:
+    """Whether --data-path names such files: conversations and external loaders have their own."""
+    return not (getattr(args, "sft", False) or args.dataloader_type == "external")
+
+
 def _blends(args: argparse.Namespace) -> Iterator[tuple[str, list[str] | DataProblemError]]:
-    """Each flag that names datasets, with its values: prefixes, or weights and prefixes."""
-    for name in BLEND_FLAGS:
-        if words := getattr(args, name, None):
-            yield _flag(name), words
-    for name in FILE_FLAGS:
-        if path := getattr(args, name, None):
-            try:
-                text = Path(path).read_text()
-                blends = json.loads(text).values() if name.startswith("per_split") else [text]
-            except (OSError, ValueError) as error:
-                yield _flag(name), DataProblemError(f"cannot read {path}: {error}")
-                continue
-            for blend in filter(None, blends):
-                yield _flag(name), blend.split() if isinstance(blend, str) else blend
+    """Each flag that Megatron reads, with the prefixes that it names.
+
+    Megatron reads the flags of splits only where no dataset is given for all of them, and a file of
+    datasets before datasets on the command line.
+    """
+    if args.data_path is not None or args.data_args_path is not None:
+        name = "data_path" if args.data_args_path is None else "data_args_path"
+        blends = _words_of(name, args)
+    elif args.per_split_data_args_path is not None:
+        blends = _words_of("per_split_data_args_path", args)
+    else:
+        blends = [(f"{split}_data_path", getattr(args, f"{split}_data_path")) for split in SPLITS]
+    for name, words in blends:
+        yield _flag(name), words if isinstance(words, DataProblemError) else _prefixes(words)
 
 
-def _prefixes(words: list[str]) -> list[str]:
-    """The prefixes of a blend; as in Megatron, each of them has a weight before it or none has."""
-    weighted = len(words) % 2 == 0 and all(_is_weight(word) for word in words[::2])
-    return words[1::2] if weighted else words
+def _words_of(name: str, args: argparse.Namespace) -> list[tuple[str, Any]]:
+    """A flag with the words of each of its blends, or with what is wrong with its file."""
+    value = getattr(args, name)
+    if name == "data_path":
+        return [(name, value)]
+    if is_object_storage_path(value):
+        return []  # only Megatron can fetch it
+    try:
+        text = Path(value).read_text()
+        if name == "data_args_path":
+            return [(name, text.split())]
+        blends = json.loads(text)
+        found = [blends[split] for split in SPLITS]
+    except (OSError, ValueError) as error:
+        return [(name, DataProblemError(f"cannot read {value}: {error}"))]
+    except (KeyError, TypeError):
+        problem = f"{value} must hold one object with the keys {', '.join(SPLITS)}; add them"
+        return [(name, DataProblemError(problem))]
+    return [(name, words.split() if isinstance(words, str) else words) for words in found]
+
+
+def _prefixes(words: list[Any] | None) -> list[str] | DataProblemError:
+    """The prefixes of a blend: each of them has a weight before it, or none has."""
+    try:
+        blend = get_blend_from_list(words)
+    except (AssertionError, AttributeError, TypeError, ValueError):
+        shown = " ".join(map(str, words or ["an empty list"]))
+        return DataProblemError(
+            f"cannot read {shown}; give prefixes, with a weight before each of them or before none"
+        )
+    return [] if blend is None else list(blend[0])
 
 
 def _is_weight(word: str) -> bool:
