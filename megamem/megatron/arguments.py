@@ -7,7 +7,7 @@ import os
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megamem.checkpoint import SAVED, settings_of
-from megamem.config import MemoryConfig, flag
+from megamem.config import ConfigurationError, MemoryConfig, flag
 from megamem.resolution import resolve
 from megamem.spec import MemorySpec
 
@@ -38,6 +38,8 @@ def spec_from_args(args: argparse.Namespace) -> MemorySpec | None:
     Raises:
         ConfigurationError: the flags do not fit each other, the hidden size or the ranks.
     """
+    if path := getattr(args, "yaml_cfg", None):
+        raise yaml_error(path)
     config = MemoryConfig.from_args(args)
     if not config.enabled:
         return None
@@ -56,6 +58,14 @@ def spec_from_args(args: argparse.Namespace) -> MemorySpec | None:
     )
     setattr(args, SAVED, settings_of(spec))
     return spec
+
+
+def yaml_error(path: str) -> ConfigurationError:
+    """The error of a run with memory layers whose settings are in a file, for --yaml-cfg PATH."""
+    return ConfigurationError(
+        f"--memory-layers does not work with --yaml-cfg {path}: Megatron then ignores all flags "
+        "and builds no memory layers; write the settings of the file as flags."
+    )
 
 
 _made: tuple[argparse.Namespace, MemorySpec | None] | None = None

@@ -1,4 +1,4 @@
-"""Replaces twelve functions of Megatron at run time, for training scripts that are not changed.
+"""Replaces thirteen functions of Megatron at run time, for training scripts that are not changed.
 
 A script of your own calls the same functions of megamem by name, as examples/own_script.py does. In
 brackets is what Megatron would need to offer to make a replacement unnecessary.
@@ -7,6 +7,8 @@ Replaced at start, by install():
 
     add_megatron_arguments             the --memory-* flags
                                        (a flag that names a module with an extra_args_provider)
+    load_yaml                          --yaml-cfg, which drops all flags, is refused beside memories
+                                       (flags of plugins in that file)
     validate_args                      wrong flags are refused, install_memory() is called
                                        (a list of functions to call with the validated arguments)
     core_transformer_config_from_args  the config of the model gets the spec
@@ -49,15 +51,15 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from megatron.training import arguments, checkpointing, training
+from megatron.training import arguments, checkpointing, training, yaml_arguments
 from megatron.training.global_vars import get_args
 from megatron.training.utils import print_rank_0
 
-from megamem.config import ConfigurationError, MemoryConfig
+from megamem.config import ConfigurationError, MemoryConfig, flag
 from megamem.errors import friendly_parser
 from megamem.layers.memory_pool import MemoryPool
 from megamem.megatron import compat
-from megamem.megatron.arguments import add_memory_flags, idle_flags, run_spec
+from megamem.megatron.arguments import add_memory_flags, idle_flags, run_spec, yaml_error
 from megamem.megatron.model import hybrid, layer_specs
 from megamem.megatron.model.carried_spec import carried_spec, carry_spec, spec_of_model
 from megamem.megatron.model.memory_mlp import register_tables
@@ -88,6 +90,7 @@ def install() -> None:
         MissingSymbolError: this release of Megatron lacks one of them.
     """
     replace_everywhere(arguments, "add_megatron_arguments", _add_flags)
+    replace_everywhere(yaml_arguments, "load_yaml", _refuse_yaml)
     replace_everywhere(arguments, "validate_args", _validate)
     replace_everywhere(compat.CONFIG_MODULE, "core_transformer_config_from_args", _carry_spec)
     replace_everywhere(checkpointing, "load_args_from_checkpoint", _take_settings)
@@ -118,6 +121,20 @@ def _add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
         return add_memory_flags(friendly_parser(original(parser)))
 
     return add_megatron_arguments
+
+
+def _refuse_yaml(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A file of settings, in whose place Megatron forgets the flags, must not ask for memories."""
+
+    def load_yaml(path: str) -> Any:
+        if flag("memory_layers") in {word.split("=", 1)[0] for word in sys.argv}:
+            raise yaml_error(path)
+        settings = original(path)
+        if any(hasattr(part, "memory_layers") for part in (settings, *vars(settings).values())):
+            raise yaml_error(path)
+        return settings
+
+    return load_yaml
 
 
 def _validate(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,9 +1,13 @@
 import argparse
 import dataclasses
 import re
+import sys
 
-from megamem.config import MemoryConfig, flag
-from megamem.megatron.arguments import add_memory_flags, idle_flags
+import pytest
+
+from megamem.config import ConfigurationError, MemoryConfig, flag
+from megamem.megatron import patches
+from megamem.megatron.arguments import add_memory_flags, idle_flags, spec_from_args
 from tests.helpers.megatron_runs import SCRIPT, launch
 
 
@@ -63,6 +67,37 @@ def test_help_shows_every_flag_with_its_sentence() -> None:
 def test_flags_without_layers_are_named_as_idle() -> None:
     assert idle_flags(MemoryConfig(memory_heads=2)) == ["--memory-heads"]
     assert idle_flags(MemoryConfig(memory_heads=2, memory_layers=[1])) == []
+
+
+def test_a_file_of_settings_does_not_turn_memory_layers_off_silently(monkeypatch) -> None:
+    """Megatron takes everything from the file, and knows nothing of memory layers."""
+
+    def read(words: str, **settings) -> argparse.Namespace:
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *words.split()])
+        load_yaml = patches._refuse_yaml(lambda path: argparse.Namespace(**settings))
+        return load_yaml("settings.yaml")
+
+    assert read("--memory-heads 2", num_layers=4) == argparse.Namespace(num_layers=4)
+    model = argparse.Namespace(memory_layers=[1])
+    for words, settings in (
+        ("--memory-layers 1", {}),
+        ("--memory-layers=1", {}),
+        ("", {"memory_layers": [1]}),
+        ("", {"language_model": model}),
+    ):
+        with pytest.raises(ConfigurationError, match="--yaml-cfg settings.yaml: .* as flags"):
+            read(words, **settings)
+    with pytest.raises(ConfigurationError, match="--yaml-cfg settings.yaml"):
+        spec_from_args(argparse.Namespace(yaml_cfg="settings.yaml"))
+
+
+def test_a_run_with_a_file_of_settings_ends_in_one_line(tmp_path) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("num_layers: 4")
+    words = ("--yaml-cfg", settings, "--memory-layers", 1)
+    log = launch("yaml", 1, SCRIPT, *words, check=False)
+    assert log.returncode == 2 and "Traceback" not in log.stdout
+    assert f"megamem: error: --memory-layers does not work with --yaml-cfg {settings}" in log.stdout
 
 
 def test_the_script_lists_our_flags_among_megatrons() -> None:
