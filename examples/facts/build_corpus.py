@@ -20,15 +20,14 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from itertools import batched, chain, islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy
-from corpus import FactSplit, choose_facts, count_relations
-from real_facts import real_sets
+from corpus import FactSplit, Kind, Settings, count_relations
 from relations import Fact, held_out_phrasing, prompt, statement, training_phrasings
 from rich.console import Console
 from rich.progress import track
@@ -42,39 +41,6 @@ SOURCES += ["sentencepiece"]
 TOKENIZER_FACTS = 60_000
 # facts encoded in one call
 BATCH = 2048
-
-Kind = Literal["real", "biographies", "all"]
-
-
-def _flag(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the files in the output folder depend on, package releases aside; every field a flag."""
-
-    facts: int = _flag(2000, "facts that training states")
-    held_out: int = _flag(200, "facts kept back as the control of the probe")
-    vocab_size: int = _flag(2048, "pieces of the tokenizer (an upper limit)")
-    seed: int = _flag(1234, "draws the facts, the people and the held-out phrasings")
-    kind: Kind = _flag("all", "real facts, biographies, or biographies after the last real fact")
-    exposures: int | None = _flag(None, "training sentences per fact (default: each phrasing once)")
-    probe_facts: int = _flag(20_000, "held-in facts listed in facts.json at most")
-
-    def __post_init__(self) -> None:
-        for name, value in (("--exposures", self.exposures), ("--probe-facts", self.probe_facts)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} {value}: choose at least 1")
-
-    @property
-    def sets(self) -> tuple[tuple[Fact, ...], ...]:
-        """The real facts that there are to draw from."""
-        return () if self.kind == "biographies" else real_sets()
-
-    def split(self) -> FactSplit:
-        """The facts that a corpus of these settings states and holds back."""
-        return choose_facts(self.sets, self.facts, self.held_out, self.seed, self.kind != "real")
 
 
 def build(output: Path, settings: Settings, console: Console) -> tuple[dict[str, Any], bool]:
@@ -110,7 +76,8 @@ def build(output: Path, settings: Settings, console: Console) -> tuple[dict[str,
         "relations": relations,
     }
     asked = split.sample(settings.probe_facts, "probe", seed)
-    _finish(output, {"settings": stamp, "report": report}, asked, split.held_out, seed)
+    told = {"settings": stamp, "report": report}
+    _finish(output, told, asked, split.held_out, seed, tokenizer)
     return report, True
 
 
@@ -124,7 +91,7 @@ def build_new_facts(folder: Path, settings: Settings, number: int, console: Cons
     _start(output)
     taught = replace(split, real=facts, generated=0)
     _write_documents(output, taught, tokenizer, settings, console)
-    _finish(output, {"settings": stamp}, facts, split.held_out, settings.seed)
+    _finish(output, {"settings": stamp}, facts, split.held_out, settings.seed, tokenizer)
 
 
 def new_facts(settings: Settings, number: int) -> list[Fact]:
@@ -224,13 +191,22 @@ def _start(output: Path) -> None:
 
 
 def _finish(
-    output: Path, told: dict[str, Any], stated: Iterable[Fact], held_out: Iterable[Fact], seed: int
+    output: Path,
+    told: dict[str, Any],
+    stated: Iterable[Fact],
+    held_out: Iterable[Fact],
+    seed: int,
+    tokenizer: Any,
 ) -> None:
     facts = []
     for fact, held_in in chain(((f, True) for f in stated), ((f, False) for f in held_out)):
         asked = {"question": prompt(fact, 0), "unseen": prompt(fact, held_out_phrasing(fact, seed))}
-        facts.append({**fact._asdict(), **asked, "held_in": held_in})
+        # for machines without the tokenizer's package
+        ids = {name: tokenizer.encode(text) for name, text in asked.items()}
+        ids["answer"] = tokenizer.encode(fact.answer)
+        facts.append({**fact._asdict(), **asked, "held_in": held_in, "ids": ids})
     part = output / "facts.json.part"
+    told = {**told, "end_token": tokenizer.eos_id()}
     part.write_text(json.dumps({**told, "facts": facts}, indent=1) + "\n")
     os.replace(part, output / "facts.json")
 

@@ -10,20 +10,25 @@ results.json, results.md and plots in the output folder. The same command goes o
 import argparse
 import fcntl
 import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from build_corpus import build, build_new_facts
-from experiment import plots, report
-from experiment.plan import SCALES, Plan, Run, Scale, unique, words
-from experiment.runs import RunFailed, Runner, best_rates
-from rich.console import Console
+from corpus import built
+from experiment import report
+from experiment.plan import SCALES, Plan, Run, Scale, divided, unique, words
+from experiment.runs import OneProcessRunner, RunFailed, Runner, best_rates
+from tables import make_console
 
 PARTS = ("main", "ablations", "continual")
+# what --only has beside them: before them, and behind
+STAGES = ("corpus", "sweep", "report")
 OUT_OF_TIME = 3
 
 
@@ -35,17 +40,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--scale", choices=SCALES, required=True, help="how large it all is")
     parser.add_argument("--output", type=Path, help="folder (default: runs/compare-SCALE)")
-    parser.add_argument("--only", choices=PARTS, help="one part, and what it needs")
+    only = "one part and what it needs; or build the corpus, sweep or report, and no more"
+    parser.add_argument("--only", choices=(*PARTS, *STAGES), help=only)
+    parser.add_argument("--model", help="of the main part, this model alone")
+    tried = "divide the sizes of the scale by this, and try it on the CPU"
+    parser.add_argument("--divide", type=int, help=tried)
     parser.add_argument("--minutes", type=float, help="then save and stop")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: 2 on CPU, 1 on GPU)")
     parser.add_argument("--ablation-seeds", type=int, help="seeds of each ablation (default: 1)")
     parser.add_argument("--list", action="store_true", help="print the plan and run nothing")
     options = parser.parse_args(argv)
-    options.output = options.output or Path("runs") / f"compare-{options.scale}"
-    for name, value in (("--minutes", options.minutes), ("--jobs", options.jobs)):
+    for name in ("minutes", "jobs", "divide"):
+        value = getattr(options, name)
         if value is not None and value <= 0:
-            parser.error(f"{name} {value:g}: choose more than 0")
+            parser.error(f"--{name} {value:g}: choose more than 0")
     scale, few = SCALES[options.scale], options.ablation_seeds
+    if options.divide:
+        scale = divided(options.scale, options.divide)
+    options.output = options.output or Path("runs") / f"compare-{scale.name.replace(' ', '-')}"
+    idle = options.list or options.only in ("corpus", "report")
+    if scale.device == "gpu" and not idle and not _has_gpu():
+        parser.error(
+            f"--scale {scale.name}: there is no GPU here; --divide 64 tries it on the CPU, with "
+            "sizes divided"
+        )
+    names = [model.name for model in scale.models]
+    if options.model not in (None, *names):
+        parser.error(f"--model {options.model}: scale {scale.name} has {', '.join(names)}")
     if options.only in scale.left_out:
         rest = " or ".join(part for part in PARTS if part not in scale.left_out)
         parser.error(f"--only {options.only}: scale {scale.name} has nothing for it; choose {rest}")
@@ -56,7 +77,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def list_plan(scale: Scale, parts: Sequence[str], console: Console) -> None:
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def list_plan(scale: Scale, parts: Sequence[str], console: Any) -> None:
     """Every run with its flags, expected FLOPs and parameters, as before the sweep is done."""
     plan = Plan(scale, scale.corpus.vocab_size)
     best = {family: grid[0] for family, grid in scale.sweep.items()}
@@ -72,29 +99,55 @@ def list_plan(scale: Scale, parts: Sequence[str], console: Console) -> None:
     console.print(f"{len(runs)} runs, {scale.duration}. {note}", soft_wrap=True)
 
 
-def carry_out(plan: Plan, runner: Runner, parts: Sequence[str], planned: list[Run]) -> bool:
-    """Train and ask everything, adding it to `planned` first; return False where time ran out."""
-    scale, sweep = plan.scale, plan.sweep(parts)
+def carry_out(
+    plan: Plan, runner: Runner, parts: Sequence[str], planned: list[Run], model: str | None = None
+) -> bool:
+    """Train and ask everything, adding it to `planned` first; return False where time ran out.
+
+    Args:
+        parts: those to carry out; with none of them, only what is swept for them all.
+        model: of the main part, the only one.
+    """
+    scale, sweep = plan.scale, plan.sweep(parts or PARTS)
     planned += sweep
     if not runner.execute("sweep of learning rates", sweep):
         return False
-    best = best_rates(sweep, runner.records(sweep))
+    best = best_rates(sweep, runner.records(sweep), by_loss=bool(scale.short))
     for part in (part for part in parts if part not in scale.left_out):
         if part == "continual":
+            from build_corpus import build_new_facts
+
             build_new_facts(runner.output, scale.corpus, scale.new["facts"], runner.console)
         runs = plan.part(part, best)
         planned += runs
-        if not runner.execute(part, unique(runs)):
+        wanted = [run for run in unique(runs) if model in (None, run.model.name)]
+        if not runner.execute(part, wanted):
             return False
     return True
+
+
+def get_corpus(folder: Path, scale: Scale, console: Any) -> dict[str, Any]:
+    """What is counted of the corpus in a folder, which is built where it is not there.
+
+    Raises:
+        ModuleNotFoundError: a package that only the building needs is not installed.
+    """
+    # where nothing can be built it was carried there, made by other releases of the packages
+    if scale.in_one_process and (found := built(folder, scale.corpus)):
+        return found
+    from build_corpus import build
+
+    return build(folder, scale.corpus, console)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Go through the parts, then report whatever is finished; return the exit status."""
     options = parse_args(argv)
-    started, console = time.monotonic(), Console()
+    started, console = time.monotonic(), make_console()
     scale, output = options.scale, options.output.absolute()
-    parts = [options.only] if options.only else list(PARTS)
+    parts = list(PARTS)
+    if options.only in (*PARTS, "sweep"):
+        parts = [part for part in PARTS if part == options.only]
     if options.list:
         list_plan(scale, parts, console)
         return 0
@@ -108,15 +161,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # stops as Ctrl-C does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    corpus, _ = build(output / "corpus", scale.corpus, console)
-    deadline = started + 60 * options.minutes if options.minutes else float("inf")
+    try:
+        corpus = get_corpus(output / "corpus", scale, console)
+    except ModuleNotFoundError as error:
+        words = shlex.join([*(sys.argv[1:] if argv is None else argv), "--only", "corpus"])
+        console.print(
+            f"{error.name} is not installed, with which the corpus is built; carry {output}/corpus "
+            f"here from a machine that has it: compare.py {words}"
+        )
+        return 2
+    if options.only == "corpus":
+        return 0
+    minutes = 0.0 if options.only == "report" else options.minutes or float("inf")
     jobs = options.jobs or (1 if scale.device == "gpu" else min(2, os.cpu_count() or 1))
-    runner = Runner(output, scale.device, jobs, deadline, console)
+    kind = OneProcessRunner if scale.in_one_process else Runner
+    runner = kind(output, scale.device, jobs, started + 60 * minutes, console)
     status, planned = 0, list[Run]()
     try:
-        if not carry_out(Plan(scale, corpus["vocab_size"]), runner, parts, planned):
+        plan = Plan(scale, corpus["vocab_size"])
+        if not carry_out(plan, runner, parts, planned, options.model) and minutes:
             status = OUT_OF_TIME
-            console.print(f"{options.minutes:g} minutes are over; the same command goes on")
+            console.print(f"{minutes:g} minutes are over; the same command goes on")
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
         console.print("stopped; the same command goes on", style="yellow")
@@ -125,7 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
     results = report.collect(scale, corpus, planned, runner.records(planned))
     report.write(results, output)
-    written = ["results.json", "results.md", *plots.draw(results, output)]
+    written = ["results.json", "results.md"]
+    if find_spec("matplotlib"):
+        from experiment import plots
+
+        written += plots.draw(results, output)
     console.print(*(sheet.table() for sheet in report.sheets(results)))
     console.print(f"written to {output}: {', '.join(written)}", soft_wrap=True, highlight=False)
     return status

@@ -5,13 +5,15 @@ then generated biographies. A set is drawn from only when those before it are us
 corpus states all that a smaller one with the same seed does.
 """
 
+import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice, zip_longest
 from math import log2
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from people import ANSWERS, NUM_PEOPLE, RELATIONS, Biographies
 from relations import Fact
@@ -44,6 +46,57 @@ class FactSplit:
         real = len(self.real)
         yield from (self.real[place] for place in places if place < real)
         yield from self.people.facts(place - real for place in places if place >= real)
+
+
+Kind = Literal["real", "biographies", "all"]
+
+
+def _flag(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the files in the output folder depend on, package releases aside; every field a flag."""
+
+    facts: int = _flag(2000, "facts that training states")
+    held_out: int = _flag(200, "facts kept back as the control of the probe")
+    vocab_size: int = _flag(2048, "pieces of the tokenizer (an upper limit)")
+    seed: int = _flag(1234, "draws the facts, the people and the held-out phrasings")
+    kind: Kind = _flag("all", "real facts, biographies, or biographies after the last real fact")
+    exposures: int | None = _flag(None, "training sentences per fact (default: each phrasing once)")
+    probe_facts: int = _flag(20_000, "held-in facts listed in facts.json at most")
+
+    def __post_init__(self) -> None:
+        for name, value in (("--exposures", self.exposures), ("--probe-facts", self.probe_facts)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value}: choose at least 1")
+
+    @property
+    def sets(self) -> tuple[tuple[Fact, ...], ...]:
+        """The real facts that there are to draw from."""
+        if self.kind == "biographies":
+            return ()
+        # generated people need none of the packages that real facts come from
+        from real_facts import real_sets
+
+        return real_sets()
+
+    def split(self) -> FactSplit:
+        """The facts that a corpus of these settings states and holds back."""
+        return choose_facts(self.sets, self.facts, self.held_out, self.seed, self.kind != "real")
+
+
+def built(folder: Path, settings: Settings) -> dict[str, Any] | None:
+    """What build_corpus.py counted, if `folder` has a corpus of these settings.
+
+    It may have been made elsewhere, with other releases of the packages.
+    """
+    path = folder / "facts.json"
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    stamp = {**known.get("settings", {})}
+    stamp.pop("packages", None)
+    return known["report"] if stamp == asdict(settings) else None
 
 
 def choose_facts(

@@ -21,12 +21,12 @@ Shapes: B questions, S positions, v this rank's part of the vocabulary.
 import argparse
 import json
 import sys
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from asking import BOTH, Question, answered, build_batch, score
 from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -47,18 +47,7 @@ from pretrain_gpt import model_provider  # noqa: E402
 
 from megamem.config import ConfigurationError  # noqa: E402
 
-BOTH = ("question", "unseen")
 PHRASINGS = {"question": BOTH[:1], "unseen": BOTH[1:], "both": BOTH, "both-at-last": BOTH}
-
-
-class Question(NamedTuple):
-    """A fact as the probe asks it, in text and in tokens."""
-
-    relation: str
-    text: str
-    answer: str
-    prompt_ids: list[int]
-    answer_ids: list[int]
 
 
 def add_probe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -99,32 +88,6 @@ def read_questions(facts: Sequence[Mapping[str, Any]], phrasing: str) -> list[Qu
     encode = get_tokenizer().tokenize
     texts = ((fact["relation"], fact[phrasing], fact["answer"]) for fact in facts)
     return [Question(*three, encode(three[1]), encode(three[2])) for three in texts]
-
-
-def build_batch(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], end_token: int, length: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Questions between end tokens with their answers behind them, padded to `length`.
-
-    Returns:
-        tokens_BS; labels_BS, which position s is to predict; and is_answer_BS, which marks the
-        predictions that decide: the answer's and the end token
-    """
-    tokens_BS = torch.full((len(prompts), length), end_token)
-    labels_BS = torch.full((len(prompts), length), end_token)
-    is_answer_BS = torch.zeros(len(prompts), length, dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        # every training document but the first follows an end token
-        line = torch.tensor([end_token, *prompt, *answer, end_token])
-        tokens_BS[row, : len(line)] = line
-        labels_BS[row, : len(line) - 1] = line[1:]
-        is_answer_BS[row, len(prompt) : len(line) - 1] = True
-    return tokens_BS, labels_BS, is_answer_BS
-
-
-def answered(predicted_BS: Tensor, labels_BS: Tensor, is_answer_BS: Tensor) -> Tensor:
-    """For each question, whether every answer token and the end token are predicted."""
-    return ((predicted_BS == labels_BS) | ~is_answer_BS).all(dim=1)
 
 
 class Asker:
@@ -204,32 +167,6 @@ class Asker:
         return batch, predicted_BS.cpu()
 
 
-def score_by_relation(
-    questions: Sequence[Question], right: Sequence[bool], all_of_them: str
-) -> list[dict[str, Any]]:
-    """A row for each relation, by their names, then one for all of them where there are any.
-
-    Chance is the accuracy of giving every question its relation's commonest answer.
-    """
-    answers: dict[str, Counter[str]] = defaultdict(Counter)
-    hits: Counter[str] = Counter()
-    for question, is_right in zip(questions, right, strict=True):
-        answers[question.relation][question.answer] += 1
-        hits[question.relation] += is_right
-    counted = [
-        (name, times.total(), hits[name], max(times.values()))
-        for name, times in sorted(answers.items())
-    ]
-    if counted:
-        _, *columns = zip(*counted, strict=True)
-        counted.append((all_of_them, *map(sum, columns)))
-    keys = ("relation", "asked", "right", "accuracy", "chance")
-    return [
-        dict(zip(keys, (name, asked, n, n / asked, commonest / asked), strict=True))
-        for name, asked, n, commonest in counted
-    ]
-
-
 def render(probe: Mapping[str, Any]) -> Table:
     """Scores and totals as a table for people."""
     rows = []
@@ -268,10 +205,7 @@ def main() -> None:
         for name in phrasings[:1] if early else phrasings:
             asked = questions[name]
             right = asker.right_answers(asked, console)
-            scores = score_by_relation(asked[:held_in], right[:held_in], "all held in")
-            control = score_by_relation(asked[held_in:], right[held_in:], "held out (control)")
-            totals = scores[-1:] + control[-1:]
-            probe = {"scores": scores[:-1], "control": control[:-1], "totals": totals}
+            probe = score(asked, right, held_in)
             probes.append({"iteration": iteration, "phrasing": name, **probe})
             title = f"{args.load}, iteration {iteration}: closed-book exact match"
             title += "" if name == "question" else ", unseen phrasing"

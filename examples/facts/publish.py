@@ -22,7 +22,7 @@ from megamem.tools.markers import rewrite
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE / "README.md"
 # of scales, as readers should meet them
-ORDER = ("cpu", "long", "gpu")
+ORDER = ("cpu", "long", "gpu", "h100")
 
 
 def headline(told: Sequence[Results]) -> Sheet:

@@ -26,7 +26,7 @@ import build_corpus  # noqa: E402
 import compare  # noqa: E402
 from experiment import runs  # noqa: E402
 from experiment.plan import SCALES, Model, Plan, Run  # noqa: E402
-from experiment.runs import RunFailed, Runner, read_events  # noqa: E402
+from experiment.runs import OneProcessRunner, RunFailed, Runner, read_events  # noqa: E402
 
 SMOKE, MIDDLE = SCALES["smoke"], (1.0, 1.0)
 BEST = dict.fromkeys(SMOKE.sweep, MIDDLE)
@@ -181,6 +181,24 @@ def test_two_ranks_that_share_the_vocabulary_answer_as_one(
         for path in (output / "runs" / run.key / "probe-corpus.json", tmp_path / "probe.json")
     ]
     assert told[0] == told[1] and told[0][0]["totals"][0]["right"] > 10
+
+
+def test_one_process_trains_and_asks_as_two_do(
+    output: Path, results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit: asking in the middle of training changes nothing of it."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    run = _trained(results)
+    (tmp_path / "corpus").symlink_to(output / "corpus")
+    runner = OneProcessRunner(tmp_path, "cpu", 1, float("inf"), Console(quiet=True))
+    assert runner.execute("main", [run])
+    (record,) = runner.records([run]).values()
+    other = json.loads((output / "runs" / run.key / "record.json").read_text())
+    same = ("corpus", "points", "parameters", "data_order", "flags", "iterations", "rows")
+    assert {name: record[name] for name in same} == {name: other[name] for name in same}
+    assert record["corpus"]["facts"][-1] > 10
+    for name in ("loss", "validation_loss"):
+        assert record[name] == pytest.approx(other[name], rel=1e-6)
 
 
 def _long_run(plan: Plan) -> Run:

@@ -222,7 +222,7 @@ def test_a_model_that_cannot_be_as_cheap_is_refused() -> None:
 @pytest.mark.parametrize("scale", EVERY)
 def test_every_probed_point_is_saved_and_logged(scale: Scale) -> None:
     plan = _plan(replace(scale, ablation_seeds=len(scale.seeds)))
-    probes = {"smoke": 2, "cpu": 4, "long": 10, "gpu": 4}
+    probes = {"smoke": 2, "cpu": 4, "long": 10, "gpu": 4, "h100": 10}
     runs = [plan.part("main", BEST)[0], *plan.part("ablations", BEST)]
     for run in runs:
         assert len(run.points) == probes[scale.name] and run.points[-1] == run.iterations
@@ -345,6 +345,7 @@ def test_a_part_that_a_scale_leaves_out_is_not_planned(
         "cpu": set(),
         "long": {"continual"},
         "gpu": set(),
+        "h100": {"ablations", "continual"},
     }
     console = Console(file=io.StringIO(), width=200)
     compare.list_plan(SCALES["long"], compare.PARTS, console)

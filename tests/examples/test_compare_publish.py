@@ -49,7 +49,8 @@ def test_the_results_are_whole(results: dict[str, Any], tmp_path: Path) -> None:
     page = (FOLDER / "README.md").read_text()
     pictures = sorted((publish.RESULTS / scale["name"]).glob("*.png"))
     sizes = {runs[0]["rows"] for runs in groups.values() if runs[0]["rows"]}
-    assert len(pictures) == (4 if len(sizes) > 1 else 3)
+    losses = any("losses" in run for runs in groups.values() for run in runs)
+    assert len(pictures) == (4 if len(sizes) > 1 else 3) + losses
     assert sorted(plots.draw(results, tmp_path)) == [picture.name for picture in pictures]
     for picture in pictures:
         assert f"({picture.relative_to(FOLDER)})" in page, picture.name

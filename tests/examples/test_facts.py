@@ -15,9 +15,9 @@ FOLDER = Path(__file__).parents[2] / "examples" / "facts"
 # scripts of one folder import each other by bare name, as they do when run
 sys.path.insert(0, str(FOLDER))
 
+import asking  # noqa: E402
 import build_corpus  # noqa: E402
 import corpus  # noqa: E402
-import probe  # noqa: E402
 import relations  # noqa: E402
 from real_facts import real_sets  # noqa: E402
 from relations import Fact  # noqa: E402
@@ -248,6 +248,8 @@ def test_prompt_and_answer_tokenize_apart(built: Path) -> None:
     for fact in json.loads((built / "facts.json").read_text())["facts"]:
         prompt, answer = tokenizer.encode(fact["question"]), tokenizer.encode(fact["answer"])
         assert tokenizer.encode(f"{fact['question']} {fact['answer']}") == prompt + answer
+        unseen = tokenizer.encode(fact["unseen"])
+        assert fact["ids"] == {"question": prompt, "unseen": unseen, "answer": answer}
     assert tokenizer.decode(tokenizer.encode("Tórshavn 東京")) == "Tórshavn 東京"
 
 
@@ -272,7 +274,7 @@ def test_other_settings_replace_a_build(tmp_path: Path) -> None:
 
 def test_an_answer_is_right_only_if_all_of_it_is() -> None:
     end = 1
-    batch = probe.build_batch([[5, 6], [7]], [[8, 9], [4]], end, length=8)
+    batch = asking.build_batch([[5, 6], [7]], [[8, 9], [4]], end, length=8)
     tokens_BS, labels_BS, is_answer_BS = batch
     assert tokens_BS.tolist() == [[1, 5, 6, 8, 9, 1, 1, 1], [1, 7, 4, 1, 1, 1, 1, 1]]
     assert is_answer_BS.nonzero().tolist() == [[0, 2], [0, 3], [0, 4], [1, 1], [1, 2]]
@@ -281,7 +283,7 @@ def test_an_answer_is_right_only_if_all_of_it_is() -> None:
         predicted_BS = labels_BS.clone()
         for place, token in changes.items():
             predicted_BS[place] = token
-        return probe.answered(predicted_BS, labels_BS, is_answer_BS).tolist()
+        return asking.answered(predicted_BS, labels_BS, is_answer_BS).tolist()
 
     assert right({}) == [True, True]
     # neither the prompt nor the padding is asked
@@ -293,13 +295,13 @@ def test_an_answer_is_right_only_if_all_of_it_is() -> None:
 
 
 def test_chance_is_the_commonest_answer() -> None:
-    asked = [probe.Question("a", "", answer, [], []) for answer in ("x", "y", "x", "z")]
-    asked.append(probe.Question("b", "", "x", [], []))
-    scores = probe.score_by_relation(asked, [True, True, True, False, True], "all")
+    asked = [asking.Question("a", "", answer, [], []) for answer in ("x", "y", "x", "z")]
+    asked.append(asking.Question("b", "", "x", [], []))
+    scores = asking.score_by_relation(asked, [True, True, True, False, True], "all")
     # of all, two answers of the one relation and one of the other
     assert [list(score.values()) for score in scores] == [
         ["a", 4, 3, 0.75, 0.5],
         ["b", 1, 1, 1.0, 1.0],
         ["all", 5, 4, 0.8, 0.6],
     ]
-    assert probe.score_by_relation([], [], "all") == []
+    assert asking.score_by_relation([], [], "all") == []

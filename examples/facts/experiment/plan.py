@@ -15,9 +15,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from build_corpus import Settings
+from corpus import Settings
 
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.planner import sizes
@@ -27,6 +28,7 @@ from megamem.spec import MemorySpec
 Flags = dict[str, Any]
 # factors of the learning rate of the model, and of the table
 Rates = tuple[float, float]
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 # what a scale says of these takes the place of all that cpu says
 WHOLE = ("models", "ablations", "sweep", "ways")
@@ -65,7 +67,13 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """One size of the experiment; scales.toml says what each number is."""
+    """One size of the experiment; scales.toml says what each number is.
+
+    Attributes:
+        short: flags that the sweep's runs have instead, which are then judged by their validation
+            loss. Without any they are whole runs, judged by the facts that they know.
+        in_one_process: a run is trained and asked by one process, which saves no checkpoint.
+    """
 
     name: str
     duration: str
@@ -78,6 +86,8 @@ class Scale:
     models: list[Model]
     ablations: list[Model]
     sweep: dict[str, list[Rates]]
+    short: Flags
+    in_one_process: bool
     new: dict[str, Any]
 
     @property
@@ -116,16 +126,56 @@ def read_scale(name: str, base: dict[str, Any], own: dict[str, Any]) -> Scale:
     return Scale(**{**numbers, "name": name, "corpus": corpus, "sweep": sweep})
 
 
+def divided(name: str, by: int) -> Scale:
+    """The scale with fewer facts, smaller batches and tables and shorter training, for a CPU.
+
+    Widths stay, and there is as much to ask and to log as before.
+    """
+
+    def fewer(number: int, least: int) -> int:
+        return max(number // by, min(number, least))
+
+    def shorter(flags: Flags) -> Flags:
+        points = flags["train_iters"] // flags["save_interval"]
+        interval, batch = max(flags["save_interval"] // by, 1), fewer(flags["global_batch_size"], 4)
+        whole = dict.fromkeys(("train_iters", "eval_interval"), points * interval)
+        each = dict.fromkeys(("save_interval", "log_interval"), interval)
+        batches = dict.fromkeys(("micro_batch_size", "global_batch_size"), batch)
+        # of training that is one step there is none
+        warmup = {"lr_warmup_iters": flags["lr_warmup_iters"] // by}
+        return {**flags, **batches, **whole, **each, **warmup}
+
+    def smaller(model: Model) -> Model:
+        keys, topk = (model.flags.get(f"memory_{name}", 0) for name in ("num_keys", "topk"))
+        table = {"memory_num_keys": fewer(keys, topk)} if keys else {}
+        return replace(model, flags={**model.flags, **table})
+
+    scale = SCALES[name]
+    corpus = {key: fewer(getattr(scale.corpus, key), 60) for key in ("facts", "held_out")}
+    short = shorter({**scale.flags, **scale.short})
+    return replace(
+        scale,
+        name=f"{name} divided by {by}",
+        device="cpu",
+        corpus=replace(scale.corpus, **corpus),
+        flags=shorter(scale.flags),
+        memory=smaller(scale.reference).flags,
+        models=[smaller(model) for model in scale.models],
+        ablations=[smaller(model) for model in scale.ablations],
+        short={key: short[key] for key in scale.short},
+    )
+
+
 def flops_per_token(flags: Flags, vocab_size: int) -> int:
     """As a run with these flags reports them, for one token; of experts, the one it visits."""
-    spec = _memories(flags)
-    total = sizes.dense_flops_per_token(_shape(flags, vocab_size), spec)
+    spec = memories(flags)
+    total = sizes.dense_flops_per_token(model_shape(flags, vocab_size), spec)
     return total + (len(spec.layers) * sizes.memory_flops_per_token(spec) if spec else 0)
 
 
 def parameters(flags: Flags, vocab_size: int) -> tuple[int, int]:
     """All parameters, and how many of them are rows of tables."""
-    shape, spec = _shape(flags, vocab_size), _memories(flags)
+    shape, spec = model_shape(flags, vocab_size), memories(flags)
     total = sizes.total_parameters(shape, spec)["total"]
     if experts := flags.get("num_experts"):
         layers = len(range(0, shape.num_layers, flags["moe_layer_freq"]))
@@ -154,12 +204,14 @@ def ffn_width(model: Model, scale: Scale, vocab_size: int) -> int:
     )
 
 
-def _memories(flags: Flags) -> MemorySpec | None:
+def memories(flags: Flags) -> MemorySpec | None:
+    """The memory layers that these flags ask for."""
     chosen = {name: value for name, value in flags.items() if name.startswith("memory_")}
     return resolve(MemoryConfig(**chosen), flags["hidden_size"]) if chosen else None
 
 
-def _shape(flags: Flags, vocab_size: int) -> sizes.ModelShape:
+def model_shape(flags: Flags, vocab_size: int) -> sizes.ModelShape:
+    """The model of these flags, as the planner has it."""
     names = [field.name for field in fields(sizes.ModelShape)]
     return sizes.ModelShape(
         **{name: flags[name] for name in names if name in flags},
@@ -241,7 +293,7 @@ class Plan:
         needed = {run.model.family for part in parts for run in self.part(part, first)}
         chosen = {m.family: m for m in (*scale.models, scale.reference) if m.family in needed}
         return [
-            self.run("sweep", model, scale.seeds[0], rates)
+            self.run("sweep", model, scale.seeds[0], rates, scale.short)
             for turn in zip_longest(*(scale.sweep[family] for family in chosen))
             for model, rates in zip(chosen.values(), turn, strict=True)
             if rates
@@ -268,11 +320,13 @@ class Plan:
             chosen += [(m, seed) for m in models for seed in (seeds if several and m.lean else few)]
         return [self.run(name, model, seed, best[model.family]) for model, seed in chosen]
 
-    def run(self, part: str, model: Model, seed: int, rates: Rates) -> Run:
-        """A training run from scratch."""
+    def run(
+        self, part: str, model: Model, seed: int, rates: Rates, changed: Mapping[str, Any] = EMPTY
+    ) -> Run:
+        """A training run from scratch, with some of the scale's flags changed."""
         scale, vocab = self.scale, self.vocab_size
         ffn = ffn_width(model, scale, vocab)
-        flags = {**scale.flags, "ffn_hidden_size": ffn, "seed": seed, **model.flags}
+        flags = {**scale.flags, **changed, "ffn_hidden_size": ffn, "seed": seed, **model.flags}
         for name in ("train_iters", "save_interval", "eval_interval"):
             flags[name] *= model.longer
         for name in ("lr", "min_lr"):

@@ -49,6 +49,14 @@ def draw(results: Results, output: Path) -> list[str]:
         written.append("facts_by_rows.png")
         with _picture(output / written[-1], "rows of the value table", "facts known") as axes:
             _by_rows(axes, groups)
+    if all("losses" in run for runs in groups.values() for run in runs):
+        written.append("loss_by_tokens.png")
+        with _picture(output / written[-1], "tokens trained on", "training loss") as axes:
+            axes.xaxis.set_major_formatter(EngFormatter())
+            for name, (run, *_) in groups.items():
+                losses, last = run["losses"], tokens_at(results, run["iterations"])
+                places = [last * (place + 1) / len(losses) for place in range(len(losses))]
+                axes.plot(places, losses, label=name, color=_shade(groups, name))
     on_gpu, dense = results["scale"]["device"] == "gpu", groups.get("dense", [])
     if on_gpu or dense:
         # on a CPU in units of what dense took for all of it

@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from experiment.plan import Run, Scale
+from experiment.runs import merit
 from tables import Sheet
 
 Results = Mapping[str, Any]
@@ -18,7 +19,7 @@ Cells = Mapping[str, Callable[[Runs], str]]
 # what the runs of an experiment have in common, most often
 MADE_WITH = ("commit", "device", "torch", "megatron-core", "megamem")
 # of a record, what the tables have no need of; the key is a hash of the flags, which the plan makes
-HIDDEN = ("flags", "start", "loss", "python", *MADE_WITH[1:])
+HIDDEN = ("flags", "start", "loss", "python", "command", *MADE_WITH[1:])
 # below the main table
 NOTES = (
     "facts known = (accuracy on stated facts - accuracy on facts never stated) * facts.",
@@ -181,13 +182,19 @@ def curve_sheet(results: Results) -> Sheet:
 def sweep_sheet(results: Results) -> Sheet:
     """Every pair of learning rates that was tried."""
     rows = []
+    # of results that are older there are none
+    short = results["scale"].get("short")
+    asked = ("valid. loss",) if short else ("facts known", "in unseen words")
     for name, runs in runs_of(results, "sweep").items():
+        best = max(merit(run, bool(short)) for run in runs)
         for run in runs:
-            told, unseen = (CELLS[asked]([run]) for asked in ("facts known", "in unseen words"))
-            best = " (best)" if known([run])[0] == max(known(runs)) else ""
-            rows.append((name, *_rates(run), told + best, unseen))
-    columns = ("model", "lr", "table's", "facts known", "in unseen words")
+            first, *others = (CELLS[column]([run]) for column in asked)
+            chosen = " (best)" if merit(run, bool(short)) == best else ""
+            rows.append((name, *_rates(run), first + chosen, *others))
+    columns = ("model", "lr", "table's", *asked)
     note = "Every family takes the rates that know most facts, asked their questions."
+    if short:
+        note = f"Every family takes the rates of least loss after {short['train_iters']:,} steps."
     return Sheet("Sweep of learning rates, one seed", columns, rows, [note])
 
 

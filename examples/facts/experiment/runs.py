@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,19 +25,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import groupby
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from statistics import median
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
-import psutil
 from experiment.plan import Rates, Run, words
-from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import megamem
 
 ROOT = Path(__file__).parents[3]
 TRAIN, PROBE = ROOT / "examples" / "pretrain_gpt.py", ROOT / "examples" / "facts" / "probe.py"
+TRAIN_AND_PROBE = PROBE.with_name("train_and_probe.py")
 POLL_SECONDS = 0.25
 # a run that is asked to stop saves a checkpoint first
 SECONDS_TO_STOP = 180.0
@@ -63,7 +64,7 @@ class Runner:
     device: str
     jobs: int
     deadline: float
-    console: Console
+    console: Any
     stopping: Event = field(default_factory=Event)
 
     def folder(self, key: str) -> Path:
@@ -85,6 +86,8 @@ class Runner:
         done = len(finished)
         self.console.print(f"{title}: {done} of {len(runs)} runs are finished already")
         self.stopping.clear()
+        if not waiting or self._is_over():
+            return not waiting
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 # what starts from another run's checkpoint, which comes first, waits for it
@@ -134,9 +137,20 @@ class Runner:
                 # how memories are used is no part of the record, and takes time
                 "memory_metrics": "off",
             }
+        return self._launcher(PROBE if asked else TRAIN, run.flags, files)
+
+    def _launcher(self, script: Path, *flags: Mapping[str, Any]) -> list[str]:
         launcher = [sys.executable, "-m", "megamem.run"]
         launcher += ["--cpu=force"] if self.device == "cpu" else []
-        return [*launcher, str(PROBE if asked else TRAIN), *words(run.flags), *words(files)]
+        return [*launcher, str(script), *chain(*map(words, flags))]
+
+    def memory_of(self, process: int) -> int:
+        """Bytes that a process holds, where it does not tell itself; 0 once it has ended."""
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            return psutil.Process(process).memory_info().rss
+        return 0
 
     def _finish(self, run: Run) -> bool:
         """Train and ask a run, as far as it is not done, and write its record; False if stopped."""
@@ -171,7 +185,7 @@ class Runner:
         log = folder / (f"probe-{asked}.log" if asked else "train.log")
         threads = {"OMP_NUM_THREADS": "1"} if self.device == "cpu" else {}
         with log.open("ab") as file:
-            process = psutil.Popen(
+            process = subprocess.Popen(
                 self.command(run, asked),
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -182,16 +196,16 @@ class Runner:
                 start_new_session=True,
             )
         while process.poll() is None and not self._is_over():
-            with contextlib.suppress(psutil.Error):
-                peak = max(peak, process.memory_info().rss)
+            peak = max(peak, self.memory_of(process.pid))
             time.sleep(POLL_SECONDS)
         if process.poll() is None:
             self.console.print(f"stopping {run.name}, which saves first")
             process.terminate()
             try:
                 process.wait(SECONDS_TO_STOP)
-            except psutil.TimeoutExpired:
+            except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
             return False
         if process.returncode or not self._is_done(run, asked):
             end = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
@@ -211,8 +225,97 @@ class Runner:
         return saved.is_file() and saved.read_text().strip() == str(run.iterations)
 
 
+class OneProcessRunner(Runner):
+    """Executes runs that one process trains and asks, and keeps all of their records in one file.
+
+    That file is all that has to be kept: a fresh machine that is given it, and the corpus, goes on.
+    A run that was cut off is in it with what it told so far, and is begun again.
+    """
+
+    writing = Lock()
+
+    def kept(self) -> dict[str, dict[str, Any]]:
+        """Key -> record, of everything that was ever started with this folder."""
+        path = self.output / "records.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def records(self, runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
+        """Key -> record, of those that are finished."""
+        kept, keys = self.kept(), {run.key for run in runs}
+        return {key: r for key, r in kept.items() if key in keys and r["complete"]}
+
+    def command(self, run: Run, asked: str = "") -> list[str]:
+        """What trains a run and asks it."""
+        folder, corpus = self.folder(run.key), self.output / run.corpus
+        facts = json.loads((corpus / "facts.json").read_text())
+        files = {
+            "train_data_path": corpus / "facts_train",
+            "valid_data_path": corpus / "facts_valid",
+            # the corpus is in tokens already
+            "tokenizer_type": "NullTokenizer",
+            "vocab_size": facts["report"]["vocab_size"],
+            "null_tokenizer_eod_id": facts["end_token"],
+            "data_cache_path": folder / "cache",
+            "num_workers": 0,
+            "memory_metrics": "off",
+        }
+        own = {"facts": corpus / "facts.json", "told": folder / "told.json", "points": run.points}
+        # of a checkpoint, as there is none
+        flags = {name: value for name, value in run.flags.items() if name != "save_interval"}
+        return self._launcher(TRAIN_AND_PROBE, flags, files, own)
+
+    def memory_of(self, process: int) -> int:
+        """None of them is measured here: a run tells its own peak."""
+        return 0
+
+    def _finish(self, run: Run) -> bool:
+        folder, started = self.folder(run.key), time.monotonic()
+        # those of a run that was cut off
+        for name in ("told.json", "train.log"):
+            (folder / name).unlink(missing_ok=True)
+        self.console.print(f"at work on {run.name}")
+        try:
+            return self._launch(run, "")
+        finally:
+            if (folder / "told.json").is_file():
+                self._keep(run, time.monotonic() - started)
+            shutil.rmtree(folder / "cache", ignore_errors=True)
+
+    def _is_done(self, run: Run, asked: str) -> bool:
+        path = self.folder(run.key) / "told.json"
+        return path.is_file() and json.loads(path.read_text())["complete"]
+
+    def _keep(self, run: Run, wall_seconds: float) -> None:
+        """Add what a run told to the file of all records."""
+        folder = self.folder(run.key)
+        told = json.loads((folder / "told.json").read_text())
+        known = _known(self.output / run.corpus, told.pop("probes"))
+        seconds, device = told["seconds"], told.pop("device") or f"CPU, {platform.machine()}"
+        tokens = run.flags["global_batch_size"] * run.flags["seq_length"]
+        record = {
+            **described(run, folder, device),
+            **told,
+            "points": run.points[: len(seconds)],
+            # the first steps compile kernels
+            "tokens_per_second": round(tokens * _speed([0, *run.points], [0, *seconds]), 2),
+            "wall_seconds": round(wall_seconds, 1),
+            "command": shlex.join(self.command(run)),
+            "corpus": known,
+        }
+        if not record["complete"]:
+            steps = f"{run.points[len(seconds) - 1]:,} of {run.iterations:,} steps"
+            facts = f"{known['facts'][-1]:,.0f} facts known"
+            self.console.print(f"{run.name} was cut off; kept is what it told at {steps}: {facts}")
+        with self.writing:
+            part = self.output / "records.json.part"
+            part.write_text(json.dumps({**self.kept(), run.key: record}) + "\n")
+            os.replace(part, self.output / "records.json")
+
+
 def _end_leftover(folder: Path) -> None:
     """End what an experiment that was killed left at work on a run: two would share a folder."""
+    import psutil
+
     for process in psutil.process_iter(["cmdline"]):
         said = process.info["cmdline"] or ()
         if "megamem.run" in said and str(folder / "checkpoints") in said:
@@ -222,6 +325,8 @@ def _end_leftover(folder: Path) -> None:
 
 def read_events(folder: Path) -> dict[str, dict[int, float]]:
     """What a training wrote for TensorBoard: tag -> iteration -> the value written last."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: {e.step: e.value for e in reader.Scalars(tag)} for tag in reader.Tags()["scalars"]}
 
@@ -241,9 +346,22 @@ def make_record(run: Run, folder: Path, output: Path, device: str) -> dict[str, 
         peak = int(max(events["mem-max-allocated-bytes"].values()))
     elif measured.is_file():
         peak = int(measured.read_text())
-    # with a plus where the checkout was changed
-    describe = ("git", "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+")
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {
+        **described(run, folder, device_name),
+        "parameters": int(parameters),
+        "tokens_per_second": round(tokens / median(times.values()), 2),
+        "peak_bytes": peak,
+        "loss": losses[max(losses)],
+        "validation_loss": round(events["lm loss validation"][run.iterations], 7),
+        "points": run.points,
+        "seconds": [seconds_at(point, times) for point in run.points],
+        **{corpus: _asked(output / corpus, folder) for corpus in probed_corpora(run)},
+    }
+
+
+def described(run: Run, folder: Path, device: str) -> dict[str, Any]:
+    """What a record says of the run beside its measurements: its settings, and what made it."""
+    flags = run.flags
     return {
         "family": run.model.family,
         "seed": run.seed,
@@ -254,22 +372,27 @@ def make_record(run: Run, folder: Path, output: Path, device: str) -> dict[str, 
         "layers": flags["num_layers"],
         "iterations": run.iterations,
         "rows": run.model.rows,
-        "parameters": int(parameters),
         "table_parameters": run.table,
         "flops_per_token": run.flops,
-        "tokens_per_second": round(tokens / median(times.values()), 2),
-        "peak_bytes": peak,
-        "loss": losses[max(losses)],
-        "validation_loss": round(events["lm loss validation"][run.iterations], 7),
         "data_order": data_order(folder / "cache"),
-        "commit": commit,
-        "device": device_name,
+        "commit": commit(),
+        "device": device,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("megamem", "torch", "megatron-core")},
-        "points": run.points,
-        "seconds": [seconds_at(point, times) for point in run.points],
-        **{corpus: _asked(output / corpus, folder) for corpus in probed_corpora(run)},
+        "megamem": megamem.__version__,
+        **{name: version(name) for name in ("torch", "megatron-core")},
     }
+
+
+def commit() -> str:
+    """The checkout's, with a plus where it was changed; MEGAMEM_COMMIT is for want of git."""
+    if named := os.environ.get("MEGAMEM_COMMIT"):
+        return named
+    describe = ("git", "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+")
+    try:
+        found = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        found = ""
+    return found or "unknown"
 
 
 def probed_corpora(run: Run) -> list[str]:
@@ -284,7 +407,19 @@ def seconds_at(iteration: int, times: Mapping[int, float]) -> float:
     return round(sum(times[step] * (step - before) for before, step in intervals), 4)
 
 
+def _speed(points: Sequence[int], seconds: Sequence[float]) -> float:
+    """Median iterations a second, of the intervals between points; there may be more points."""
+    intervals = pairwise(zip(points, seconds, strict=False))
+    return median((point - p) / (second - s) for (p, s), (point, second) in intervals)
+
+
 def _asked(corpus: Path, folder: Path) -> dict[str, Any]:
+    """What probe.py found that a run knows of a corpus."""
+    told = json.loads((folder / f"probe-{corpus.name}.json").read_text())
+    return _known(corpus, told["probes"])
+
+
+def _known(corpus: Path, probes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a run knows of a corpus at every point, and more of the last."""
     told = json.loads((corpus / "facts.json").read_text())
     number, bits = sum(fact["held_in"] for fact in told["facts"]), None
@@ -292,12 +427,13 @@ def _asked(corpus: Path, folder: Path) -> dict[str, Any]:
     if report := told.get("report"):
         number = told["settings"]["facts"]
         bits = {row["relation"]: row["bits"] for row in report["relations"]}
-    probes = json.loads((folder / f"probe-{corpus.name}.json").read_text())["probes"]
     found: dict[str, list[dict[str, Any]]] = {"question": [], "unseen": []}
     for probe in probes:
         found[probe["phrasing"]].append(known(probe, number, bits))
     facts = [point["facts"] for point in found["question"]]
-    return {**found["question"][-1], "facts": facts, "unseen": found["unseen"][-1]["facts"]}
+    # asked at the end alone
+    unseen = found["unseen"][-1]["facts"] if found["unseen"] else None
+    return {**found["question"][-1], "facts": facts, "unseen": unseen}
 
 
 def known(
@@ -330,8 +466,15 @@ def data_order(cache: Path) -> str:
     return hashlib.sha256("".join(contents).encode()).hexdigest()[:16] if contents else ""
 
 
-def best_rates(sweep: Sequence[Run], records: Mapping[str, Mapping[str, Any]]) -> dict[str, Rates]:
-    """Family -> the pair of factors whose run knows most facts, asked their questions."""
-    best = sorted(sweep, key=lambda r: records[r.key]["corpus"]["facts"][-1], reverse=True)
+def merit(record: Mapping[str, Any], by_loss: bool) -> float:
+    """By what rates are chosen: facts known in the end, asked their questions, or less loss."""
+    return -record["validation_loss"] if by_loss else record["corpus"]["facts"][-1]
+
+
+def best_rates(
+    sweep: Sequence[Run], records: Mapping[str, Mapping[str, Any]], by_loss: bool = False
+) -> dict[str, Rates]:
+    """Family -> the best pair of factors, by the facts that its run knows, or by loss."""
+    best = sorted(sweep, key=lambda run: merit(records[run.key], by_loss), reverse=True)
     # the last of a family to be put in stays: the best one, of equals the first
     return {run.model.family: run.rates for run in reversed(best)}
