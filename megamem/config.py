@@ -55,7 +55,9 @@ class MemoryConfig:
     """V, the width of a row of the value table, a multiple of 8. Default: the hidden size."""
 
     memory_pool: Literal["shared", "layer"] = "shared"
-    """shared: all memory layers read one value table. layer: each memory layer has its own."""
+    """shared: all memory layers read one value table. Every pipeline stage that has memory layers
+    holds this table, sharded over the ranks of the stage, and the gradients of these copies are
+    summed once a step. layer: each memory layer has its own."""
 
     memory_qk_norm: bool = False
     """Apply RMSNorm with learnable gains to queries and sub-keys before they are compared."""

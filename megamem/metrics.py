@@ -166,6 +166,7 @@ class TableMetrics:
         shard: TableShard,
         gradient_squares: Tensor | float = 0.0,
         trained: Tensor | None = None,
+        readers: int = 1,
     ) -> None:
         """Write the numbers that the host knows and the norms of the table, before a report.
 
@@ -176,7 +177,10 @@ class TableMetrics:
                 that hold it.
             trained: [3], the numbers of TRAINED in sparse finetuning; 0 on all but one of the ranks
                 that hold the same rows.
+            readers: number of layers on this rank that read the table.
         """
+        # pipeline stages with more layers get more lookups, which is no matter of the sharding
+        self.received /= max(1, readers)
         num_rows, width = shard.global_shape
         stride = -(-num_rows // NORM_ROWS)
         rows = weight[-shard.offset[0] % stride :: stride]

@@ -59,6 +59,8 @@ class MemoryPool:
 
     tables: nn.ModuleDict
     """Name within the pool -> ValueTable; the values come first."""
+    registered = False
+    """Whether the tables are a submodule of a model."""
 
     def __init__(
         self,

@@ -8,8 +8,12 @@ memory groups of W consecutive ranks. Each group holds one complete table, as `r
     0: ranks 0 1 | 2 3             columns   4 5   the same rows, other columns
     1: ranks 4 5 | 6 7             rows      5 7   the same columns, other rows
                                    replicas  1 5   the same shard, in another memory group
+
+Where layers of several stages share a table, each of these stages holds it, and the memory groups
+of all of them are replicas of one table.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -85,25 +89,31 @@ class Partition:
     replicas: list[list[int]]
 
 
-def partition(stages: list[list[int]], world_size: int, column_ranks: int) -> Partition:
+def partition(
+    stages: list[list[int]], world_size: int, column_ranks: int, joined: Sequence[int] = ()
+) -> Partition:
     """Divide the ranks of each pipeline stage into memory groups.
 
     Args:
         stages: the ranks of each pipeline stage; ranks with the fastest links are consecutive.
         world_size: W, which divides the number of ranks of a stage.
         column_ranks: ranks over which the columns of a row are sharded, which divides W.
+        joined: the stages whose memory groups hold one and the same table.
     """
     found = Partition([], [], [], [])
-    for ranks in stages:
+    holders: dict[int, list[list[int]]] = {}
+    for stage, ranks in enumerate(stages):
         assert len(ranks) % world_size == 0 and world_size % column_ranks == 0
         groups = [ranks[at : at + world_size] for at in range(0, len(ranks), world_size)]
         found.members.extend(groups)
-        found.replicas.extend(list(same) for same in zip(*groups, strict=True))
+        holders.setdefault(min(joined) if stage in joined else stage, []).extend(groups)
         for group in groups:
             found.columns.extend(
                 group[at : at + column_ranks] for at in range(0, world_size, column_ranks)
             )
             found.rows.extend(group[at::column_ranks] for at in range(column_ranks))
+    for groups in holders.values():
+        found.replicas.extend(list(same) for same in zip(*groups, strict=True))
     return found
 
 

@@ -1,7 +1,7 @@
 """Sums rows of gradients over ranks that hold the same rows, block by block.
 
-It is the one way in which megamem sums what several ranks hold of a table: today the replicas of a
-shard in other memory groups. It follows three rules:
+It is the one way in which megamem sums what several ranks hold of a table: the replicas of a shard
+in other memory groups, of the same pipeline stage and of others. It follows three rules:
 
 - It runs once per batch, in the optimizer's step. By then every pipeline stage has sent and
   received all activations and gradients, so none of these collectives stands between two of those,

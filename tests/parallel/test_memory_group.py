@@ -16,6 +16,14 @@ def test_the_groups_of_the_picture() -> None:
     assert groups.replicas == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
+def test_stages_that_share_a_table_hold_replicas_of_it() -> None:
+    stages = [[0, 1], [2, 3], [4, 5]]
+    groups = partition(stages, 2, 1, joined=[0, 2])
+    assert groups.members == stages
+    assert groups.replicas == [[0, 4], [1, 5], [2], [3]]
+    assert partition(stages, 1, 1, joined=[0, 2]).replicas == [[0, 1, 4, 5], [2, 3]]
+
+
 @pytest.mark.parametrize("stages", [[[0, 1, 2, 3, 4, 5]], [[0, 2, 4, 6], [1, 3, 5, 7]]])
 @pytest.mark.parametrize("size", [1, 2])
 def test_every_rank_is_in_one_group_of_each_kind(stages: list[list[int]], size: int) -> None:

@@ -11,18 +11,21 @@ from megamem.parallel.memory_group import MemoryGroup, form, partition
 from megamem.spec import MemorySpec
 
 
-def memory_group(spec: MemorySpec, groups: ProcessGroupCollection) -> MemoryGroup:
+def memory_group(spec: MemorySpec, groups: ProcessGroupCollection, holds: bool) -> MemoryGroup:
     """The memory group of this rank. All ranks must make the first call, as it is collective.
 
     Args:
         spec: the spec of the run.
         groups: the process groups of the model.
+        holds: whether there are memory layers on the pipeline stage of this rank, virtual stages
+            included. All stages that have some hold the table of a shared pool.
     """
     return _formed(
         dist.group.WORLD,
         (spec.layout.group_size, spec.layout.column_ranks),
         (groups.pp.rank(), groups.dp_cp.rank(), groups.tp.rank()),
         spec.timeout,
+        holds and spec.pool == "shared",
     )
 
 
@@ -32,16 +35,21 @@ def _formed(
     shape: tuple[int, int],
     coordinates: tuple[int, int, int],
     timeout: timedelta,
+    shares: bool,
 ) -> MemoryGroup:
     """Form the groups once per process, because communicators are expensive."""
-    coordinates_of: list[tuple[int, int, int]] = [coordinates] * dist.get_world_size(world)
-    dist.all_gather_object(coordinates_of, coordinates, group=world)
-    ranks = sorted(range(len(coordinates_of)), key=lambda rank: coordinates_of[rank])
+    found = [(coordinates, shares)] * dist.get_world_size(world)
+    dist.all_gather_object(found, (coordinates, shares), group=world)
+    ranks = sorted(range(len(found)), key=lambda rank: found[rank])
     stages: dict[int, list[int]] = {}
+    sharing: dict[int, bool] = {}
     for rank in ranks:
-        stages.setdefault(coordinates_of[rank][0], []).append(rank)
+        (stage, _, _), shares = found[rank]
+        stages.setdefault(stage, []).append(rank)
+        sharing[stage] = shares
+    joined = [index for index, stage in enumerate(stages) if sharing[stage]]
     return form(
-        partition(list(stages.values()), *shape),
-        token_ranks=[tensor_rank for _, _, tensor_rank in coordinates_of],
+        partition(list(stages.values()), *shape, joined),
+        token_ranks=[tensor_rank for (_, _, tensor_rank), _ in found],
         timeout=timeout,
     )

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megamem.hybrid_pattern import stage_layers
 from megamem.layers.memory_pool import MemoryPool
 from megamem.megatron.model.carried_spec import carry_spec
-from megamem.megatron.model.layer_specs import stage_pools, with_memory
+from megamem.megatron.model.layer_specs import stage_pools, virtual_stages, with_memory
 from megamem.spec import MemorySpec
 
 
@@ -71,15 +71,19 @@ def memory_stack_spec(
         vp_stage: the virtual stage of this chunk, if there are several.
     """
     carry_spec(config, spec)
-    layers = stage_layers(
-        pattern,
-        pg_collection.pp.size(),
-        pg_collection.pp.rank(),
-        vp_stage,
-        first=config.num_layers_in_first_pipeline_stage,
-        last=config.num_layers_in_last_pipeline_stage,
-    )
-    pools = stage_pools(config, spec, layers, pg_collection)
+    of_stage = [
+        stage_layers(
+            pattern,
+            pg_collection.pp.size(),
+            pg_collection.pp.rank(),
+            stage,
+            first=config.num_layers_in_first_pipeline_stage,
+            last=config.num_layers_in_last_pipeline_stage,
+        )
+        for stage in virtual_stages(config)
+    ]
+    layers = of_stage[vp_stage or 0]
+    pools = stage_pools(config, spec, layers, of_stage, pg_collection, vp_stage)
     changed = copy.copy(stack_spec)
     changed.submodules = copy.copy(stack_spec.submodules)
     # a memory replaces the MLP of a dense layer, whichever kind of feed-forward was in its place

@@ -2,6 +2,7 @@
 
 import copy
 from typing import Any
+from weakref import WeakValueDictionary
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.identity_op import IdentityOp
@@ -40,9 +41,11 @@ def memory_layer_spec(
     carry_spec(config, spec)
     pp_rank = pg_collection.pp.rank()
     block = compat.block_submodules(config, layer_spec, vp_stage, pp_rank)
+    virtual = virtual_stages(config)
     layers = compat.stage_layers(config, vp_stage, pp_rank)
     assert len(layers) == len(block.layer_specs), (layers, len(block.layer_specs))
-    pools = stage_pools(config, spec, layers, pg_collection)
+    of_stage = [compat.stage_layers(config, stage, pp_rank) for stage in virtual]
+    pools = stage_pools(config, spec, layers, of_stage, pg_collection, vp_stage)
     layer_specs = [
         with_memory(own, layer, spec, pools) if layer in spec.layers else own
         for layer, own in zip(layers, block.layer_specs, strict=True)
@@ -56,19 +59,48 @@ def has_memories(layer_spec: ModuleSpec | TransformerBlockSubmodules) -> bool:
     return any(getattr(one.submodules.mlp, "module", None) is MemoryMLP for one in own)
 
 
+def virtual_stages(config: TransformerConfig) -> list[int | None]:
+    """The virtual stages of a rank, or None for the only one."""
+    count = config.virtual_pipeline_model_parallel_size
+    return list(range(count)) if count else [None]
+
+
+_latest: WeakValueDictionary[tuple[int, str], MemoryPool] = WeakValueDictionary()
+"""(identity of a spec, name) -> the pool of the model that was built last with this spec."""
+
+
 def stage_pools(
     config: TransformerConfig,
     spec: MemorySpec,
     layers: list[int],
+    of_stage: list[list[int]],
     pg_collection: ProcessGroupCollection,
+    vp_stage: int | None = None,
 ) -> dict[str, MemoryPool]:
-    """The pools that the memory layers among these layers of a stage read, by name; may be empty.
+    """The pools that the memory layers among these layers of a chunk read, by name; may be empty.
 
-    All ranks must call it, because it makes process groups.
+    All ranks must call it, because it makes process groups. The chunks of a model on one rank share
+    the pools that they have in common: a chunk takes those of the chunks before it, and the first
+    chunk of every model makes its own.
+
+    Args:
+        config: Megatron's config of the model.
+        spec: the memory layers.
+        layers: the layers of the chunk.
+        of_stage: the layers of each chunk of this rank.
+        pg_collection: the process groups of the model.
+        vp_stage: the virtual stage of the chunk, if there are several.
     """
-    group = memory_group(spec, pg_collection)
-    names = {pool_of(layer, spec) for layer in layers if layer in spec.layers}
-    return {name: build_pool(config, spec, name, group) for name in sorted(names)}
+    holds = any(layer in spec.layers for chunk in of_stage for layer in chunk)
+    group = memory_group(spec, pg_collection, holds)
+    if not vp_stage:
+        for key in [key for key in _latest if key[0] == id(spec)]:
+            del _latest[key]
+    pools = {}
+    for name in sorted({pool_of(layer, spec) for layer in layers if layer in spec.layers}):
+        pools[name] = _latest.get((id(spec), name)) or build_pool(config, spec, name, group)
+        _latest[id(spec), name] = pools[name]
+    return pools
 
 
 def with_memory(

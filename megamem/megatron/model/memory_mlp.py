@@ -119,9 +119,13 @@ def register_tables(model: nn.Module, pools: dict[str, MemoryPool]) -> None:
     Args:
         model: the chunk, a GPTModel or HybridModel.
         pools: the pools that memory_layer_spec() or memory_stack_spec() returned; may be empty.
+            Those that another chunk of the model has registered are left out.
     """
-    if pools:
-        model.add_module(TABLES, ValueTables(model.config, pools))
+    own = {name: pool for name, pool in pools.items() if not pool.registered}
+    if own:
+        model.add_module(TABLES, ValueTables(model.config, own))
+    for pool in own.values():
+        pool.registered = True
 
 
 def counters(table: ValueTable) -> dict[str, Any]:

@@ -126,6 +126,7 @@ class TrainingMetrics:
                 table.shard,
                 member.squares.get(name, 0.0),
                 member.optimizer.chosen.pop(name, None),
+                table.readers,
             )
         report = self.metrics.report(
             self.iterations, member.scale, wanted=dist.get_rank() == dist.get_world_size() - 1

@@ -3,10 +3,8 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from megamem.config import ConfigurationError
-from megamem.hybrid_pattern import stage_layers
 from megamem.megatron import compat
 from megamem.megatron.startup.data_checks import data_problems
 from megamem.megatron.startup.group_checks import group_problems
@@ -207,52 +205,6 @@ def depth_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
     ]
 
 
-def pool_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
-    """A sentence if the layers that share a table are on different pipeline stages."""
-    stages = args.pipeline_model_parallel_size
-    # the layers of a model that cannot be built are on no stage
-    cannot_be_built = refusal_problems(spec, args) or depth_problems(spec, args)
-    if spec.pool != "shared" or stages == 1 or cannot_be_built:
-        return []
-    config = compat.CONFIG_MODULE.core_transformer_config_from_args(args)
-    stage_of: dict[int, tuple[int, int | None]] = {}
-    for pp_rank in range(stages):
-        for vp_stage in range(args.virtual_pipeline_model_parallel_size or 1):
-            virtual = vp_stage if args.virtual_pipeline_model_parallel_size else None
-            for layer in _layers_of(args, config, virtual, pp_rank):
-                stage_of[layer] = (pp_rank, virtual)
-    used = {layer: stage_of[layer] for layer in spec.layers}
-    if len(set(used.values())) == 1:
-        return []
-
-    def name(stage: tuple[int, int | None]) -> str:
-        pp_rank, virtual = stage
-        return f"stage {pp_rank}" + (f", virtual stage {virtual}" if virtual is not None else "")
-
-    where = "; ".join(f"layer {layer} on {name(stage)}" for layer, stage in used.items())
-    return [
-        f"--memory-pool shared needs all --memory-layers on one pipeline stage, but "
-        f"--pipeline-model-parallel-size {stages} puts {where}; choose layers of one stage, or "
-        "give each layer its own table with --memory-pool layer."
-    ]
-
-
-def _layers_of(
-    args: argparse.Namespace, config: Any, vp_stage: int | None, pp_rank: int
-) -> list[int]:
-    pattern = getattr(args, "hybrid_layer_pattern", None)
-    if pattern is None:
-        return compat.stage_layers(config, vp_stage, pp_rank)
-    return stage_layers(
-        pattern,
-        args.pipeline_model_parallel_size,
-        pp_rank,
-        vp_stage,
-        first=args.decoder_first_pipeline_num_layers,
-        last=args.decoder_last_pipeline_num_layers,
-    )
-
-
 def pattern_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
     """A sentence if --memory-layers names layers of a hybrid model that are no feed-forwards."""
     kinds = compat.feed_forwards(args)
@@ -327,7 +279,6 @@ CHECKS: tuple[Callable[[MemorySpec, argparse.Namespace], list[str]], ...] = (
     data_problems,
     refusal_problems,
     depth_problems,
-    pool_problems,
     group_problems,
     pattern_problems,
     ffn_problems,
