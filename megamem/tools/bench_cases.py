@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megamem import ops
+from megamem.ops.forms import FORMS
 from megamem.ops.row_buffer import RowBuffer
 from megamem.reference.embedding_bag import embedding_bag as bag_reference
 from megamem.reference.product_topk import product_topk as topk_reference
@@ -323,9 +324,12 @@ def topk_cases(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Iterator[Case]:
-    """product_topk for each number of sub-keys."""
+    """product_topk for each number of sub-keys: its forms, those of its backward, and both."""
+    forward, backward = ([*FORMS[op]] for op in ("product_topk", "product_topk_backward"))
+    forward.remove("torch")
+    kinds = [f"forward, {form}" for form in forward] + [f"backward, {form}" for form in backward]
     for num_keys in sizes:
-        for kind in ("forward", "forward + backward"):
+        for kind in (*kinds, "forward + backward"):
             shape = {"T": tokens, "H": heads, "N": num_keys, "C": key_dim, "K": min(topk, num_keys)}
             # torch's scores of both halves, and the memory of its sort
             memory = 2 * tokens * heads * num_keys * 40
@@ -350,20 +354,24 @@ def _topk(kind: str, shape: dict[str, int], dtype: torch.dtype, device: torch.de
     sub_keys = torch.randn(2, heads, num_keys, key_dim, device=device).to(dtype)
     grad = torch.randn(tokens, heads, topk, device=device)
     moved = (query.numel() + sub_keys.numel()) * dtype.itemsize + grad.numel() * 12
+    direction, _, form = kind.partition(", ")
+    ours = partial(ops.product_topk, form=form if direction == "forward" else None)
 
     def check() -> float:
-        ours, _ = ops.product_topk(query[:CHECKED_BAGS], sub_keys, topk)
+        scores, _ = ours(query[:CHECKED_BAGS], sub_keys, topk)
         few = (query[:CHECKED_BAGS].double().cpu(), sub_keys.double().cpu())
-        return relative_error(ours.cpu(), topk_reference(*few, topk)[0])
+        return relative_error(scores.cpu(), topk_reference(*few, topk)[0])
 
-    if kind == "forward":
+    if direction == "forward":
         return Work(
-            lambda: ops.product_topk(query, sub_keys, topk),
+            lambda: ours(query, sub_keys, topk),
             moved,
             check,
             (Rival("torch topk", lambda: lambda: _torch_topk(query, sub_keys, topk)),),
         )
     inputs = (query.requires_grad_(), sub_keys.requires_grad_())
+    if direction == "backward":
+        return _topk_backward(form, inputs, grad, moved)
 
     def both(op: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]) -> None:
         scores, _ = op(*inputs, topk)
@@ -374,8 +382,48 @@ def _topk(kind: str, shape: dict[str, int], dtype: torch.dtype, device: torch.de
             return check()
 
     return Work(
-        lambda: both(ops.product_topk),
+        lambda: both(ours),
         3 * moved,
         check_detached,
         (Rival("torch topk", lambda: lambda: both(_torch_topk)),),
     )
+
+
+def _topk_backward(form: str, inputs: tuple[Tensor, Tensor], grad: Tensor, moved: int) -> Work:
+    """The backward alone; it reads what the forward does, and writes two gradients."""
+    topk = grad.shape[-1]
+
+    ours = partial(ops.product_topk, backward_form=form)
+
+    def check() -> float:
+        query, sub_keys = inputs[0].detach()[:CHECKED_BAGS], inputs[1].detach()
+        leaves = query.clone().requires_grad_(), sub_keys.clone().requires_grad_()
+        scores, rows = ours(leaves[0], leaves[1], topk)
+        found = torch.autograd.grad(scores, leaves, grad[:CHECKED_BAGS].to(scores))
+        # of the scores of the rows that were found, as the order of close scores may differ
+        leaves = query.double().cpu().requires_grad_(), sub_keys.double().cpu().requires_grad_()
+        scores = _scores_of(leaves[0], leaves[1], rows.cpu())
+        truth = torch.autograd.grad(scores, leaves, grad[:CHECKED_BAGS].cpu().to(scores))
+        return max(relative_error(a.cpu(), b) for a, b in zip(found, truth, strict=True))
+
+    scores, _ = ours(*inputs, topk)
+
+    def torchs() -> Callable[[], object]:
+        scores, _ = _torch_topk(*inputs, topk)
+        return lambda: torch.autograd.grad(scores, inputs, grad.to(scores), retain_graph=True)
+
+    return Work(
+        lambda: torch.autograd.grad(scores, inputs, grad.to(scores), retain_graph=True),
+        2 * moved,
+        check,
+        (Rival("torch topk", torchs),),
+    )
+
+
+def _scores_of(query: Tensor, sub_keys: Tensor, rows: Tensor) -> Tensor:
+    """Scores of some rows of each token and head."""
+    num_keys = sub_keys.shape[2]
+    heads = torch.arange(query.shape[1]).unsqueeze(-1)
+    halves = zip(query.chunk(2, dim=-1), sub_keys, (rows // num_keys, rows % num_keys), strict=True)
+    parts = [torch.einsum("thc,thkc->thk", half, keys[heads, ids]) for half, keys, ids in halves]
+    return parts[0] + parts[1]

@@ -6,6 +6,7 @@ have width 2048 and are bf16, and row ids are uniform.
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,11 +90,15 @@ def read_stages(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Itera
 
     query = torch.randn(sizes.tokens, sizes.heads, 2 * sizes.key_dim, device=device).to(dtype)
     sub_keys = torch.randn(2, sizes.heads, sizes.num_keys, sizes.key_dim, device=device).to(dtype)
-    yield "top-k forward", lambda: ops.product_topk(query, sub_keys, sizes.topk)
+    for form in (None, *FORMS["product_topk"]):
+        run = partial(ops.product_topk, query, sub_keys, sizes.topk, form=form)
+        yield "top-k forward" + (f", {form}" if form else ""), run
     inputs = (query.clone().requires_grad_(), sub_keys.clone().requires_grad_())
-    scores, _ = ops.product_topk(*inputs, sizes.topk)
-    grad = torch.randn_like(scores)
-    yield "top-k backward", lambda: torch.autograd.grad(scores, inputs, grad, retain_graph=True)
+    for form in (None, *FORMS["product_topk_backward"]):
+        scores, _ = ops.product_topk(*inputs, sizes.topk, backward_form=form)
+        grad = torch.randn_like(scores)
+        run = partial(torch.autograd.grad, scores, inputs, grad, retain_graph=True)
+        yield "top-k backward" + (f", {form}" if form else ""), run
 
 
 def table_stages(
