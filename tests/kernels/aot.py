@@ -60,16 +60,12 @@ MAY_SPILL = {
         8,
         "ptxas gives the kernel 32 registers and needs one more; it runs once for rows that "
         "several chunks share",
-    )
-    ** {
-        ("3.9", "_pairs_kernel", "fused top-k bf16 N=16384 C=128 K=64", arch): (8, _FEW)
-        for arch in (100, 120)
-    },
+    ),
+    ("3.9", "_pairs_kernel", "fused top-k bf16 N=16384 C=128 K=64", 100): (8, _FEW),
+    ("3.9", "_pairs_kernel", "fused top-k bf16 N=16384 C=128 K=64", 120): (8, _FEW),
     ("3.6", "_pairs_kernel", "fused top-k bf16 N=16384 C=128 K=64", 80): (8, _FEW),
-    **{
-        ("3.6", "_exact_kernel", "fused top-k fp32 N=4096 C=512 K=32", arch): (8, _FEW)
-        for arch in (90, 120)
-    },
+    ("3.6", "_exact_kernel", "fused top-k fp32 N=4096 C=512 K=32", 90): (8, _FEW),
+    ("3.6", "_exact_kernel", "fused top-k fp32 N=4096 C=512 K=32", 120): (8, _FEW),
     ("3.6", "_candidates_kernel", "fused top-k fp32 N=4096 C=512 K=32", 120): (16, _FEW),
 }
 _APPROXIMATE = re.compile(r"\b(?:[a-z0-9]+\.approx|div\.full)[.\w]*")
