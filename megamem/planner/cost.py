@@ -97,9 +97,8 @@ class LayoutCost:
 
 def layout_cost(job: Job, layout: Layout) -> LayoutCost:
     """What one layout costs: bytes on the rank that holds most, bytes sent and time per step."""
-    cluster, size = job.cluster, layout.group_size
     share, sent = rank_share(job, layout), layout_traffic(job, layout)
-    replicas = cluster.stage_ranks // size
+    replicas = job.replicas(layout)
     tokens = job.microbatch_tokens * share.calls
     # gradients, and for each row whether it has one; every replica then makes the same update
     summed = share.touched_by_step if job.spec.reduce_rows == "touched" else share.rows
@@ -167,7 +166,8 @@ def _step_seconds(
     job: Job, layout: Layout, share: Share, sent: Traffic, replica_bytes: float, gpu: str
 ) -> StepSeconds:
     hardware, cluster = HARDWARE[gpu], job.cluster
-    within_node = cluster.stage_ranks <= cluster.gpus_per_node
+    holders = cluster.stage_ranks * job.table_stages
+    within_node = holders <= cluster.gpus_per_node
     tokens = share.calls * job.microbatch_tokens
     return StepSeconds(
         dense=step_flops(job) / hardware.flops,

@@ -132,6 +132,16 @@ class Job:
         ]
 
 
+    @property
+    def table_stages(self) -> int:
+        """Number of pipeline stages that hold one and the same table."""
+        return sum(map(bool, self.stage_memories)) if self.spec.pool == "shared" else 1
+
+    def replicas(self, layout: Layout) -> int:
+        """Number of ranks that hold the same shard of a table, on all stages."""
+        return self.cluster.stage_ranks // layout.group_size * max(1, self.table_stages)
+
+
 def group_sizes(cluster: Cluster) -> list[int]:
     """The possible sizes of a memory group: the divisors of the ranks of a stage, ascending."""
     return divisors(cluster.stage_ranks)

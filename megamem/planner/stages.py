@@ -166,7 +166,9 @@ def rank_share(job: Job, layout: Layout) -> Share:
     layers, own_tables = max(job.stage_memories), spec.pool == "layer"
     rows = -(-spec.num_rows // layout.row_ranks)
     picks = spec.lookups_per_token * job.microbatch_tokens * layout.column_ranks
-    readers = (1 if own_tables else layers) * (job.cluster.stage_ranks // layout.group_size)
+    # layers of all stages read a shared table
+    readers = 1 if own_tables else len(spec.layers)
+    readers *= job.cluster.stage_ranks // layout.group_size
     return Share(
         tables=len(variant_of(spec).tables) * (layers if own_tables else 1),
         rows=rows,

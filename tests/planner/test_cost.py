@@ -20,7 +20,7 @@ from megamem.planner.buffers import (
     scored_bytes,
     sorted_bytes,
 )
-from megamem.planner.cost import rank_bytes
+from megamem.planner.cost import layout_cost, rank_bytes
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.plan import gpus_for_bytes
 from megamem.planner.stages import backward_bytes, rank_share
@@ -157,6 +157,21 @@ def test_rows_touched_on_a_rank(layout: Layout) -> None:
     assert share.touched == pytest.approx(expected_unique(rows, picks))
     # three layers read, in two memory groups
     assert share.touched_by_step == pytest.approx(expected_unique(rows, 3 * 2 * picks))
+
+
+def test_stages_that_share_a_table_are_replicas_of_it() -> None:
+    """Each copy is spread over its own stage, and all copies sum their gradients."""
+    stages = {"cluster": {"pipeline_model_parallel_size": 2}}
+    both = job_of(world=8, memory_layers=[3, 20], **stages)
+    one = job_of(world=8, memory_layers=[3, 4], **stages)
+    own = job_of(world=8, memory_layers=[3, 20], memory_pool="layer", **stages)
+    wide = Layout("row", 4)
+    costs = [layout_cost(job, wide) for job in (both, one, own)]
+    assert [cost.replicas for cost in costs] == [2, 1, 1]
+    assert [cost.replicas_per_step > 0 for cost in costs] == [True, False, False]
+    # no rank holds more than with all layers on one stage
+    assert costs[0].bytes.table == costs[1].bytes.table
+    assert rank_share(both, wide).touched_by_step == rank_share(one, wide).touched_by_step
 
 
 def test_buffers_of_one_layer() -> None:
