@@ -9,7 +9,7 @@ GPU.
 
 Choices do not change what an op computes. They can change the order of its sums, as far as its
 reference leaves that open, and which of two sub-keys is chosen if their scores differ by rounding
-alone. Every number is a power of two.
+alone. Every number but one is a power of two.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,12 +23,27 @@ import torch
 
 @dataclass(frozen=True)
 class ProductTopk:
-    """The form two_looks of product_topk."""
+    """product_topk: the form two_looks, and with names of their own the form fused."""
 
     tile: int = 512
     """Scores of one half that a program loads at once in the second pass."""
     score_bytes: int = 2**26
     """Bytes of the scores of the tokens that are scored at once."""
+    fused_tile: int = 2**13
+    """Scores that a program of the form fused holds in registers."""
+    fused_block_t: int = 128
+    """The most tokens of a program."""
+    fused_block_c: int = 64
+    """Columns of queries and sub-keys that are multiplied at once."""
+    fused_warps: int = 8
+    fused_stages: int = 3
+    """Blocks of columns that are loaded ahead; of all numbers this one is no power of two."""
+    fused_exact_tile: int = 2**12
+    """Scores of a program that computes reads with many equal scores again."""
+    fused_full_look: int = 2048
+    """Up to so many sub-keys the first look is at all of them."""
+    fused_bytes: int = 2**26
+    """Bytes of the candidates of the tokens that are processed at once."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +164,16 @@ OPS = tuple(each.name for each in fields(Choices) if each.name != "forms")
 """The ops whose kernels have numbers to choose."""
 
 GENERAL = Choices()
+# tensor cores that read their operands from shared memory, and do not keep them in registers, leave
+# room for larger tiles; no GPU has timed them yet
+_LARGE_TILES = ProductTopk(fused_tile=2**14)
 DEFAULTS: dict[tuple[int, int], Choices] = {
-    # tests/bench/results/h100-a4677c2-stages.json has the measurements of what differs from GENERAL
-    (9, 0): Choices(row_adam=RowAdam(row_moment_tile=2048, row_moment_block_v=2048)),
+    # tests/bench/results/h100-a4677c2-stages.json has the measurements of the step
+    (9, 0): Choices(
+        product_topk=_LARGE_TILES,
+        row_adam=RowAdam(row_moment_tile=2048, row_moment_block_v=2048),
+    ),
+    (10, 0): Choices(product_topk=_LARGE_TILES),
 }
 _of_process: Choices | None = None
 """The choices of this process, if it was told any; all of its threads use them."""

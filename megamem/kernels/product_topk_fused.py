@@ -10,7 +10,7 @@ the blocks in registers, which is the maximum of each of BLOCK_N groups of sub-k
 a threshold that the maxima of at least K groups reach, and of at most K / 8 more; so at least K
 scores reach it. The second look computes the scores again and stores those that reach it.
 
-The first look is at FIRST sub-keys. Up to FULL_LOOK_KEYS these are all N, and little more than K
+The first look is at FIRST sub-keys. Up to 2048 (a choice) these are all N, and little more than K
 scores reach the threshold, for twice the FLOPs of one product. Beyond, they are a third, 3.5 K
 scores reach it, and it takes 1.33 times the FLOPs.
 
@@ -42,8 +42,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
-from triton.runtime import driver
 
+from megamem.kernels import choices
 from megamem.kernels.embedding_bag import OPTIONS
 from megamem.kernels.product_topk import (
     EMPTY,
@@ -57,32 +57,18 @@ from megamem.kernels.product_topk import (
     to_score,
 )
 
-# scores that a program holds in registers, and the tokens and groups that make this number
-TILE = 128 * 128
-MAX_BLOCK_T = 128
+MAX_TOPK = 64
 MIN_BLOCK_N = 128
-BLOCK_C = 64
-NUM_WARPS = 8
-NUM_STAGES = 3
-# the same where tensor cores take their operands from registers: compute capability 8 and 12
-SMALL_TILE = 64 * 128
-# the same for fp32, whose products have no tensor cores
+# for fp32, whose products have no tensor cores
 FP32_TILE = 64 * 128
 FP32_BLOCK_C = 16
 FP32_NUM_STAGES = 2
-MAX_TOPK = 64
-# the exact kernel, whose program does nothing in nearly all cases: few tokens, for the few to redo
-EXACT_TILE = 32 * 128
 FP32_EXACT_TILE = 16 * 128
-EXACT_NUM_WARPS = 8
-# up to this number of sub-keys the first look is at all of them, beyond at N / FIRST_SHARE; with
-# the candidates that a half of a read may have, for each of the K (at least 16) that are wanted
-FULL_LOOK_KEYS = 2048
+# candidates that a half of a read may have, for each of the K (at least 16) that are wanted: where
+# the first look is at all sub-keys, and where it is at N / FIRST_SHARE
 FULL_LOOK_SLOTS = 2
 FIRST_SHARE = 3
 SLOTS = 8
-# bytes of candidates; tokens beyond these wait for the next launch
-CANDIDATE_BYTES = 2**26
 # indices that a line of _rank is compared with at once
 BLOCK_J = 8
 
@@ -442,17 +428,22 @@ def product_topk(
     if knobs.runtime.interpret:
         # Triton's interpreter cannot multiply bf16; scores in fp32 are the same
         query_THQ, sub_keys_2HNC = query_THQ.float(), sub_keys_2HNC.float()
+    chosen = choices.current().product_topk
     fp32 = query_THQ.dtype == torch.float32
     block_n = max(MIN_BLOCK_N, 4 * padded)
     sizes = {"H": heads, "N": num_keys, "K": topk, "KB": num_slots}
     widths = {
         "C": key_dim,
         "BLOCK_N": block_n,
-        "BLOCK_C": min(FP32_BLOCK_C if fp32 else BLOCK_C, max(16, triton.next_power_of_2(key_dim))),
-        "num_stages": FP32_NUM_STAGES if fp32 else NUM_STAGES,
+        "BLOCK_C": min(
+            FP32_BLOCK_C if fp32 else chosen.fused_block_c,
+            max(16, triton.next_power_of_2(key_dim)),
+        ),
+        "num_stages": FP32_NUM_STAGES if fp32 else chosen.fused_stages,
+        "num_warps": chosen.fused_warps,
     }
-    block_t = min(MAX_BLOCK_T, (FP32_TILE if fp32 else _tile()) // block_n)
-    exact_block_t = (FP32_EXACT_TILE if fp32 else EXACT_TILE) // block_n
+    block_t = min(chosen.fused_block_t, (FP32_TILE if fp32 else chosen.fused_tile) // block_n)
+    exact_block_t = (FP32_EXACT_TILE if fp32 else chosen.fused_exact_tile) // block_n
     ranks_2P = staircase(topk, device)
     num_pairs = ranks_2P.shape[1]
     block_p = max(padded, triton.next_power_of_2(num_pairs))
@@ -474,7 +465,6 @@ def product_topk(
             count,
             FIRST=keys_of_first_look(num_keys, block_n),
             BLOCK_T=block_t,
-            num_warps=NUM_WARPS,
             **sizes,
             **widths,
             **OPTIONS,
@@ -486,7 +476,6 @@ def product_topk(
             counts,
             count,
             BLOCK_T=exact_block_t,
-            num_warps=EXACT_NUM_WARPS,
             **sizes,
             **widths,
             **OPTIONS,
@@ -511,26 +500,24 @@ def product_topk(
     return scores_THK, row_ids_THK
 
 
-def _tile() -> int:
-    """Return the scores that a program for this GPU holds in registers."""
-    if knobs.runtime.interpret:
-        return TILE
-    return TILE if driver.active.get_current_target().arch // 10 in (9, 10) else SMALL_TILE
+def _looks_at_all(num_keys: int) -> bool:
+    return num_keys <= choices.current().product_topk.fused_full_look
 
 
 def slots_of_a_half(num_keys: int, topk: int) -> int:
     """Return KB, how many candidates each half of a read may have, a power of two."""
-    slots = FULL_LOOK_SLOTS if num_keys <= FULL_LOOK_KEYS else SLOTS
+    slots = FULL_LOOK_SLOTS if _looks_at_all(num_keys) else SLOTS
     return slots * max(16, padded_topk(topk))
 
 
 def keys_of_first_look(num_keys: int, block_n: int) -> int:
     """Return how many sub-keys set the threshold, a multiple of the block."""
-    share = 1 if num_keys <= FULL_LOOK_KEYS else FIRST_SHARE
+    share = 1 if _looks_at_all(num_keys) else FIRST_SHARE
     return triton.cdiv(triton.cdiv(num_keys, share), block_n) * block_n
 
 
 def tokens_of_a_piece(num_keys: int, heads: int, topk: int) -> int:
-    """Return the tokens whose candidates of both halves take CANDIDATE_BYTES, at least a block."""
-    tokens = CANDIDATE_BYTES // (16 * heads * slots_of_a_half(num_keys, topk))
-    return max(1, tokens // MAX_BLOCK_T) * MAX_BLOCK_T
+    """Return the tokens whose candidates of both halves take fused_bytes, at least a block."""
+    chosen = choices.current().product_topk
+    tokens = chosen.fused_bytes // (16 * heads * slots_of_a_half(num_keys, topk))
+    return max(1, tokens // chosen.fused_block_t) * chosen.fused_block_t

@@ -211,8 +211,9 @@ def _choices(content: dict[str, dict[str, Any]]) -> Choices:
         for name, number in values.items():
             if name not in known:
                 raise ValueError(f"{op} has no number {name!r}")
-            right = type(number) is int and 0 < number <= LARGEST and number & (number - 1) == 0
-            if not right:
+            right = type(number) is int and 0 < number <= LARGEST
+            # how far ahead a loop loads is the one number that need not be a power of two
+            if not right or (number & (number - 1) and not name.endswith("stages")):
                 raise ValueError(f"{op}.{name} is {number!r}, which is no power of two")
         found = found.changed(op, **values)
     for op, form in content["forms"].items():

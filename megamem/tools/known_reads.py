@@ -172,7 +172,7 @@ def topk_has_gradients(
     query = whole_numbers((tokens, heads, 2 * key_dim), 3, torch.bfloat16, device, 1)
     sub_keys = whole_numbers((2, heads, num_keys, key_dim), 3, torch.bfloat16, device, 2)
     leaves = (query.requires_grad_(), sub_keys.requires_grad_())
-    scores, rows = ops.product_topk(*leaves, topk, **form)
+    scores, rows = ops.product_topk(leaves[0], leaves[1], topk, **form)
     grad = whole_numbers(tuple(scores.shape), 2, scores.dtype, device, 4)
     ours = torch.autograd.grad(scores, leaves, grad)
     true_keys = torch.zeros(sub_keys.shape, device=device).flatten(0, 2)

@@ -206,8 +206,18 @@ def _queries(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _topk_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
-    numbers: list[Mapping[str, int]] = [{"tile": 256}, {"tile": 1024}, {"score_bytes": 2**28}]
-    return {form: numbers if form == "two_looks" else [] for form in FORMS["product_topk"]}
+    numbers: dict[str, list[Mapping[str, int]]] = {
+        "two_looks": [{"tile": 256}, {"tile": 1024}, {"score_bytes": 2**28}],
+        "fused": [
+            # two programs of 64 tokens on a multiprocessor
+            {"fused_tile": 2**13, "fused_warps": 4},
+            {"fused_stages": 2},
+            {"fused_block_c": 32, "fused_stages": 4},
+            {"fused_full_look": 1024},
+            {"fused_full_look": 4096},
+        ],
+    }
+    return {form: numbers.get(form, []) for form in FORMS["product_topk"]}
 
 
 def _topk_backward_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:

@@ -17,7 +17,7 @@ from tests.kernels.aot import CASES, MORE_CASES, compile_cases
 ARCH, CAPABILITY = 90, (9, 0)
 # an op -> cases that launch its kernels
 LAUNCHES = {
-    "product_topk": ("top-k bf16 N=1024 C=512 K=32",),
+    "product_topk": ("top-k bf16 N=1024 C=512 K=32", "fused top-k bf16 N=1024 C=512 K=32"),
     "product_topk_backward": ("top-k backward bf16 N=1024 K=32",),
     "embedding_bag": ("bf16 V=2048",),
     "row_gradient": ("gradient bf16 += fp32", "gradient bf16 first touch fp32"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megamem.kernels import choices
 from megamem.kernels import product_topk_fused as fused
 from megamem.ops import forms, product_topk
 from megamem.reference.product_topk import product_topk as reference
@@ -53,7 +54,8 @@ def redone(monkeypatch) -> list[int]:
 @pytest.fixture
 def sampled(monkeypatch) -> None:
     """The threshold comes from a third of the sub-keys, as with more than 2048 of them."""
-    monkeypatch.setattr(fused, "FULL_LOOK_KEYS", 0)
+    chosen = choices.current().changed("product_topk", fused_full_look=0)
+    monkeypatch.setattr(choices, "current", lambda: chosen)
 
 
 @pytest.mark.parametrize("equal", [31, 32, 33, 100])
@@ -172,8 +174,9 @@ def test_one_read_a_program(spread, device, poisoned_memory):
 
 def test_pieces_of_tokens_are_the_whole(monkeypatch, redone, device, poisoned_memory):
     """Two tiles of tokens, then a part of one."""
-    monkeypatch.setattr(fused, "MAX_BLOCK_T", 16)
-    monkeypatch.setattr(fused, "CANDIDATE_BYTES", 2 * 16 * 16 * 32)
+    few = {"fused_block_t": 16, "fused_bytes": 2 * 16 * 16 * 32}
+    chosen = choices.current().changed("product_topk", **few)
+    monkeypatch.setattr(choices, "current", lambda: chosen)
     assert fused.tokens_of_a_piece(20, 1, 4) == 32
     _assert_is_the_twin(*_integers(37, 1, 20, 2, 2, device), 4)
     assert len(redone) == 2
