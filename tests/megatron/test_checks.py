@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megamem.config import ConfigurationError
 from megamem.megatron import compat
 from megamem.megatron.arguments import spec_from_args
-from megamem.megatron.startup import checks
+from megamem.megatron.startup import checks, features
 from tests.helpers.megatron_runs import run_training
 
 
@@ -105,8 +105,32 @@ def test_options_of_megatron_that_do_not_work(monkeypatch, given: dict, option: 
 def test_every_refusal_is_tested() -> None:
     marks = test_options_of_megatron_that_do_not_work.pytestmark
     tested = next(mark.args[1] for mark in marks if mark.name == "parametrize")
-    for refusal in checks.REFUSALS:
-        assert any(refusal.option.startswith(option) for _, option in tested), refusal.option
+    for feature in features.FEATURES:
+        # those that depend on the memory group or on the layers are tested below
+        if feature.state == "refused" and type(feature) is features.Feature:
+            assert any(feature.option.startswith(option) for _, option in tested), feature.option
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [each for each in features.FEATURES if isinstance(each, features.FeatureOfTensorGroups)],
+    ids=lambda feature: feature.option,
+)
+def test_options_that_need_tables_over_the_tensor_parallel_ranks(feature) -> None:
+    given = {feature.option.removeprefix("--").replace("-", "_"): True}
+    _check(**given)
+    said = f"--memory-group-size 2 with --tensor-model-parallel-size 1 .* {feature.option}: .+; "
+    with pytest.raises(ConfigurationError, match=said):
+        _check(**given, memory={"memory_group_size": 2})
+
+
+SGD = {"memory_optimizer": "sgd"}
+
+
+def test_finetuning_keeps_the_biases_of_experts() -> None:
+    _check(moe_router_enable_expert_bias=True)
+    with pytest.raises(ConfigurationError, match="--memory-finetune-rows 9 freezes .* experts at"):
+        _check(moe_router_enable_expert_bias=True, memory={"memory_finetune_rows": 9, **SGD})
 
 
 def test_layer_out_of_range() -> None:

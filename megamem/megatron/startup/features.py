@@ -1,0 +1,661 @@
+"""What of Megatron works beside memory layers: one table, by which runs are refused.
+
+The README's support matrix and `megamem doctor --flags` come from the same table.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megamem.megatron import compat
+from megamem.spec import MemorySpec
+
+State = Literal["yes", "refused", "not run on a GPU"]
+"""`not run on a GPU` is accepted, but only a GPU can run it, and no such run is recorded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """Something of Megatron that a run may use."""
+
+    part: str
+    """The heading under which the matrix lists it."""
+
+    name: str
+    """In words."""
+
+    option: str
+    """The flags, with their value if only that value is meant."""
+
+    uses: Callable[[argparse.Namespace], bool]
+    """Whether a run with these arguments uses it; they need not be validated."""
+
+    state: State
+    why: str = ""
+    """Why it is refused, or what it needs."""
+
+    fix: str = ""
+    """What to do instead, if it is refused."""
+
+    test: str = ""
+    """The test that trains with it, below tests/; each `yes` has one."""
+
+    def problem(self, spec: MemorySpec, args: argparse.Namespace) -> str | None:
+        """A sentence with the reason and the fix if the run is refused, otherwise None."""
+        if self.state != "refused" or not self.uses(args):
+            return None
+        return f"--memory-layers does not work with {self.option}: {self.why}; {self.fix}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureOfTensorGroups(Feature):
+    """Something that works only if the memory group is the tensor-parallel group."""
+
+    def problem(self, spec: MemorySpec, args: argparse.Namespace) -> str | None:
+        """As that of Feature; the message names both sizes."""
+        size, tensor_ranks = spec.layout.group_size, args.tensor_model_parallel_size
+        if not self.uses(args) or size == tensor_ranks:
+            return None
+        return (
+            f"--memory-group-size {size} with --tensor-model-parallel-size {tensor_ranks} does "
+            f"not work with {self.option}: {self.why}; {self.fix}."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureOfLayers(Feature):
+    """Something that depends on which layers are memory layers."""
+
+    says: Callable[[MemorySpec, argparse.Namespace], str | None]
+
+    def problem(self, spec: MemorySpec, args: argparse.Namespace) -> str | None:
+        """The sentence of `says`."""
+        return self.says(spec, args)
+
+
+Uses = Callable[[argparse.Namespace], bool]
+
+
+def _given(*names: str) -> Uses:
+    """Whether one of these arguments is set."""
+    return lambda args: any(bool(getattr(args, name, None)) for name in names)
+
+
+def _more_than_one(name: str) -> Uses:
+    return lambda args: (getattr(args, name, None) or 1) > 1
+
+
+def _is(name: str, *values: Any) -> Uses:
+    return lambda args: getattr(args, name, None) in values
+
+
+def _both(*conditions: Uses) -> Uses:
+    return lambda args: all(condition(args) for condition in conditions)
+
+
+def _has_data_ranks(args: argparse.Namespace) -> bool:
+    """Whether there are several data-parallel ranks."""
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    ranks = 1
+    for name in sizes:
+        ranks *= getattr(args, name, 1)
+    return (getattr(args, "world_size", None) or 1) > ranks
+
+
+def _makes_graphs(args: argparse.Namespace) -> bool:
+    """Whether CUDA graphs capture any part of the model."""
+    if getattr(args, "cuda_graph_impl", "none") in (None, "none"):
+        return bool(getattr(args, "enable_cuda_graph", False))
+    return True
+
+
+def _captures_memory(args: argparse.Namespace) -> bool:
+    """Whether CUDA graphs would capture a memory layer; graphs of attention only would not."""
+    parts = getattr(args, "cuda_graph_modules", None) or getattr(args, "cuda_graph_scope", None)
+    names = {str(getattr(part, "name", part)) for part in (parts or [])}
+    of_attention = names == {"attn"} and args.cuda_graph_impl == "transformer_engine"
+    return _makes_graphs(args) and not of_attention
+
+
+def _captures_attention(args: argparse.Namespace) -> bool:
+    return _makes_graphs(args) and not _captures_memory(args)
+
+
+_low_precision = _given("fp8", "fp4")
+
+
+def _recomputes(module: str) -> Uses:
+    return lambda args: module in (getattr(args, "recompute_modules", None) or [])
+
+
+def _recomputes_memory(args: argparse.Namespace) -> bool:
+    """Whether an MLP without layers of Transformer Engine is recomputed."""
+    return not getattr(args, "memory_keep_ffn", False) and _recomputes("mlp")(args)
+
+
+def _has_hybrid_model(args: argparse.Namespace) -> bool:
+    return compat.HybridModel is not None
+
+
+def _has_no_hybrid_model(args: argparse.Namespace) -> bool:
+    return compat.HybridModel is None
+
+
+def _has_virtual_stages(args: argparse.Namespace) -> bool:
+    flags = _given("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
+    return flags(args) or (getattr(args, "virtual_pipeline_model_parallel_size", None) or 1) > 1
+
+
+def _saves(args: argparse.Namespace) -> bool:
+    return _given("save", "load")(args)
+
+
+def _is_of_another_format(args: argparse.Namespace) -> bool:
+    return getattr(args, "ckpt_format", "torch_dist") != "torch_dist"
+
+
+def _keeps_experts(spec: MemorySpec, args: argparse.Namespace) -> str | None:
+    """A sentence if --memory-keep-ffn would have to keep a mixture of experts."""
+    if not spec.keep_ffn:
+        return None
+    kinds = compat.feed_forwards(args)
+    mixed = [str(n) for n in spec.layers if n < len(kinds) and kinds[n] == "experts"]
+    if not mixed:
+        return None
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    chosen_by = "--hybrid-layer-pattern" if pattern else "--moe-layer-freq"
+    return (
+        f"--memory-keep-ffn keeps a dense feed-forward, but {chosen_by} makes layer "
+        f"{' '.join(mixed)} a mixture of experts; drop --memory-keep-ffn or choose dense layers."
+    )
+
+
+def _changes_frozen_biases(spec: MemorySpec, args: argparse.Namespace) -> str | None:
+    """A sentence if a part of the model would change although --memory-finetune-rows freezes it."""
+    rows = spec.finetune_rows
+    if not rows or not getattr(args, "moe_router_enable_expert_bias", False):
+        return None
+    return (
+        f"--memory-finetune-rows {rows} freezes the model, but --moe-router-enable-expert-bias "
+        "changes the biases of the experts at every step; drop it."
+    )
+
+
+RANKS, MODEL, PRECISION = "Parallelism", "Model", "Precision"
+MEMORY, TRAINING, FILES = "Memory and speed", "Training", "Checkpoints"
+
+TINY = "megatron/test_tiny_training.py"
+RECIPES = "megatron/test_support.py::test_a_recipe_trains"
+NEEDS_ENGINE = "it needs Transformer Engine and a GPU"
+
+FEATURES = (
+    Feature(
+        part=RANKS,
+        name="tensor parallelism",
+        option="--tensor-model-parallel-size",
+        uses=_more_than_one("tensor_model_parallel_size"),
+        state="yes",
+        test=f"{TINY}::test_two_ranks_take_the_steps_of_one",
+    ),
+    Feature(
+        part=RANKS,
+        name="sequence parallelism",
+        option="--sequence-parallel",
+        uses=_given("sequence_parallel"),
+        state="yes",
+        test=f"{TINY}::test_two_ranks_take_the_steps_of_one",
+    ),
+    Feature(
+        part=RANKS,
+        name="pipeline parallelism, also with a table shared between stages",
+        option="--pipeline-model-parallel-size",
+        uses=_more_than_one("pipeline_model_parallel_size"),
+        state="yes",
+        test="megatron/test_pipeline_pools.py",
+    ),
+    Feature(
+        part=RANKS,
+        name="virtual pipeline stages",
+        option="--num-layers-per-virtual-pipeline-stage",
+        uses=_has_virtual_stages,
+        state="yes",
+        test=f"{TINY}::test_virtual_stages_with_a_table_for_each_layer",
+    ),
+    Feature(
+        part=RANKS,
+        name="uneven pipeline stages",
+        option="--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers, "
+        "--pipeline-model-parallel-layout",
+        uses=_given(
+            "decoder_first_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers",
+            "pipeline_model_parallel_layout",
+        ),
+        state="yes",
+        test=RECIPES,
+    ),
+    Feature(
+        part=RANKS,
+        name="data parallelism",
+        option="--overlap-grad-reduce",
+        uses=_has_data_ranks,
+        state="yes",
+        test=f"{TINY}::test_two_ranks_take_the_steps_of_one",
+    ),
+    Feature(
+        part=RANKS,
+        name="distributed optimizer",
+        option="--use-distributed-optimizer, --overlap-param-gather",
+        uses=_given("use_distributed_optimizer"),
+        state="yes",
+        test=f"{TINY}::test_two_ranks_take_the_steps_of_one",
+    ),
+    Feature(
+        part=RANKS,
+        name="expert parallelism",
+        option="--expert-model-parallel-size",
+        uses=_more_than_one("expert_model_parallel_size"),
+        state="yes",
+        test=RECIPES,
+    ),
+    Feature(
+        part=RANKS,
+        name="context parallelism",
+        option="--context-parallel-size",
+        uses=_more_than_one("context_parallel_size"),
+        state="not run on a GPU",
+        why=NEEDS_ENGINE,
+    ),
+    Feature(
+        part=RANKS,
+        name="Megatron's FSDP",
+        option="--use-megatron-fsdp",
+        uses=_given("use_megatron_fsdp"),
+        state="refused",
+        why="it would flatten the value table and gather all of it on every rank",
+        fix="use --use-distributed-optimizer, with which the table stays sharded",
+    ),
+    Feature(
+        part=RANKS,
+        name="FSDP2 of torch",
+        option="--use-torch-fsdp2",
+        uses=_given("use_torch_fsdp2"),
+        state="refused",
+        why="it would gather all of the value table on every rank",
+        fix="use --use-distributed-optimizer, with which the table stays sharded",
+    ),
+    Feature(
+        part=RANKS,
+        name="weights sharded over further ranks",
+        option="--tensor-parallel-num-weight-shards",
+        uses=_more_than_one("gtp_weight_remat_size"),
+        state="refused",
+        why="it shards weights that memory layers keep complete on each rank",
+        fix="drop it",
+    ),
+    Feature(
+        part=MODEL,
+        name="grouped queries, norms of queries and keys",
+        option="--group-query-attention, --qk-layernorm",
+        uses=_given("group_query_attention", "qk_layernorm"),
+        state="yes",
+        test=RECIPES,
+    ),
+    Feature(
+        part=MODEL,
+        name="gated feed-forwards, RMSNorm, a separate output matrix",
+        option="--swiglu, --normalization RMSNorm, --untie-embeddings-and-output-weights",
+        uses=lambda args: (
+            _given("swiglu", "untie_embeddings_and_output_weights")(args)
+            or _is("normalization", "RMSNorm")(args)
+        ),
+        state="yes",
+        test=RECIPES,
+    ),
+    Feature(
+        part=MODEL,
+        name="mixtures of experts, also shared ones, beside memory layers",
+        option="--num-experts, --moe-layer-freq, --moe-shared-expert-intermediate-size",
+        uses=_given("num_experts"),
+        state="yes",
+        test=RECIPES,
+    ),
+    Feature(
+        part=MODEL,
+        name="grouped GEMMs of experts",
+        option="--moe-grouped-gemm",
+        uses=_given("moe_grouped_gemm"),
+        state="not run on a GPU",
+        why=NEEDS_ENGINE,
+    ),
+    FeatureOfLayers(
+        part=MODEL,
+        name="a mixture of experts kept beside a memory",
+        option="--memory-keep-ffn on a layer of experts",
+        uses=_both(_given("memory_keep_ffn"), _given("num_experts")),
+        state="refused",
+        says=_keeps_experts,
+        why="--memory-keep-ffn keeps a dense feed-forward",
+        fix="drop --memory-keep-ffn or choose dense layers",
+    ),
+    Feature(
+        part=MODEL,
+        name="multi-latent attention",
+        option="--multi-latent-attention",
+        uses=_given("multi_latent_attention"),
+        state="not run on a GPU",
+        why=NEEDS_ENGINE,
+    ),
+    Feature(
+        part=MODEL,
+        name="multi-token prediction",
+        option="--mtp-num-layers",
+        uses=_given("mtp_num_layers"),
+        state="refused",
+        why="its layers are built from the spec of the last decoder layer, which may be a memory "
+        "layer",
+        fix="drop it",
+    ),
+    Feature(
+        part=MODEL,
+        name="hybrid models",
+        option="--hybrid-layer-pattern",
+        uses=_both(_given("hybrid_layer_pattern"), _has_hybrid_model),
+        state="yes",
+        test="megatron/test_hybrid.py"
+        "::test_ranks_take_the_steps_of_one_process_and_resume_each_others_runs",
+    ),
+    Feature(
+        part=MODEL,
+        name="hybrid models with Megatron-Core 0.17",
+        option="--hybrid-layer-pattern",
+        uses=_both(_given("hybrid_layer_pattern"), _has_no_hybrid_model),
+        state="refused",
+        why="this release of Megatron-Core has no HybridModel",
+        fix="use Megatron-Core 0.18 or later, or a model with --num-layers",
+    ),
+    Feature(
+        part=MODEL,
+        name="hyper-connections",
+        option="hyper-connections",
+        uses=_given("enable_hyper_connections", "enable_mhc"),
+        state="refused",
+        why="they replace the transformer layer that contains the memory layer",
+        fix="drop them",
+    ),
+    Feature(
+        part=MODEL,
+        name="layers of different configurations",
+        option="--heterogeneous-layers-config-path",
+        uses=_given("heterogeneous_layers_config_path"),
+        state="refused",
+        why="it gives each layer its own configuration",
+        fix="drop it",
+    ),
+    Feature(
+        part=MODEL,
+        name="layers of Transformer Engine",
+        option="--transformer-impl transformer_engine",
+        uses=_is("transformer_impl", "transformer_engine"),
+        state="not run on a GPU",
+        why="models are built of its classes in a test; nothing of it computes without a GPU",
+    ),
+    Feature(
+        part=MODEL,
+        name="layers for inference",
+        option="--transformer-impl inference_optimized",
+        uses=_is("transformer_impl", "inference_optimized"),
+        state="refused",
+        why="its fused layers use the linear layers of an MLP, which a memory layer does not have",
+        fix="use --transformer-impl transformer_engine or local",
+    ),
+    Feature(
+        part=PRECISION,
+        name="bf16",
+        option="--bf16",
+        uses=_given("bf16"),
+        state="yes",
+        test=f"{TINY}::test_bf16_with_the_distributed_optimizer",
+    ),
+    Feature(
+        part=PRECISION,
+        name="fp16 with loss scaling",
+        option="--fp16",
+        uses=_given("fp16"),
+        state="yes",
+        test=RECIPES,
+    ),
+    Feature(
+        part=PRECISION,
+        name="gradients reduced in bf16; those of tables stay in fp32",
+        option="--grad-reduce-in-bf16",
+        uses=_given("grad_reduce_in_bf16"),
+        state="yes",
+        test=RECIPES,
+    ),
+    Feature(
+        part=PRECISION,
+        name="fp8 and fp4, with memory layers in bf16",
+        option="--fp8-format, --fp4-format",
+        uses=_low_precision,
+        state="not run on a GPU",
+        why=NEEDS_ENGINE,
+    ),
+    Feature(
+        part=PRECISION,
+        name="parameters gathered in fp8",
+        option="--fp8-param-gather",
+        uses=_given("fp8_param_gather"),
+        state="refused",
+        why="the value table cannot be stored in fp8",
+        fix="drop it; fp8 works without it, with memory layers in bf16",
+    ),
+    Feature(
+        part=PRECISION,
+        name="parameters gathered in fp4",
+        option="--fp4-param-gather",
+        uses=_given("fp4_param_gather"),
+        state="refused",
+        why="the value table cannot be stored in fp4",
+        fix="drop it; fp4 works without it, with memory layers in bf16",
+    ),
+    Feature(
+        part=MEMORY,
+        name="recomputation of whole layers or of modules",
+        option="--recompute-granularity, --recompute-modules",
+        uses=_given("recompute_granularity"),
+        state="yes",
+        test=f"{TINY}::test_two_ranks_take_the_steps_of_one",
+    ),
+    Feature(
+        part=MEMORY,
+        name="recomputation of norms in fp8 or fp4",
+        option="--recompute-modules layernorm in fp8 or fp4",
+        uses=_both(_low_precision, _recomputes("layernorm")),
+        state="refused",
+        why="it saves the input of the norm for linear_fc1, which a memory layer does not have",
+        fix="drop layernorm from --recompute-modules",
+    ),
+    Feature(
+        part=MEMORY,
+        name="recomputation of feed-forwards in fp8 or fp4",
+        option="--recompute-modules mlp in fp8 or fp4",
+        uses=_both(_low_precision, _recomputes_memory),
+        state="refused",
+        why="Transformer Engine recomputes only modules that contain layers of its own",
+        fix="drop mlp from --recompute-modules, or recompute all with --recompute-granularity full",
+    ),
+    Feature(
+        part=MEMORY,
+        name="CUDA graphs of attention",
+        option="--cuda-graph-impl transformer_engine with --cuda-graph-modules attn",
+        uses=_captures_attention,
+        state="not run on a GPU",
+        why=NEEDS_ENGINE,
+    ),
+    Feature(
+        part=MEMORY,
+        name="CUDA graphs of anything else",
+        option="--cuda-graph-impl",
+        uses=_captures_memory,
+        state="refused",
+        why="a memory layer cannot be captured in a graph",
+        fix="use --cuda-graph-impl transformer_engine with --cuda-graph-modules attn, or drop it",
+    ),
+    Feature(
+        part=MEMORY,
+        name="exchange of experts overlapped with computation",
+        option="--overlap-moe-expert-parallel-comm",
+        uses=_given("overlap_moe_expert_parallel_comm"),
+        state="refused",
+        why="it interleaves the layers of two microbatches, which a memory layer does not support",
+        fix="drop it",
+    ),
+    Feature(
+        part=MEMORY,
+        name="weight gradients in a step of their own",
+        option="--delay-wgrad-compute",
+        uses=_given("delay_wgrad_compute"),
+        state="refused",
+        why="a memory layer does not compute its weight gradients in a separate step",
+        fix="drop it",
+    ),
+    Feature(
+        part=MEMORY,
+        name="tensor-parallel communication fused for inference",
+        option="--inference-fuse-tp-communication",
+        uses=_given("inference_fuse_tp_communication"),
+        state="refused",
+        why="it uses the linear layers of an MLP, which a memory layer does not have",
+        fix="drop it",
+    ),
+    Feature(
+        part=MEMORY,
+        name="tensor-parallel communication overlapped with GEMMs",
+        option="--tp-comm-overlap",
+        uses=_given("tp_comm_overlap"),
+        state="not run on a GPU",
+        why=NEEDS_ENGINE,
+    ),
+    Feature(
+        part=MEMORY,
+        name="optimizer state in few bytes, or on the host, except for that of tables",
+        option="--use-precision-aware-optimizer, --optimizer-cpu-offload",
+        uses=_given("use_precision_aware_optimizer", "optimizer_cpu_offload"),
+        state="not run on a GPU",
+        why="it needs a GPU",
+    ),
+    Feature(
+        part=TRAINING,
+        name="Adam and SGD",
+        option="--optimizer adam, sgd",
+        uses=_is("optimizer", "adam", "sgd"),
+        state="yes",
+        test=RECIPES,
+    ),
+    Feature(
+        part=TRAINING,
+        name="other optimizers: Muon, Lion, SOAP",
+        option="--optimizer other than adam and sgd",
+        uses=lambda args: getattr(args, "optimizer", "adam") not in ("adam", "sgd"),
+        state="refused",
+        why="it would orthogonalise the rows of the value table",
+        fix="use --optimizer adam",
+    ),
+    Feature(
+        part=TRAINING,
+        name="loss per token",
+        option="--calculate-per-token-loss",
+        uses=_given("calculate_per_token_loss"),
+        state="yes",
+        test=f"{TINY}::test_two_ranks_take_the_steps_of_one",
+    ),
+    FeatureOfTensorGroups(
+        part=TRAINING,
+        name="the norm of parameters, if tables are spread over other ranks than the "
+        "tensor-parallel ones",
+        option="--log-params-norm",
+        uses=_given("log_params_norm"),
+        state="refused",
+        why="it assumes that tables are sharded over the tensor-parallel ranks",
+        fix="drop it",
+    ),
+    FeatureOfTensorGroups(
+        part=TRAINING,
+        name="random initialization of each data-parallel rank, for the same tables",
+        option="--data-parallel-random-init",
+        uses=_given("data_parallel_random_init"),
+        state="refused",
+        why="it would overwrite the rows of all data-parallel ranks with those of one of them",
+        fix="drop it",
+    ),
+    FeatureOfTensorGroups(
+        part=TRAINING,
+        name="comparison of weights between data-parallel ranks, for the same tables",
+        option="--check-weight-hash-across-dp-replicas-interval",
+        uses=_given("check_weight_hash_across_dp_replicas_interval"),
+        state="refused",
+        why="it compares data-parallel ranks, which hold different rows",
+        fix="drop it",
+    ),
+    FeatureOfLayers(
+        part=TRAINING,
+        name="sparse finetuning of a model whose experts have biases",
+        option="--memory-finetune-rows with --moe-router-enable-expert-bias",
+        uses=_both(_given("memory_finetune_rows"), _given("moe_router_enable_expert_bias")),
+        state="refused",
+        says=_changes_frozen_biases,
+        why="the biases would change at every step, although the model is frozen",
+        fix="drop --moe-router-enable-expert-bias",
+    ),
+    Feature(
+        part=FILES,
+        name="checkpoints for any number of ranks",
+        option="--ckpt-format torch_dist",
+        uses=_both(_saves, lambda args: not _is_of_another_format(args)),
+        state="yes",
+        test="megatron/test_resume.py::test_resume_on_one_rank_and_on_two",
+    ),
+    Feature(
+        part=FILES,
+        name="asynchronous saving",
+        option="--async-save",
+        uses=_given("async_save"),
+        state="yes",
+        test="megatron/test_resume.py"
+        "::test_resume_in_another_mode_and_group_after_an_asynchronous_save",
+    ),
+    Feature(
+        part=FILES,
+        name="settings from the checkpoint",
+        option="--use-checkpoint-args",
+        uses=_given("use_checkpoint_args"),
+        state="yes",
+        test="megatron/test_saved_settings.py::test_checkpoint_args_bring_the_memory",
+    ),
+    Feature(
+        part=FILES,
+        name="other formats",
+        option="--ckpt-format other than torch_dist",
+        uses=_both(_saves, _is_of_another_format),
+        state="refused",
+        why="only torch_dist stores the value table by rows",
+        fix="use --ckpt-format torch_dist",
+    ),
+    Feature(
+        part=FILES,
+        name="conversion to other formats",
+        option="--ckpt-convert-format other than torch_dist",
+        uses=lambda args: getattr(args, "ckpt_convert_format", None) not in (None, "torch_dist"),
+        state="refused",
+        why="only torch_dist stores the value table by rows and the state of its optimizer",
+        fix="drop it",
+    ),
+)
+"""In the order of the matrix, in which they are also reported."""
+
+
+def feature_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
+    """A sentence for each thing of Megatron that memory layers do not work with."""
+    return [said for feature in FEATURES if (said := feature.problem(spec, args)) is not None]
