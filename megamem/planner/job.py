@@ -131,7 +131,6 @@ class Job:
             for stage in range(stages)
         ]
 
-
     @property
     def table_stages(self) -> int:
         """Number of pipeline stages that hold one and the same table."""
