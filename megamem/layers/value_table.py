@@ -61,6 +61,35 @@ def initial_rows(
     )
 
 
+class OwnedWeight(nn.Parameter):
+    """A weight whose gradient is an optimizer's: autograd, and what asks it, never computes one.
+
+    `requires_grad` is therefore always False, so that DistributedDataParallel and the optimizers of
+    a model leave the weight alone. Setting it, as code that freezes parts of a model does, says
+    whether the weight is to be trained, which `frozen` tells its optimizer.
+    """
+
+    frozen = False
+    """Whether requires_grad was last set to False."""
+
+    def __new__(cls, weight: Tensor, requires_grad: bool = False) -> "OwnedWeight":
+        """Return a parameter that shares the memory of a tensor; only copying passes a flag."""
+        return super().__new__(cls, weight.data, requires_grad=False)
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, trained: bool) -> None:
+        self.frozen = not trained
+
+    def requires_grad_(self, requires_grad: bool = True) -> "OwnedWeight":
+        """Set whether the weight is to be trained; return it."""
+        self.requires_grad = requires_grad
+        return self
+
+
 class ValueTable(nn.Module):
     """R rows of width V, of which this rank holds [r, v].
 
@@ -99,6 +128,18 @@ class ValueTable(nn.Module):
         self.reads: ReadCounter | None = None
         self.metrics: TableMetrics | None = None
         self.readers = 0
+
+    @property
+    def frozen(self) -> bool:
+        """Whether its requires_grad was set to False, before an optimizer took the table over."""
+        if self.gradient is not None:
+            return False
+        frozen = getattr(self.weight, "frozen", None)
+        return not self.weight.requires_grad if frozen is None else bool(frozen)
+
+    def leave_to_optimizer(self) -> None:
+        """Let autograd compute no gradient of the weight, also before an optimizer is made."""
+        self.weight = OwnedWeight(self.weight)
 
     def accumulate_into(self, gradient: RowGradient, reads: ReadCounter | None = None) -> None:
         """Add the gradients of later passes to `gradient`, and count the rows that are read.

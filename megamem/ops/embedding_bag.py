@@ -12,7 +12,7 @@ from megamem.kernels.embedding_bag import sum_bags
 from megamem.kernels.row_gradient import row_gradient
 from megamem.ops.backend import use_triton
 from megamem.ops.checks import check_contents, check_inputs
-from megamem.ops.row_buffer import RowBuffer, as_row_buffer
+from megamem.ops.row_buffer import RowBuffer, anchor_of, as_row_buffer
 from megamem.ops.sort_lookups import sort_lookups
 from megamem.ops.value_gradient import add_rows_, add_value_gradient_
 from megamem.reference.embedding_bag import embedding_bag as reference
@@ -20,7 +20,7 @@ from megamem.reference.embedding_bag import embedding_bag as reference
 
 class _EmbeddingBag(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values_rV, row_ids_M, weights_M, offsets, known, buffer):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, values_rV, row_ids_M, weights_M, offsets, known, buffer, anchor):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(values_rV, row_ids_M, weights_M, offsets)
         ctx.buffer, ctx.known = buffer, known
         if use_triton(values_rV):
@@ -44,7 +44,7 @@ class _EmbeddingBag(torch.autograd.Function):
             ctx.buffer,
             **ctx.known,
         )
-        return grad_values, None, grad_weights, None, None, None
+        return grad_values, None, grad_weights, None, None, None, None
 
 
 def _backward(
@@ -64,7 +64,7 @@ def _backward(
     lookups = sort_lookups(row_ids_M, weights_M, offsets, len(values_rV), **known)
     read_rV = values_rV if want_weights else None
     if buffer is not None and buffer.deferred is not None:
-        grad_weights = row_gradient(lookups, grad_GV, read_rV, None)
+        grad_weights = row_gradient(lookups, grad_GV, read_rV, None) if want_weights else None
         add_value_gradient_(buffer, grad_GV, row_ids_M, weights_M, offsets, **known)
     elif buffer is not None:
         grad_weights = add_rows_(buffer, lookups, grad_GV, read_rV)
@@ -126,7 +126,8 @@ def embedding_bag(
         check_row_ids: whether to check that row ids and offsets are in range. By default they are
             checked on a CPU only, as the host would have to wait for a GPU.
         add_value_grad_to: fp32 or bf16 [r, V] buffer to which the backward adds the gradient of the
-            touched rows, and in which it marks them; autograd then gets no gradient of the values.
+            touched rows, and in which it marks them, even if no other input requires a gradient;
+            autograd then gets no gradient of the values.
 
     Returns:
         bags_GV in the dtype of the table.
@@ -148,4 +149,5 @@ def embedding_bag(
         offsets.contiguous(),
         {"may_skip": may_skip, "equal_bags": equal_bags, "expected": expected},
         buffer,
+        anchor_of(buffer),
     )

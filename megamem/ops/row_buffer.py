@@ -6,6 +6,7 @@ Letters: r rows on this rank, V row width, M lookups, G bags.
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megamem.ops.checks import check_buffer
@@ -72,6 +73,15 @@ class RowBuffer:
         """Mark the touched rows. -1, or the number of rows, is no row."""
         if self.flags is not None:
             self.flags.index_fill_(0, rows.long().remainder(len(self.flags)), True)
+
+
+def anchor_of(buffer: "RowBuffer | None") -> Tensor | None:
+    """Return an input for an op whose backward adds to a buffer; None without a buffer.
+
+    It requires a gradient, and gets none: autograd calls a backward only if an input requires one,
+    which no other input does where only the table is trained.
+    """
+    return None if buffer is None else torch.zeros((), requires_grad=True)
 
 
 def as_row_buffer(buffer: "RowBuffer | Tensor | None", values_rV: Tensor) -> "RowBuffer | None":

@@ -19,7 +19,7 @@ from megamem.kernels.embedding_bag import sum_bags
 from megamem.kernels.row_gradient import row_gradient
 from megamem.ops.backend import use_triton
 from megamem.ops.checks import check_contents, check_inputs
-from megamem.ops.row_buffer import RowBuffer, as_row_buffer
+from megamem.ops.row_buffer import RowBuffer, anchor_of, as_row_buffer
 from megamem.ops.sort_lookups import sort_lookups
 from megamem.ops.value_gradient import add_value_gradient_
 from megamem.reference.row_dot import row_dot as reference
@@ -108,8 +108,6 @@ def row_dot(
         check_contents(row_ids_M, offsets, len(values_rV), may_skip, equal_bags)
     if not use_triton(values_rV) and buffer is None:
         return reference(values_rV, vectors_GV, row_ids_M, offsets)
-    # autograd only calls the backward if an input requires a gradient
-    anchor = None if buffer is None else torch.zeros((), requires_grad=True)
     return _RowDot.apply(
         values_rV.contiguous(),
         vectors_GV.contiguous(),
@@ -117,7 +115,7 @@ def row_dot(
         offsets.contiguous(),
         {"may_skip": may_skip, "equal_bags": equal_bags, "expected": expected},
         buffer,
-        anchor,
+        anchor_of(buffer),
     )
 
 

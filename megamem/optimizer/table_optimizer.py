@@ -35,6 +35,9 @@ class Table(Protocol):
     group: MemoryGroup
     readers: int
 
+    @property
+    def frozen(self) -> bool: ...
+
     def accumulate_into(self, gradient: RowGradient, reads: ReadCounter) -> None: ...
 
 
@@ -103,8 +106,17 @@ class TableOptimizer(torch.optim.Optimizer):
             spec: the memory layers of the run; its optimizer settings are used.
             options: options of the step.
             group: entries of the parameter group beside the weights: lr, weight_decay, ...
+
+        Raises:
+            ValueError: a table is frozen, but there is a learning rate.
         """
         self.tables, self.options = {table.name: table for table in tables}, options
+        frozen = [name for name, table in self.tables.items() if table.frozen]
+        if frozen and group.get("lr"):
+            raise ValueError(
+                f"requires_grad is False for value table {', '.join(frozen)}, but lr {group['lr']} "
+                "would train it; make the optimizer with lr=0, or call requires_grad_() before"
+            )
         self.kind = spec.optimizer
         self.rounds_randomly = spec.stochastic_rounding
         self.only_touched = spec.reduce_rows == "touched"

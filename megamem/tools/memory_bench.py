@@ -279,7 +279,8 @@ def _step(
     place: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     pool = MemoryPool(spec, group=group, **place)
     # as in a run: the table's gradient does not come from autograd
-    pool.tables.requires_grad_(False)
+    for table in pool:
+        table.leave_to_optimizer()
     layers = [MemoryLayer(spec, pool, layer=n, group=group.members, **place) for n in range(LAYERS)]
     optimizer = TableOptimizer(pool, spec, StepOptions(), lr=1e-3, weight_decay=0.1)
     for layer in layers:

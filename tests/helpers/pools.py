@@ -22,7 +22,8 @@ def pool_of(
     """A pool whose tables are an optimizer's, not autograd's."""
     group = group or MemoryGroup()
     pool = MemoryPool(on_group(spec, group), name, group, dtype=dtype)
-    pool.tables.requires_grad_(False)
+    for table in pool:
+        table.leave_to_optimizer()
     return pool
 
 

@@ -106,7 +106,6 @@ def test_lookups_send_what_is_planned(world_size: int) -> None:
 
 def _replicas_as_planned() -> None:
     pool = _pool(Layout("row", 2, 1), "auto", torch.bfloat16)
-    pool.tables.requires_grad_(False)
     optimizer = TableOptimizer(pool, pool.spec, StepOptions(), lr=0.1, weight_decay=0.0)
     rows, width = pool.values.weight.shape
     with _sent() as sent:

@@ -153,10 +153,10 @@ def build_pool(
     """
     device = torch.cuda.current_device()
     pool = MemoryPool(spec, name, group, device=device, dtype=config.params_dtype)
-    for weight in pool.tables.parameters():
-        weight.requires_grad_(False)
+    for table in pool:
+        table.leave_to_optimizer()
         # so that Megatron's parameter counts add the shards of all ranks
-        set_tensor_model_parallel_attributes(weight, True, 0, 1)
+        set_tensor_model_parallel_attributes(table.weight, True, 0, 1)
     return pool
 
 

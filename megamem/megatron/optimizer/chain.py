@@ -245,10 +245,12 @@ class ChainWithTables(ChainedOptimizer):
             model: the optimizer of the model.
             layer_gradients: gradients of the model that must be complete before a step.
         """
-        members = model.chained_optimizers if isinstance(model, ChainedOptimizer) else [model]
+        members = _members(model)
         # the tables come first, because they must read the loss scale before a member changes it
         super().__init__([tables, *members])
         self.tables, self.model, self.layer_gradients = tables, model, layer_gradients
+        # Megatron's optimizers of nothing, where all but the tables is frozen, cannot be saved
+        self.model_is_frozen = all(getattr(m, "is_stub_optimizer", False) for m in members)
         scalers = [getattr(member, "grad_scaler", None) for member in members]
         self._scalers = [scaler for scaler in scalers if scaler is not None]
         for scaler in self._scalers:
@@ -293,28 +295,48 @@ class ChainWithTables(ChainedOptimizer):
         return self.tables.step_with_ready_grads(self._norm) and updated
 
     def state_dict(self) -> Any:
-        return {"model": self.model.state_dict(), STATE: self.tables.state_dict()}
+        model = {} if self.model_is_frozen else self.model.state_dict()
+        return {"model": model, STATE: self.tables.state_dict()}
 
     def sharded_state_dict(
         self, model_sharded_state_dict: Any, is_loading: bool = False, **how: Any
     ) -> dict[Any, Any]:
         if self.tables.optimizer.finetunes and not is_loading:
             self._begin_moments()
-        found = self.model.sharded_state_dict(model_sharded_state_dict, is_loading, **how)
+        found: dict[Any, Any] = {}
+        if not self.model_is_frozen:
+            found = self.model.sharded_state_dict(model_sharded_state_dict, is_loading, **how)
         found[STATE] = self.tables.sharded_state_dict(model_sharded_state_dict, is_loading)
         return found
 
     def _begin_moments(self) -> None:
-        """Make the moments of Megatron's Adam, which it expects in any checkpoint that it loads."""
-        for member in self.chained_optimizers:
+        """Make the state of Megatron's optimizers, which these expect in any checkpoint they load."""
+        for member in _without_chains(self.model):
             begin = getattr(member, "init_state_fn", None)
-            if member is not self.tables and begin is not None and member.optimizer is not None:
+            if begin is not None and member.optimizer is not None:
                 begin(member.optimizer, member.config)
 
     def load_state_dict(self, state_dict: dict[Any, Any]) -> None:
         state_dict = dict(state_dict)
         self.tables.load_state_dict(state_dict.pop(STATE))
-        self.model.load_state_dict(state_dict)
+        if not self.model_is_frozen:
+            self.model.load_state_dict(state_dict)
+
+
+def _members(model: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers whose squared norms add up to that of the model.
+
+    A LayerWiseDistributedOptimizer is a chain, too, but it is not taken apart: its members hold
+    only the weights that this rank updates, and know only the norm of their gradients.
+    """
+    return model.chained_optimizers if type(model) is ChainedOptimizer else [model]
+
+
+def _without_chains(model: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """All optimizers of a chain, of chains in it as well, that are not chains themselves."""
+    if not isinstance(model, ChainedOptimizer):
+        return [model]
+    return [each for member in model.chained_optimizers for each in _without_chains(member)]
 
 
 def _also_when(tables: TableMember, update: Callable[[bool], None]) -> Callable[[bool], None]:

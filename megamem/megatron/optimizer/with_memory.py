@@ -1,7 +1,7 @@
 """Builds the optimizer of the tables and joins it to that of the model."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 
+from megamem.config import ConfigurationError
+from megamem.layers.value_table import ValueTable
 from megamem.megatron.model.carried_spec import spec_of_model
 from megamem.megatron.optimizer.background import load_background
 from megamem.megatron.optimizer.chain import ChainWithTables, TableMember, find_tables
@@ -37,12 +39,17 @@ def with_memory(
         chunks: the model on this rank, as Megatron's DistributedDataParallel wraps it.
         args: Megatron's arguments, which name the checkpoint to load. Only --memory-finetune-rows
             needs them, for the read counts in that checkpoint.
+
+    Raises:
+        ConfigurationError: requires_grad is False for a table that would be trained.
     """
     spec = spec_of_model(chunks)
     if spec is None:
         return optimizer
+    found = find_tables(chunks)
+    refuse_frozen(found, config, spec)
     tables = TableOptimizer(
-        (found := find_tables(chunks)).values(),
+        found.values(),
         spec,
         StepOptions(
             betas=(config.adam_beta1, config.adam_beta2),
@@ -68,6 +75,20 @@ def with_memory(
     for chunk in chunks:
         replace(chunk, "scale_gradients", _with_tables_of(chunk))
     return ChainWithTables(member, optimizer, sum_once_a_step(chunks))
+
+
+def refuse_frozen(
+    tables: Mapping[str, ValueTable], config: OptimizerConfig, spec: MemorySpec
+) -> None:
+    """Raise a ConfigurationError if a table was frozen, but has a learning rate."""
+    rate = config.lr if spec.lr == "model" else spec.lr
+    frozen = [name for name, table in tables.items() if table.frozen]
+    if frozen and rate:
+        raise ConfigurationError(
+            f"requires_grad was set to False for value table {', '.join(frozen)}, which would be "
+            f"trained with a learning rate of {rate:g}; add --memory-lr 0, with which it stays as "
+            "it is, or do not freeze it."
+        )
 
 
 def _reduces_in_fp32(chunks: list[nn.Module]) -> bool:
