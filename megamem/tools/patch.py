@@ -6,8 +6,8 @@
     megamem patch --megatron-dir DIR --reverse    remove the patch
 
 The patches for a release are in patches/<release>/ and are applied with `git apply`. The SHA256SUMS
-beside them are those of the scripts as Megatron released them. A checkout with other scripts, apart
-from megamem's own patch, is an error and is left unchanged.
+beside them are those of the scripts in the versions that the line "Made for:" of a patch names. A
+checkout with other scripts, apart from megamem's own patch, is an error and is left unchanged.
 """
 
 import argparse
@@ -46,10 +46,12 @@ class Series:
     patches: bytes
     """The patch files, one after the other."""
     sums: dict[str, str]
-    """Path in the checkout -> sha256 of the script as released."""
+    """Path in the checkout -> sha256 of the unchanged script."""
+    made_for: str
+    """The versions of Megatron-LM that have these scripts."""
 
     def without_seam(self, path: str, content: bytes) -> bytes | None:
-        """The script as released; None if it differs in more than megamem's lines."""
+        """The unchanged script; None if it differs in more than megamem's lines."""
         old_patches = self.patches
         for new, old in OLD_SEAM.items():
             old_patches = old_patches.replace(new, old)
@@ -152,7 +154,9 @@ def read_series(folder: Path) -> Series:
     """The patches of a folder, in the order of their names."""
     patches = b"".join(path.read_bytes() for path in sorted(folder.glob("*.patch")))
     sums = (line.split() for line in (folder / "SHA256SUMS").read_text().splitlines())
-    return Series(folder.name, patches, {path: digest for digest, path in sums})
+    # all patches of a folder are made for the same versions
+    made_for = patches.partition(b"\nMade for: ")[2].partition(b"\n")[0].decode()
+    return Series(folder.name, patches, {path: digest for digest, path in sums}, made_for)
 
 
 def new_contents(
@@ -164,7 +168,7 @@ def new_contents(
         A participle for the output ("patched"), and path -> new content of each changed script.
 
     Raises:
-        ConfigurationError: a script is not as released, or there is nothing to do.
+        ConfigurationError: a script is not one that the patches fit, or there is nothing to do.
     """
     paths = sorted(series.sums)
     found = {path: (tree / path).read_bytes() for path in paths if (tree / path).is_file()}
@@ -180,9 +184,10 @@ def new_contents(
             known.append("it has CRLF line ends; clone with core.autocrlf=false")
         hint = f" ({', '.join(known)})" if known else ""
         raise ConfigurationError(
-            f"{', '.join(other)} in --megatron-dir {tree} differs from Megatron-LM {version} as "
-            f"released{hint}; run `{restore} {' '.join(other)}`, which discards all changes, "
-            f"{WITHOUT_PATCH}"
+            f"{', '.join(other)} in --megatron-dir {tree}, which is Megatron-LM {version}, differs "
+            f"from what the patches for {series.release} are made for{hint}; run "
+            f"`{restore} {' '.join(other)}`, which discards all changes, check out what they are "
+            f"made for ({series.made_for}), {WITHOUT_PATCH}"
         )
     patched = [path for path in paths if found[path] != released[path]]
     if patched and patched != paths:

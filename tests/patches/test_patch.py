@@ -13,7 +13,7 @@ import pytest
 
 from megamem.__main__ import INTERRUPTED, main
 from megamem.tools import patch
-from tests.patches.trees import RELEASE, SEAM, Tree, insert, write_series, write_tree
+from tests.patches.trees import MADE_FOR, RELEASE, SEAM, Tree, insert, write_series, write_tree
 
 SCRIPT = "".join(f"line {number}\n" for number in range(1, 30))
 NOBODY = 65534
@@ -280,18 +280,20 @@ def _one_file_only(tree: Tree) -> None:
         (_no_version, "is Megatron-LM ?.?.?, but there are only"),
         (
             _script_missing,
-            "deep/pretrain.py in --megatron-dir {root} differs from Megatron-LM 0.19.2 as released "
-            "(deep/pretrain.py is missing); run `git -C {root} checkout -- deep/pre",
+            "deep/pretrain.py in --megatron-dir {root}, which is Megatron-LM 0.19.2, differs from "
+            f"what the patches for {RELEASE} are made for (deep/pretrain.py is missing); run "
+            "`git -C {root} checkout -- deep/pretrain.py`, which discards all changes, check out "
+            f"what they are made for ({MADE_FOR}), or leave the checkout as it is",
         ),
-        (_script_changed, "deep/pretrain.py in --megatron-dir {root} differs from Megatron-LM 0.1"),
+        (_script_changed, "deep/pretrain.py in --megatron-dir {root}, which is Megatron-LM 0.19.2"),
         (
             _other_line_ends,
-            "as released (it has CRLF line ends; clone with core.autocrlf=false); run `git",
+            "are made for (it has CRLF line ends; clone with core.autocrlf=false); run `git",
         ),
         (_patched_already, "{root} is already patched (--reverse removes the patch), so there is"),
-        (_patched_and_changed, "as released (pretrain_gpt.py mentions megamem); run `git"),
-        (_old_seam_and_changed, "as released (deep/pretrain.py mentions megamem, it has CRLF"),
-        (_one_hunk_only, "as released (pretrain_gpt.py mentions megamem); run `git"),
+        (_patched_and_changed, "are made for (pretrain_gpt.py mentions megamem); run `git"),
+        (_old_seam_and_changed, "are made for (deep/pretrain.py mentions megamem, it has CRLF"),
+        (_one_hunk_only, "are made for (pretrain_gpt.py mentions megamem); run `git"),
         (
             _one_file_only,
             "{root} is only partly patched: of deep/pretrain.py, pretrain_gpt.py only "
@@ -308,9 +310,9 @@ def test_anything_else_is_refused_and_left_alone(tree, capsys, spoil, message, w
     ("spoil", "message"),
     [
         (lambda tree: None, "{root} is not patched, so there is nothing to do"),
-        (_script_changed, "deep/pretrain.py in --megatron-dir {root} differs from"),
+        (_script_changed, "deep/pretrain.py in --megatron-dir {root}, which is Megatron-LM 0.19.2"),
         (_one_file_only, "{root} is only partly patched"),
-        (_patched_and_changed, "pretrain_gpt.py in --megatron-dir {root} differs from"),
+        (_patched_and_changed, "pretrain_gpt.py in --megatron-dir {root}, which is Megatron-LM 0."),
     ],
 )
 def test_reverse_refuses_too(tree, capsys, spoil, message):

@@ -24,7 +24,7 @@ from tests.helpers.megatron_runs import MODEL, SCRIPT, SWITCHES, TRAINING, launc
 from tests.patches.trees import OLD_SEAM, SEAM, insert, write_series, write_tree
 
 ROOT = Path(__file__).parents[2]
-RELEASES = ("core_v0.17.x", "core_v0.18.x", "core_v0.19.x")
+RELEASES = ("core_v0.17.x", "core_v0.18.x", "core_v0.19.x", "core_v0.20.x")
 PATCHES = sorted((ROOT / "patches").glob("*/*.patch"))
 NAMES = [f"{path.parent.name}-{path.stem}" for path in PATCHES]
 CHECKOUTS = [
@@ -69,6 +69,9 @@ def test_every_patched_file_is_pinned_and_patched_once(release):
     assert sorted(counts.decode().splitlines()) == [f"7\t0\t{path}" for path in sorted(series.sums)]
     assert "pretrain_gpt.py" in series.sums
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in series.sums.values())
+    # errors name the versions once, and take them from the first patch
+    made_for = f"\nMade for: {series.made_for}\n".encode()
+    assert series.made_for and series.patches.count(made_for) == len(series.sums)
 
 
 @pytest.mark.parametrize("found", PATCHES, ids=NAMES)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RELEASE = "core_v0.19.x"
+MADE_FOR = "core_v0.19.0, branch core_r0.19.0"
 # the lines that patches insert now, and those of the time of megamem.integration
 SEAM = """\
 import importlib.util
@@ -93,7 +94,8 @@ def write_series(home: Path, scratch: Path, changes: dict[str, tuple[str, str]])
     sums = []
     for number, (path, (old, new)) in enumerate(changes.items(), 1):
         diff = git_diff(old, new, path, scratch)
-        (folder / f"{number:04}-{Path(path).stem}.patch").write_text("Why it is here.\n\n" + diff)
+        file = folder / f"{number:04}-{Path(path).stem}.patch"
+        file.write_text(f"Why it is here.\n\nMade for: {MADE_FOR}\n" + diff)
         sums.append(f"{hashlib.sha256(old.encode()).hexdigest()}  {path}\n")
     (folder / "SHA256SUMS").write_text("".join(sums))
     return folder
