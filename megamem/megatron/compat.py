@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.training import argument_utils, arguments
+from megatron.training import argument_utils, arguments, training
 
 from megamem.hybrid_pattern import FEED_FORWARDS, symbols
 from megamem.patching import require
@@ -38,6 +38,11 @@ CONFIG_MODULE: Any = (
 # None in releases before 0.18, which have no hybrid models
 HybridModel: Any = getattr(
     _import_if_there("megatron.core.models.hybrid.hybrid_model"), "HybridModel", None
+)
+
+# the function of megatron.training that makes Muon in 0.17; None where get_megatron_optimizer does
+MAKES_MUON: str | None = (
+    "get_megatron_muon_optimizer" if hasattr(training, "get_megatron_muon_optimizer") else None
 )
 
 

@@ -25,7 +25,8 @@ Replaced once --memory-layers has been read, by install_memory():
     HybridModel.__init__               the same for models with --hybrid-layer-pattern
                                        (the same for hybrid_config_from_args)
     get_megatron_optimizer             the optimizer of the tables joins that of the model
-                                       (a function for optimizers in PretrainConfigContainer)
+                                       (a function for optimizers in PretrainConfigContainer);
+                                       in 0.17 get_megatron_muon_optimizer, too
     num_floating_point_operations      memories are counted in place of feed-forwards
                                        (a method of ModelConfig)
     setup_model_and_optimizer          flags are compared between ranks and with the checkpoint
@@ -107,6 +108,8 @@ def install_memory() -> None:
     if compat.HybridModel is not None:
         replace(compat.HybridModel, "__init__", _build_memories)
     replace(training, "get_megatron_optimizer", _add_table_optimizer)
+    if compat.MAKES_MUON is not None:
+        replace(training, compat.MAKES_MUON, _add_table_optimizer)
     replace(training, "num_floating_point_operations", _count_flops)
     replace(training, "setup_model_and_optimizer", _compare_with_ranks_and_checkpoint)
     replace(training, "train_step", _name_broken_tables)

@@ -54,6 +54,7 @@ def test_what_works_is_not_refused() -> None:
     _check()
     _check(cuda_graph_impl="none", mtp_num_layers=None, optimizer="adam", gtp_weight_remat_size=1)
     _check(cuda_graph_impl="transformer_engine", cuda_graph_modules=[SimpleNamespace(name="attn")])
+    _check(optimizer="muon", use_layer_wise_distributed_optimizer=True)
     _check(recompute_modules=["mlp", "layernorm"])
     _check(fp8="hybrid", recompute_modules=["mlp"], memory_keep_ffn=True)
     _check(pipeline_model_parallel_size=2, memory={"memory_layers": [4, 7]})
@@ -89,7 +90,7 @@ def test_a_form_that_does_not_exist_is_found_at_start(monkeypatch) -> None:
         ({"hybrid_layer_pattern": "M*-*-*-*-", "no_hybrid": True}, "--hybrid-layer-pattern"),
         ({"enable_hyper_connections": True}, "hyper-connections"),
         ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards"),
-        ({"optimizer": "muon"}, "--optimizer other than adam and sgd"),
+        ({"yaml_cfg": "x"}, "--yaml-cfg"),
         ({"save": "x", "ckpt_format": "torch"}, "--ckpt-format other than torch_dist"),
         ({"ckpt_convert_format": "torch"}, "--ckpt-convert-format other than torch_dist"),
     ],

@@ -310,7 +310,7 @@ class ChainWithTables(ChainedOptimizer):
         return found
 
     def _begin_moments(self) -> None:
-        """Make the state of Megatron's optimizers, which these expect in any checkpoint they load."""
+        """Make the state of Megatron's optimizers, which they expect in a checkpoint."""
         for member in _without_chains(self.model):
             begin = getattr(member, "init_state_fn", None)
             if begin is not None and member.optimizer is not None:

@@ -556,12 +556,11 @@ FEATURES = (
     ),
     Feature(
         part=TRAINING,
-        name="other optimizers: Muon, Lion, SOAP",
-        option="--optimizer other than adam and sgd",
+        name="Muon, Lion, SOAP and others for the model; tables have an optimizer of their own",
+        option="--optimizer muon, dist_muon, lion, soap",
         uses=lambda args: getattr(args, "optimizer", "adam") not in ("adam", "sgd"),
-        state="refused",
-        why="it would orthogonalise the rows of the value table",
-        fix="use --optimizer adam",
+        state="yes",
+        test="megatron/test_muon.py",
     ),
     Feature(
         part=TRAINING,
@@ -599,6 +598,15 @@ FEATURES = (
         why="it compares data-parallel ranks, which hold different rows",
         fix="drop it",
     ),
+    Feature(
+        part=TRAINING,
+        name="settings of Megatron in a file",
+        option="--yaml-cfg",
+        uses=_given("yaml_cfg"),
+        state="refused",
+        why="Megatron then ignores all flags and builds no memory layers",
+        fix="write the settings of the file as flags",
+    ),
     FeatureOfLayers(
         part=TRAINING,
         name="sparse finetuning of a model whose experts have biases",
@@ -612,7 +620,7 @@ FEATURES = (
     Feature(
         part=FILES,
         name="checkpoints for any number of ranks",
-        option="--ckpt-format torch_dist",
+        option="--save, --load with --ckpt-format torch_dist",
         uses=_both(_saves, lambda args: not _is_of_another_format(args)),
         state="yes",
         test="megatron/test_resume.py::test_resume_on_one_rank_and_on_two",
