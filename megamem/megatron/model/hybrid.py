@@ -40,8 +40,11 @@ class LayerByNumber:
             otherwise: the spec of all other layers.
             slot: all other keywords that this release passes to a layer.
         """
-        spec = memories.get(layer_number - 1, otherwise)
-        return build_module(spec, layer_number=layer_number, **slot)
+        if layer_number - 1 not in memories or slot.get("is_mtp_layer"):
+            return build_module(otherwise, layer_number=layer_number, **slot)
+        # since 0.20 stacks pass this to experts, but not to dense layers, which a memory layer is
+        slot.pop("is_mtp_layer", None)
+        return build_module(memories[layer_number - 1], layer_number=layer_number, **slot)
 
 
 def has_memories(stack_spec: ModuleSpec) -> bool:
