@@ -75,18 +75,11 @@ def test_a_layer_is_chosen_by_its_number() -> None:
 @pytest.mark.parametrize("is_mtp_layer", [True, False])
 def test_a_layer_of_mtp_is_no_memory_of_the_model(is_mtp_layer: bool) -> None:
     """Since 0.20 stacks tell experts whether they belong to MTP, but not dense layers."""
-
-    def dense(**slot: object) -> dict[str, object]:
-        return slot
-
-    built = LayerByNumber(
-        layer_number=4,
-        memories={3: ModuleSpec(dense, {"kind": "memory"})},
-        otherwise=ModuleSpec(dense, {"kind": "usual"}),
-        is_mtp_layer=is_mtp_layer,
-    )
-    usual = {"layer_number": 4, "kind": "usual", "is_mtp_layer": True}
-    assert built == (usual if is_mtp_layer else {"layer_number": 4, "kind": "memory"})
+    memory, usual = (ModuleSpec(SimpleNamespace, {"kind": kind}) for kind in ("memory", "usual"))
+    spec = ModuleSpec(LayerByNumber, {"memories": {3: memory}, "otherwise": usual})
+    built = build_module(spec, layer_number=4, is_mtp_layer=is_mtp_layer)
+    expected = {"kind": "usual", "is_mtp_layer": True} if is_mtp_layer else {"kind": "memory"}
+    assert vars(built) == {"layer_number": 4, **expected}
 
 
 @pytest.mark.gloo
