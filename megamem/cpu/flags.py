@@ -60,6 +60,16 @@ REFUSED = (
     ),
     Refusal("use_torch_fsdp2", "--use-torch-fsdp2", "needs a GPU"),
     Refusal("cuda_graph_impl", "--cuda-graph-impl", "needs a GPU", off=(None, "none")),
+    Refusal("multi_latent_attention", "--multi-latent-attention", NEEDS_TE),
+    Refusal("layernorm_zero_centered_gamma", "--apply-layernorm-1p", NEEDS_TE),
+    Refusal("moe_latent_size", "--moe-latent-size", NEEDS_TE),
+    # its process divides by the number of GPUs, dies, and is waited for without end
+    Refusal(
+        "use_persistent_ckpt_worker",
+        "--use-persistent-ckpt-worker",
+        "starts a process that needs a GPU",
+    ),
+    Refusal("yaml_cfg", "--yaml-cfg", "replaces all flags, also those that --cpu sets"),
     Refusal("enable_cuda_graph", "--enable-cuda-graph", "needs a GPU"),
     Refusal("external_cuda_graph", "--external-cuda-graph", "needs a GPU"),
 )
@@ -104,6 +114,11 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         if getattr(args, dest) != value
     ]
     refused = [*filter(None, (refusal.problem(args) for refusal in REFUSED))]
+    if "layernorm" in (getattr(args, "recompute_modules", None) or ()):
+        refused.append(
+            f"--recompute-modules layernorm {NEEDS_TE}; with --cpu, drop layernorm from "
+            f"{' '.join(args.recompute_modules)}"
+        )
     pattern = getattr(args, "hybrid_layer_pattern", None) or ""
     if unsupported := "".join(sorted(set(symbols(pattern)) - set(ON_CPU))):
         refused.append(

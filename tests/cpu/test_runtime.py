@@ -155,6 +155,12 @@ def test_needed_flags_are_set_and_named(parser, capsys):
         ("--fp8-format hybrid", "--fp8-format hybrid needs Transformer Engine"),
         ("--use-torch-fsdp2", "--use-torch-fsdp2 needs a GPU; with --cpu, drop it"),
         ("--fp8-format e4m3 --tp-comm-overlap", "drop it; --tp-comm-overlap needs"),
+        ("--multi-latent-attention", "--multi-latent-attention needs Transformer Engine"),
+        ("--apply-layernorm-1p", "--apply-layernorm-1p needs Transformer Engine"),
+        ("--moe-latent-size 16", "--moe-latent-size 16 needs Transformer Engine"),
+        ("--use-persistent-ckpt-worker", "--use-persistent-ckpt-worker starts a process that"),
+        ("--yaml-cfg x.yaml", "--yaml-cfg x.yaml replaces all flags"),
+        ("--recompute-modules core_attn layernorm", "drop layernorm from core_attn layernorm"),
     ],
 )
 def test_contrary_flags_are_refused(parser, capsys, words, message):
