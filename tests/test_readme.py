@@ -12,7 +12,8 @@ from megatron.training import argument_utils
 import megamem
 from megamem.__main__ import COMMANDS
 from megamem.config import MemoryConfig, flag
-from megamem.tools import markers
+from megamem.megatron.startup.features import FEATURES
+from megamem.tools import markers, support
 from megamem.tools.bench_table import markdown, read_records
 from megamem.tools.flag_table import flag_table, rewrite
 from tests.bench import stage_table
@@ -30,6 +31,14 @@ def test_the_table_of_flags_is_what_the_settings_say() -> None:
     assert len(rows) == len(dataclasses.fields(MemoryConfig))
     for row, field in zip(rows, dataclasses.fields(MemoryConfig), strict=True):
         assert row.startswith(f"| `{flag(field.name)}` |") and len(row.split(" | ")[-1]) > 20
+
+
+def test_the_support_matrix_is_what_the_table_of_features_says() -> None:
+    assert support.rewrite(README) == README, "run: python -m megamem.tools.support README.md"
+    for feature in FEATURES:
+        assert f"| {feature.name} |" in README
+    # a refusal stands there with its reason
+    assert "| refused: it would gather all of the value table on every rank; use `--use-d" in README
 
 
 def test_the_tables_of_measurements_are_what_the_records_say() -> None:

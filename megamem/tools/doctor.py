@@ -5,6 +5,11 @@ devices and their links, a small memory layer in forward and backward, and a tes
 inputs with known results (known answers), on a GPU at the size of a real run. Under torchrun it
 also tests the collectives that send lookups to other ranks. The exit status is 0 if there is no
 problem and 1 otherwise, so that a health check can use it.
+
+    python -m megamem doctor --flags "<the command line of a training run>"
+
+checks no machine, but whether memory layers work with everything that the run uses. The exit status
+is 1 if something is refused.
 """
 
 import argparse
@@ -41,6 +46,7 @@ from megamem.resolution import resolve
 from megamem.tools import known_answers
 from megamem.tools.doctor_collectives import COLLECTIVES, MIB, collective_check
 from megamem.tools.doctor_finding import Finding, Status
+from megamem.tools.plan import quiet_imports
 
 SHOWN: dict[Status, str] = {
     "ok": "[green]ok[/]",
@@ -65,14 +71,33 @@ def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         action="store_true",
         help="skip the known answers, which need much GPU memory; for health checks during a run",
     )
+    add(
+        "--flags",
+        nargs=argparse.REMAINDER,
+        metavar="COMMAND",
+        help="say whether memory layers work with the flags of a training run, instead of checking "
+        "this machine; everything that follows is its command line, with or without quotes",
+    )
+    # --flags needs a parser for another command line
+    parser.set_defaults(
+        new_parser=lambda: type(parser)(prog="megamem doctor --flags", add_help=False)
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Check this machine, or under torchrun all of them; return 1 if there is a problem, else 0.
 
+    With --flags a command line is checked instead.
+
     Raises:
-        ConfigurationError: --mib or --timeout is less than 1.
+        ConfigurationError: --mib or --timeout is less than 1, or a command line cannot be read.
     """
+    if options.flags is not None:
+        # it imports Megatron, which the other checks report if it cannot be imported
+        with quiet_imports():
+            from megamem.tools import support
+
+        return support.check_flags(options.flags, options.new_parser())
     for name, value in (("--mib", options.mib), ("--timeout", options.timeout)):
         if value is not None and value < 1:
             raise ConfigurationError(f"{name} {value} must be at least 1")

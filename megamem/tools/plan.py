@@ -13,7 +13,7 @@ import io
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,20 @@ def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Add the flags that describe a run: its ranks, its memory layers, and Megatron's.
+    """Add the flags that describe a run, as add_run_flags() does.
 
     The flags that a --preset stands for become defaults.
     """
+    add_run_flags(parser)
+    chosen = parser.parse_args(words).preset
+    if chosen:
+        parser.set_defaults(**_preset_flags(chosen))
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that describe a run: its ranks, its memory layers, and Megatron's."""
     _add_cluster_flags(parser)
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        # Megatron warns at import about packages that only training needs
-        warnings.simplefilter("ignore")
+    with quiet_imports():
         from megatron.training.arguments import add_megatron_arguments
 
         from megamem.megatron.arguments import add_memory_flags
@@ -84,9 +90,20 @@ def add_model_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> No
     add_megatron_arguments(parser)
     # Megatron's hundreds of flags would hide the planner's own in --help
     parser.format_help = lambda: page  # type: ignore[method-assign]
-    chosen = parser.parse_args(words).preset
-    if chosen:
-        parser.set_defaults(**_preset_flags(chosen))
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Hides what Megatron warns of when it is imported: packages that only training needs."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def model_ranks(args: argparse.Namespace) -> int:
+    """The number of ranks of one replica of the model."""
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    return int(tensor * pipeline * args.context_parallel_size)
 
 
 def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +193,7 @@ def job_from_args(args: argparse.Namespace) -> Job:
     shape = shape_from_args(args)
     tp = args.tensor_model_parallel_size
     cp, pp = args.context_parallel_size, args.pipeline_model_parallel_size
-    world = args.world_size if args.world_size is not None else tp * cp * pp
+    world = args.world_size if args.world_size is not None else model_ranks(args)
     micro_batch = args.micro_batch_size if args.micro_batch_size is not None else 1
     cluster = Cluster(
         world_size=world,

@@ -1,6 +1,7 @@
 """megamem doctor: the problems that it finds, and its exit status."""
 
 import os
+import re
 import socket
 import sys
 from importlib import metadata
@@ -295,3 +296,62 @@ def test_forms_that_were_selected_are_named(monkeypatch) -> None:
     monkeypatch.setenv("MEGAMEM_FORMS", "product_topk=fast")
     (finding,) = doctor.selected_forms()
     assert "no form 'fast'" in finding.found and finding.status == "problem"
+
+
+RUN = """CUDA_DEVICE_MAX_CONNECTIONS=1 GPUS=8 torchrun --nproc_per_node $GPUS --nnodes=2 \\
+    -m megamem.run pretrain_gpt.py --num-layers 8 --hidden-size 256 --num-attention-heads 4 \\
+    --seq-length 128 --bf16 --tensor-model-parallel-size 2 --save "/a b/c" \\
+    --memory-layers 1 5 {} 2>&1 | tee log  # and then sleep
+"""
+
+
+def _rows(said: str) -> dict[str, str]:
+    """Feature -> state, of the table that `megamem doctor --flags` prints."""
+    cells = [[cell.strip() for cell in line.split("\u2502")] for line in said.splitlines()]
+    return {row[1]: row[3] for row in cells if len(row) == 6 and row[1] and row[3]}
+
+
+def test_a_command_line_that_works_is_accepted(capsys: pytest.CaptureFixture) -> None:
+    assert (
+        run_doctor(["--flags", RUN.format("--recompute-activations --context-parallel-size 2")])
+        == 0
+    )
+    said = capsys.readouterr().out
+    rows = _rows(said)
+    assert rows["tensor parallelism"] == rows["data parallelism"] == rows["bf16"] == "yes"
+    assert rows["context parallelism"] == "not run on a GPU"
+    assert "pipeline parallelism" not in said and "fp16" not in said
+    assert "recomputation of whole layers" in said and "REFUSED" not in said
+    assert "2 of them have not been run on a GPU" in said and "Not flags" not in said
+
+
+def test_what_is_refused_is_shown_with_the_reason(capsys: pytest.CaptureFixture) -> None:
+    more = "--use-torch-fsdp2 --memory-group-size 16 --log-params-norm --memory-num-key 3"
+    assert run_doctor(["--flags", RUN.format(more).replace("1 5", "1 9")]) == 1
+    said = capsys.readouterr().out
+    together = " ".join(re.sub("[^ -~]", " ", said).split())
+    rows = _rows(said)
+    assert rows["FSDP2 of torch"] == rows["memory layers"] == "REFUSED"
+    assert "REFUSED it would gather all of the" in together
+    assert "--memory-group-size 16 with" in together and "--memory-layers 9 is out of" in together
+    assert "Refused: 3 of these" in said and "(did you mean --memory-num-keys?)" in together
+
+
+def test_flags_may_be_given_without_quotes_and_memory(capsys: pytest.CaptureFixture) -> None:
+    assert run_doctor(["--flags", "--bf16", "--fp8-format", "hybrid"]) == 0
+    assert "Without --memory-layers only Megatron's own flags" in capsys.readouterr().out
+    assert run_doctor(["--flags", "--memory-layers", "1", "--memory-heads", "0"]) == 1
+    assert "--memory-heads 0 must be" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("torchrun pretrain_gpt.py ${ARGS[@]} --bf16", r"without a value: \$\{ARGS\[@\]\}; paste"),
+        ("pretrain_gpt.py --save 'here", "cannot be read: No closing quotation"),
+        ("pretrain_gpt.py --num-layers four", "invalid int value: 'four'"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read(capsys, text: str, message: str) -> None:
+    assert run_doctor(["--flags", text]) == 2
+    assert re.search(message, capsys.readouterr().err)

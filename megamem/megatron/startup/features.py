@@ -464,7 +464,7 @@ FEATURES = (
         part=MEMORY,
         name="recomputation of whole layers or of modules",
         option="--recompute-granularity, --recompute-modules",
-        uses=_given("recompute_granularity"),
+        uses=_given("recompute_granularity", "recompute_activations"),
         state="yes",
         test=f"{TINY}::test_two_ranks_take_the_steps_of_one",
     ),
