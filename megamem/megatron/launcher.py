@@ -8,6 +8,7 @@ keep their traceback.
 """
 
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -90,9 +91,31 @@ def _main(words: list[str]) -> int:
     except ConfigurationError as error:
         stop(str(error))
     except Exception as error:
+        stop_without_gpu(error)
         report_if_lost(error, sys.excepthook)
         raise
     return 0
+
+
+def stop_without_gpu(error: BaseException) -> None:
+    """Name --cpu if this machine has no GPU and the script failed for that reason.
+
+    Args:
+        error: what the script raised.
+
+    Raises:
+        SystemExit: after the message.
+    """
+    if not isinstance(error, Exception) or not re.search("CUDA|NVIDIA", str(error)):
+        return
+    import torch
+
+    # with --cpu, torch.cuda says that there is a GPU
+    if not torch.cuda.is_available():
+        stop(
+            f"torch finds no GPU on this machine ({str(error).splitlines()[0]}); to run the script "
+            f"on the CPU, write: python -m megamem.run --cpu {sys.argv[0]} ..."
+        )
 
 
 def report_if_lost(error: BaseException, show: Callable[..., object]) -> None:
@@ -154,6 +177,7 @@ def _report_in_one_line(original: Callable[..., None]) -> Callable[..., None]:
         try:
             if isinstance(error, ConfigurationError):
                 stop(str(error))
+            stop_without_gpu(error)
             report_if_lost(error, original)
         except SystemExit as leaving:
             end_process(leaving, original)

@@ -4,12 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megamem import errors
 from megamem.config import ConfigurationError
 from megamem.megatron import launcher
-from tests.helpers.megatron_runs import SCRIPT, launch
+from tests.helpers.megatron_runs import SCRIPT, command_line, launch
 
+MEMORY = ("--memory-layers", 1, "--memory-num-keys", 16, "--memory-topk", 4)
 SAYS_WHO_IT_IS = "import sys; print(__name__, __file__, sys.argv, sys.path[0])"
 
 
@@ -165,6 +167,37 @@ def test_configuration_errors_have_no_traceback(no_megatron, script, capsys):
     assert leaving.value.code == 2
     assert capsys.readouterr().err == "megamem: error: k\n"
     assert issubclass(ConfigurationError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("error", "has_gpu", "named"),
+    [
+        ("AssertionError('Megatron requires CUDA.')", False, True),
+        ("RuntimeError('Found no NVIDIA driver on your system.\\nPlease ...')", False, True),
+        ("RuntimeError('CUDA out of memory')", True, False),
+        ("RuntimeError('no such thing')", False, False),
+    ],
+)
+def test_without_a_gpu_the_error_names_the_cpu(
+    no_megatron, script, capsys, monkeypatch, error, has_gpu, named
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    script.write_text(f"raise {error}")
+    with pytest.raises(SystemExit if named else RuntimeError):
+        launcher.main([str(script)])
+    said = capsys.readouterr().err
+    assert (f"python -m megamem.run --cpu {script} ..." in said) == named
+    assert said.count("\n") == named
+
+
+def test_a_run_without_a_gpu_is_told_of_the_cpu():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    words = [word for word in command_line(*MEMORY) if word != "--cpu"]
+    log = launch("no gpu", 1, *words, check=False)
+    said = [line for line in log.stdout.splitlines() if "megamem: error" in line]
+    assert log.returncode == 2 and len(said) == 1 and "Traceback" not in log.stdout
+    assert f"megamem.run --cpu {SCRIPT} ..." in said[0]
 
 
 @pytest.mark.gloo
