@@ -63,13 +63,16 @@ say "4/4 test what the checkpoint knows (complete log: $run/probe.log)"
     tail -n 40 "$run/probe.log"
     exit 1
 }
-sed -n '/closed-book exact match/,/^written to/p' "$run/probe.log"
+python examples/facts/show_probe.py "$run/probe.json"
+
+again="bash examples/quickstart.sh --train-iters 3000"
+[ -z "${MEGAMEM_RUN:-}" ] || again="MEGAMEM_RUN=$(printf %q "$run") $again"
 
 say "done. What you can do next:"
 cat <<EOF
-    .venv/bin/tensorboard --logdir $run/tensorboard
-        look at the losses and metrics of the run
-    bash examples/quickstart.sh --train-iters 3000
+    .venv/bin/tensorboard --logdir $(printf %q "$run/tensorboard")
+        look at the losses and, under Custom Scalars, at how the memory is used
+    $again
         continue training from the checkpoint in $run
     torchrun --nproc-per-node 8 -m megamem.run pretrain_gpt.py <your flags> --memory-layers 4 12 20
         train your own model on GPUs

@@ -79,7 +79,7 @@ def _reached(losses: list[tuple[int, float]], validations: list[tuple[int, float
         table.add_column(name, justify="left" if not name else "right")
     for name, rows in (("training", losses), ("validation", validations)):
         for which, (iteration, loss) in zip(
-            ("first", "last"), (rows[0], rows[-1])[: len(rows)], strict=False
+            ("first", "last"), (*rows[:1], *rows[1:][-1:]), strict=False
         ):
             table.add_row(f"{name}, {which}", str(iteration), f"{loss:.3f}")
     return table

@@ -35,8 +35,7 @@ from megatron.training.checkpointing import checkpoint_exists, load_checkpoint
 from megatron.training.training import get_model
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from tables import Sheet
+from show_probe import sheet
 from torch import Tensor
 from torch.nn import Module
 
@@ -167,15 +166,6 @@ class Asker:
         return batch, predicted_BS.cpu()
 
 
-def render(probe: Mapping[str, Any]) -> Table:
-    """Scores and totals as a table for people."""
-    rows = []
-    for name, asked, right, accuracy, chance in map(dict.values, probe["scores"] + probe["totals"]):
-        rows.append((name, f"{asked:,}", f"{right:,}", f"{accuracy:.1%}", f"{chance:.1%}"))
-    columns = ("relation", "asked", "right", "accuracy", "commonest answer")
-    return Sheet("", columns, rows).table()
-
-
 def main() -> None:
     """Load, ask, print, write JSON."""
     args = initialize(add_probe_args)
@@ -209,9 +199,9 @@ def main() -> None:
             probes.append({"iteration": iteration, "phrasing": name, **probe})
             title = f"{args.load}, iteration {iteration}: closed-book exact match"
             title += "" if name == "question" else ", unseen phrasing"
-            # a table would wrap it, and examples/quickstart.sh looks for it
+            # a table would wrap it
             console.print(title, soft_wrap=True)
-            console.print(render(probe))
+            console.print(sheet(probe).table())
     chosen = questions[phrasings[0]][: held_in : max(held_in // 5, 1)][:5]
     answers = asker.greedy_answers(chosen)
     if not reports:
