@@ -8,6 +8,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megamem.config import MemoryConfig
 from megamem.megatron.optimizer.with_memory import table_group
 from megamem.resolution import resolve
+from tests.helpers.megatron_runs import run_training
 
 ARGS = OptimizerConfig(lr=1e-3, min_lr=1e-4)
 
@@ -60,3 +61,29 @@ def test_weight_decay_is_the_tables_own(decay: float) -> None:
 def test_without_settings_the_table_follows_the_model() -> None:
     group = table_group(ARGS, resolve(MemoryConfig(), 16))
     assert not {"max_lr", "min_lr", "start_wd", "end_wd"} & group.keys()
+
+
+FP16 = ("--memory-layers", 1, "--memory-num-keys", 16, "--memory-topk", 4, "--fp16")
+
+
+@pytest.mark.gloo
+def test_that_a_loss_scale_is_too_large_is_logged_once_on_one_rank() -> None:
+    """Every run in fp16 skips batches until the scale that it starts with is low enough."""
+    log = run_training("fp16", 2, *FP16, "--tensor-model-parallel-size", 2)
+    assert sum(log.skipped) > 2
+    (said,) = [line for line in log.stdout.splitlines() if "not finite" in line]
+    assert "at a loss scale of 4.29497e+09" in said and "logged once" in said
+
+
+@pytest.mark.gloo
+def test_a_gradient_that_no_loss_scale_mends_is_named_each_time() -> None:
+    lowest = ("--initial-loss-scale", 1, "--min-loss-scale", 1)
+    log = run_training(
+        "fp16 with a nan",
+        2,
+        *(*FP16, *lowest, "--tensor-model-parallel-size", 2),
+        module="tests.helpers.faulty",
+        environment={"FAULT": "nan 1 3"},
+    )
+    assert log.skipped == [0, 0, 1, 0, 0]
+    assert log.stdout.count("rank 1: the gradient of value table shared is not finite") == 1

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor, nn
 
@@ -80,6 +81,7 @@ class TableMember(MegatronOptimizer):
         self._squares_by_table: dict[str, Tensor] = {}
         self._numbers: HostCopy | None = None
         self._norm, self._scale, self._found_inf = 0.0, 1.0, False
+        self.lowers_loss_scale, self._told_of_overflow = False, False
         # a separate group, because the chain computes one norm for all members that share a group
         self.grad_stats_parallel_group: Any = dist.new_group(timeout=timeout)
 
@@ -139,7 +141,11 @@ class TableMember(MegatronOptimizer):
         (of_all, norm, self._scale), self._numbers = self._numbers.numbers(), None
         self._norm = norm if math.isfinite(of_all) else math.inf
         self._found_inf = not math.isfinite(self._norm)
-        if self._found_inf:
+        if not self._found_inf:
+            return
+        if self.lowers_loss_scale and 1.0 / (self.data_ranks * self._scale) > 1.0:
+            self._tell_of_overflow()
+        else:
             for name, squares in self._squares_by_table.items():
                 if not squares.isfinite():
                     logger.warning(
@@ -148,6 +154,17 @@ class TableMember(MegatronOptimizer):
                         dist.get_rank(),
                         name,
                     )
+
+    def _tell_of_overflow(self) -> None:
+        """Log, once and on one rank, what a run in fp16 does in its first iterations."""
+        if not self._told_of_overflow and dist.get_rank() == 0:
+            logger.warning(
+                "the gradient of a value table is not finite at a loss scale of %g; all ranks skip "
+                "such batches while Megatron lowers the scale, as they do at the start of a run in "
+                "fp16. This is logged once",
+                1.0 / (self.data_ranks * self._scale),
+            )
+        self._told_of_overflow = True
 
     def get_grad_norm(self) -> float:
         """Norm of the gradients of all tables; 0 if these are clipped separately."""
@@ -253,6 +270,7 @@ class ChainWithTables(ChainedOptimizer):
         self.model_is_frozen = all(getattr(m, "is_stub_optimizer", False) for m in members)
         scalers = [getattr(member, "grad_scaler", None) for member in members]
         self._scalers = [scaler for scaler in scalers if scaler is not None]
+        tables.lowers_loss_scale = any(isinstance(s, DynamicGradScaler) for s in self._scalers)
         for scaler in self._scalers:
             scaler.update = _also_when(tables, scaler.update)
         self._norm: float | None = None
