@@ -1,4 +1,7 @@
-"""`megamem bench`: speed of the kernels, compared with the memory bandwidth of this machine.
+"""`megamem bench`: how fast the memory layers' kernels are on this GPU, and whether they are right.
+
+It tells whether a GPU reaches the speed that the plan of a run counts on: memory layers wait for
+memory, so each op is given as a fraction of the bandwidth of a copy. It needs no model and no data.
 
 It first measures the bandwidth of a large copy, which is the upper bound. Then, for each op and
 size, it compares the result with the plain-torch reference, and measures the time of the op and of
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigurationError(
             f"--into {args.into} needs --table FILE; measure with --json FILE first"
         )
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(args.device)
     published = None
     if args.published:
         try:
@@ -84,6 +87,27 @@ def run(args: argparse.Namespace) -> int:
     for line in found.wrong:
         complain(line)
     return WRONG_RESULT if found.wrong else 0
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of this name, by default the GPU if there is one.
+
+    Raises:
+        ConfigurationError: there is no such device.
+    """
+    gpus = torch.cuda.device_count()
+    try:
+        device = torch.device(name or ("cuda" if gpus else "cpu"))
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"--device {name} is not cuda, cuda:1 or cpu")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ConfigurationError(
+            f"--device {name}: torch finds {gpus or 'no'} GPUs on this machine; use --device cpu"
+            + (f", or cuda:0 to cuda:{gpus - 1}" if gpus else "")
+        )
+    return device
 
 
 @dataclass(frozen=True)

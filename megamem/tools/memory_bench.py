@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from megamem.config import MemoryConfig
+from megamem.config import ConfigurationError, MemoryConfig
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.memory_pool import MemoryPool
 from megamem.megatron.launcher import close_process_group
@@ -116,6 +116,10 @@ def run(args: argparse.Namespace) -> int:
         # a file that cannot be written is an error now, not after minutes of measurements
         Path(args.json).open("a").close()
     gpus = torch.cuda.device_count() if args.device != "cpu" else 0
+    if args.device == "cuda" and not gpus:
+        raise ConfigurationError(
+            "--device cuda: torch finds no GPUs on this machine; use --device cpu"
+        )
     sizes = _sizes(args, GPU_SIZES if gpus else CPU_SIZES)
     console = Console(width=None if sys.stdout.isatty() else 160)
     cases = [

@@ -1,6 +1,7 @@
 """The benchmark on a CPU: its table, its records, its plot, and that wrong results have no time."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,27 @@ def test_published_kernels_are_timed_beside_ours():
     ops_with_rival = {"embedding_bag forward", "embedding_bag forward + backward"}
     assert {op for op, ms in timed.items() if ms is not None} == ops_with_rival
     assert set(shapes) == {((4, 8), (64, 16), (4, 8), torch.float32)}
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus", "said"),
+    [
+        (
+            "--device cuda",
+            0,
+            "--device cuda: torch finds no GPUs on this machine; use --device cpu",
+        ),
+        ("--memory --device cuda", 0, "--device cuda: torch finds no GPUs on this machine"),
+        ("--device cuda:2", 2, "finds 2 GPUs on this machine; .* or cuda:0 to cuda:1"),
+        ("--device gpu", 0, "--device gpu is not cuda, cuda:1 or cpu"),
+        ("--device meta", 0, "--device meta is not cuda, cuda:1 or cpu"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(words, gpus, said, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert run_bench(words.split()) == USER_ERROR
+    error = capsys.readouterr().err
+    assert re.search(said, error) and error.count("\n") == 1
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch, capsys):

@@ -133,7 +133,10 @@ def test_pictures_and_one_page_for_all(alone) -> None:
     config = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     page = layout_pb2.Layout.FromString(config)
     shown = {chart.title for category in page.category for chart in category.chart}
-    assert shown == {"loss", *TITLES.values()}
+    written = {name.split("/")[1] for name in _scalars(folder) if name.startswith("memory/")}
+    assert shown == {"loss", *(TITLES[name] for name in written)}
+    # this run chooses no rows
+    assert TITLES["gate_mean"] in shown and TITLES["trained_rows"] not in shown
 
 
 @pytest.mark.gloo
@@ -280,9 +283,11 @@ def test_pictures_leave_nothing_behind(tmp_path: Path) -> None:
     assert len(_events(tmp_path).Images("memory/usage_map/layer_1")) == 5
 
 
-def test_the_page_names_every_number_once() -> None:
-    patterns = [chart[1][0] for page in layout().values() for chart in page.values()]
-    assert sorted(patterns) == sorted(["^lm loss$", *(f"memory/{name}/.*" for name in TITLES)])
+@pytest.mark.parametrize("kinds", [[*TITLES], ["row_norm", "rows_used"], []])
+def test_the_page_names_every_number_of_a_run_once(kinds: list[str]) -> None:
+    page = layout(f"memory/{kind}/{layer}" for kind in kinds for layer in ("layer_1", "layer_2"))
+    patterns = [chart[1][0] for charts in page.values() for chart in charts.values()]
+    assert sorted(patterns) == sorted(["^lm loss$", *(f"memory/{name}/.*" for name in kinds)])
 
 
 @pytest.mark.parametrize("num_keys", [9, 300])

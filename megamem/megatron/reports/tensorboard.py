@@ -143,7 +143,8 @@ class TrainingMetrics:
         for layer, usage in report.usage.items():
             self.usage[layer] = self.usage[layer] + usage if layer in self.usage else usage
         if self.writers is None:
-            self.writers = Writers(get_tensorboard_writer(), get_wandb_writer())
+            writers = get_tensorboard_writer(), get_wandb_writer()
+            self.writers = Writers(*writers, reported=report.scalars)
         if to_writer:
             self.writers.scalars(report.scalars, iteration)
         if to_console:
@@ -158,11 +159,18 @@ class TrainingMetrics:
 class Writers:
     """Megatron's TensorBoard and wandb writers, either of which may be None."""
 
-    def __init__(self, board: Any, wandb: Any) -> None:
+    def __init__(self, board: Any, wandb: Any, reported: Iterable[str] = ()) -> None:
+        """Write the layout of TensorBoard's page Custom Scalars.
+
+        Args:
+            board: a SummaryWriter, or None.
+            wandb: the wandb module, or None.
+            reported: names of the numbers in a report of this run, which get charts.
+        """
         self.board, self.wandb = board, wandb
         self.usage_map: UsageMap | None = None
         if board is not None:
-            board.add_custom_scalars(layout())
+            board.add_custom_scalars(layout(reported))
 
     def scalars(self, scalars: dict[str, float], iteration: int) -> None:
         """Write every number under its name."""
@@ -201,10 +209,19 @@ def is_measured(spec: MemorySpec, args: argparse.Namespace) -> bool:
     return spec.metrics == "on"
 
 
-def layout() -> dict[str, dict[str, list[Any]]]:
-    """The layout of TensorBoard's custom scalars, with one chart for all layers or tables."""
-    charts = {title: ["Multiline", [f"memory/{name}/.*"]] for name, title in TITLES.items()}
-    first = {TITLES[name]: charts[TITLES[name]] for name in SUMMARY}
+def layout(reported: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+    """The layout of TensorBoard's custom scalars, with one chart for all layers or tables.
+
+    TensorBoard shows a chart also where nothing is written for it, so that only the numbers of a
+    run have one: a layer may have no gate, and only sparse finetuning chooses rows.
+    """
+    kinds = {name.split("/")[1] for name in reported}
+    charts = {
+        title: ["Multiline", [f"memory/{name}/.*"]]
+        for name, title in TITLES.items()
+        if name in kinds
+    }
+    first = {TITLES[name]: charts[TITLES[name]] for name in SUMMARY if name in kinds}
     first = {"loss": ["Multiline", ["^lm loss$"]], **first}
     rest = {title: chart for title, chart in charts.items() if title not in first}
     return {"memory: how it is used": first, "memory: tables and ranks": rest}
