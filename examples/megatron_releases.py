@@ -8,9 +8,13 @@ from typing import Any
 from megatron.core import parallel_state
 from megatron.core import utils as core_utils
 from megatron.core.enums import ModelType
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import argument_utils, arguments, get_args, training
 from megatron.training import utils as training_utils
@@ -35,16 +39,21 @@ def build_gpt(args: Any, config: TransformerConfig | None = None) -> Callable[..
     def build_model(
         groups: ProcessGroupCollection, pre_process: bool, post_process: bool, vp_stage: int | None
     ) -> GPTModel:
+        engine = args.transformer_impl == "transformer_engine"
         spec = get_gpt_decoder_block_spec(
             config,
-            use_transformer_engine=args.transformer_impl == "transformer_engine",
+            use_transformer_engine=engine,
             normalization=args.normalization,
             qk_l2_norm=args.qk_l2_norm,
             vp_stage=vp_stage,
         )
+        prediction = None
+        if config.mtp_num_layers:
+            prediction = get_gpt_mtp_block_spec(config, spec, engine, vp_stage=vp_stage)
         return GPTModel(
             config=config,
             transformer_layer_spec=spec,
+            mtp_block_spec=prediction,
             vocab_size=args.padded_vocab_size,
             max_sequence_length=args.max_position_embeddings,
             pre_process=pre_process,
@@ -76,14 +85,33 @@ def build_hybrid(args: Any, config: TransformerConfig | None = None) -> Callable
     return described.get_builder_cls()(described).build_model
 
 
-def next_batch(data_iterator: Iterator[dict] | None, fields: Sequence[str]) -> dict[str, Any]:
+def predicts_several_tokens(vp_stage: int | None) -> bool:
+    """Whether this stage has layers for multi-token prediction, which need the batch."""
+    args = get_args()
+    if not args.mtp_num_layers:
+        return False
+    config = CONFIG_MODULE.core_transformer_config_from_args(args)
+    if "config" in inspect.signature(mtp_on_this_rank).parameters:  # 0.17
+        return mtp_on_this_rank(config, ignore_virtual=False, vp_stage=vp_stage)
+    layout = config.pipeline_model_parallel_layout
+    return mtp_on_this_rank(layout, config.mtp_num_layers, False, vp_stage)
+
+
+def next_batch(
+    data_iterator: Iterator[dict] | None, fields: Sequence[str], predicts: bool = False
+) -> dict[str, Any]:
     """This rank's part of the next microbatch; a field that its stage does not need is None.
 
     Only one rank of a tensor-parallel group has the iterator; it broadcasts to the others.
+
+    Args:
+        data_iterator: the iterator, or None on ranks without it.
+        fields: the fields of a batch.
+        predicts: whether this stage has layers for multi-token prediction.
     """
     args = get_args()
     if hasattr(training_utils, "get_batch_on_this_tp_rank"):  # 0.17
-        batch = training_utils.get_batch_on_this_tp_rank(data_iterator)
+        batch = training_utils.get_batch_on_this_tp_rank(data_iterator, predicts)
         batch = {name: batch[name] for name in fields}
         return core_utils.get_batch_on_this_cp_rank(batch)
     batch = dict.fromkeys(fields)
@@ -91,7 +119,7 @@ def next_batch(data_iterator: Iterator[dict] | None, fields: Sequence[str]) -> d
         sample = next(data_iterator)
         batch |= {name: sample[name].cuda(non_blocking=True) for name in batch if name in sample}
     broadcast = core_utils.get_batch_on_this_tp_rank
-    absent = ("is_sft", "has_cu_seqlens", "is_hybrid_cp", "mtp_on_this_rank")
+    absent = ("is_sft", "has_cu_seqlens", "is_hybrid_cp")
     known = inspect.signature(broadcast).parameters
     batch = broadcast(
         batch,
@@ -105,6 +133,7 @@ def next_batch(data_iterator: Iterator[dict] | None, fields: Sequence[str]) -> d
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
+        mtp_on_this_rank=predicts,
         **{name: False for name in absent if name in known},
     )
     batch.setdefault("cu_seqlens", None)

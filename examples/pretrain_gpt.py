@@ -34,7 +34,7 @@ from megamem.config import ConfigurationError
 BATCH_FIELDS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask")
 # settings that change the contents of a batch or the loss
 UNSUPPORTED = (
-    *("sft", "fim_data", "mtp_num_layers", "hybrid_context_parallel", "logits_load_dir"),
+    *("sft", "fim_data", "hybrid_context_parallel", "logits_load_dir"),
     *("dataloader_inter_document_masking", "overlap_moe_expert_parallel_comm"),
     "per_dataset_sequences_path",
 )
@@ -62,9 +62,10 @@ def model_provider(
 
 def get_batch(data_iterator: Iterator[dict] | None, vp_stage: int | None) -> dict[str, Any]:
     """This rank's part of the next microbatch; all None on middle stages of the pipeline."""
-    if not is_first_or_last_pipeline_stage(vp_stage):
+    predicts = megatron_releases.predicts_several_tokens(vp_stage)
+    if not is_first_or_last_pipeline_stage(vp_stage) and not predicts:
         return dict.fromkeys(BATCH_FIELDS)
-    return megatron_releases.next_batch(data_iterator, BATCH_FIELDS)
+    return megatron_releases.next_batch(data_iterator, BATCH_FIELDS, predicts)
 
 
 def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -87,7 +88,10 @@ def forward_step(data_iterator: Iterator[dict] | None, model: Module) -> tuple[T
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     get_timers()("batch-generator").stop()
     inputs = (batch[name] for name in ("tokens", "position_ids", "attention_mask"))
-    return model(*inputs, labels=batch["labels"]), partial(loss_func, batch["loss_mask"])
+    # multi-token prediction computes losses of its own
+    mask = {"loss_mask": batch["loss_mask"]} if get_args().mtp_num_layers else {}
+    output = model(*inputs, labels=batch["labels"], **mask)
+    return output, partial(loss_func, batch["loss_mask"])
 
 
 def dataset_config(args: Any) -> GPTDatasetConfig:
@@ -110,7 +114,8 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> list[Any]:
     """The training, validation and test sets; None on ranks that read no data."""
     first = mpu.get_tensor_model_parallel_rank() == 0
-    reads = first and is_first_or_last_pipeline_stage(vp_stage)
+    predicts = megatron_releases.predicts_several_tokens(vp_stage)
+    reads = first and (is_first_or_last_pipeline_stage(vp_stage) or predicts)
     kind = MockGPTDataset if get_args().mock_data else GPTDataset
     config = dataset_config(get_args())
     return BlendedMegatronDatasetBuilder(kind, num_samples, lambda: reads, config).build()

@@ -19,6 +19,7 @@ def supply_local_stack() -> None:
     """Replace the layers of the stack's spec and the final norm, if there are hybrid models."""
     if find_spec(HYBRID) is None:
         return
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     specs: Any = importlib.import_module(f"{HYBRID}.hybrid_layer_specs")
@@ -29,6 +30,11 @@ def supply_local_stack() -> None:
     stack.attention_layer.submodules = attention
     stack.mlp_layer.submodules = dense
     stack.moe_layer.submodules = experts
+    # the layers inside of these are built from the stack's spec
+    for prediction in stack.mtp_block_spec.submodules.layer_specs:
+        parts = prediction.submodules
+        parts.enorm = parts.hnorm = parts.layer_norm = WrappedTorchNorm
+        parts.eh_proj = ColumnParallelLinear
 
 
 def _local_layers() -> tuple[Any, Any, Any]:

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.training import argument_utils, arguments, training
 
-from megamem.hybrid_pattern import FEED_FORWARDS, symbols
+from megamem.hybrid_pattern import FEED_FORWARDS, PREDICTION, symbols
 from megamem.patching import require
 
 
@@ -157,6 +157,15 @@ def feed_forwards(args: Any) -> list[str]:
     if isinstance(frequency, int):
         frequency = [layer % frequency == 0 for layer in range(args.num_layers)]
     return ["experts" if has_experts else "dense" for has_experts in frequency]
+
+
+def without_prediction(args: Any) -> Any:
+    """The arguments of the model without multi-token prediction."""
+    model = copy.copy(args)
+    model.mtp_num_layers = None
+    if pattern := getattr(args, "hybrid_layer_pattern", None):
+        model.hybrid_layer_pattern = pattern.split(PREDICTION)[0]
+    return model
 
 
 def without_ffn(args: Any, kind: str) -> Any:

@@ -54,6 +54,7 @@ def test_what_works_is_not_refused() -> None:
     _check()
     _check(cuda_graph_impl="none", mtp_num_layers=None, optimizer="adam", gtp_weight_remat_size=1)
     _check(cuda_graph_impl="transformer_engine", cuda_graph_modules=[SimpleNamespace(name="attn")])
+    _check(mtp_num_layers=1)
     _check(optimizer="muon", use_layer_wise_distributed_optimizer=True)
     _check(recompute_modules=["mlp", "layernorm"])
     _check(fp8="hybrid", recompute_modules=["mlp"], memory_keep_ffn=True)
@@ -73,7 +74,6 @@ def test_a_form_that_does_not_exist_is_found_at_start(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("given", "option"),
     [
-        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),

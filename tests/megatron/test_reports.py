@@ -17,6 +17,14 @@ from megamem.spec import Layout, MemorySpec
 
 HIDDEN, FFN, TOKENS = 64, 128, 2 * 32
 
+# what Megatron also reads to count a hybrid model
+OF_OTHER_LAYERS = {
+    **{"mamba_state_dim": 128, "mamba_head_dim": 64, "mamba_num_groups": 8},
+    **{"mamba_num_heads": 8, "linear_key_head_dim": None, "linear_value_head_dim": None},
+    **{"linear_num_key_heads": None, "linear_num_value_heads": None},
+    **{"linear_conv_kernel_dim": None},
+}
+
 
 def _args(**given) -> argparse.Namespace:
     usual = {
@@ -91,10 +99,7 @@ def test_a_memory_in_place_of_experts() -> None:
 def test_a_memory_in_a_hybrid_model() -> None:
     hybrid = {
         **{"hybrid_layer_pattern": "*-*-*E", "num_layers": 6, "moe_ffn_hidden_size": 96},
-        **{"mamba_state_dim": 128, "mamba_head_dim": 64, "mamba_num_groups": 8},
-        **{"mamba_num_heads": 8, "linear_key_head_dim": None, "linear_value_head_dim": None},
-        **{"linear_num_key_heads": None, "linear_num_value_heads": None},
-        **{"linear_conv_kernel_dim": None},
+        **OF_OTHER_LAYERS,
     }
     whole = num_floating_point_operations(_args(**hybrid), 2)
     dense_ffn, expert_ffn = 6 * HIDDEN * FFN * 2, 6 * HIDDEN * 96 * 2 * 2

@@ -47,6 +47,25 @@ class LayerByNumber:
         return build_module(memories[layer_number - 1], layer_number=layer_number, **slot)
 
 
+class PredictionLayer:
+    """Builds a layer for multi-token prediction, whose feed-forwards are never memory layers.
+
+    Megatron builds it from the spec of the stack and numbers the layers in it from 1 again.
+    """
+
+    def __new__(cls, *, plain: ModuleSpec, without_memories: Any, **slot: Any) -> Any:
+        """Build the layer.
+
+        Args:
+            plain: Megatron's spec of the layer.
+            without_memories: the specs of the stack as they were.
+            slot: all other keywords that this release passes to such a layer.
+        """
+        if "hybrid_submodules" in slot:
+            slot["hybrid_submodules"] = without_memories
+        return build_module(plain, **slot)
+
+
 def has_memories(stack_spec: ModuleSpec) -> bool:
     """Whether memory_stack_spec() made this spec."""
     return stack_spec.submodules.mlp_layer.module is LayerByNumber
@@ -98,4 +117,17 @@ def memory_stack_spec(
         otherwise = getattr(stack_spec.submodules, slot)
         choice = {"memories": memories, "otherwise": otherwise}
         setattr(changed.submodules, slot, ModuleSpec(module=LayerByNumber, params=choice))
+    if stack_spec.submodules.mtp_block_spec is not None:
+        changed.submodules.mtp_block_spec = _prediction_spec(stack_spec.submodules)
     return changed, pools
+
+
+def _prediction_spec(stack: Any) -> ModuleSpec:
+    """The spec of multi-token prediction by the layers of this stack, without memories."""
+    changed = copy.copy(stack.mtp_block_spec)
+    changed.submodules = copy.copy(changed.submodules)
+    changed.submodules.layer_specs = [
+        ModuleSpec(module=PredictionLayer, params={"plain": layer, "without_memories": stack})
+        for layer in changed.submodules.layer_specs
+    ]
+    return changed

@@ -42,14 +42,17 @@ def with_memory_flops(
     if spec.keep_ffn:
         return total + added
 
+    # layers of multi-token prediction have feed-forwards, too, but keep them
+    model = compat.without_prediction(args)
+    of_model = count(model, batch_size, *rest, **more)
     feed_forwards = compat.feed_forwards(args)
     replaced = 0.0
     for kind in ("dense", "experts"):
         layers = [n for n, its_kind in enumerate(feed_forwards) if its_kind == kind]
         gone = sum(layer in layers for layer in spec.layers)
         if gone:
-            bare = count(compat.without_ffn(args, kind), batch_size, *rest, **more)
-            replaced += (total - bare) * gone / len(layers)
+            bare = count(compat.without_ffn(model, kind), batch_size, *rest, **more)
+            replaced += (of_model - bare) * gone / len(layers)
     return total - replaced + added
 
 

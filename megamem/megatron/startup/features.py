@@ -349,13 +349,11 @@ FEATURES = (
     ),
     Feature(
         part=MODEL,
-        name="multi-token prediction",
+        name="multi-token prediction, whose layers have no memories",
         option="--mtp-num-layers",
         uses=_given("mtp_num_layers"),
-        state="refused",
-        why="its layers are built from the spec of the last decoder layer, which may be a memory "
-        "layer",
-        fix="drop it",
+        state="yes",
+        test="megatron/test_mtp.py",
     ),
     Feature(
         part=MODEL,
