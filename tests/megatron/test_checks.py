@@ -53,7 +53,9 @@ def _check(memory: dict | None = None, **given) -> None:
 def test_what_works_is_not_refused() -> None:
     _check()
     _check(cuda_graph_impl="none", mtp_num_layers=None, optimizer="adam", gtp_weight_remat_size=1)
-    _check(cuda_graph_impl="transformer_engine", cuda_graph_modules=[SimpleNamespace(name="attn")])
+    for parts in (["attn"], ["mamba"], ["attn", "moe_router", "moe_preprocess"], ["moe"]):
+        modules = [SimpleNamespace(name=part) for part in parts]
+        _check(cuda_graph_impl="transformer_engine", cuda_graph_modules=modules)
     _check(mtp_num_layers=1)
     _check(optimizer="muon", use_layer_wise_distributed_optimizer=True)
     _check(recompute_modules=["mlp", "layernorm"])
@@ -78,6 +80,11 @@ def test_a_form_that_does_not_exist_is_found_at_start(monkeypatch) -> None:
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
         ({"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": []}, "--cuda-graph-impl"),
+        (
+            {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["attn", "mlp"]},
+            "--cuda-graph-impl",
+        ),
+        ({"cuda_graph_impl": "local", "cuda_graph_modules": ["attn"]}, "--cuda-graph-impl"),
         ({"fp8_param_gather": True}, "--fp8-param-gather"),
         ({"fp4_param_gather": True}, "--fp4-param-gather"),
         ({"fp8": "hybrid", "recompute_modules": ["layernorm"]}, "--recompute-modules layernorm"),

@@ -110,15 +110,21 @@ def _makes_graphs(args: argparse.Namespace) -> bool:
     return True
 
 
+WITHOUT_MEMORY = {"attn", "mamba", "moe", "moe_router", "moe_preprocess"}
+"""Parts of a model whose graphs leave out a memory layer, which is neither MLP nor MoELayer."""
+
+
 def _captures_memory(args: argparse.Namespace) -> bool:
-    """Whether CUDA graphs would capture a memory layer; graphs of attention only would not."""
+    """Whether CUDA graphs would capture a memory layer."""
     parts = getattr(args, "cuda_graph_modules", None) or getattr(args, "cuda_graph_scope", None)
     names = {str(getattr(part, "name", part)) for part in (parts or [])}
-    of_attention = names == {"attn"} and args.cuda_graph_impl == "transformer_engine"
-    return _makes_graphs(args) and not of_attention
+    # no names stand for whole layers
+    leaves_it_out = bool(names) and names <= WITHOUT_MEMORY
+    by_parts = getattr(args, "cuda_graph_impl", "none") == "transformer_engine"
+    return _makes_graphs(args) and not (leaves_it_out and by_parts)
 
 
-def _captures_attention(args: argparse.Namespace) -> bool:
+def _captures_other_parts(args: argparse.Namespace) -> bool:
     return _makes_graphs(args) and not _captures_memory(args)
 
 
@@ -486,9 +492,10 @@ FEATURES = (
     ),
     Feature(
         part=MEMORY,
-        name="CUDA graphs of attention",
-        option="--cuda-graph-impl transformer_engine with --cuda-graph-modules attn",
-        uses=_captures_attention,
+        name="CUDA graphs of parts other than feed-forwards",
+        option="--cuda-graph-impl transformer_engine with --cuda-graph-modules attn, mamba, moe, "
+        "moe_router, moe_preprocess",
+        uses=_captures_other_parts,
         state="not run on a GPU",
         why=NEEDS_ENGINE,
     ),
@@ -499,7 +506,8 @@ FEATURES = (
         uses=_captures_memory,
         state="refused",
         why="a memory layer cannot be captured in a graph",
-        fix="use --cuda-graph-impl transformer_engine with --cuda-graph-modules attn, or drop it",
+        fix="use --cuda-graph-impl transformer_engine with --cuda-graph-modules of attn, mamba, "
+        "moe, moe_router and moe_preprocess, or drop it",
     ),
     Feature(
         part=MEMORY,
