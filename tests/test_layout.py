@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "tools": {
         *("reference", "ops", "config", "spec", "resolution", "layers", "optimizer", "checkpoint"),
         *("planner", "parallel", "megatron", "patching", "errors", "saved_settings"),
+        "hybrid_pattern",
     },
     "run": {"megatron"},
     "__main__": {"config", "errors"},

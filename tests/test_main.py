@@ -137,7 +137,7 @@ def test_a_file_that_cannot_be_written(line, tmp_path, capsys, monkeypatch):
     """The error names the path; a command that takes long checks it before."""
     monkeypatch.setattr("megamem.tools.bench.measure", None)
     monkeypatch.setattr("megamem.tools.memory_bench.measure", None)
-    monkeypatch.setattr("megamem.tools.plan.show_plan", lambda plan, console: None)
+    monkeypatch.setattr("megamem.tools.plan.show_plan", lambda plan, console, asks: None)
     for path, why in (
         (tmp_path, "Is a directory"),
         (Path("/proc/nothing/plan.json"), "No such file or directory"),

@@ -28,13 +28,21 @@ RANKED_BYTES = 40
 
 def lookup_buffers(job: Job, layout: Layout) -> float:
     """Bytes that memory layers save for backward, plus the largest temporary peak."""
-    stages = job.cluster.pipeline_model_parallel_size
-    # a stage holds activations of as many microbatches as there are stages from it to the last
-    kept_layers = max(
-        count * min(stages - stage, job.cluster.microbatches)
-        for stage, count in enumerate(job.stage_memories)
-    )
+    kept_layers = max(kept_passes(job, stage) for stage in range(len(job.placement)))
     return kept_layers * kept_bytes(job, layout) + passing_bytes(job, layout)
+
+
+def kept_passes(job: Job, stage: int) -> int:
+    """Forward passes of memory layers whose activations a pipeline stage holds at once, at most."""
+    memories, stages = job.chunk_memories[stage], len(job.placement)
+    virtual, microbatches = len(memories), job.cluster.microbatches
+    if virtual == 1:
+        # of as many microbatches as there are stages from it to the last
+        return memories[0] * min(stages - stage, microbatches)
+    # interleaved: each virtual stage takes as many microbatches as there are stages, in turn
+    ahead = 2 * (stages - stage - 1) + (virtual - 1) * stages + 1
+    passes = min(ahead, virtual * microbatches)
+    return sum(memories[number // stages % virtual] for number in range(passes))
 
 
 def kept_bytes(job: Job, layout: Layout) -> float:

@@ -14,7 +14,6 @@ from megamem.planner.sizes import (
 )
 from megamem.planner.stages import Share, Stage, rank_share, stages
 
-GRADIENT_BYTES = 4
 MOMENTS_BYTES = 8
 MASTER_BYTES = 4
 
@@ -131,24 +130,32 @@ def rank_bytes(job: Job, layout: Layout) -> RankBytes:
 
 
 def dense_bytes(job: Job) -> float:
-    """Bytes of weights, gradients and AdamW state of everything but the table, per rank.
+    """Bytes of weights, gradients and optimizer state of everything but the table, per rank.
 
-    They are those of the pipeline stage that has the most parameters.
+    They are those of the pipeline stage that needs the most.
     """
-    cluster, half = job.cluster, job.cluster.half_precision
-    parameters = max(
-        stage_parameters(
-            job.shape,
-            job.spec,
-            cluster.tensor_model_parallel_size,
-            cluster.pipeline_model_parallel_size,
-        )
+    cluster = job.cluster
+    held = stage_parameters(
+        job.shape,
+        job.spec,
+        cluster.tensor_model_parallel_size,
+        job.placement,
+        cluster.expert_model_parallel_size,
+        cluster.expert_ranks_of_tensor,
     )
-    owners = 1
+    owners = expert_owners = 1
     if cluster.use_distributed_optimizer:
-        owners = cluster.data_parallel * cluster.context_parallel_size
-    state = (MASTER_BYTES if half else 0) + MOMENTS_BYTES
-    return parameters * (job.number_bytes + GRADIENT_BYTES + state / owners)
+        instances = cluster.num_distributed_optimizer_instances
+        owners = max(1, cluster.data_parallel * cluster.context_parallel_size // instances)
+        expert_owners = max(1, cluster.stage_ranks // cluster.expert_ranks // instances)
+    state = cluster.optimizer_bytes
+    if state is None:
+        state = (MASTER_BYTES if cluster.half_precision else 0) + MOMENTS_BYTES
+    numbers = job.number_bytes + cluster.gradient_bytes
+    return max(
+        stage.dense * (numbers + state / owners) + stage.experts * (numbers + state / expert_owners)
+        for stage in held
+    )
 
 
 def step_flops(job: Job) -> float:

@@ -9,7 +9,7 @@ from megamem.layers.variants import variant_of
 from megamem.parallel.routing import choose_wire
 from megamem.parallel.traffic import Traffic, divisors, mode_problem, traffic
 from megamem.planner.hardware import HARDWARE, Hardware
-from megamem.planner.sizes import ModelShape, stage_layers
+from megamem.planner.sizes import ModelShape, Placement, even_placement
 from megamem.planner.states import TableState, table_state
 from megamem.spec import Layout, MemorySpec, Optimizer, Wire
 
@@ -28,6 +28,16 @@ class Cluster:
     gpus_per_node: int = 8
     half_precision: bool = True
     use_distributed_optimizer: bool = True
+    num_distributed_optimizer_instances: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    """Default: the tensor-parallel size."""
+    placement: Placement | None = None
+    """The layers of each virtual stage of each stage. Default: spread evenly, no virtual stages."""
+    gradient_bytes: int = 4
+    """Bytes per parameter of the gradients of the dense model."""
+    optimizer_bytes: float | None = None
+    """Bytes per parameter on a GPU of the optimizer state of the dense model. Default: AdamW's."""
 
     def __post_init__(self) -> None:
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
@@ -39,6 +49,7 @@ class Cluster:
             "--context-parallel-size": cp,
             "--micro-batch-size": self.micro_batch_size,
             "--gpus-per-node": self.gpus_per_node,
+            "--expert-model-parallel-size": self.expert_model_parallel_size,
         }
         found += [f"{flag} {size} must be at least 1." for flag, size in sizes.items() if size < 1]
         if not found and self.world_size % (tp * pp * cp):
@@ -47,6 +58,14 @@ class Cluster:
                 f"--world-size {self.world_size} is not a multiple of {tp * pp * cp}, which "
                 f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} x "
                 f"--context-parallel-size {cp} make; use {fewer}."
+            )
+        expert_ranks = self.expert_ranks * pp
+        if not found and self.world_size % expert_ranks:
+            found.append(
+                f"--world-size {self.world_size} is not a multiple of {expert_ranks}, which "
+                f"--expert-model-parallel-size {self.expert_model_parallel_size} x "
+                f"--expert-tensor-parallel-size {self.expert_ranks_of_tensor} x "
+                f"--pipeline-model-parallel-size {pp} make; lower one of them."
             )
         if not found and self.batch % (self.micro_batch_size * self.data_parallel):
             step = self.micro_batch_size * self.data_parallel
@@ -61,6 +80,16 @@ class Cluster:
     def stage_ranks(self) -> int:
         """Number of ranks of one pipeline stage: TP x CP x DP."""
         return self.world_size // self.pipeline_model_parallel_size
+
+    @property
+    def expert_ranks_of_tensor(self) -> int:
+        """Tensor-parallel ranks of experts."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that the experts of a layer are spread over."""
+        return self.expert_model_parallel_size * self.expert_ranks_of_tensor
 
     @property
     def data_parallel(self) -> int:
@@ -123,13 +152,23 @@ class Job:
         return self.cluster.micro_batch_size * self.shape.seq_length / ranks
 
     @property
+    def placement(self) -> Placement:
+        """The layers of each virtual stage of each pipeline stage."""
+        stages = self.cluster.pipeline_model_parallel_size
+        return self.cluster.placement or even_placement(self.shape.num_layers, stages)
+
+    @property
+    def chunk_memories(self) -> list[list[int]]:
+        """The number of memory layers on each virtual stage of each pipeline stage."""
+        return [
+            [len(set(chunk) & set(self.spec.layers)) for chunk in chunks]
+            for chunks in self.placement
+        ]
+
+    @property
     def stage_memories(self) -> list[int]:
         """The number of memory layers on each pipeline stage."""
-        stages, layers = self.cluster.pipeline_model_parallel_size, self.shape.num_layers
-        return [
-            sum(layer in stage_layers(layers, stages, stage) for layer in self.spec.layers)
-            for stage in range(stages)
-        ]
+        return [sum(chunks) for chunks in self.chunk_memories]
 
     @property
     def table_stages(self) -> int:

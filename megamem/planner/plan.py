@@ -7,13 +7,20 @@ from megamem.config import ConfigurationError
 from megamem.planner.cost import LayoutCost, layout_cost, rank_bytes
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.job import Job, layouts
-from megamem.planner.sizes import stage_layers, table_parameters, total_parameters
+from megamem.planner.sizes import (
+    EXPERTS,
+    FEED_FORWARD,
+    active_parameters,
+    table_parameters,
+    total_parameters,
+)
 from megamem.planner.states import OPTIMIZERS
 from megamem.spec import Optimizer
 
 GB = 1e9
 KIB = 1024
 MOST_GPUS = 2**15
+FEED_FORWARDS = FEED_FORWARD + EXPERTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,38 +30,48 @@ class Plan:
     job: Job
     parameters: dict[str, int]
     """Part of the model -> its number of parameters."""
+    active: int
+    """Parameters that one token meets."""
     costs: list[LayoutCost]
     """Every possible layout."""
     asked: LayoutCost
     """The layout that the --memory-* flags select; it may not fit."""
-    recommended: LayoutCost
+    recommended: LayoutCost | None
+    """The fastest layout that fits; None if no layout fits."""
     why: str
-    """Why it is recommended, in sentences."""
+    """Why it is recommended, or what is missing, in sentences."""
     gpus_needed: dict[Optimizer, dict[str, int | None]]
     """Optimizer -> GPU -> the fewest GPUs that hold model and table; None where none suffice."""
+
+    @property
+    def shown(self) -> LayoutCost:
+        """The layout whose times are shown: the recommended one, or the smallest if none fits."""
+        return self.recommended or min(self.costs, key=lambda cost: cost.bytes.total)
 
 
 def make_plan(job: Job) -> Plan:
     """Compute the cost of all layouts of a job's table, and recommend the fastest that fits.
 
     Raises:
-        ConfigurationError: the memory layers are not possible in this model, or no layout fits
-            into the memory of the GPUs.
+        ConfigurationError: the memory layers are not possible in this model.
     """
     check_layers(job)
     asked = layout_cost(job, job.spec.layout)
     costs = [layout_cost(job, layout) for layout in layouts(job)]
     fitting = [cost for cost in costs if fits(job, cost)]
-    if not fitting:
-        raise ConfigurationError(_nothing_fits(job, min(costs, key=lambda c: c.bytes.total)))
-    best = min(fitting, key=lambda c: (c.seconds[job.gpu].table, c.layout.group_size))
+    best = min(fitting, key=lambda c: (c.seconds[job.gpu].table, c.layout.group_size), default=None)
+    if best is None:
+        why = _nothing_fits(job, min(costs, key=lambda c: c.bytes.total))
+    else:
+        why = _why(job, best, costs)
     return Plan(
         job=job,
         parameters=total_parameters(job.shape, job.spec),
+        active=active_parameters(job.shape, job.spec),
         costs=costs,
         asked=asked,
         recommended=best,
-        why=_why(job, best, costs),
+        why=why,
         gpus_needed={
             name: {
                 gpu: gpus_needed(
@@ -76,10 +93,9 @@ def check_layers(job: Job) -> None:
     """Check that the memory layers are possible in this model.
 
     Raises:
-        ConfigurationError: there are no memory layers, the model has no such layers, or layers of
-            a shared pool are on several pipeline stages.
+        ConfigurationError: there are no memory layers, or the model has no such layers.
     """
-    spec, layers = job.spec, job.spec.layers
+    layers = job.spec.layers
     stages = job.cluster.pipeline_model_parallel_size
     if not layers:
         raise ConfigurationError(
@@ -96,17 +112,12 @@ def check_layers(job: Job) -> None:
             f"--pipeline-model-parallel-size {stages} is more than --num-layers "
             f"{job.shape.num_layers}; use at most {job.shape.num_layers}."
         )
-    places = {
-        stage: found
-        for stage in range(stages)
-        if (found := sorted(set(layers) & set(stage_layers(job.shape.num_layers, stages, stage))))
-    }
-    if spec.pool == "shared" and len(places) > 1:
-        listed = ", ".join(f"{found} on stage {stage}" for stage, found in places.items())
+    wrong = [layer for layer in layers if job.shape.layer_parts[layer][-1] not in FEED_FORWARDS]
+    if wrong:
         raise ConfigurationError(
-            f"--memory-layers {' '.join(map(str, layers))} share one table but are on several "
-            f"pipeline stages ({listed}); choose layers of one stage, lower "
-            f"--pipeline-model-parallel-size {stages}, or use --memory-pool layer."
+            f"--memory-layers {' '.join(map(str, wrong))} is no feed-forward of "
+            f"--hybrid-layer-pattern {''.join(job.shape.layer_parts)}; choose layers that are - or "
+            "E, counted from 0."
         )
 
 
@@ -127,7 +138,9 @@ def gpus_needed(job: Job) -> int | None:
     MOST_GPUS is enough, for example because the dense model alone does not fit.
     """
     cluster, stages = job.cluster, job.cluster.pipeline_model_parallel_size
-    unit = stages * cluster.tensor_model_parallel_size * cluster.context_parallel_size
+    unit = stages * math.lcm(
+        cluster.tensor_model_parallel_size * cluster.context_parallel_size, cluster.expert_ranks
+    )
     # the search starts at a lower bound: the table's weights and optimizer state alone
     state: float = table_parameters(job.spec) * (job.state.weights + job.state.optimizer)
     if job.spec.pool == "layer":
@@ -181,7 +194,7 @@ def _why(job: Job, best: LayoutCost, costs: list[LayoutCost]) -> str:
 def _nothing_fits(job: Job, smallest: LayoutCost) -> str:
     need, world = smallest.bytes, job.cluster.world_size
     problem = (
-        f"no layout fits: {world} x {job.hardware.name} with --fill {job.fill:g} leave "
+        f"No layout fits: {world} x {job.hardware.name} with --fill {job.fill:g} leave "
         f"{job.room / GB:.0f} GB per rank, but the smallest layout ({smallest.layout}) needs "
         f"{need.total / GB:.0f} GB: {need.table / GB:.0f} for the table, {need.dense / GB:.0f} for "
         f"the dense model and {need.buffers / GB:.0f} for lookup buffers."

@@ -1,7 +1,13 @@
-"""Parameters and FLOPs of a model, dense parts and memory layers, in closed form."""
+"""Parameters and FLOPs of a model, dense parts and memory layers, in closed form.
+
+A layer is written as the symbols of its parts, in the order in which they are applied, each behind
+a norm: "*" is attention, "-" a feed-forward, "E" a mixture of experts, "M" a state-space layer. A
+layer of a GPT is "*-" or "*E"; one of a hybrid model is a single part.
+"""
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megamem.config import ConfigurationError
@@ -13,9 +19,64 @@ FORWARD_AND_BACKWARD = 3
 MULTIPLY_AND_ADD = 2
 
 
+ATTENTION, FEED_FORWARD, EXPERTS, STATE_SPACE = "*", "-", "E", "M"
+PARTS = ATTENTION + FEED_FORWARD + EXPERTS + STATE_SPACE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of experts."""
+
+    count: int
+    """Number of experts."""
+    topk: int
+    """Experts that a token is sent to."""
+    width: int
+    """Inner width of one expert."""
+    shared_width: int = 0
+    """Inner width of the shared experts, which every token is sent to."""
+    shared_gate: bool = False
+    """The output of the shared experts is gated."""
+    latent_width: int | None = None
+    """Width of the tokens that the experts get, if they are projected before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Multi-latent attention."""
+
+    query_rank: int | None
+    """Width of a token's compressed queries; None if they are not compressed."""
+    kv_rank: int
+    """Width of a token's compressed keys and values."""
+    head_width: int
+    """Width of a head without its part for positions."""
+    position_width: int
+    """Width of the part of a head that encodes positions."""
+    value_width: int
+    """Width of a head's values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateSpace:
+    """A layer of Mamba 2."""
+
+    heads: int
+    head_width: int
+    groups: int
+    state: int
+    """Numbers of state for each channel."""
+    convolution: int = 4
+
+    @property
+    def inner(self) -> int:
+        """Width of all heads together."""
+        return self.heads * self.head_width
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A dense GPT as Megatron's flags describe it; most fields are named like the flags."""
+    """A model as Megatron's flags describe it; most fields are named like the flags."""
 
     num_layers: int
     """Layers of the model."""
@@ -47,6 +108,23 @@ class ModelShape:
     """The output layer has its own matrix and does not share the embedding's."""
     learned_positions: int = 0
     """Rows of a learned position embedding; 0 with RoPE."""
+    output_gate: bool = False
+    """The output of attention is gated."""
+    latent: LatentAttention | None = None
+    """Attention is multi-latent."""
+    experts: Experts | None = None
+    """The mixture of experts of all layers that have one."""
+    state_space: StateSpace | None = None
+    """The state-space layer of a hybrid model."""
+    layers: tuple[str, ...] | None = None
+    """The parts of each layer. Default: attention and a feed-forward, in all layers."""
+    prediction: tuple[str, ...] = ()
+    """The parts of each further module that predicts tokens (multi-token prediction)."""
+
+    @property
+    def layer_parts(self) -> tuple[str, ...]:
+        """The parts of each layer."""
+        return self.layers or (ATTENTION + FEED_FORWARD,) * self.num_layers
 
     def __post_init__(self) -> None:
         positive = ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size")
@@ -74,7 +152,8 @@ class ModelShape:
     @property
     def qkv_width(self) -> int:
         groups = self.num_query_groups or self.num_attention_heads
-        return self.attention_width + 2 * groups * self.attention_width // self.num_attention_heads
+        queries = self.attention_width * (2 if self.output_gate else 1)
+        return queries + 2 * groups * self.attention_width // self.num_attention_heads
 
 
 PRESETS = {
@@ -116,34 +195,114 @@ class Parameters:
     output: int
     """The output matrix, where it is not shared with the embedding."""
     layer: int
-    """One layer without its feed-forward: attention and norms."""
+    """One layer of a GPT without its feed-forward: attention and norms."""
     ffn: int
     """One feed-forward."""
     final_norm: int
+    attention: int
+    """Attention of one layer, without the norm before it."""
+    router: int
+    """What a mixture of experts has but the experts that tokens are sent to: router, shared
+    experts, and projections."""
+    expert: int
+    """One expert of a mixture."""
+    state_space: int
+    """One state-space layer, without the norm before it."""
+
+    def of_part(self, symbol: str) -> int:
+        """Parameters of a part without the norm before it, and without experts."""
+        return {
+            ATTENTION: self.attention,
+            FEED_FORWARD: self.ffn,
+            EXPERTS: self.router,
+            STATE_SPACE: self.state_space,
+        }[symbol]
+
+    def of_layer(self, parts: str, without_ffn: bool = False) -> int:
+        """Parameters of a layer, without experts.
+
+        Args:
+            parts: the symbols of the layer.
+            without_ffn: a memory is in the place of its feed-forward, or mixture of experts.
+        """
+        kept = _without_ffn(parts) if without_ffn else parts
+        return len(parts) * self.final_norm + sum(map(self.of_part, kept))
 
 
-def dense_parts(shape: ModelShape, tp: int = 1) -> Parameters:
-    """Parameters of the dense model by part.
+def _without_ffn(parts: str) -> str:
+    return parts.replace(FEED_FORWARD, "").replace(EXPERTS, "")
 
-    With tp > 1 matrices are sharded; norms and output biases are not.
+
+def dense_parts(shape: ModelShape, tp: int = 1, expert_tp: int | None = None) -> Parameters:
+    """Parameters of the model by part, without memory layers.
+
+    Args:
+        shape: the model.
+        tp: tensor-parallel ranks; matrices are sharded over them, norms and output biases are not.
+        expert_tp: the same for experts. Default: tp.
     """
     hidden, norm = shape.hidden_size, shape.hidden_size * (2 if shape.layer_norm_bias else 1)
-    width, qkv = shape.attention_width, shape.qkv_width
-    head = width // shape.num_attention_heads
-    bias = shape.add_bias_linear
-    attention = (hidden * qkv + hidden * width) // tp
-    attention += (qkv // tp if bias or shape.add_qkv_bias else 0) + (hidden if bias else 0)
-    qk_norms = 2 * head * (2 if shape.layer_norm_bias else 1) if shape.qk_layernorm else 0
-    inner = shape.ffn_width * (2 if shape.swiglu else 1)
-    ffn = (hidden * inner + shape.ffn_width * hidden) // tp + (inner // tp + hidden if bias else 0)
+    attention = _attention(shape, tp)
+    ffn = _ffn(shape, shape.ffn_width, hidden, tp)
     words = shape.padded_vocab_size * hidden // tp
+    router = expert = 0
+    if experts := shape.experts:
+        width = experts.latent_width or hidden
+        expert = _ffn(shape, experts.width, width, expert_tp or tp)
+        router = experts.count * (hidden + (1 if shape.add_bias_linear else 0))
+        router += 2 * hidden * width if experts.latent_width else 0
+        if experts.shared_width:
+            router += _ffn(shape, experts.shared_width, hidden, tp)
+            router += hidden if experts.shared_gate else 0
     return Parameters(
         embeddings=words + shape.learned_positions * hidden,
         output=words if shape.untied else 0,
-        layer=attention + 2 * norm + qk_norms,
+        layer=attention + 2 * norm,
         ffn=ffn,
         final_norm=norm,
+        attention=attention,
+        router=router,
+        expert=expert,
+        state_space=_state_space(shape, tp),
     )
+
+
+def _ffn(shape: ModelShape, width: int, outer: int, tp: int) -> int:
+    """Parameters of a feed-forward of this inner width between vectors of the outer width."""
+    inner = width * (2 if shape.swiglu else 1)
+    biases = inner // tp + outer if shape.add_bias_linear else 0
+    return (outer * inner + width * outer) // tp + biases
+
+
+def _attention(shape: ModelShape, tp: int) -> int:
+    hidden, bias = shape.hidden_size, shape.add_bias_linear
+    out_bias = hidden if bias else 0
+    norm_size = 2 if shape.layer_norm_bias else 1
+    if latent := shape.latent:
+        heads, head = shape.num_attention_heads, latent.head_width + latent.position_width
+        # the matrices that compress are on every tensor-parallel rank
+        compressed = latent.kv_rank + latent.position_width + (latent.query_rank or 0)
+        sharded = (latent.query_rank or hidden) * heads * head
+        sharded += latent.kv_rank * heads * (latent.head_width + latent.value_width)
+        sharded += heads * latent.value_width * hidden
+        norms = (latent.kv_rank + (latent.query_rank or 0)) * norm_size if shape.qk_layernorm else 0
+        return hidden * compressed + sharded // tp + norms + out_bias
+    width, qkv = shape.attention_width, shape.qkv_width
+    qk_norms = 2 * width // shape.num_attention_heads * norm_size if shape.qk_layernorm else 0
+    biases = (qkv // tp if bias or shape.add_qkv_bias else 0) + out_bias
+    return (hidden * qkv + hidden * width) // tp + biases + qk_norms
+
+
+def _state_space(shape: ModelShape, tp: int) -> int:
+    if (mamba := shape.state_space) is None:
+        return 0
+    mixed = mamba.inner + 2 * mamba.groups * mamba.state
+    matrices = shape.hidden_size * (mamba.inner + mixed + mamba.heads)
+    matrices += mamba.inner * shape.hidden_size
+    biases = mamba.inner + mixed + mamba.heads if shape.add_bias_linear else 0
+    # the convolution with its bias, three numbers for each head, and a norm
+    small = mixed * (mamba.convolution + 1) + 3 * mamba.heads + mamba.inner
+    return (matrices + biases + small) // tp + (shape.hidden_size if shape.add_bias_linear else 0)
 
 
 def memory_layer_parameters(spec: MemorySpec) -> int:
@@ -172,49 +331,140 @@ def table_parameters(spec: MemorySpec) -> int:
 def total_parameters(shape: ModelShape, spec: MemorySpec | None) -> dict[str, int]:
     """Part of the model -> its number of parameters, and their sum as `total`."""
     parts = dense_parts(shape)
-    places = len(spec.layers) if spec else 0
-    kept = shape.num_layers if spec and spec.keep_ffn else shape.num_layers - places
+    layers = _layers_left(shape, spec)
+    ffns = sum(layer.count(FEED_FORWARD) for layer in layers)
+    mixtures = sum(layer.count(EXPERTS) for layer in layers)
+    mixers = sum(parts.of_layer(_without_ffn(layer)) for layer in layers)
+    # norms stay where a memory is in the place of what follows them
+    norms = sum(len(layer) for layer in map(_only_ffn, shape.layer_parts)) * parts.final_norm
+    mixing = "attention, state spaces and norms" if shape.state_space else "attention and norms"
     found = {
         "embeddings": parts.embeddings + parts.output,
-        "attention and norms": shape.num_layers * parts.layer + parts.final_norm,
-        "feed-forwards": kept * parts.ffn,
+        mixing: mixers + norms + parts.final_norm,
+        "feed-forwards": ffns * parts.ffn,
     }
+    if shape.experts:
+        found["experts"] = mixtures * (parts.router + shape.experts.count * parts.expert)
+    if shape.prediction:
+        found["multi-token prediction"] = sum(
+            dense + experts for dense, experts in _prediction(shape, parts)
+        )
     if spec:
-        found["memory layers"] = places * memory_layer_parameters(spec)
+        found["memory layers"] = len(spec.layers) * memory_layer_parameters(spec)
         found["value table"] = table_parameters(spec)
     return found | {"total": sum(found.values())}
 
 
-def stage_parameters(shape: ModelShape, spec: MemorySpec, tp: int, pp: int) -> list[int]:
+def active_parameters(shape: ModelShape, spec: MemorySpec) -> int:
+    """Parameters that one token meets: of experts those it is sent to, of tables the rows it reads.
+
+    Multi-token prediction is counted, as it is trained with the model.
+    """
+    idle = 0
+    if shape.experts:
+        mixtures = sum(layer.count(EXPERTS) for layer in _layers_left(shape, spec))
+        mixtures += sum(layer.count(EXPERTS) for layer in shape.prediction)
+        idle = mixtures * (shape.experts.count - shape.experts.topk) * dense_parts(shape).expert
+    tables = len(variant_of(spec).tables)
+    read = len(spec.layers) * tables * spec.lookups_per_token * spec.value_dim
+    return total_parameters(shape, spec)["total"] - idle - table_parameters(spec) + read
+
+
+def _layers_left(shape: ModelShape, spec: MemorySpec | None) -> list[str]:
+    """The parts of each layer that are left beside memories."""
+    gone = () if spec is None or spec.keep_ffn else spec.layers
+    return [
+        _without_ffn(parts) if layer in gone else parts
+        for layer, parts in enumerate(shape.layer_parts)
+    ]
+
+
+def _only_ffn(parts: str) -> str:
+    return "".join(symbol for symbol in parts if symbol in FEED_FORWARD + EXPERTS)
+
+
+def _prediction(shape: ModelShape, parts: Parameters, tp: int = 1) -> list[tuple[int, int]]:
+    """(parameters without experts, those of one expert times their number) of each module."""
+    # norms of the embedding, of the hidden state, and of the output; and the matrix that joins them
+    own = 3 * parts.final_norm + 2 * shape.hidden_size**2 // tp
+    count = shape.experts.count if shape.experts else 0
+    return [
+        (own + parts.of_layer(module), module.count(EXPERTS) * count * parts.expert)
+        for module in shape.prediction
+    ]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Parameters on one rank of a pipeline stage, without the value table."""
+
+    dense: int
+    """All but experts."""
+    experts: int
+    """Experts, which are spread over the expert-parallel ranks."""
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts
+
+
+Placement = Sequence[Sequence[Sequence[int]]]
+"""The layers of each virtual stage of each pipeline stage."""
+
+
+def stage_parameters(
+    shape: ModelShape,
+    spec: MemorySpec,
+    tp: int,
+    placement: Placement,
+    expert_ranks: int = 1,
+    expert_tp: int | None = None,
+) -> list[Held]:
     """Parameters per rank of each pipeline stage, without the value table.
 
     A memory layer's own weights are not sharded.
+
+    Args:
+        shape: the model.
+        spec: the memory layers.
+        tp: tensor-parallel ranks.
+        placement: the layers of each stage.
+        expert_ranks: expert-parallel ranks.
+        expert_tp: tensor-parallel ranks of experts. Default: tp.
     """
-    parts = dense_parts(shape, tp)
-    own = memory_layer_parameters(spec)
+    parts = dense_parts(shape, tp, expert_tp)
+    own, left = memory_layer_parameters(spec), _layers_left(shape, spec)
+    count = shape.experts.count // expert_ranks if shape.experts else 0
     stages = []
-    for stage in range(pp):
-        layers = stage_layers(shape.num_layers, pp, stage)
-        places = sum(layer in layers for layer in spec.layers)
-        ffns = len(layers) if spec.keep_ffn else len(layers) - places
-        count = len(layers) * parts.layer + ffns * parts.ffn + places * own
+    for stage, chunks in enumerate(placement):
+        layers = [layer for chunk in chunks for layer in chunk]
+        memories = [layer for layer in layers if layer in spec.layers]
+        dense = len(memories) * own
+        for layer in layers:
+            replaced = layer in memories and not spec.keep_ffn
+            dense += parts.of_layer(shape.layer_parts[layer], without_ffn=replaced)
+        experts = sum(left[layer].count(EXPERTS) for layer in layers) * count * parts.expert
+        last = stage == len(placement) - 1
         if stage == 0:
-            count += parts.embeddings
-        if stage == pp - 1:
-            count += parts.final_norm + parts.output
-            # under pipeline parallelism the last stage holds a copy of a tied embedding
-            count += (
-                0
-                if shape.untied or pp == 1
-                else shape.padded_vocab_size // tp * (shape.hidden_size)
-            )
-        stages.append(count)
+            dense += parts.embeddings
+        if last:
+            dense += parts.final_norm + parts.output
+            dense += sum(module for module, _ in _prediction(shape, parts, tp))
+            modules = sum(module.count(EXPERTS) for module in shape.prediction)
+            experts += modules * count * parts.expert
+        # under pipeline parallelism the last stage has a copy of the embedding, if it needs it
+        if last and len(placement) > 1 and (shape.prediction or not shape.untied):
+            dense += shape.padded_vocab_size * shape.hidden_size // tp
+        stages.append(Held(dense, experts))
     return stages
 
 
-def stage_layers(num_layers: int, pp: int, stage: int) -> range:
-    """The layers of a pipeline stage, where layers are spread evenly."""
-    return range(stage * num_layers // pp, (stage + 1) * num_layers // pp)
+def even_placement(num_layers: int, stages: int) -> Placement:
+    """The layers of each stage, where they are spread evenly and there are no virtual stages."""
+    return tuple(
+        (tuple(range(stage * num_layers // stages, (stage + 1) * num_layers // stages)),)
+        for stage in range(stages)
+    )
 
 
 def memory_flops_per_token(spec: MemorySpec) -> int:
@@ -239,14 +489,29 @@ def score_flops_per_token(spec: MemorySpec) -> int:
 def dense_flops_per_token(shape: ModelShape, spec: MemorySpec | None) -> int:
     """Matrix FLOPs per token of everything but the memory layers, forward and backward.
 
-    Attention is causal.
+    Attention is causal. Of experts those are counted that a token is sent to; of state-space layers
+    the projections.
     """
-    without_norms = replace(shape, add_bias_linear=False, add_qkv_bias=False)
-    width, inner = shape.attention_width, shape.ffn_width * (3 if shape.swiglu else 2)
-    attention = shape.hidden_size * (without_norms.qkv_width + width)
-    # scores and their product with the values, over half of the sequence on average
-    attention += width * shape.seq_length
-    ffns = shape.num_layers - (0 if spec is None or spec.keep_ffn else len(spec.layers))
-    matrices = shape.num_layers * attention + ffns * shape.hidden_size * inner
-    matrices += shape.padded_vocab_size * shape.hidden_size
+    layers = [*_layers_left(shape, spec), *shape.prediction]
+    matrices = sum(_matrices(shape, symbol) for parts in layers for symbol in parts)
+    outputs = 1 + len(shape.prediction)
+    matrices += outputs * shape.padded_vocab_size * shape.hidden_size
+    matrices += len(shape.prediction) * 2 * shape.hidden_size**2
     return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * matrices
+
+
+def _matrices(shape: ModelShape, symbol: str) -> int:
+    """Numbers of the matrices of a part that one token is multiplied with."""
+    bare = replace(shape, add_bias_linear=False, add_qkv_bias=False, qk_layernorm=False)
+    if symbol == ATTENTION:
+        keys = values = shape.attention_width
+        if latent := shape.latent:
+            keys = shape.num_attention_heads * (latent.head_width + latent.position_width)
+            values = shape.num_attention_heads * latent.value_width
+        # scores and their product with the values, over half of the sequence on average
+        return _attention(bare, 1) + (keys + values) * shape.seq_length // 2
+    parts = dense_parts(bare)
+    if symbol == EXPERTS:
+        assert shape.experts is not None
+        return parts.router + shape.experts.topk * parts.expert
+    return parts.of_part(symbol)

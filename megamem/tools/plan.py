@@ -2,9 +2,11 @@
 
     python -m megamem plan --preset 1.3b --memory-num-keys 8192 --world-size 128
     python -m megamem plan --world-size 64 <the flags of a training run>
+    python -m megamem plan "<the command line of a training run>"
 
-It accepts all of Megatron's flags, so you can paste the command line of a run. It needs neither a
-GPU nor other ranks, and starts no training.
+It accepts all of Megatron's flags, so you can paste the command line of a run, in quotes with
+torchrun and the script. It needs neither a GPU nor other ranks, and starts no training. The exit
+status is 1 if no layout fits.
 """
 
 import argparse
@@ -23,47 +25,50 @@ from rich.console import Console
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.ops import tuning
 from megamem.parallel.tuning import OFF
-from megamem.planner import PRESETS, Cluster, Job, ModelShape, make_plan, preset
+from megamem.planner import PRESETS, Cluster, Job, make_plan, preset
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.plan import Plan
 from megamem.resolution import resolve
+from megamem.tools import command_line
 from megamem.tools.plan_tables import show_plan
 
 WIDTH_OF_A_FILE = 120
 
 # flags that change sizes in ways that the planner does not support
 UNPLANNED = {
-    "num_experts": "mixtures of experts",
-    "mtp_num_layers": "multi-token prediction",
-    "multi_latent_attention": "multi-latent attention",
-    "attention_output_gate": "gated attention",
-    "num_layers_per_virtual_pipeline_stage": "virtual pipeline stages",
-    "num_virtual_stages_per_pipeline_rank": "virtual pipeline stages",
-    "pipeline_model_parallel_layout": "uneven pipeline stages",
-    "decoder_first_pipeline_num_layers": "uneven pipeline stages",
-    "decoder_last_pipeline_num_layers": "uneven pipeline stages",
-    "hybrid_layer_pattern": "hybrid models",
     "heterogeneous_layers_config_path": "layers of different sizes",
+    "experimental_attention_variant": "this kind of attention",
+    "account_for_embedding_in_pipeline_split": "the embedding as a layer of a stage",
+    "account_for_loss_in_pipeline_split": "the loss as a layer of a stage",
 }
+# tokens of a step of a preset: those of examples/cluster
+PRESET_TOKENS = 2048 * 4096
+PRESET_MICROBATCH_TOKENS = 8192
+LAYOUT_FLAGS = ("memory_mode", "memory_group_size", "memory_column_ranks")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, write it to --json, and return the exit status."""
+    args = args.parsed()
     job = job_from_args(args)
     with tuning.using(choices_from_args(args)):
         plan = make_plan(job)
     console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
-    show_plan(plan, console)
+    defaults = MemoryConfig()
+    asks = any(getattr(args, name) != getattr(defaults, name) for name in LAYOUT_FLAGS)
+    show_plan(plan, console, asks=asks)
     if args.json:
         Path(args.json).write_text(json.dumps(as_json(plan), indent=2) + "\n")
         console.print(f"The plan was written to {args.json}.")
-    return 0
+    return 0 if plan.recommended else 1
 
 
 def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Add the planner's own flags, the --memory-* flags and Megatron's."""
     _add_own_flags(parser)
-    add_model_flags(parser, words)
+    pasted = command_line.pasted(words)
+    add_model_flags(parser, pasted)
+    parser.set_defaults(parsed=lambda: parser.parse_args(pasted))
 
 
 def add_model_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -130,12 +135,14 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         help='use the flags of a base model of "Memory Layers at Scale" with its three memory '
-        "layers, in bf16 and with the distributed optimizer; other flags override them",
+        "layers, in bf16 and with the distributed optimizer, and steps of about 8 million tokens "
+        "in microbatches of 8192; other flags override them",
     )
 
 
 def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("command", nargs="*", help="the command line of a training run, in quotes")
     add(
         "--gpu",
         choices=HARDWARE,
@@ -164,6 +171,7 @@ def _preset_flags(name: str) -> dict[str, Any]:
         "num_query_groups": shape.num_query_groups,
         "padded_vocab_size": shape.padded_vocab_size,
         "seq_length": shape.seq_length,
+        "micro_batch_size": PRESET_MICROBATCH_TOKENS // shape.seq_length,
         "swiglu": shape.swiglu,
         "add_bias_linear": shape.add_bias_linear,
         "normalization": "RMSNorm",
@@ -181,6 +189,9 @@ def job_from_args(args: argparse.Namespace) -> Job:
     Raises:
         ConfigurationError: a size is missing or impossible, or the planner does not support a flag.
     """
+    # it imports Megatron, which other commands do without
+    from megamem.tools import plan_model
+
     ConfigurationError.collect(
         [
             f"--{name.replace('_', '-')}: megamem plan does not support {what}; remove the flag."
@@ -190,22 +201,31 @@ def job_from_args(args: argparse.Namespace) -> Job:
     )
     if not 0 < args.fill <= 1:
         raise ConfigurationError(f"--fill {args.fill} must be greater than 0 and at most 1.")
-    shape = shape_from_args(args)
-    tp = args.tensor_model_parallel_size
-    cp, pp = args.context_parallel_size, args.pipeline_model_parallel_size
-    world = args.world_size if args.world_size is not None else model_ranks(args)
-    micro_batch = args.micro_batch_size if args.micro_batch_size is not None else 1
+    shape = plan_model.shape_from_args(args)
+    tp, half = args.tensor_model_parallel_size, bool(args.bf16 or args.fp16)
+    gradient_bytes, optimizer_bytes = plan_model.state_bytes(args, half)
     cluster = Cluster(
-        world_size=world,
+        world_size=args.world_size if args.world_size is not None else model_ranks(args),
         tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        context_parallel_size=cp,
-        micro_batch_size=micro_batch,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        micro_batch_size=args.micro_batch_size if args.micro_batch_size is not None else 1,
         global_batch_size=args.global_batch_size,
         gpus_per_node=args.gpus_per_node,
-        half_precision=bool(args.bf16 or args.fp16),
+        half_precision=half,
         use_distributed_optimizer=args.use_distributed_optimizer,
+        num_distributed_optimizer_instances=args.num_distributed_optimizer_instances,
+        placement=plan_model.placement_from_args(args, shape.num_layers),
+        gradient_bytes=gradient_bytes,
+        optimizer_bytes=optimizer_bytes,
     )
+    if args.preset and args.global_batch_size is None:
+        # one microbatch is the least that a data-parallel rank takes
+        step = cluster.micro_batch_size * cluster.data_parallel
+        sequences = max(1, round(PRESET_TOKENS / shape.seq_length / step)) * step
+        cluster = replace(cluster, global_batch_size=sequences)
     hardware = HARDWARE[args.gpu]
     spec = resolve(
         MemoryConfig.from_args(args),
@@ -249,50 +269,6 @@ def choices_from_args(args: argparse.Namespace) -> tuning.Choices:
     return read.choices
 
 
-def shape_from_args(args: argparse.Namespace) -> ModelShape:
-    """The dense model of a command line.
-
-    Raises:
-        ConfigurationError: a size is missing for which Megatron has no default, or the hidden size
-            is not a multiple of the number of heads.
-    """
-    needed = ["num_layers", "hidden_size", "num_attention_heads", "seq_length"]
-    missing = [name for name in needed if getattr(args, name) is None]
-    missing += ["vocab_size"] if args.vocab_size is None and args.padded_vocab_size is None else []
-    if missing:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
-        raise ConfigurationError(f"missing flags: {flags}; add them, or use a --preset.")
-    if args.num_attention_heads < 1 or args.hidden_size % args.num_attention_heads:
-        raise ConfigurationError(
-            f"--hidden-size {args.hidden_size} is not a multiple of --num-attention-heads "
-            f"{args.num_attention_heads}; change one of them."
-        )
-    learned = args.position_embedding_type == "learned_absolute"
-    return ModelShape(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        padded_vocab_size=args.padded_vocab_size or _padded(args),
-        seq_length=args.seq_length,
-        ffn_hidden_size=args.ffn_hidden_size,
-        num_query_groups=args.num_query_groups if args.group_query_attention else None,
-        kv_channels=args.kv_channels,
-        swiglu=args.swiglu,
-        add_bias_linear=args.add_bias_linear,
-        add_qkv_bias=args.add_qkv_bias,
-        layer_norm_bias=args.normalization == "LayerNorm",
-        qk_layernorm=args.qk_layernorm,
-        untied=args.untie_embeddings_and_output_weights,
-        learned_positions=(args.max_position_embeddings or args.seq_length) if learned else 0,
-    )
-
-
-def _padded(args: argparse.Namespace) -> int:
-    """The number of rows of the embedding, rounded up as Megatron does."""
-    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    return -(-args.vocab_size // multiple) * multiple
-
-
 def as_json(plan: Plan) -> dict[str, Any]:
     """The complete plan as numbers and strings, in bytes and seconds."""
     costs = {}
@@ -317,8 +293,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "bytes_per_table_parameter": asdict(plan.job.state),
         "layouts": costs,
+        "active_parameters": plan.active,
         "asked": str(plan.asked.layout),
-        "recommended": str(plan.recommended.layout),
+        "recommended": str(plan.recommended.layout) if plan.recommended else None,
         "why": plan.why,
         "gpus_needed": plan.gpus_needed,
     }

@@ -5,14 +5,24 @@ from rich.table import Table
 
 from megamem.planner.cost import LayoutCost
 from megamem.planner.hardware import ASSUMPTIONS, HARDWARE
+from megamem.planner.job import Job
 from megamem.planner.plan import GB, KIB, Plan, fits
 
 
-def show_plan(plan: Plan, console: Console) -> None:
-    """Print parameters, layouts, stages, times by GPU, GPUs needed, and the recommendation."""
+def show_plan(plan: Plan, console: Console, *, asks: bool) -> None:
+    """Print parameters, layouts, stages, times by GPU, GPUs needed, and the recommendation.
+
+    If no layout fits, stages and times are those of the smallest, and what is missing is printed.
+
+    Args:
+        plan: the plan.
+        console: where to print it.
+        asks: whether the command line names a layout.
+    """
     job, best = plan.job, plan.recommended
     show = console.print
     show(_parameters(plan))
+    show(f"\n{_batch(job)}", highlight=False)
     show(_layouts(plan))
     show(_stages(plan))
     show(_times(plan))
@@ -26,16 +36,33 @@ def show_plan(plan: Plan, console: Console) -> None:
         highlight=False,
     )
     show(ASSUMPTIONS, style="dim", highlight=False)
-    show(f"\nRecommended: {best.layout.flags}", style="bold", highlight=False)
-    show(plan.why, highlight=False)
-    if plan.asked.layout != best.layout:
+    if best is not None:
+        show(f"\nRecommended: {best.layout.flags}", style="bold", highlight=False)
+        show(plan.why, highlight=False)
+    else:
+        show(f"\n{plan.why}", style="bold red", highlight=False)
+    if best is None or plan.asked.layout != best.layout:
         verdict = "fits" if fits(job, plan.asked) else "does not fit"
+        chosen = "Your flags select" if asks else "Without these flags the layout is"
+        if best is None and not asks:
+            chosen = "The default layout is"
         show(
-            f"Your flags select {plan.asked.layout}, which {verdict}: "
+            f"{chosen} {plan.asked.layout}, which {verdict}: "
             f"{plan.asked.bytes.total / GB:.1f} GB per rank, and "
             f"{plan.asked.seconds[job.gpu].table * 1e3:.1f} ms per step for the table.",
             highlight=False,
         )
+
+
+def _batch(job: Job) -> str:
+    """The batch for which the plan is made, in a sentence."""
+    cluster, length = job.cluster, job.shape.seq_length
+    count = cluster.microbatches
+    return (
+        f"A step is {cluster.batch:,} sequences of {length:,} tokens: {count:,} "
+        f"{'microbatch' if count == 1 else 'microbatches'} of {cluster.micro_batch_size} on each "
+        f"of {cluster.data_parallel:,} data-parallel ranks."
+    )
 
 
 def _parameters(plan: Plan) -> Table:
@@ -45,6 +72,7 @@ def _parameters(plan: Plan) -> Table:
     for part, count in plan.parameters.items():
         style = "bold" if part == "total" else None
         table.add_row(part, f"{count / 1e6:,.1f}", style=style)
+    table.add_row("active for one token", f"{plan.active / 1e6:,.1f}")
     return table
 
 
@@ -80,13 +108,13 @@ def _layouts(plan: Plan) -> Table:
 
 
 def _times(plan: Plan) -> Table:
-    table = _table(f"Estimated time of a step with {plan.recommended.layout}, in ms")
+    table = _table(f"Estimated time of a step with {plan.shown.layout}, in ms")
     columns = ("lookup", "exchange", "all-reduce", "optimizer", "table", "dense", "table's share")
     table.add_column("GPU")
     for title in columns:
         table.add_column(title, justify="right")
     for gpu, hardware in HARDWARE.items():
-        step = plan.recommended.seconds[gpu]
+        step = plan.shown.seconds[gpu]
         parts = (step.lookup, step.exchange, step.replicas, step.optimizer, step.table, step.dense)
         table.add_row(
             hardware.name, *(f"{part * 1e3:.1f}" for part in parts), f"{100 * step.share:.0f} %"
@@ -96,10 +124,8 @@ def _times(plan: Plan) -> Table:
 
 def _stages(plan: Plan) -> Table:
     """The stages of the recommended layout on the job's GPU, and their sums."""
-    gpu, step = plan.job.hardware.name, plan.recommended.seconds[plan.job.gpu]
-    table = _table(
-        f"Estimated stages of memory layers with {plan.recommended.layout} on {gpu}, in ms"
-    )
+    gpu, step = plan.job.hardware.name, plan.shown.seconds[plan.job.gpu]
+    table = _table(f"Estimated stages of memory layers with {plan.shown.layout} on {gpu}, in ms")
     table.add_column("stage")
     for title in ("", "per layer and microbatch", "per step"):
         table.add_column(title, justify="right")

@@ -12,6 +12,11 @@ from megamem.planner import (
     preset,
 )
 from megamem.planner.sizes import (
+    Experts,
+    active_parameters,
+    dense_flops_per_token,
+    dense_parts,
+    even_placement,
     memory_flops_per_token,
     memory_layer_parameters,
     stage_parameters,
@@ -72,12 +77,57 @@ def test_stages_and_shards_add_up() -> None:
     shape, memory = preset("373m")[0], spec_of("373m", memory_pool="layer")
     parts = total_parameters(shape, memory)
     total = parts["total"] - parts["value table"]
-    assert sum(stage_parameters(shape, memory, 1, 4)) == total
+    assert _held(shape, memory, 1, 4) == total
     norms = (2 * shape.num_layers + 1) * shape.hidden_size
     replicated = norms + parts["memory layers"]
-    assert sum(stage_parameters(shape, memory, 2, 4)) == (total - replicated) / 2 + replicated
+    assert _held(shape, memory, 2, 4) == (total - replicated) / 2 + replicated
     tied = replace(shape, untied=False)
     embedding = shape.padded_vocab_size * shape.hidden_size
     # the copy of a tied embedding on the last stage counts
-    assert sum(stage_parameters(tied, memory, 1, 2)) == total
-    assert stage_parameters(tied, memory, 1, 1) == [total - embedding]
+    assert _held(tied, memory, 1, 2) == total
+    assert _held(tied, memory, 1, 1) == total - embedding
+
+
+def _held(shape, memory, tp: int, stages: int, **more) -> int:
+    """Parameters of one rank of each stage, summed."""
+    placement = even_placement(shape.num_layers, stages)
+    return sum(held.total for held in stage_parameters(shape, memory, tp, placement, **more))
+
+
+MIXTURE = Experts(count=8, topk=2, width=512, shared_width=256, shared_gate=True)
+
+
+def test_experts_are_spread_and_memories_replace_them() -> None:
+    """Four expert-parallel ranks hold a quarter of the experts; the rest is on each of them."""
+    dense = preset("134m")[0]
+    kinds = ("*-", "*E") * 6
+    shape = replace(dense, experts=MIXTURE, layers=kinds, prediction=("*E",))
+    memory = spec_of("134m", memory_layers=[1], memory_pool="layer")
+    parts, one = total_parameters(shape, memory), dense_parts(shape).expert
+    assert one == 3 * 768 * 512
+    # five layers are left, and the module that predicts
+    assert parts["experts"] == 5 * (8 * one + 8 * 768 + 3 * 768 * 256 + 768)
+    table = parts["value table"]
+    embedding = shape.padded_vocab_size * shape.hidden_size
+    # the last of several stages has a copy of the embedding, for the module that predicts
+    assert _held(shape, memory, 1, 1) == parts["total"] - table
+    assert _held(shape, memory, 1, 2) == parts["total"] - table + embedding
+    spread = _held(shape, memory, 1, 1, expert_ranks=4)
+    assert spread == parts["total"] - table - 6 * 6 * one
+    lookups = memory.lookups_per_token * memory.value_dim
+    idle = 6 * (MIXTURE.count - MIXTURE.topk) * one
+    assert active_parameters(shape, memory) == parts["total"] - idle - table + lookups
+
+
+def test_flops_count_the_experts_that_a_token_is_sent_to() -> None:
+    dense = preset("134m")[0]
+    shape = replace(dense, experts=MIXTURE, layers=("*E",) * 12)
+    inner = 2 * MIXTURE.width + MIXTURE.shared_width
+    more = 12 * (3 * 768 * (inner - dense.ffn_width) + 8 * 768 + 768)
+    assert dense_flops_per_token(shape, None) == dense_flops_per_token(dense, None) + 6 * more
+    predicts = replace(dense, prediction=("*-",))
+    once = dense_flops_per_token(predicts, None) - dense_flops_per_token(dense, None)
+    layer = dense_flops_per_token(dense, None) - dense_flops_per_token(
+        replace(dense, num_layers=11), None
+    )
+    assert once == layer + 6 * 768 * (2 * 768 + dense.padded_vocab_size)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megamem.kernels import row_gradient, sort_lookups
-from megamem.planner.buffers import passing_bytes, present_share, sorted_bytes
+from megamem.planner.buffers import kept_passes, passing_bytes, present_share, sorted_bytes
 from megamem.planner.job import Layout
 from tests.planner.jobs import LOOKUPS, TOKENS, job_of
 
@@ -79,3 +79,19 @@ def test_one_of_eight_ranks_takes_half(monkeypatch) -> None:
     assert taken["radix"] == 2**23 * (20 + 4 * 8 / 4) + 2**13 * 2 * 2048 * 4
     assert taken["radix"] == taken["torch"] / 2
     assert planned["radix"] < planned["torch"]
+
+
+def test_virtual_stages_hold_more_passes() -> None:
+    """Four microbatches, two stages: those of the first virtual stage, then of the second."""
+    memories = {"memory_layers": [3, 19], "memory_pool": "layer"}
+    places = ((tuple(range(5)), tuple(range(11, 16))), (tuple(range(5, 11)), tuple(range(16, 22))))
+    batch = {"pipeline_model_parallel_size": 2, "global_batch_size": 4 * 4 * 4}
+    job = job_of(world=8, cluster={**batch, "placement": places}, **memories)
+    assert job.cluster.microbatches == 4 and job.stage_memories == [1, 1]
+    # the first stage is five passes ahead, of which the third and the fourth are of its second
+    # virtual stage, which has no memory
+    assert kept_passes(job, 0) == 3
+    # the second is three ahead, and its memory is on the second virtual stage
+    assert kept_passes(job, 1) == 1
+    plain = job_of(world=8, cluster=batch, **memories)
+    assert [kept_passes(plain, stage) for stage in range(2)] == [2, 1]
