@@ -95,6 +95,12 @@ def _adapt_core() -> None:
         require(module, name)
         setattr(module, name, value)
 
+    # since 0.20 this compares a layer with classes that need Transformer Engine
+    name = "megatron.core.transformer.multi_token_prediction"
+    prediction: Any = importlib.import_module(name)
+    if hasattr(prediction, "is_inference_column_parallel_linear"):
+        prediction.is_inference_column_parallel_linear = lambda module: False
+
     # not worth a warning: the tracker of random states changes the only generator and restores it
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()

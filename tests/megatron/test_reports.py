@@ -50,6 +50,7 @@ def _args(**given) -> argparse.Namespace:
         "attention_output_gate": False,
         "experimental_attention_variant": None,
         "linear_attention_freq": None,
+        "gdp_num_householder": 3,  # asked for since 0.20
     }
     return argparse.Namespace(**{**usual, **given})
 
