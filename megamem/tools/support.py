@@ -121,11 +121,26 @@ def parse(
     command = command_line.read(words)
     plan.add_run_flags(parser)
     args, rest = parser.parse_known_args(command.flags)
-    if args.hybrid_layer_pattern and args.num_layers is None:
-        args.num_layers = len(compat.feed_forwards(args))
+    _complete(args)
     if args.world_size is None:
         args.world_size = command.ranks or plan.model_ranks(args)
     return args, [word for word in rest if word.startswith("--")]
+
+
+def _complete(args: argparse.Namespace) -> None:
+    """Set what Megatron derives from other flags when it validates them, as far as it is needed.
+
+    Megatron's own validation needs the GPUs, ranks and packages of the run.
+    """
+    if getattr(args, "hybrid_layer_pattern", None) and args.num_layers is None:
+        args.num_layers = len(compat.feed_forwards(args))
+    shards = getattr(args, "tensor_parallel_num_weight_shards", None) or 1
+    args.gtp_weight_remat_size = max(1, shards // args.tensor_model_parallel_size)
+    # older spellings
+    if getattr(args, "external_cuda_graph", False):
+        args.cuda_graph_impl = "transformer_engine"
+    if parts := getattr(args, "cuda_graph_scope_deprecated", None):
+        args.cuda_graph_modules = parts
 
 
 def used(args: argparse.Namespace) -> list[Row]:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from megamem import ops
 from megamem.megatron import patches
 from megamem.patching import MissingSymbolError
-from megamem.tools import doctor, known_answers
+from megamem.tools import doctor, known_answers, support
 from megamem.tools.doctor import Finding
-from tests.helpers.commands import command
+from tests.helpers.commands import command, parser_of
 from tests.helpers.distributed import run_distributed
 from tests.helpers.megatron_runs import launch
 from tests.kernels.test_known_answers import (
@@ -342,6 +342,29 @@ def test_flags_may_be_given_without_quotes_and_memory(capsys: pytest.CaptureFixt
     assert "Without --memory-layers only Megatron's own flags" in capsys.readouterr().out
     assert run_doctor(["--flags", "--memory-layers", "1", "--memory-heads", "0"]) == 1
     assert "--memory-heads 0 must be" in capsys.readouterr().out
+
+
+SHARDS = "--tensor-model-parallel-size 2 --tensor-parallel-num-weight-shards 4"
+OF_ATTENTION = "--cuda-graph-impl transformer_engine --cuda-graph-scope attn"
+
+
+@pytest.mark.parametrize(
+    ("flags", "feature"),
+    [
+        (SHARDS, "weights sharded over further ranks"),
+        ("--enable-cuda-graph", "CUDA graphs of anything else"),
+        ("--external-cuda-graph", "CUDA graphs of anything else"),
+        (f"{OF_ATTENTION} mlp", "CUDA graphs of anything else"),
+        (OF_ATTENTION, ""),
+    ],
+)
+def test_what_megatron_derives_is_refused_too(flags: str, feature: str) -> None:
+    """In the release of these tests, if it has the flags."""
+    args, unknown = support.parse([f"--num-layers 2 {flags}"], parser_of("doctor"))
+    if unknown:
+        pytest.skip(f"this release has no {' '.join(unknown)}")
+    refused = [row.name for row in support.used(args) if row.state == "refused"]
+    assert refused == ([feature] if feature else [])
 
 
 @pytest.mark.parametrize(
