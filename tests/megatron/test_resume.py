@@ -87,9 +87,9 @@ def test_finetuning_starts_with_new_optimizer_state(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--memory-num-keys", 10), "--memory-num-keys 10 means 100 rows, but .* holds 81"),
-        (("--memory-value-dim", 32), "--memory-value-dim 32 differs from the width 64"),
-        (("--memory-placement-seed", 5), "--memory-placement-seed 5 differs from 0, which placed"),
+        (("--memory-num-keys", 10), "--memory-num-keys 10 differs from 9 in --load"),
+        (("--memory-value-dim", 32), "--memory-value-dim 32 differs from 64 in --load"),
+        (("--memory-placement-seed", 5), "--memory-placement-seed 5 differs from 0 in --load"),
         (
             ("--memory-optimizer", "lazy_adamw"),
             "needs touches of shape .* holds exp_avg",
