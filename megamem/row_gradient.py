@@ -199,7 +199,5 @@ class RowGradient:
 
         On a GPU the host does not wait.
         """
-        add_deferred_(self._rows)
-        if self._reduction is not None:
-            for _ in self._arriving():
-                pass
+        for _ in self._arriving():
+            pass

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megamem.layers.init import WeightFactory
 from megamem.metrics import TableMetrics, gather_and_scatter_bytes
-from megamem.ops import embedding_bag, row_dot, unplace_rows
+from megamem.ops import Known, embedding_bag, row_dot, unplace_rows
 from megamem.ops.row_buffer import RowBuffer
 from megamem.parallel.collectives import group_rank
 from megamem.parallel.memory_group import MemoryGroup
@@ -37,11 +37,10 @@ class ReceivedLookups:
     """The token of every bag, where the variant reads tokens; otherwise None."""
 
     @property
-    def known(self) -> dict[str, Any]:
-        """What is known of the lookups, as arguments of the ops."""
+    def known(self) -> Known:
+        """What is known of the lookups."""
         plan = self.plan
-        may_skip = not plan.all_present
-        return {"may_skip": may_skip, "equal_bags": plan.equal_bags, "expected": plan.expected}
+        return Known(not plan.all_present, plan.equal_bags, plan.expected)
 
 
 def initial_rows(
@@ -159,7 +158,7 @@ class ValueTable(nn.Module):
             received.rows_M,
             weights_M,
             received.plan.offsets,
-            **received.known,
+            received.known,
             check_row_ids=self.check_row_ids,
             add_value_grad_to=self._buffer(),
         )
@@ -173,7 +172,7 @@ class ValueTable(nn.Module):
             received.x_GD,
             received.rows_M,
             received.plan.offsets,
-            **received.known,
+            received.known,
             check_row_ids=self.check_row_ids,
             add_value_grad_to=self._buffer(),
         )

@@ -12,13 +12,14 @@ from megamem.ops.row_adam import (
     touched_sgd_,
 )
 from megamem.ops.row_dot import row_dot
-from megamem.ops.sort_lookups import sort_lookups
+from megamem.ops.sort_lookups import Known, sort_lookups
 from megamem.ops.squared_norm import squared_norm
 from megamem.ops.value_gradient import add_value_gradient_, sparse_gradients
 from megamem.reference.philox import random_rows
 
 __all__ = [
     "AdamOptions",
+    "Known",
     "adamw_",
     "add_value_gradient_",
     "embedding_bag",

@@ -13,7 +13,7 @@ from megamem.kernels.row_gradient import row_gradient
 from megamem.ops.backend import use_triton
 from megamem.ops.checks import check_contents, check_inputs
 from megamem.ops.row_buffer import RowBuffer, anchor_of, as_row_buffer
-from megamem.ops.sort_lookups import sort_lookups
+from megamem.ops.sort_lookups import NOTHING, Known, sort_lookups
 from megamem.ops.value_gradient import add_rows_, add_value_gradient_
 from megamem.reference.embedding_bag import embedding_bag as reference
 
@@ -24,7 +24,7 @@ class _EmbeddingBag(torch.autograd.Function):
         ctx.save_for_backward(values_rV, row_ids_M, weights_M, offsets)
         ctx.buffer, ctx.known = buffer, known
         if use_triton(values_rV):
-            return sum_bags(values_rV, row_ids_M, weights_M, offsets, known["may_skip"])
+            return sum_bags(values_rV, row_ids_M, weights_M, offsets, known.may_skip)
         return reference(values_rV, row_ids_M, weights_M, offsets)
 
     @staticmethod
@@ -42,7 +42,7 @@ class _EmbeddingBag(torch.autograd.Function):
             want_values,
             want_weights,
             ctx.buffer,
-            **ctx.known,
+            ctx.known,
         )
         return grad_values, None, grad_weights, None, None, None, None
 
@@ -56,17 +56,18 @@ def _backward(
     want_values: bool,
     want_weights: bool,
     buffer: RowBuffer | None,
-    **known: Any,
+    known: Known,
 ) -> tuple[Tensor | None, Tensor | None]:
+    if buffer is not None and buffer.deferred is not None:
+        add_value_gradient_(buffer, grad_GV, row_ids_M, weights_M, offsets, known)
+        # what is left is the gradient of the weights
+        buffer, want_values = None, False
     if not (want_values or want_weights):
         return None, None
     grad_values = None
-    lookups = sort_lookups(row_ids_M, weights_M, offsets, len(values_rV), **known)
+    lookups = sort_lookups(row_ids_M, weights_M, offsets, len(values_rV), known)
     read_rV = values_rV if want_weights else None
-    if buffer is not None and buffer.deferred is not None:
-        grad_weights = row_gradient(lookups, grad_GV, read_rV, None) if want_weights else None
-        add_value_gradient_(buffer, grad_GV, row_ids_M, weights_M, offsets, **known)
-    elif buffer is not None:
+    if buffer is not None:
         grad_weights = add_rows_(buffer, lookups, grad_GV, read_rV)
     else:
         grad_values = torch.zeros_like(values_rV) if want_values else None
@@ -85,7 +86,7 @@ def _reference_backward(
     want_values: bool,
     want_weights: bool,
     buffer: RowBuffer | None,
-    **known: Any,
+    known: Known,
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_weights = None
     if want_weights:
@@ -94,7 +95,7 @@ def _reference_backward(
             bags_GV = reference(values_rV.detach(), row_ids_M, weights_M, offsets)
         (grad_weights,) = torch.autograd.grad(bags_GV, weights_M, grad_GV)
     if want_values and buffer is not None:
-        add_value_gradient_(buffer, grad_GV, row_ids_M, weights_M, offsets, **known)
+        add_value_gradient_(buffer, grad_GV, row_ids_M, weights_M, offsets, known)
     return None, grad_weights
 
 
@@ -103,10 +104,8 @@ def embedding_bag(
     row_ids_M: Tensor,
     weights_M: Tensor,
     offsets: Tensor,
+    known: Known = NOTHING,
     *,
-    may_skip: bool = True,
-    equal_bags: bool = False,
-    expected: int | None = None,
     check_row_ids: bool | None = None,
     add_value_grad_to: RowBuffer | Tensor | None = None,
 ) -> Tensor:
@@ -119,10 +118,7 @@ def embedding_bag(
         row_ids_M: row of the shard that each lookup reads, or -1 for none.
         weights_M: weight of each lookup.
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
-        may_skip: whether row ids may be negative; False saves passes over them.
-        equal_bags: whether all bags have the same number of lookups; True saves the backward work.
-        expected: about how many lookups read a row, if that is known. The backward takes memory for
-            twice as many; more are possible, and slower.
+        known: what is known of the lookups.
         check_row_ids: whether to check that row ids and offsets are in range. By default they are
             checked on a CPU only, as the host would have to wait for a GPU.
         add_value_grad_to: fp32 or bf16 [r, V] buffer to which the backward adds the gradient of the
@@ -139,7 +135,7 @@ def embedding_bag(
     check_inputs(values_rV, row_ids_M, weights_M, offsets)
     buffer = as_row_buffer(add_value_grad_to, values_rV)
     if check_row_ids or (check_row_ids is None and not values_rV.is_cuda):
-        check_contents(row_ids_M, offsets, len(values_rV), may_skip, equal_bags)
+        check_contents(row_ids_M, offsets, len(values_rV), known.may_skip, known.equal_bags)
     if not use_triton(values_rV) and buffer is None:
         return reference(values_rV, row_ids_M, weights_M, offsets)
     return _EmbeddingBag.apply(
@@ -147,7 +143,7 @@ def embedding_bag(
         row_ids_M.contiguous(),
         weights_M.contiguous(),
         offsets.contiguous(),
-        {"may_skip": may_skip, "equal_bags": equal_bags, "expected": expected},
+        known,
         buffer,
         anchor_of(buffer),
     )

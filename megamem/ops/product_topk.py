@@ -17,7 +17,7 @@ from megamem.kernels.embedding_bag import sum_bags
 from megamem.kernels.row_gradient import row_gradient
 from megamem.ops import forms
 from megamem.ops.backend import use_triton
-from megamem.ops.sort_lookups import sort_lookups
+from megamem.ops.sort_lookups import Known, sort_lookups
 from megamem.reference.product_topk import product_topk as reference
 
 
@@ -65,10 +65,8 @@ def _backward_by_bags(
         grad_query = torch.cat(bags_GC.view(2, num_tokens, heads, -1).unbind(), dim=-1)
     if want_keys:
         halves_GC = torch.stack(query_THQ.chunk(2, dim=-1)).flatten(0, 2)
-        num_rows = len(table_EC)
-        lookups = sort_lookups(
-            row_ids_M, weights_M, offsets, num_rows, may_skip=False, equal_bags=True
-        )
+        known = Known(may_skip=False, equal_bags=True)
+        lookups = sort_lookups(row_ids_M, weights_M, offsets, len(table_EC), known)
         grad_EC = torch.zeros_like(table_EC)
         row_gradient(lookups, halves_GC, None, grad_EC)
         grad_keys = grad_EC.view_as(sub_keys_2HNC)

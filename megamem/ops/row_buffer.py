@@ -4,12 +4,12 @@ Letters: r rows on this rank, V row width, M lookups, G bags.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megamem.ops.checks import check_buffer
+from megamem.ops.sort_lookups import Known
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,7 @@ class Pass:
     row_ids_M: Tensor
     weights_M: Tensor
     offsets: Tensor
-    known: dict[str, Any]
-    """What is known of the lookups, as sort_lookups takes it."""
+    known: Known
 
 
 @dataclass

@@ -20,7 +20,7 @@ from megamem.kernels.row_gradient import row_gradient
 from megamem.ops.backend import use_triton
 from megamem.ops.checks import check_contents, check_inputs
 from megamem.ops.row_buffer import RowBuffer, anchor_of, as_row_buffer
-from megamem.ops.sort_lookups import sort_lookups
+from megamem.ops.sort_lookups import NOTHING, Known, sort_lookups
 from megamem.ops.value_gradient import add_value_gradient_
 from megamem.reference.row_dot import row_dot as reference
 
@@ -32,7 +32,7 @@ class _RowDot(torch.autograd.Function):
         ctx.buffer, ctx.known = buffer, known
         if not use_triton(values_rV):
             return reference(values_rV, vectors_GV, row_ids_M, offsets)
-        lookups = sort_lookups(row_ids_M, _ones(row_ids_M), offsets, len(values_rV), **known)
+        lookups = sort_lookups(row_ids_M, _ones(row_ids_M), offsets, len(values_rV), known)
         return row_gradient(lookups, vectors_GV, values_rV, None)
 
     @staticmethod
@@ -42,13 +42,13 @@ class _RowDot(torch.autograd.Function):
         lookups = (row_ids_M, grad_M.contiguous(), offsets)
         grad_values = grad_vectors = None
         if ctx.buffer is not None:
-            add_value_gradient_(ctx.buffer, vectors_GV, *lookups, **ctx.known)
+            add_value_gradient_(ctx.buffer, vectors_GV, *lookups, ctx.known)
         elif want_values:
             grad_values = torch.zeros_like(values_rV)
-            by_row = sort_lookups(*lookups, len(values_rV), **ctx.known)
+            by_row = sort_lookups(*lookups, len(values_rV), ctx.known)
             row_gradient(by_row, vectors_GV, None, grad_values)
         if want_vectors and use_triton(values_rV):
-            grad_vectors = sum_bags(values_rV, *lookups, ctx.known["may_skip"]).to(vectors_GV.dtype)
+            grad_vectors = sum_bags(values_rV, *lookups, ctx.known.may_skip).to(vectors_GV.dtype)
         elif want_vectors:
             grad_vectors = _reference_vector_gradient(values_rV, vectors_GV, *lookups)
         return grad_values, grad_vectors, None, None, None, None, None
@@ -68,10 +68,8 @@ def row_dot(
     vectors_GV: Tensor,
     row_ids_M: Tensor,
     offsets: Tensor,
+    known: Known = NOTHING,
     *,
-    may_skip: bool = True,
-    equal_bags: bool = False,
-    expected: int | None = None,
     check_row_ids: bool | None = None,
     add_value_grad_to: RowBuffer | Tensor | None = None,
 ) -> Tensor:
@@ -84,10 +82,7 @@ def row_dot(
         vectors_GV: the vector of each bag.
         row_ids_M: row of the shard that each lookup reads, or -1 for none.
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
-        may_skip: whether row ids may be negative; False saves passes over them.
-        equal_bags: whether all bags have the same number of lookups; True saves work.
-        expected: about how many lookups read a row, if that is known. The forward takes memory for
-            twice as many; more are possible, and slower.
+        known: what is known of the lookups.
         check_row_ids: whether to check that row ids and offsets are in range. By default they are
             checked on a CPU only, as the host would have to wait for a GPU.
         add_value_grad_to: fp32 or bf16 [r, V] buffer to which the backward adds the gradient of the
@@ -105,7 +100,7 @@ def row_dot(
     _check_vectors(vectors_GV, values_rV, offsets)
     buffer = as_row_buffer(add_value_grad_to, values_rV)
     if check_row_ids or (check_row_ids is None and not values_rV.is_cuda):
-        check_contents(row_ids_M, offsets, len(values_rV), may_skip, equal_bags)
+        check_contents(row_ids_M, offsets, len(values_rV), known.may_skip, known.equal_bags)
     if not use_triton(values_rV) and buffer is None:
         return reference(values_rV, vectors_GV, row_ids_M, offsets)
     return _RowDot.apply(
@@ -113,7 +108,7 @@ def row_dot(
         vectors_GV.contiguous(),
         row_ids_M.contiguous(),
         offsets.contiguous(),
-        {"may_skip": may_skip, "equal_bags": equal_bags, "expected": expected},
+        known,
         buffer,
         anchor_of(buffer),
     )

@@ -6,10 +6,30 @@
 Letters: M lookups, r rows on this rank.
 """
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from megamem.kernels.sort_lookups import SortedLookups, sort_by_radix, sort_by_torch
 from megamem.ops import forms
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the caller of an op knows of its lookups, which saves work."""
+
+    may_skip: bool = True
+    """Whether row ids may be negative; False saves passes over them."""
+
+    equal_bags: bool = False
+    """Whether all bags have the same number of lookups; True saves work where they are sorted."""
+
+    expected: int | None = None
+    """About how many lookups read a row. Where they are sorted, memory is taken for twice as many;
+    more are possible, and slower."""
+
+
+NOTHING = Known()
 
 
 def sort_lookups(
@@ -17,10 +37,8 @@ def sort_lookups(
     weights_M: Tensor,
     offsets: Tensor,
     num_rows: int,
+    known: Known = NOTHING,
     *,
-    may_skip: bool = True,
-    equal_bags: bool = False,
-    expected: int | None = None,
     form: str | None = None,
 ) -> SortedLookups:
     """Return the lookups sorted by row, and by position where rows are equal.
@@ -32,13 +50,10 @@ def sort_lookups(
         weights_M: weight of each lookup.
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
         num_rows: r, the rows of the shard.
-        may_skip: whether row ids may be negative; False saves work.
-        equal_bags: whether all bags have the same number of lookups; True saves work.
-        expected: about how many lookups read a row, if that is known. The backward takes memory for
-            twice as many; more are possible, and slower.
+        known: what is known of the lookups.
         form: takes precedence over the form that is selected or the default. The form `radix` needs
             a GPU or Triton's interpreter.
     """
     if (form or forms.pick("sort_lookups")) == "torch":
-        return sort_by_torch(row_ids_M, weights_M, offsets, num_rows, may_skip)
-    return sort_by_radix(row_ids_M, weights_M, offsets, num_rows, may_skip, equal_bags, expected)
+        return sort_by_torch(row_ids_M, weights_M, offsets, num_rows, known.may_skip)
+    return sort_by_radix(row_ids_M, weights_M, offsets, num_rows, **vars(known))

@@ -8,6 +8,7 @@ result.
 """
 
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from megamem.kernels.sort_lookups import SortedLookups
 from megamem.ops.backend import use_triton
 from megamem.ops.checks import check_gradient, check_inputs
 from megamem.ops.row_buffer import Pass, RowBuffer
-from megamem.ops.sort_lookups import sort_lookups
+from megamem.ops.sort_lookups import NOTHING, Known, sort_lookups
 from megamem.reference.embedding_bag import embedding_bag as reference
 
 
@@ -27,10 +28,7 @@ def sparse_gradients(
     row_ids_M: Tensor,
     weights_M: Tensor,
     offsets: Tensor,
-    *,
-    may_skip: bool = True,
-    equal_bags: bool = False,
-    expected: int | None = None,
+    known: Known = NOTHING,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the touched rows. The host does not wait for their number.
 
@@ -40,10 +38,7 @@ def sparse_gradients(
         row_ids_M: row of the shard that each lookup reads, or -1 for none.
         weights_M: weight of each lookup.
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
-        may_skip: whether row ids may be negative; False saves work.
-        equal_bags: whether all bags have the same number of lookups; True saves work.
-        expected: about how many lookups read a row, if that is known. Memory is taken for twice as
-            many; more are possible, and slower.
+        known: what is known of the lookups.
 
     Returns:
         rows_E: the touched rows, ascending, then -1; E = min(M, r).
@@ -67,15 +62,7 @@ def sparse_gradients(
             bags_GV = reference(values_rV.detach(), row_ids_M, weights_M, offsets)
             (weight_grads_M,) = torch.autograd.grad(bags_GV, weights_M, grad_GV)
         return rows_E, grads_EV, weight_grads_M
-    lookups = sort_lookups(
-        row_ids_M,
-        weights_M,
-        offsets,
-        num_rows,
-        may_skip=may_skip,
-        equal_bags=equal_bags,
-        expected=expected,
-    )
+    lookups = sort_lookups(row_ids_M, weights_M, offsets, num_rows, known)
     rows_M = lookups.rows_or_none()
     starts_M = torch.ones(len(row_ids_M), dtype=torch.bool, device=device)
     starts_M[1:] = rows_M[1:] != rows_M[:-1]
@@ -94,10 +81,7 @@ def add_value_gradient_(
     row_ids_M: Tensor,
     weights_M: Tensor,
     offsets: Tensor,
-    *,
-    may_skip: bool = True,
-    equal_bags: bool = False,
-    expected: int | None = None,
+    known: Known = NOTHING,
 ) -> None:
     """Add the value gradient to the touched rows of a buffer, and mark them.
 
@@ -111,9 +95,7 @@ def add_value_gradient_(
         row_ids_M: row of the shard that each lookup reads, or -1 for none.
         weights_M: weight of each lookup.
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
-        may_skip: whether row ids may be negative; False saves work.
-        equal_bags: whether all bags have the same number of lookups; True saves work.
-        expected: about how many lookups read a row, if that is known.
+        known: what is known of the lookups.
 
     Raises:
         ValueError: if shapes, devices or dtypes do not fit.
@@ -124,7 +106,6 @@ def add_value_gradient_(
     check_inputs(buffer_rV, row_ids_M, weights_M, offsets)
     check_gradient(grad_GV, buffer_rV, offsets)
     if buffer.deferred is not None:
-        known = {"may_skip": may_skip, "equal_bags": equal_bags, "expected": expected}
         passes = buffer.deferred.passes
         passes.append(Pass(grad_GV, row_ids_M, weights_M.detach(), offsets, known))
         if len(passes) >= buffer.deferred.every:
@@ -143,15 +124,7 @@ def add_value_gradient_(
         buffer_rV[rows_U] = (old_UV + grads_UV).to(buffer_rV.dtype)
         buffer.mark(rows_U)
         return
-    lookups = sort_lookups(
-        row_ids_M,
-        weights_M,
-        offsets,
-        len(buffer_rV),
-        may_skip=may_skip,
-        equal_bags=equal_bags,
-        expected=expected,
-    )
+    lookups = sort_lookups(row_ids_M, weights_M, offsets, len(buffer_rV), known)
     add_rows_(buffer, lookups, grad_GV.contiguous(), None)
 
 
@@ -161,12 +134,10 @@ def add_deferred_(buffer: RowBuffer) -> None:
         return
     passes = buffer.deferred.passes[:]
     buffer.deferred.passes.clear()
-    starts = [0]
-    for one in passes:
-        starts.append(starts[-1] + len(one.row_ids_M))
+    starts = accumulate((len(one.row_ids_M) for one in passes), initial=0)
     ends = [one.offsets[1:] + start for one, start in zip(passes, starts, strict=False)]
     offsets = torch.cat((passes[0].offsets[:1], *ends))
-    expected = [one.known["expected"] for one in passes]
+    expected = [one.known.expected for one in passes if one.known.expected is not None]
     lengths = {len(one.row_ids_M) / max(1, len(one.offsets) - 1) for one in passes}
     add_value_gradient_(
         replace(buffer, deferred=None),
@@ -174,9 +145,11 @@ def add_deferred_(buffer: RowBuffer) -> None:
         torch.cat([one.row_ids_M for one in passes]),
         torch.cat([one.weights_M for one in passes]),
         offsets,
-        may_skip=any(one.known["may_skip"] for one in passes),
-        equal_bags=all(one.known["equal_bags"] for one in passes) and len(lengths) == 1,
-        expected=None if None in expected else sum(expected),
+        Known(
+            may_skip=any(one.known.may_skip for one in passes),
+            equal_bags=all(one.known.equal_bags for one in passes) and len(lengths) == 1,
+            expected=sum(expected) if len(expected) == len(passes) else None,
+        ),
     )
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,11 +58,7 @@ class _Arrived:
         self.weights = torch.rand(count, device=device)
         self.offsets = torch.arange(0, count + 1, self.lookups, device=device)
         self.present = int(here.sum())
-        self.known: dict[str, Any] = {
-            "may_skip": ranks > 1,
-            "equal_bags": True,
-            "expected": count // ranks,
-        }
+        self.known = ops.Known(ranks > 1, equal_bags=True, expected=count // ranks)
 
     def first(self, bags: int) -> tuple[Tensor, Tensor, Tensor]:
         """Row ids, weights and offsets of the first bags."""
@@ -77,7 +72,7 @@ def _sort(form: str, shape: dict[str, int], ranks: int, device: torch.device) ->
     def check() -> float:
         few = arrived.first(min(CHECKED_BAGS, arrived.num_bags))
         truth = reference(*few)
-        ours = ops.sort_lookups(*few, arrived.num_rows, form=form, **arrived.known)
+        ours = ops.sort_lookups(*few, arrived.num_rows, arrived.known, form=form)
         found = (ours.rows_M, ours.order_M, ours.bags_M, ours.weights_M)
         pairs = zip(found, truth, strict=True)
         return max(float((x[: len(y)] != y).any()) for x, y in pairs)
@@ -85,7 +80,7 @@ def _sort(form: str, shape: dict[str, int], ranks: int, device: torch.device) ->
     # row ids are read; of what is present, weights are read, and 4 numbers are written
     moved = 4 * len(arrived.row_ids) + 20 * arrived.present
     sizes = (arrived.row_ids, arrived.weights, arrived.offsets, arrived.num_rows)
-    return Work(lambda: ops.sort_lookups(*sizes, form=form, **arrived.known), moved, check)
+    return Work(lambda: ops.sort_lookups(*sizes, arrived.known, form=form), moved, check)
 
 
 def _gradient(
@@ -109,7 +104,7 @@ def _gradient(
         leaf = weights.double().requires_grad_()
         truth = bag_reference(table, slots, leaf, offsets)
         true_gradients = torch.autograd.grad(truth, (table, leaf), grad[:bags].double())
-        ours = ops.sort_lookups(slots, weights, offsets, len(rows), form=form, **arrived.known)
+        ours = ops.sort_lookups(slots, weights, offsets, len(rows), arrived.known, form=form)
         sums = torch.zeros(len(rows), width, device=device)
         by_weight = add_rows_(RowBuffer(sums), ours, grad[:bags].contiguous(), values[rows])
         assert by_weight is not None
@@ -117,7 +112,7 @@ def _gradient(
         return max(relative_error(x, y) for x, y in pairs)
 
     sizes = (arrived.row_ids, arrived.weights, arrived.offsets, num_rows)
-    by_row = ops.sort_lookups(*sizes, form=form, **arrived.known)
+    by_row = ops.sort_lookups(*sizes, arrived.known, form=form)
     # rows and gradients of bags are read, the buffer is read and written at rows that are read
     distinct = len(arrived.row_ids.unique()) - int(ranks > 1)
     moved = distinct * width * (dtype.itemsize + 8) + grad.numel() * dtype.itemsize

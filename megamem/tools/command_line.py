@@ -45,6 +45,11 @@ def read(words: Sequence[str]) -> RunCommand:
     return RunCommand(words[script + 1 :], _ranks(words[:script]))
 
 
+def is_command(word: str) -> bool:
+    """Whether a word holds a command line with flags, rather than one flag or value."""
+    return re.search(r"\s", word) is not None and "--" in word
+
+
 def pasted(words: Sequence[str]) -> list[str]:
     """The same words, with the flags of a run in place of each that holds its command line.
 
@@ -53,7 +58,7 @@ def pasted(words: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for word in words:
-        if not (re.search(r"\s", word) and "--" in word):
+        if not is_command(word):
             found.append(word)
             continue
         command = read([word])

@@ -290,7 +290,7 @@ def bags_are_exact(
         return wrong
     # a row with weight 0 adds nothing, like a lookup that reads no row
     present = row_ids.clamp(min=0), weights * (row_ids >= 0)
-    bags = ops.embedding_bag(table, *present, reads.offsets, may_skip=False)
+    bags = ops.embedding_bag(table, *present, reads.offsets, ops.Known(may_skip=False))
     return unlike(bags, truth, "numbers of the bags with may_skip=False")
 
 
@@ -405,9 +405,9 @@ def sort_is_exact(
     """
     reads = Reads(device, tokens, lookups, rows, width)
     seldom = torch.arange(len(reads.row_ids), device=device) % 16 == 5
-    sizes = reads.offsets, {"may_skip": True, "equal_bags": False}
+    sizes = reads.offsets, ops.Known()
     alike = torch.arange(0, len(seldom) + 1, lookups, device=device)
-    all_known = alike, {"may_skip": False, "equal_bags": True}
+    all_known = alike, ops.Known(may_skip=False, equal_bags=True)
     for row_ids, (offsets, known) in (
         (reads.row_ids, sizes),
         (reads.row_ids.where(seldom, -1), sizes),
@@ -418,7 +418,7 @@ def sort_is_exact(
         for form in FORMS["sort_lookups"]:
             if form != "torch" and not use_triton(reads.weights):
                 continue
-            ours = ops.sort_lookups(row_ids, reads.weights, offsets, rows, form=form, **known)
+            ours = ops.sort_lookups(row_ids, reads.weights, offsets, rows, known, form=form)
             found = (ours.rows_or_none(), ours.order_M, ours.bags_M, ours.weights_M)
             for name, x, expected in zip(SORTED, found, truth, strict=True):
                 what = f"{name} of sorted lookups by the form {form}"

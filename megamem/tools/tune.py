@@ -15,7 +15,6 @@ is read whose scores are equal up to rounding.
 """
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +37,7 @@ from megamem.config import ConfigurationError
 from megamem.errors import complain
 from megamem.ops import forms, tuning
 from megamem.ops.tuning import Choices, Tuning
-from megamem.tools import known_answers, plan
+from megamem.tools import command_line, known_answers, plan
 from megamem.tools.bench import commit, first_line, median_ms
 from megamem.tools.tune_ops import TUNED, Candidate, Run, Sizes, TunedOp
 
@@ -91,14 +90,11 @@ def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def flags_of(word: str) -> list[str]:
-    """The flags of a training script, if the word is a command line; else the word itself."""
-    words = shlex.split(word) if " " in word else []
-    if not any(each.startswith("--") for each in words):
-        return [word]
-    scripts = [n for n, each in enumerate(words) if each.endswith(".py")]
-    # before the script are the flags of torchrun and of megamem.run
-    first = scripts[0] + 1 if scripts else next(n for n, w in enumerate(words) if w[:2] == "--")
-    return words[first:]
+    """The flags of a training script, if the word is a command line; else the word itself.
+
+    The ranks that torchrun is told are of no account: what one rank does is measured.
+    """
+    return command_line.read([word]).flags if command_line.is_command(word) else [word]
 
 
 def run(args: argparse.Namespace) -> int:

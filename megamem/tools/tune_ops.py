@@ -301,7 +301,7 @@ def _bag_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
 
 def _known(sizes: Sizes) -> dict[str, Any]:
     """What training tells the ops about these lookups."""
-    return {"check_row_ids": False, "may_skip": sizes.senders > 1, "equal_bags": True}
+    return {"check_row_ids": False, "known": ops.Known(sizes.senders > 1, equal_bags=True)}
 
 
 def _bag_runs(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Run]]:

@@ -111,7 +111,7 @@ def table_stages(
     row_ids = torch.randint(rows, (tokens * lookups,), device=device)
     weights = torch.rand(tokens * lookups, device=device)
     offsets = torch.arange(0, tokens * lookups + 1, lookups, device=device)
-    options: dict[str, Any] = {"may_skip": False, "check_row_ids": False}
+    options: dict[str, Any] = {"known": ops.Known(may_skip=False), "check_row_ids": False}
     yield "bag forward", lambda: ops.embedding_bag(values, row_ids, weights, offsets, **options)
 
     buffer = torch.zeros(rows, sizes.hidden, device=device)
@@ -132,10 +132,11 @@ def table_stages(
     yield "bag backward, first touch", first_touch
     if use_triton(values):
         # the two parts of the backward
-        lookups, known = (row_ids, weights, offsets, rows), {"may_skip": False, "equal_bags": True}
+        known = ops.Known(may_skip=False, equal_bags=True)
+        lookups = (row_ids, weights, offsets, rows, known)
         for form in FORMS["sort_lookups"]:
             name = "bag backward: sort" + (f", {form}" if form != "torch" else "")
-            yield name, lambda form=form: sort_lookups(*lookups, form=form, **known)
+            yield name, lambda form=form: sort_lookups(*lookups, form=form)
         ordered = sort_lookups(row_ids, weights, offsets, rows)
         yield (
             "bag backward: row gradient",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamem.ops import add_value_gradient_, embedding_bag, sparse_gradients
+from megamem.ops import Known, add_value_gradient_, embedding_bag, sparse_gradients
 from megamem.ops.row_buffer import RowBuffer
 from megamem.reference.embedding_bag import embedding_bag as reference
 from tests.helpers.closeness import assert_as_good_as_torch
@@ -81,11 +81,11 @@ def test_five_runs_agree_bit_for_bit(one_row, device):
 
 def test_promise_of_no_absent_lookups(device, poisoned_memory):
     batch = make_batch([9, 0, 5], num_rows=6, width=16, device=device)
-    ours = _run(embedding_bag, batch, torch.float32, may_skip=False)
+    ours = _run(embedding_bag, batch, torch.float32, known=Known(may_skip=False))
     assert torch.equal(ours["out"], _run(embedding_bag, batch, torch.float32)["out"])
     with pytest.raises(ValueError, match="may_skip=False"):
         absent = batch._replace(row_ids_M=batch.row_ids_M - 1)
-        _run(embedding_bag, absent, torch.float32, may_skip=False, check_row_ids=True)
+        _run(embedding_bag, absent, torch.float32, known=Known(may_skip=False), check_row_ids=True)
 
 
 @pytest.mark.parametrize("wanted", ["values", "weights", "neither"])
@@ -226,7 +226,10 @@ def test_a_cpu_trains_on_the_twin(monkeypatch):
             {"row_ids_M": torch.tensor([0, -2])},
             "row id -2 is out of range: rows are counted from 0",
         ),
-        ({"row_ids_M": torch.tensor([0, -1]), "may_skip": False}, "row id -1 is negative"),
+        (
+            {"row_ids_M": torch.tensor([0, -1]), "known": Known(may_skip=False)},
+            "row id -1 is negative",
+        ),
         ({"offsets": torch.tensor([0, 3])}, "offsets go from 0 to 3 for 2 lookups"),
         ({"offsets": torch.tensor([1, 2])}, "offsets go from 1 to 2"),
         ({"offsets": torch.tensor([0, 2, 1, 2])}, "must rise"),

@@ -11,7 +11,7 @@ from megamem.kernels import row_gradient as gradient_kernels
 from megamem.kernels.sort_lookups import SortedLookups, digits_of, sort_by_radix, sort_by_torch
 from megamem.ops import add_value_gradient_, embedding_bag, row_dot, sparse_gradients
 from megamem.ops.row_buffer import RowBuffer
-from megamem.ops.sort_lookups import sort_lookups
+from megamem.ops.sort_lookups import Known, sort_lookups
 from megamem.reference.embedding_bag import embedding_bag as bag_reference
 from megamem.reference.row_dot import row_dot as dot_reference
 from megamem.reference.sort_lookups import sort_lookups as reference
@@ -114,12 +114,12 @@ def test_what_the_caller_knows(form, device, monkeypatch, small_tiles, poisoned_
     lookups = _lookups([7] * 13, 50, 0.0, device)
     for equal_bags in (False, True):
         for may_skip in (False, True):
-            ours = sort_lookups(*lookups, 50, may_skip=may_skip, equal_bags=equal_bags)
+            ours = sort_lookups(*lookups, 50, Known(may_skip, equal_bags))
             assert (ours.count is None) == (form == "torch" or not may_skip)
             _assert_sorted(ours, lookups)
     # with absent lookups, bags of one size
     lookups = _lookups([7] * 13, 50, 0.5, device)
-    _assert_sorted(sort_lookups(*lookups, 50, equal_bags=True), lookups)
+    _assert_sorted(sort_lookups(*lookups, 50, Known(equal_bags=True)), lookups)
 
 
 @pytest.mark.parametrize("form", ["torch", "radix"])
@@ -132,7 +132,7 @@ def test_nothing_is_computed_about_absent_lookups_that_cannot_be(
         patch.setattr(torch, "where", None)
         if form == "radix":
             patch.setattr(torch, "repeat_interleave", None)
-        ours = sort_lookups(*lookups, 50, may_skip=False, equal_bags=True)
+        ours = sort_lookups(*lookups, 50, Known(may_skip=False, equal_bags=True))
     _assert_sorted(ours, lookups)
 
 
@@ -258,7 +258,7 @@ def test_more_lookups_than_were_expected(op, expected, device, radix, monkeypatc
         batch = make_batch([70, 0, 30], num_rows=6, width=width, absent=0.3, device=device)
         with choices.using(choices.current().changed("row_gradient", block_m=16)):
             truth = run(ours, batch, torch.float32)
-            found = run(ours, batch, torch.float32, expected=expected)
+            found = run(ours, batch, torch.float32, known=Known(expected=expected))
         assert all(torch.equal(found[key], truth[key]) for key in truth)
 
 
@@ -278,7 +278,7 @@ def test_gradients_where_all_lookups_are_present(op, device, radix, poisoned_mem
     run, ours, _ = OPS[op]
     batch = make_batch([9] * 5, num_rows=6, width=16, device=device)
     plain = run(ours, batch, torch.float32)
-    known = run(ours, batch, torch.float32, may_skip=False, equal_bags=True)
+    known = run(ours, batch, torch.float32, known=Known(may_skip=False, equal_bags=True))
     for key in plain:
         torch.testing.assert_close(known[key], plain[key])
 
@@ -325,4 +325,6 @@ def test_sparse_gradients_of_both_forms(name, device, monkeypatch, small_tiles, 
 def test_bags_of_different_sizes_are_refused(device):
     batch = make_batch([4, 2], num_rows=5, width=8, device=device)
     with pytest.raises(ValueError, match="bags have 2 to 4 lookups"):
-        _bag_gradients(embedding_bag, batch, torch.float32, equal_bags=True, check_row_ids=True)
+        _bag_gradients(
+            embedding_bag, batch, torch.float32, known=Known(equal_bags=True), check_row_ids=True
+        )

@@ -11,7 +11,7 @@ from megatron.core import dist_checkpointing
 from megatron.training import checkpointing
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megamem.checkpoint import (
     OPTIMIZER,
@@ -65,12 +65,13 @@ def load_problems(
             return []
         if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
             return [] if spec is None else [_other_format(folder)]
-        if damaged := damaged_files(folder):
+        index = read_index(folder)
+        if damaged := damaged_files(folder, index):
             return [
                 f"--load {folder} is damaged: {damaged[0]}; copy the checkpoint again, or load an "
                 "earlier iteration with --ckpt-step."
             ]
-        saved = saved_shapes(folder)
+        saved = saved_shapes(index)
         seeds = read_placements(saved, folder)
         settings = settings_in(saved_common(folder), folder)
     except ConfigurationError as error:
@@ -118,10 +119,10 @@ def _other_format(folder: Path) -> str:
     )
 
 
-def damaged_files(folder: Path) -> list[str]:
+def damaged_files(folder: Path, index: Metadata) -> list[str]:
     """A few words for each file of a checkpoint that is missing or shorter than its index says."""
     ends: dict[str, int] = {}
-    for entry in (FileSystemReader(str(folder)).read_metadata().storage_data or {}).values():
+    for entry in (index.storage_data or {}).values():
         ends[entry.relative_path] = max(
             ends.get(entry.relative_path, 0), entry.offset + entry.length
         )
@@ -145,7 +146,7 @@ def background_problems(spec: MemorySpec) -> list[str]:
     if folder is None:
         return [f"{named} holds no checkpoint; give the folder of one, as for --load."]
     try:
-        saved = saved_shapes(folder)
+        saved = saved_shapes(read_index(folder))
     except Exception as error:
         return [
             f"{named} cannot be read ({type(error).__name__}: {error}); give another checkpoint."
@@ -173,7 +174,7 @@ def has_counters(spec: MemorySpec, args: argparse.Namespace) -> bool | None:
     folder = loaded_folder(args)
     if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
         return None
-    saved = saved_shapes(folder)
+    saved = saved_shapes(read_index(folder))
     return all(state_key(name, HITS) in saved for name in table_names(spec))
 
 
@@ -183,13 +184,17 @@ def saved_common(folder: Path) -> dict[str, Any]:
     return found
 
 
-def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in a checkpoint, by key."""
+def read_index(folder: Path) -> Metadata:
+    """The index of a checkpoint: its tensors, and where in which file they are."""
     # torch's reader is used because that of Megatron 0.19 does not work with torch 2.15
-    entries = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    return FileSystemReader(str(folder)).read_metadata()
+
+
+def saved_shapes(index: Metadata) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in a checkpoint, by key."""
     return {
         key: tuple(entry.size)
-        for key, entry in entries.items()
+        for key, entry in index.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
 

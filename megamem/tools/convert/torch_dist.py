@@ -164,7 +164,7 @@ class TorchDist:
         self._read(items, _Into(target), key)
         return target
 
-    def _read(self, items: list[ReadItem], into: "_Reading", key: str) -> None:
+    def _read(self, items: list[ReadItem], into: dcp.LoadPlanner, key: str) -> None:
         try:
             self._reader.read_data(LoadPlan(items), into).wait()
         except Exception as error:
@@ -196,32 +196,7 @@ class _IndexUnpickler(pickle.Unpickler):
         )
 
 
-class _Reading(dcp.LoadPlanner):
-    """Takes what is read; a reader asks it for nothing else."""
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        raise NotImplementedError
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError
-
-    def create_local_plan(self) -> LoadPlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise NotImplementedError
-
-    def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
-        raise NotImplementedError
-
-
-class _Bytes(_Reading):
+class _Bytes(dcp.DefaultLoadPlanner):
     """Reads one object."""
 
     content = b""
@@ -230,7 +205,7 @@ class _Bytes(_Reading):
         self.content = value.getvalue()
 
 
-class _Into(_Reading):
+class _Into(dcp.DefaultLoadPlanner):
     """Reads into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
