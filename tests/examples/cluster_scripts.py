@@ -66,7 +66,7 @@ def stand_ins(tmp_path: Path) -> Callable[..., Any]:
         )
         if result.returncode:
             assert not capture.exists()
-            return result.stderr
+            return result.stdout + result.stderr
         if not capture.exists():
             return result.stdout
         pairs = (tmp_path / "capture.env").read_text().split("\0")[:-1]

@@ -42,14 +42,21 @@ import sys
 from importlib.machinery import PathFinder
 from importlib.metadata import packages_distributions
 
-NAMES = (name for name in packages_distributions() if not name.startswith("_"))
-HIDDEN = {{*NAMES}} - {set(THERE)}
+FOUND = {{name: by for name, by in packages_distributions().items() if name[0] != "_"}}
+HIDDEN = {{*FOUND}} - {set(THERE)}
+UNLISTED = {{by for name in HIDDEN for by in FOUND[name]}}
+UNLISTED -= {{by for name in {{*FOUND}} - HIDDEN for by in FOUND[name]}}
 
 class Bare(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         hidden = name.partition(".")[0] in HIDDEN
         return None if hidden else PathFinder.find_spec(name, path, target)
+
+    @classmethod
+    def find_distributions(cls, *context):
+        found = PathFinder.find_distributions(*context)
+        return (one for one in found if one.metadata["Name"] not in UNLISTED)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
 """
