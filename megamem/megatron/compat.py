@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -141,6 +142,8 @@ def mlp_builder(mlp: Any) -> Callable[..., Any]:
         return mlp
 
     def build(config: TransformerConfig, pg_collection: Any = None, **_: Any) -> Any:
+        if isinstance(mlp.module, type) and issubclass(mlp.module, BaseMoELayer):
+            return build_module(mlp, config=config, pg_collection=pg_collection)
         groups = {"tp_group": pg_collection.tp} if pg_collection is not None else {}
         return build_module(mlp, config=config, **groups)
 

@@ -62,7 +62,7 @@ def test_what_works_is_not_refused() -> None:
     _check(fp8="hybrid", recompute_modules=["mlp"], memory_keep_ffn=True)
     _check(pipeline_model_parallel_size=2, memory={"memory_layers": [4, 7]})
     _check(pipeline_model_parallel_size=2, memory={"memory_pool": "layer"})
-    _check(num_experts=4, moe_layer_freq=2, memory={"memory_keep_ffn": True, "memory_layers": [1]})
+    _check(num_experts=4, moe_layer_freq=2, memory={"memory_keep_ffn": True})
 
 
 def test_a_form_that_does_not_exist_is_found_at_start(monkeypatch) -> None:
@@ -96,6 +96,7 @@ def test_a_form_that_does_not_exist_is_found_at_start(monkeypatch) -> None:
         ({"heterogeneous_layers_config_path": "x"}, "--heterogeneous-layers-config-path"),
         ({"hybrid_layer_pattern": "M*-*-*-*-", "no_hybrid": True}, "--hybrid-layer-pattern"),
         ({"enable_hyper_connections": True}, "hyper-connections"),
+        ({"moe_use_upcycling": True}, "--moe-use-upcycling"),
         ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards"),
         ({"yaml_cfg": "x"}, "--yaml-cfg"),
         ({"save": "x", "ckpt_format": "torch"}, "--ckpt-format other than torch_dist"),
@@ -151,11 +152,6 @@ def test_a_shared_pool_may_be_on_several_stages(virtual) -> None:
     _check(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=virtual)
 
 
-def test_a_kept_feed_forward_is_dense() -> None:
-    with pytest.raises(ConfigurationError, match="--memory-keep-ffn .* makes layer 2 a mixture"):
-        _check(num_experts=4, moe_layer_freq=2, memory={"memory_keep_ffn": True})
-
-
 HYBRID = {
     **{"hybrid_layer_pattern": "*-*-*-E*", "num_layers": 8},
     **{"decoder_first_pipeline_num_layers": None, "decoder_last_pipeline_num_layers": None},
@@ -175,8 +171,7 @@ def test_memories_in_a_hybrid_model_take_the_place_of_feed_forwards(monkeypatch)
     with pytest.raises(ConfigurationError, match=r"\*\*\*, counted from 0, has none; add some"):
         _check(**{**HYBRID, "hybrid_layer_pattern": "***"}, memory={"memory_layers": [2]})
     _check(**STAGES, memory={"memory_layers": [1, 3]})
-    with pytest.raises(ConfigurationError, match="--hybrid-layer-pattern makes layer 6 a mixture"):
-        _check(**HYBRID, memory={"memory_layers": [6], "memory_keep_ffn": True})
+    _check(**HYBRID, memory={"memory_layers": [6], "memory_keep_ffn": True})
 
 
 def test_a_constant_rate_is_named() -> None:

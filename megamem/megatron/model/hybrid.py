@@ -108,13 +108,17 @@ def memory_stack_spec(
     pools = stage_pools(config, spec, layers, of_stage, pg_collection, vp_stage)
     changed = copy.copy(stack_spec)
     changed.submodules = copy.copy(stack_spec.submodules)
-    # a memory replaces the MLP of a dense layer, whichever kind of feed-forward was in its place
     dense = stack_spec.submodules.mlp_layer
-    memories = {
-        layer: with_memory(dense, layer, spec, pools) for layer in layers if layer in spec.layers
-    }
     for slot in ("mlp_layer", "moe_layer"):
         otherwise = getattr(stack_spec.submodules, slot)
+        # whichever feed-forward was in its place, a memory is in a dense layer: Megatron's layer of
+        # experts takes its module apart
+        own = copy.copy(dense)
+        if spec.keep_ffn:
+            own.submodules = otherwise.submodules
+        memories = {
+            layer: with_memory(own, layer, spec, pools) for layer in layers if layer in spec.layers
+        }
         choice = {"memories": memories, "otherwise": otherwise}
         setattr(changed.submodules, slot, ModuleSpec(module=LayerByNumber, params=choice))
     if stack_spec.submodules.mtp_block_spec is not None:

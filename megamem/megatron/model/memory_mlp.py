@@ -32,7 +32,9 @@ FFNBuilder = Callable[..., nn.Module]
 class MemoryMLP(MegatronModule):
     """Maps hidden states [S, B, D] to (output [S, B, D], bias or None), as Megatron's MLP does.
 
-    With `--memory-keep-ffn` the output of the feed-forward that was in the slot is added.
+    With `--memory-keep-ffn` the output of the feed-forward that was in the slot is added, which is
+    an MLP or a mixture of experts. To Megatron both are a dense layer, as it takes apart only
+    layers of experts whose module is a MoELayer, and would leave out the memory.
     """
 
     def __init__(
@@ -82,7 +84,10 @@ class MemoryMLP(MegatronModule):
         return out + ffn_out, bias
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Check the number that TransformerLayer, which counts from 1, gives this layer."""
+        """Check the number that TransformerLayer, which counts from 1, gives this layer.
+
+        A mixture of experts logs its losses under this number.
+        """
         assert layer_number == self.memory.layer + 1, (layer_number, self.memory.layer)
 
 
@@ -96,6 +101,8 @@ class ValueTables(MegatronModule):
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        if hasattr(self.ffn, "set_layer_number"):
+            self.ffn.set_layer_number(layer_number)
     ) -> dict[str, Any]:
         """Each table as shards of R x V, with its placement seed and, if saved, its read counts."""
         entries = {}

@@ -161,22 +161,6 @@ def _is_of_another_format(args: argparse.Namespace) -> bool:
     return getattr(args, "ckpt_format", "torch_dist") != "torch_dist"
 
 
-def _keeps_experts(spec: MemorySpec, args: argparse.Namespace) -> str | None:
-    """A sentence if --memory-keep-ffn would have to keep a mixture of experts."""
-    if not spec.keep_ffn:
-        return None
-    kinds = compat.feed_forwards(args)
-    mixed = [str(n) for n in spec.layers if n < len(kinds) and kinds[n] == "experts"]
-    if not mixed:
-        return None
-    pattern = getattr(args, "hybrid_layer_pattern", None)
-    chosen_by = "--hybrid-layer-pattern" if pattern else "--moe-layer-freq"
-    return (
-        f"--memory-keep-ffn keeps a dense feed-forward, but {chosen_by} makes layer "
-        f"{' '.join(mixed)} a mixture of experts; drop --memory-keep-ffn or choose dense layers."
-    )
-
-
 def _changes_frozen_biases(spec: MemorySpec, args: argparse.Namespace) -> str | None:
     """A sentence if a part of the model would change although --memory-finetune-rows freezes it."""
     rows = spec.finetune_rows
@@ -335,15 +319,14 @@ FEATURES = (
         state="not run on a GPU",
         why=NEEDS_ENGINE,
     ),
-    FeatureOfLayers(
+    Feature(
         part=MODEL,
         name="a mixture of experts kept beside a memory",
         option="--memory-keep-ffn on a layer of experts",
         uses=_both(_given("memory_keep_ffn"), _given("num_experts")),
         state="refused",
-        says=_keeps_experts,
-        why="--memory-keep-ffn keeps a dense feed-forward",
-        fix="drop --memory-keep-ffn or choose dense layers",
+        why="it takes each layer for a feed-forward or for experts, and a memory layer is neither",
+        fix="make the experts in a run without memory layers first",
     ),
     Feature(
         part=MODEL,
@@ -371,6 +354,14 @@ FEATURES = (
         "::test_ranks_take_the_steps_of_one_process_and_resume_each_others_runs",
     ),
     Feature(
+        state="yes",
+        test="megatron/test_kept_experts.py",
+    ),
+    Feature(
+        part=MODEL,
+        name="experts made of a dense checkpoint at start",
+        option="--moe-use-upcycling",
+        uses=_given("moe_use_upcycling"),
         part=MODEL,
         name="hybrid models with Megatron-Core 0.17",
         option="--hybrid-layer-pattern",

@@ -78,7 +78,8 @@ def reimport(source: Mapping[str, Tensor], seed: int) -> tuple[dict[str, LazyTen
         lazy[key] = layout.placed(table, _num_keys(key, table.shape[0]), seed)
         lazy |= layout.placement_of(name, seed)
     keep = any(f".{layout.KEPT_FFN}" in name for name in lazy)
-    return lazy, layout.extra_states(max(layers) + 1, memories, keep)
+    states = layout.extra_states(max(layers) + 1, memories, keep) + layout.expert_states(lazy)
+    return lazy, states
 
 
 def _num_keys(key: str, rows: int) -> int:

@@ -47,6 +47,12 @@ FFN_STATES = ("mlp.linear_fc1", "mlp.linear_fc2")
 FINAL_STATE = "decoder.final_layernorm._extra_state/shard_0_1"
 
 
+EXPERT_WEIGHT = re.compile(
+    r"(?P<module>decoder\.layers\.\d+\.mlp\.(ffn\.)?(shared_experts|experts\.experts)\.linear_fc[12])"
+    r"\.weight"
+)
+
+
 def layer_key(layer: int, rest: str) -> str:
     """The key of a weight of one layer in a memory model."""
     return f"{LAYERS}{layer}.{rest}"
@@ -67,6 +73,17 @@ def extra_states(num_layers: int, memory_layers: Sequence[int], keep_ffn: bool) 
         elif keep_ffn:
             states += [state.replace("mlp.", KEPT_FFN) for state in FFN_STATES]
         keys += [layer_key(layer, f"{state}._extra_state/shard_0_1") for state in states]
+    return keys
+
+
+def expert_states(tensors: Tensors) -> list[str]:
+    """The keys of the extra state of the experts in a model; each routed expert has its own."""
+    keys = []
+    for key, tensor in tensors.items():
+        if match := EXPERT_WEIGHT.fullmatch(key):
+            count = 1 if "shared_experts" in key else tensor.shape[0]
+            module = match["module"]
+            keys += [f"{module}._extra_state/shard_{n}_{count}" for n in range(count)]
     return keys
 
 
