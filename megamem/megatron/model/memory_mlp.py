@@ -89,6 +89,9 @@ class MemoryMLP(MegatronModule):
         A mixture of experts logs its losses under this number.
         """
         assert layer_number == self.memory.layer + 1, (layer_number, self.memory.layer)
+        number_ffn: Any = getattr(self.ffn, "set_layer_number", None)
+        if number_ffn is not None:
+            number_ffn(layer_number)
 
 
 class ValueTables(MegatronModule):
@@ -101,8 +104,6 @@ class ValueTables(MegatronModule):
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-        if hasattr(self.ffn, "set_layer_number"):
-            self.ffn.set_layer_number(layer_number)
     ) -> dict[str, Any]:
         """Each table as shards of R x V, with its placement seed and, if saved, its read counts."""
         entries = {}
