@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from megamem.layers.memory import MemoryLayer
     from megamem.layers.memory_pool import MemoryPool
     from megamem.megatron.arguments import add_memory_flags, spec_from_args
+    from megamem.megatron.bridge import add_memory_layers
     from megamem.megatron.model.builders import MemoryGPTModelConfig, MemoryHybridModelConfig
     from megamem.megatron.model.hybrid import memory_stack_spec
     from megamem.megatron.model.layer_specs import memory_layer_spec
@@ -33,6 +34,7 @@ _HOMES = {
     "StepOptions": "megamem.optimizer",
     "TableOptimizer": "megamem.optimizer",
     "add_memory_flags": "megamem.megatron.arguments",
+    "add_memory_layers": "megamem.megatron.bridge",
     "check": "megamem.megatron.startup.checks",
     "load_tuning": "megamem.parallel.tuning",
     "memory_layer_spec": "megamem.megatron.model.layer_specs",
@@ -56,6 +58,7 @@ __all__ = [
     "TableOptimizer",
     "__version__",
     "add_memory_flags",
+    "add_memory_layers",
     "check",
     "load_tuning",
     "memory_layer_spec",

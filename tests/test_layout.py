@@ -50,6 +50,7 @@ MAY_IMPORT = {
 MEGATRON = {
     "megatron.core": {"checkpoint", "layers", "optimizer", "megatron", "cpu", "tools"},
     "megatron.training": {"megatron", "cpu", "tools"},
+    "megatron.bridge": {"megatron", "cpu"},
 }
 # what a file says -> why it may not, and the rooms that may
 BANNED = {

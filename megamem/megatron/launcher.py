@@ -207,10 +207,10 @@ def use_helpers_of_the_wheel() -> None:
     """
     import megatron.core.datasets.utils as utils
 
-    from megamem.patching import replace
+    from megamem.patching import replace_everywhere
 
     if not (Path(utils.__file__).parent / "Makefile").exists():
-        replace(utils, "compile_helpers", lambda _: lambda: None)
+        replace_everywhere(utils, "compile_helpers", lambda _: lambda: None)
 
 
 def run_as_main(command: Command) -> None:

@@ -49,37 +49,31 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from megatron.training import arguments, checkpointing, training, yaml_arguments
 from megatron.training.global_vars import get_args
 from megatron.training.utils import print_rank_0
 
 from megamem.config import ConfigurationError, MemoryConfig, flag
 from megamem.errors import friendly_parser
-from megamem.layers.memory_pool import MemoryPool
 from megamem.megatron import compat
 from megamem.megatron.arguments import add_memory_flags, idle_flags, run_spec, yaml_error
-from megamem.megatron.model import hybrid, layer_specs
-from megamem.megatron.model.carried_spec import carried_spec, carry_spec, spec_of_model
-from megamem.megatron.model.memory_mlp import register_tables
+from megamem.megatron.model.build import install_memories
+from megamem.megatron.model.carried_spec import carry_spec, spec_of_model
 from megamem.megatron.optimizer.with_memory import with_memory
 from megamem.megatron.reports import sizes
 from megamem.megatron.reports.broken_tables import report_broken
 from megamem.megatron.reports.tensorboard import TrainingMetrics
 from megamem.megatron.startup import checks
-from megamem.megatron.startup.rank_consistency import broadcast_from_rank0, differing_flags
+from megamem.megatron.startup.begin import begin
+from megamem.megatron.startup.rank_consistency import broadcast_from_rank0
 from megamem.megatron.startup.saved_model import (
     checkpoint_problems,
     load_problems,
     loaded_folder,
     saved_common,
 )
-from megamem.parallel.tuning import load_tuning
 from megamem.patching import replace, replace_everywhere
 from megamem.saved_settings import take_settings
-from megamem.spec import MemorySpec
 
 logger = logging.getLogger("megamem")
 
@@ -104,9 +98,7 @@ def install_memory() -> None:
     Raises:
         MissingSymbolError: this release of Megatron lacks one of them.
     """
-    replace(GPTModel, "__init__", _build_memories)
-    if compat.HybridModel is not None:
-        replace(compat.HybridModel, "__init__", _build_memories)
+    install_memories()
     replace(training, "get_megatron_optimizer", _add_table_optimizer)
     if compat.MAKES_MUON is not None:
         replace(training, compat.MAKES_MUON, _add_table_optimizer)
@@ -205,48 +197,6 @@ def _compare_with_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]
     return load_checkpoint
 
 
-def _build_memories(original: Callable[..., Any]) -> Callable[..., Any]:
-    """__init__ of GPTModel or HybridModel that puts memories into the layer specs it is given."""
-    signature = inspect.signature(original)
-
-    def __init__(self: MegatronModule, *rest: Any, **more: Any) -> None:
-        bound = signature.bind(self, *rest, **more)
-        bound.apply_defaults()
-        given = bound.arguments
-        spec, pools = carried_spec(given["config"]), {}
-        if spec is not None:
-            groups = given["pg_collection"] or ProcessGroupCollection.use_mpu_process_groups()
-            where = {"pg_collection": groups, "vp_stage": given["vp_stage"]}
-            pools = _put_memories(given, spec, where)
-        original(*bound.args, **bound.kwargs)
-        register_tables(self, pools)
-
-    return __init__
-
-
-def _put_memories(
-    given: dict[str, Any], spec: MemorySpec, where: dict[str, Any]
-) -> dict[str, MemoryPool]:
-    """Change the layer specs among the arguments of a model; return the pools to register.
-
-    Layer specs that already have memories, as in examples/own_script.py, stay as they are.
-    """
-    config = given["config"]
-    if "hybrid_stack_spec" in given:
-        stack, pattern = given["hybrid_stack_spec"], given["hybrid_layer_pattern"]
-        if hybrid.has_memories(stack):
-            return {}
-        made = hybrid.memory_stack_spec(config, stack, spec, pattern, **where)
-        given["hybrid_stack_spec"], pools = made
-    else:
-        layers = given["transformer_layer_spec"]
-        if layer_specs.has_memories(layers):
-            return {}
-        made = layer_specs.memory_layer_spec(config, layers, spec, **where)
-        given["transformer_layer_spec"], pools = made
-    return pools
-
-
 def _add_table_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_megatron_optimizer(config: Any, chunks: Any, *rest: Any, **more: Any) -> Any:
         optimizer = original(config, chunks, *rest, **more)
@@ -286,16 +236,7 @@ def _compare_with_ranks_and_checkpoint(original: Callable[..., Any]) -> Callable
         spec = run_spec(args)
         if spec is None:
             return original(*rest, **more)
-        ConfigurationError.collect(differing_flags(spec, args))
-        # all ranks raise the same error
-        ConfigurationError.collect(broadcast_from_rank0(lambda: checkpoint_problems(spec, args)))
-        try:
-            tuned = load_tuning(spec, args.params_dtype)
-        except ValueError as error:
-            raise ConfigurationError(str(error)) from error
-        if dist.get_rank() == 0:
-            sys.stdout.write(f" > {sizes.summary(spec)}\n")
-            sys.stdout.write(f" > {tuned}\n" if tuned else "")
+        begin(spec, args)
         return original(*rest, **more)
 
     return setup_model_and_optimizer

@@ -18,6 +18,7 @@ def with_memory_flops(
     args: argparse.Namespace,
     batch_size: int,
     *rest: Any,
+    tokens: float | None = None,
     **more: Any,
 ) -> float:
     """FLOPs of a global batch: Megatron's count, with memories in place of feed-forwards.
@@ -31,11 +32,14 @@ def with_memory_flops(
         args: Megatron's arguments.
         batch_size: number of sequences in a global batch.
         rest: further positional arguments of `count`.
+        tokens: number of tokens of a global batch; by default what `count` is told, or that of
+            complete sequences.
         more: further keyword arguments of `count`.
     """
     total = count(copy.copy(args), batch_size, *rest, **more)
-    # since 0.19 the fourth argument is the number of tokens of the batch that are not padding
-    tokens = more.get("total_real_tokens_in_batch", rest[1] if len(rest) > 1 else None)
+    if tokens is None:
+        # since 0.19 the fourth argument is the number of tokens of the batch that are not padding
+        tokens = more.get("total_real_tokens_in_batch", rest[1] if len(rest) > 1 else None)
     if tokens is None:
         tokens = batch_size * args.seq_length
     added = len(spec.layers) * layer_flops_per_token(spec) * tokens

@@ -61,7 +61,14 @@ IN_CONSOLE = {
 class TrainingMetrics:
     """Measures the model that Megatron sets up, and reports whenever Megatron logs."""
 
-    def __init__(self) -> None:
+    def __init__(self, find_writers: Callable[[], tuple[Any, Any]] | None = None) -> None:
+        """Measure nothing yet.
+
+        Args:
+            find_writers: returns the TensorBoard and wandb writers of this rank, either of which
+                may be None; by default those of Megatron.
+        """
+        self.find_writers = find_writers or megatrons_writers
         self.metrics: Metrics | None = None
         self.optimizer: ChainWithTables | None = None
         self.writers: Writers | None = None
@@ -75,8 +82,8 @@ class TrainingMetrics:
             found = original(*rest, **more)
             chunks, optimizer, *_ = found
             spec = spec_of_model(chunks)
-            if spec is not None and is_measured(spec, get_args()):
-                self._attach(chunks, optimizer, spec)
+            if spec is not None:
+                self.attach(chunks, optimizer, spec, get_args())
             return found
 
         return setup_model_and_optimizer
@@ -88,14 +95,21 @@ class TrainingMetrics:
         def training_log(*rest: Any, **more: Any) -> Any:
             done = original(*rest, **more)
             if self.metrics is not None:
-                self._log(get_args(), signature.bind(*rest, **more).arguments["iteration"])
+                self.report(get_args(), signature.bind(*rest, **more).arguments["iteration"])
             return done
 
         return training_log
 
-    def _attach(self, chunks: Iterable[nn.Module], optimizer: Any, spec: MemorySpec) -> None:
+    def attach(
+        self,
+        chunks: Iterable[nn.Module],
+        optimizer: Any,
+        spec: MemorySpec,
+        args: argparse.Namespace,
+    ) -> None:
+        """Start to measure these chunks of a model, unless --memory-metrics is off."""
         # a run that only evaluates has no optimizer of the tables, and nothing to record
-        if not isinstance(optimizer, ChainWithTables):
+        if not is_measured(spec, args) or not isinstance(optimizer, ChainWithTables):
             return
         watched = Watched(
             layers=spec.layers,
@@ -112,8 +126,11 @@ class TrainingMetrics:
         for name, table in find_tables(chunks).items():
             table.metrics = self.metrics.tables[name]
 
-    def _log(self, args: argparse.Namespace, iteration: int) -> None:
-        assert self.metrics is not None and self.optimizer is not None
+    def report(self, args: argparse.Namespace, iteration: int) -> None:
+        """Report an iteration, if this is one at which Megatron logs; all ranks must call it."""
+        if self.metrics is None:
+            return
+        assert self.optimizer is not None
         self.iterations += 1
         to_writer = iteration % args.tensorboard_log_interval == 0
         to_console = iteration % args.log_interval == 0
@@ -143,8 +160,7 @@ class TrainingMetrics:
         for layer, usage in report.usage.items():
             self.usage[layer] = self.usage[layer] + usage if layer in self.usage else usage
         if self.writers is None:
-            writers = get_tensorboard_writer(), get_wandb_writer()
-            self.writers = Writers(*writers, reported=report.scalars)
+            self.writers = Writers(*self.find_writers(), reported=report.scalars)
         if to_writer:
             self.writers.scalars(report.scalars, iteration)
         if to_console:
@@ -154,6 +170,11 @@ class TrainingMetrics:
             for layer, counted in self.usage.items():
                 self.writers.pictures(layer, counted, self.metrics.watched.num_keys, iteration)
             self.usage.clear()
+
+
+def megatrons_writers() -> tuple[Any, Any]:
+    """Megatron's TensorBoard and wandb writers, which only its last rank has."""
+    return get_tensorboard_writer(), get_wandb_writer()
 
 
 class Writers:
