@@ -175,11 +175,12 @@ class MemoryConfig:
         for name, value in positive.items():
             if value is not None and value < 1:
                 found.append(f"{flag(name)} {value} must be at least 1.")
-        if self.memory_topk > self.memory_num_keys:
+        if self.memory_topk > self.memory_num_keys > 0:
             found.append(
                 f"--memory-topk {self.memory_topk} is larger than --memory-num-keys "
                 f"{self.memory_num_keys}: a head cannot read more rows than there are sub-keys per "
-                "query half; lower --memory-topk or raise --memory-num-keys."
+                f"query half; use --memory-topk {self.memory_num_keys} or less, or "
+                f"--memory-num-keys {self.memory_topk} or more."
             )
         if self.memory_num_keys > MAX_NUM_KEYS:
             found.append(
@@ -201,7 +202,8 @@ class MemoryConfig:
         if self.memory_column_ranks is not None and self.memory_mode != "2d":
             found.append(
                 f"--memory-column-ranks {self.memory_column_ranks} needs --memory-mode 2d, but "
-                f"--memory-mode is {self.memory_mode}; use 2d or drop --memory-column-ranks."
+                f"--memory-mode is {self.memory_mode}; use --memory-mode 2d or drop "
+                "--memory-column-ranks."
             )
         sparse, rows = ("sgd", "lazy_adamw"), self.memory_finetune_rows
         if rows is not None and self.memory_optimizer not in sparse:
@@ -217,7 +219,8 @@ class MemoryConfig:
             )
         if not 0 <= self.memory_placement_seed < 2**31:
             found.append(
-                f"--memory-placement-seed {self.memory_placement_seed} must be from 0 to 2**31 - 1."
+                f"--memory-placement-seed {self.memory_placement_seed} must be from 0 to "
+                f"{2**31 - 1}."
             )
         for name in (
             "memory_value_init_std",
@@ -228,7 +231,7 @@ class MemoryConfig:
             value = getattr(self, name)
             # written in this way so that a NaN is refused, too
             if value is not None and not 0 <= value < float("inf"):
-                found.append(f"{flag(name)} {value} must be a finite number, zero or more.")
+                found.append(f"{flag(name)} {value:g} must be a finite number, zero or more.")
         return found
 
     @property

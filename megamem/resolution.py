@@ -128,16 +128,27 @@ def _value_dim(config: MemoryConfig, hidden_size: int, variant: Variant) -> int:
     if config.memory_value_dim is None and hidden_size % 8:
         raise ConfigurationError(
             f"--hidden-size {hidden_size} is not a multiple of 8, as the width of a row must be; "
-            "choose another hidden size, or, with memory+, set --memory-value-dim."
+            + _other_widths(hidden_size, variant)
         )
     value_dim = config.memory_value_dim or hidden_size
     if not variant.projects and value_dim != hidden_size:
         raise ConfigurationError(
             f"--memory-value-dim {value_dim} differs from --hidden-size {hidden_size}, but "
             f"--memory-variant {config.memory_variant} has no projection between the two; use "
-            "memory+ or drop --memory-value-dim."
+            "--memory-variant memory+ or drop --memory-value-dim."
         )
     return value_dim
+
+
+def _other_widths(hidden_size: int, variant: Variant) -> str:
+    """What to do about a hidden size that cannot be the width of a row."""
+    near = -(-hidden_size // 8) * 8
+    if variant.projects:
+        return f"use --memory-value-dim {near}, or a --hidden-size such as {near}."
+    return (
+        f"use a --hidden-size such as {near}, or --memory-variant memory+ with "
+        f"--memory-value-dim {near}."
+    )
 
 
 def _or_model(value: float | None) -> float | Literal["model"]:

@@ -77,23 +77,23 @@ def test_every_flag_that_megatron_reads_is_looked_at(prefix, tmp_path):
     text = {"train": f"1 {prefix}y", "valid": None, "test": [0.5, f"{prefix}z"], "more": "nowhere"}
     per_split.write_text(json.dumps(text))
     splits["per_split_data_args_path"] = str(per_split)
-    flag = "--per-split-data-args-path"
+    flag = f"--per-split-data-args-path {per_split}"
     assert flags(**splits) == [f"{flag} {prefix}y", f"{flag} {prefix}z"]
 
     blend = tmp_path / "blend.txt"
     blend.write_text(f"1 {prefix} 2 {prefix}x")
     splits["data_args_path"] = str(blend)
-    assert flags(**splits) == [f"--data-args-path {prefix}x"]
+    assert flags(**splits) == [f"--data-args-path {blend} {prefix}x"]
 
 
 def test_files_of_datasets_are_read_as_megatron_reads_them(prefix, tmp_path):
-    assert "cannot read" in problems(data_args_path=str(tmp_path / "none"))[0]
-    assert "cannot read" in problems(per_split_data_args_path=prefix + ".bin")[0]
+    assert "cannot be read (No such file" in problems(data_args_path=str(tmp_path / "none"))[0]
+    assert "cannot be read" in problems(per_split_data_args_path=prefix + ".bin")[0]
     splits = tmp_path / "splits.json"
     for text in ("[1]", '{"train": null}'):
         splits.write_text(text)
         (line,) = problems(per_split_data_args_path=str(splits))
-        assert f"{splits} must hold one object with the keys train, valid, test" in line
+        assert f"{splits}: the file lacks some of the keys train, valid, test" in line
     splits.write_text(json.dumps({"train": [prefix, 0.5], "valid": [], "test": None}))
     wrong, empty = problems(per_split_data_args_path=str(splits))
     assert f"cannot read {prefix} 0.5" in wrong and "cannot read an empty list" in empty

@@ -138,7 +138,7 @@ def test_what_cannot_work_is_said_in_one_line() -> None:
     log = _run("attention", 1, "*-*-", "--memory-layers", 2, *READS, check=False)
     assert log.returncode == 2
     assert "--memory-layers 2 is no feed-forward: --hybrid-layer-pattern *-*-" in log.stdout
-    assert "has them at 1 3; choose among these." in log.stdout
+    assert "has them elsewhere; use some of 1 3." in log.stdout
     log = _run("mamba", 1, "M-*-", "--memory-layers", 1, *READS, check=False)
     assert log.returncode == 2
     assert "--hybrid-layer-pattern M-*- has layers (M) that need GPU kernels" in log.stdout

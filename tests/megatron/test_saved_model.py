@@ -34,10 +34,10 @@ def test_the_same_settings_fit() -> None:
         (SAVED, _with(memory_num_keys=16), "means 256 rows, but --load ckpt holds 64"),
         (SAVED, _with(memory_value_dim=24), "--memory-value-dim 24 means rows of that width"),
         (SAVED, resolve(CONFIG, 32), "--hidden-size 32 means rows of that width"),
-        (SAVED, _with(memory_pool="layer"), "holds tables shared, but not layer_1, layer_2"),
+        (SAVED, _with(memory_pool="layer"), "holds tables shared, but --memory-pool layer"),
         (SAVED, _with(memory_layers=[1, 3]), "--memory-layers 3 is no memory layer"),
-        (SAVED, _with(memory_heads=2), "was saved with --memory-heads 4"),
-        (SAVED, _with(memory_key_dim=32), "--memory-key-dim 8 in layer 1, but 4 and 32"),
+        (SAVED, _with(memory_heads=2), "--memory-heads 2 with --memory-key-dim 8 differs"),
+        (SAVED, _with(memory_key_dim=32), "use --memory-heads 4 and --memory-key-dim 8"),
     ],
 )
 def test_other_settings_are_named(saved, memory, message) -> None:

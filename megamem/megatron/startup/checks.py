@@ -45,7 +45,7 @@ def pattern_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
     return [
         f"--memory-layers {_words(wrong)} is no feed-forward: --hybrid-layer-pattern "
         f"{args.hybrid_layer_pattern}, counted from 0, has "
-        + (f"them at {_words(there)}; choose among these." if there else "none; add some (-).")
+        + (f"them elsewhere; use some of {_words(there)}." if there else "none; add some (-).")
     ]
 
 

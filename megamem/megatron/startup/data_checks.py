@@ -31,6 +31,12 @@ HEADER = struct.Struct("<9sQBQQ")
 VERSION = 1
 LENGTH, POINTER = struct.Struct("<i"), struct.Struct("<q")
 SPLITS = ("train", "valid", "test")
+FILES = {
+    "data_args_path": "give a text file with prefixes, and a weight before each of them or none",
+    "per_split_data_args_path": "give a JSON file with one object, whose keys are train, valid and "
+    "test and whose values are null or prefixes with a weight before each of them or none",
+}
+"""What the file of a flag has to hold."""
 
 
 class DataProblemError(Exception):
@@ -159,7 +165,11 @@ def _blends(args: argparse.Namespace) -> Iterator[tuple[str, list[str] | DataPro
     else:
         blends = [(f"{split}_data_path", getattr(args, f"{split}_data_path")) for split in SPLITS]
     for name, words in blends:
-        yield _flag(name), words if isinstance(words, DataProblemError) else _prefixes(words)
+        # a file that lists datasets is named, as its datasets are not on the command line
+        named = (
+            _flag(name) if name.endswith("data_path") else f"{_flag(name)} {getattr(args, name)}"
+        )
+        yield named, words if isinstance(words, DataProblemError) else _prefixes(words)
 
 
 def _words_of(name: str, args: argparse.Namespace) -> list[tuple[str, Any]]:
@@ -176,9 +186,10 @@ def _words_of(name: str, args: argparse.Namespace) -> list[tuple[str, Any]]:
         blends = json.loads(text)
         found = [blends[split] for split in SPLITS]
     except (OSError, ValueError) as error:
-        return [(name, DataProblemError(f"cannot read {value}: {error}"))]
+        reason = getattr(error, "strerror", None) or str(error)
+        return [(name, DataProblemError(f"the file cannot be read ({reason}); {FILES[name]}"))]
     except (KeyError, TypeError):
-        problem = f"{value} must hold one object with the keys {', '.join(SPLITS)}; add them"
+        problem = f"the file lacks some of the keys {', '.join(SPLITS)}; {FILES[name]}"
         return [(name, DataProblemError(problem))]
     return [(name, words.split() if isinstance(words, str) else words) for words in found]
 

@@ -41,11 +41,23 @@ class Feature:
     test: str = ""
     """The test that trains with it, below tests/; each `yes` has one."""
 
+    values: tuple[str, ...] = ()
+    """Arguments of the flags that a refusal shows with their values; without them, `option`."""
+
+    def given(self, args: argparse.Namespace) -> str:
+        """The flags as a run gave them."""
+        shown = [_as_given(name, value) for name in self.values if (value := _value(args, name))]
+        return " with ".join(shown) or self.option
+
     def problem(self, spec: MemorySpec, args: argparse.Namespace) -> str | None:
         """A sentence with the reason and the fix if the run is refused, otherwise None."""
         if self.state != "refused" or not self.uses(args):
             return None
-        return f"--memory-layers does not work with {self.option}: {self.why}; {self.fix}."
+        layers = " ".join(map(str, spec.layers))
+        return (
+            f"--memory-layers {layers} does not work with {self.given(args)}: {self.why}; "
+            f"{self.fix}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +71,7 @@ class FeatureOfTensorGroups(Feature):
             return None
         return (
             f"--memory-group-size {size} with --tensor-model-parallel-size {tensor_ranks} does "
-            f"not work with {self.option}: {self.why}; {self.fix}."
+            f"not work with {self.given(args)}: {self.why}; {self.fix}."
         )
 
 
@@ -72,6 +84,23 @@ class FeatureOfLayers(Feature):
     def problem(self, spec: MemorySpec, args: argparse.Namespace) -> str | None:
         """The sentence of `says`."""
         return self.says(spec, args)
+
+
+def _value(args: argparse.Namespace, name: str) -> Any:
+    value = getattr(args, name, None)
+    # where Megatron has an enum, its names are the words of the command line
+    return [getattr(each, "name", each) for each in value] if isinstance(value, list) else value
+
+
+FLAGS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
+"""Arguments whose flag has another name."""
+
+
+def _as_given(name: str, value: Any) -> str:
+    """A flag with its value, as on a command line."""
+    flag = FLAGS.get(name, "--" + name.replace("_", "-"))
+    words = value if isinstance(value, list) else [] if value is True else [value]
+    return " ".join(map(str, [flag, *words]))
 
 
 Uses = Callable[[argparse.Namespace], bool]
@@ -280,6 +309,7 @@ FEATURES = (
         name="weights sharded over further ranks",
         option="--tensor-parallel-num-weight-shards",
         uses=_more_than_one("gtp_weight_remat_size"),
+        values=("tensor_parallel_num_weight_shards",),
         state="refused",
         why="it shards weights that memory layers keep complete on each rank",
         fix="drop it",
@@ -366,6 +396,7 @@ FEATURES = (
         name="hybrid models with Megatron-Core 0.17",
         option="--hybrid-layer-pattern",
         uses=_both(_given("hybrid_layer_pattern"), _has_no_hybrid_model),
+        values=("hybrid_layer_pattern",),
         state="refused",
         why="this release of Megatron-Core has no HybridModel",
         fix="use Megatron-Core 0.18 or later, or a model with --num-layers",
@@ -373,17 +404,18 @@ FEATURES = (
     Feature(
         part=MODEL,
         name="hyper-connections",
-        option="hyper-connections",
-        uses=_given("enable_hyper_connections", "enable_mhc"),
+        option="--enable-mhc-connections",
+        uses=_given("enable_mhc_connections", "enable_hyper_connections"),
         state="refused",
         why="they replace the transformer layer that contains the memory layer",
-        fix="drop them",
+        fix="drop it",
     ),
     Feature(
         part=MODEL,
         name="layers of different configurations",
-        option="--heterogeneous-layers-config-path",
-        uses=_given("heterogeneous_layers_config_path"),
+        option="--heterogeneous-layers-config-path, --heterogeneous-layers-config-encoded-json",
+        uses=_given("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
+        values=("heterogeneous_layers_config_path",),
         state="refused",
         why="it gives each layer its own configuration",
         fix="drop it",
@@ -401,6 +433,7 @@ FEATURES = (
         name="layers for inference",
         option="--transformer-impl inference_optimized",
         uses=_is("transformer_impl", "inference_optimized"),
+        values=("transformer_impl",),
         state="refused",
         why="its fused layers use the linear layers of an MLP, which a memory layer does not have",
         fix="use --transformer-impl transformer_engine or local",
@@ -468,6 +501,7 @@ FEATURES = (
         name="recomputation of norms in fp8 or fp4",
         option="--recompute-modules layernorm in fp8 or fp4",
         uses=_both(_low_precision, _recomputes("layernorm")),
+        values=("recompute_modules", "fp8", "fp4"),
         state="refused",
         why="it saves the input of the norm for linear_fc1, which a memory layer does not have",
         fix="drop layernorm from --recompute-modules",
@@ -477,6 +511,7 @@ FEATURES = (
         name="recomputation of feed-forwards in fp8 or fp4",
         option="--recompute-modules mlp in fp8 or fp4",
         uses=_both(_low_precision, _recomputes_memory),
+        values=("recompute_modules", "fp8", "fp4"),
         state="refused",
         why="Transformer Engine recomputes only modules that contain layers of its own",
         fix="drop mlp from --recompute-modules, or recompute all with --recompute-granularity full",
@@ -495,10 +530,11 @@ FEATURES = (
         name="CUDA graphs of anything else",
         option="--cuda-graph-impl",
         uses=_captures_memory,
+        values=("cuda_graph_impl", "cuda_graph_modules", "cuda_graph_scope"),
         state="refused",
         why="a memory layer cannot be captured in a graph",
-        fix="use --cuda-graph-impl transformer_engine with --cuda-graph-modules of attn, mamba, "
-        "moe, moe_router and moe_preprocess, or drop it",
+        fix="use --cuda-graph-impl transformer_engine with --cuda-graph-modules (in Megatron-Core "
+        "0.17 --cuda-graph-scope) of attn, mamba, moe, moe_router and moe_preprocess, or drop it",
     ),
     Feature(
         part=MEMORY,
@@ -591,6 +627,7 @@ FEATURES = (
         name="comparison of weights between data-parallel ranks, for the same tables",
         option="--check-weight-hash-across-dp-replicas-interval",
         uses=_given("check_weight_hash_across_dp_replicas_interval"),
+        values=("check_weight_hash_across_dp_replicas_interval",),
         state="refused",
         why="it compares data-parallel ranks, which hold different rows",
         fix="drop it",
@@ -600,6 +637,7 @@ FEATURES = (
         name="settings of Megatron in a file",
         option="--yaml-cfg",
         uses=_given("yaml_cfg"),
+        values=("yaml_cfg",),
         state="refused",
         why="Megatron then ignores all flags and builds no memory layers",
         fix="write the settings of the file as flags",
@@ -644,6 +682,7 @@ FEATURES = (
         name="other formats",
         option="--ckpt-format other than torch_dist",
         uses=_both(_saves, _is_of_another_format),
+        values=("ckpt_format",),
         state="refused",
         why="only torch_dist stores the value table by rows",
         fix="use --ckpt-format torch_dist",
@@ -653,6 +692,7 @@ FEATURES = (
         name="conversion to other formats",
         option="--ckpt-convert-format other than torch_dist",
         uses=lambda args: getattr(args, "ckpt_convert_format", None) not in (None, "torch_dist"),
+        values=("ckpt_convert_format",),
         state="refused",
         why="only torch_dist stores the value table by rows and the state of its optimizer",
         fix="drop it",

@@ -4,7 +4,7 @@ import argparse
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from megatron.core import dist_checkpointing
@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megamem.checkpoint import (
     OPTIMIZER,
     SETTINGS,
+    SHARED,
     TABLES,
     placement_key,
     state_key,
@@ -23,12 +24,15 @@ from megamem.checkpoint import (
     table_key,
 )
 from megamem.config import ConfigurationError
-from megamem.layers.variants import table_names
+from megamem.layers.variants import VARIANTS, table_names
 from megamem.optimizer.state import BATCHES, HITS, slots
 from megamem.saved_settings import setting_flag, setting_problems, settings_in
-from megamem.spec import MemorySpec
+from megamem.spec import MemorySpec, Optimizer
 
 logger = logging.getLogger("megamem")
+
+EMBEDDING = "embedding.word_embeddings.weight"
+"""Key of the word embeddings, whose rows are as wide as the hidden states."""
 
 
 def checkpoint_problems(spec: MemorySpec | None, args: argparse.Namespace) -> list[str]:
@@ -114,8 +118,9 @@ def _other_format(folder: Path) -> str:
         return f"--load {folder} does not exist; load another iteration with --ckpt-step."
     return (
         f"--load {folder} is no checkpoint of format torch_dist, the only one that holds memory "
-        "layers; to start from a dense one, convert it with Megatron's --ckpt-convert-format "
-        "torch_dist, and then add memory layers with megamem convert upcycle."
+        "layers; to start from a dense one, convert it by a run of Megatron with "
+        "--ckpt-convert-format torch_dist and --ckpt-convert-save, and without the --memory flags, "
+        "and then add memory layers with megamem convert upcycle."
     )
 
 
@@ -258,11 +263,24 @@ def state_problems(
                 f"--memory-optimizer {spec.optimizer} needs {name} of shape "
                 f"{list(shape)} for table {table}, but --load {folder} holds "
                 f"{', '.join(kept) or 'no state'}"
-                f"{f' ({name} of shape {list(found)})' if found else ''}; use the "
-                "optimizer, precision and --memory-stochastic-rounding that it was saved with, or "
-                "start with new optimizer state by --no-load-optim."
+                f"{f' ({name} of shape {list(found)})' if found else ''}; use "
+                f"{_optimizer_of(kept)}, or start with new optimizer state by --no-load-optim."
             ]
     return []
+
+
+def _optimizer_of(kept: list[str]) -> str:
+    """The flags of a run whose state of a table has these names."""
+    for optimizer in get_args(Optimizer):
+        for weights, rounding, flags in (
+            (torch.float32, False, ", in fp32"),
+            (torch.bfloat16, False, " with --bf16 or --fp16"),
+            (torch.bfloat16, True, " with --bf16 and --memory-stochastic-rounding"),
+        ):
+            state = slots(optimizer, weights, rounding)
+            if sorted(state) == kept:
+                return f"--memory-optimizer {optimizer}{flags}"
+    return "the optimizer that it was saved with"
 
 
 def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, folder: str) -> list[str]:
@@ -278,21 +296,27 @@ def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, folder: 
     if not tables:
         return [
             f"--load {folder} was saved without memory layers, but --memory-layers "
-            f"{' '.join(map(str, spec.layers))} is given; start without --load, or drop "
-            "the --memory flags."
+            f"{' '.join(map(str, spec.layers))} is given; add memory layers to it with megamem "
+            "convert upcycle, start without --load, or drop the --memory flags."
         ]
     problems = []
     names = table_names(spec)
     held, needed = _further(tables), _further(names)
     if held != needed:
+        fitting = [
+            name
+            for name, variant in VARIANTS.items()
+            if _further(variant.table_name("", use) for use in variant.tables) == held
+        ]
         problems.append(
             f"--load {folder} holds {_listed(held)}, but --memory-variant {spec.variant} reads "
-            f"{_listed(needed)}; use the --memory-variant that it was saved with."
+            f"{_listed(needed)}; use --memory-variant {' or '.join(fitting)}."
         )
     elif missing := [name for name in names if name not in tables]:
         problems.append(
-            f"--load {folder} holds tables {', '.join(tables)}, but not {', '.join(missing)}; use "
-            "--memory-pool and, with --memory-pool layer, --memory-layers as when it was saved."
+            f"--load {folder} holds tables {', '.join(tables)}, but --memory-pool {spec.pool} with "
+            f"--memory-layers {' '.join(map(str, spec.layers))} reads {', '.join(missing)}; use "
+            f"{_pool_of(tables, saved)}."
         )
     wanted = (spec.num_rows, spec.value_dim)
     for name in names:
@@ -304,13 +328,7 @@ def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, folder: 
                 f"{round(shape[0] ** 0.5)}."
             )
         if shape[1] != wanted[1]:
-            follows = wanted[1] == spec.hidden_size
-            flags = "--hidden-size, or --memory-value-dim," if follows else "--memory-value-dim"
-            problems.append(
-                f"{'--hidden-size' if follows else '--memory-value-dim'} {wanted[1]} means rows of "
-                f"that width, but those in --load {folder} have {shape[1]}; use the {flags} that "
-                "it was saved with."
-            )
+            problems.append(_other_width(shape[1], spec, saved, folder))
         if problems:
             return problems
     for layer in spec.layers:
@@ -318,16 +336,51 @@ def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, folder: 
         keys = saved.get(sub_keys_key(layer))
         if keys is None:
             problems.append(
-                f"--memory-layers {layer} is no memory layer in --load {folder}; name the memory "
-                "layers that it was saved with."
+                f"--memory-layers {layer} is no memory layer in --load {folder}; use "
+                f"--memory-layers {' '.join(map(str, memory_layers(saved)))}."
             )
         elif keys != wanted_keys:
             problems.append(
-                f"--load {folder} was saved with --memory-heads {keys[1]} and --memory-key-dim "
-                f"{2 * keys[3]} in layer {layer}, but {wanted_keys[1]} and {2 * wanted_keys[3]} "
-                "are given; use the values that it was saved with."
+                f"--memory-heads {spec.heads} with --memory-key-dim {spec.key_dim} differs from "
+                f"layer {layer} of --load {folder}; use --memory-heads {keys[1]} and "
+                f"--memory-key-dim {2 * keys[3]}."
             )
     return problems
+
+
+def _other_width(
+    width: int, spec: MemorySpec, saved: dict[str, tuple[int, ...]], folder: str
+) -> str:
+    """The sentence about rows of another width than those of a checkpoint.
+
+    The width is that of the hidden states unless --memory-value-dim is given.
+    """
+    flag = "--memory-value-dim"
+    if spec.value_dim == spec.hidden_size:
+        flag = "--hidden-size"
+    hidden = saved.get(EMBEDDING, (0, width))[1]
+    fix = f"--hidden-size {hidden}" if hidden != spec.hidden_size else f"--memory-value-dim {width}"
+    return (
+        f"{flag} {spec.value_dim} means rows of that width, but those in --load {folder} have "
+        f"{width}; use {fix}."
+    )
+
+
+def memory_layers(saved: dict[str, tuple[int, ...]]) -> list[int]:
+    """The numbers of the memory layers in a checkpoint."""
+    start, end = sub_keys_key(0).split("0")
+    return sorted(
+        int(key.removeprefix(start).removesuffix(end))
+        for key in saved
+        if key.startswith(start) and key.endswith(end)
+    )
+
+
+def _pool_of(tables: list[str], saved: dict[str, tuple[int, ...]]) -> str:
+    """The flags of the pools in a checkpoint."""
+    if any(name.partition(".")[0] == SHARED for name in tables):
+        return f"--memory-pool {SHARED}"
+    return f"--memory-pool layer with --memory-layers {' '.join(map(str, memory_layers(saved)))}"
 
 
 def _further(tables: Iterable[str]) -> list[str]:
