@@ -157,7 +157,8 @@ def test_memories_in_a_hybrid_model_take_the_place_of_feed_forwards(monkeypatch)
     _check(**STAGES, memory={"memory_layers": [3, 5]})
     uneven = {**HYBRID, "pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 6}
     _check(**uneven, memory={"memory_layers": [1, 5]})
-    with pytest.raises(ConfigurationError, match="--memory-layers 0 7 is no feed-forward: .*; use some of 1"):
+    said = "--memory-layers 0 7 is no feed-forward: .*; use some of 1 3 5 6"
+    with pytest.raises(ConfigurationError, match=said):
         _check(**HYBRID, memory={"memory_layers": [0, 1, 7]})
     with pytest.raises(ConfigurationError, match=r"\*\*\*, counted from 0, has none; add some"):
         _check(**{**HYBRID, "hybrid_layer_pattern": "***"}, memory={"memory_layers": [2]})
