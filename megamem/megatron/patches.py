@@ -1,4 +1,4 @@
-"""Replaces thirteen functions of Megatron at run time, for training scripts that are not changed.
+"""Replaces functions of Megatron at run time, for training scripts that are not changed.
 
 A script of your own calls the same functions of megamem by name, as examples/own_script.py does. In
 brackets is what Megatron would need to offer to make a replacement unnecessary.
@@ -36,6 +36,11 @@ Replaced once --memory-layers has been read, by install_memory():
                                        (a callback after a step)
     training_log                       statistics of the memories are logged beside the loss
                                        (a callback when Megatron logs)
+    calc_params_l2_norm                each row of a table is counted once
+    broadcast_params of DDP            tables, which differ between ranks, are left out
+    check_param_hashes_across_dp_...   a table is compared with its own replicas
+                                       (for all three: a mark of parameters with groups of their
+                                       own)
 
 Without --memory-layers, setup_model_and_optimizer refuses a checkpoint that holds memories, and
 nothing else is replaced once the flags are known.
@@ -49,6 +54,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.training import arguments, checkpointing, training, yaml_arguments
 from megatron.training.global_vars import get_args
 from megatron.training.utils import print_rank_0
@@ -59,6 +65,7 @@ from megamem.megatron import compat
 from megamem.megatron.arguments import add_memory_flags, idle_flags, run_spec, yaml_error
 from megamem.megatron.model.build import install_memories
 from megamem.megatron.model.carried_spec import carry_spec, spec_of_model
+from megamem.megatron.model.hidden_tables import compares_replicas, norm_of_all, without_tables
 from megamem.megatron.optimizer.with_memory import with_memory
 from megamem.megatron.reports import sizes
 from megamem.megatron.reports.broken_tables import report_broken
@@ -109,6 +116,9 @@ def install_memory() -> None:
     metrics = TrainingMetrics()
     replace(training, "setup_model_and_optimizer", metrics.watch)
     replace(training, "training_log", metrics.log)
+    replace(training, "calc_params_l2_norm", norm_of_all)
+    replace(training, "check_param_hashes_across_dp_replicas", compares_replicas)
+    replace(DistributedDataParallel, "broadcast_params", without_tables)
 
 
 def _add_flags(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -111,19 +111,6 @@ def test_options_of_megatron_that_do_not_work(monkeypatch, given: dict, option: 
         _check(**given)
 
 
-@pytest.mark.parametrize(
-    "feature",
-    [each for each in features.FEATURES if isinstance(each, features.FeatureOfTensorGroups)],
-    ids=lambda feature: feature.option,
-)
-def test_options_that_need_tables_over_the_tensor_parallel_ranks(feature) -> None:
-    given = {feature.option.removeprefix("--").replace("-", "_"): True}
-    _check(**given)
-    said = f"--memory-group-size 2 with --tensor-model-parallel-size 1 .* {feature.option}: .+; "
-    with pytest.raises(ConfigurationError, match=said):
-        _check(**given, memory={"memory_group_size": 2})
-
-
 SGD = {"memory_optimizer": "sgd"}
 
 

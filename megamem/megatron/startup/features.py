@@ -61,21 +61,6 @@ class Feature:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureOfTensorGroups(Feature):
-    """Something that works only if the memory group is the tensor-parallel group."""
-
-    def problem(self, spec: MemorySpec, args: argparse.Namespace) -> str | None:
-        """As that of Feature; the message names both sizes."""
-        size, tensor_ranks = spec.layout.group_size, args.tensor_model_parallel_size
-        if not self.uses(args) or size == tensor_ranks:
-            return None
-        return (
-            f"--memory-group-size {size} with --tensor-model-parallel-size {tensor_ranks} does "
-            f"not work with {self.given(args)}: {self.why}; {self.fix}."
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class FeatureOfLayers(Feature):
     """Something that depends on which layers are memory layers."""
 
@@ -206,6 +191,7 @@ MEMORY, TRAINING, FILES = "Memory and speed", "Training", "Checkpoints"
 
 TINY = "megatron/test_tiny_training.py"
 RECIPES = "megatron/test_support.py::test_a_recipe_trains"
+WIDE = "megatron/test_wide_groups.py"
 NEEDS_ENGINE = "it needs Transformer Engine and a GPU"
 
 FEATURES = (
@@ -603,34 +589,29 @@ FEATURES = (
         state="yes",
         test=f"{TINY}::test_two_ranks_take_the_steps_of_one",
     ),
-    FeatureOfTensorGroups(
+    Feature(
         part=TRAINING,
-        name="the norm of parameters, if tables are spread over other ranks than the "
-        "tensor-parallel ones",
-        option="--log-params-norm",
-        uses=_given("log_params_norm"),
-        state="refused",
-        why="it assumes that tables are sharded over the tensor-parallel ranks",
-        fix="drop it",
+        name="the norm of parameters and the zeros of gradients, with those of tables",
+        option="--log-params-norm, --log-num-zeros-in-grad",
+        uses=_given("log_params_norm", "log_num_zeros_in_grad"),
+        state="yes",
+        test=f"{WIDE}::test_norms_and_zeros_are_those_of_one_process",
     ),
-    FeatureOfTensorGroups(
+    Feature(
         part=TRAINING,
-        name="random initialization of each data-parallel rank, for the same tables",
+        name="random initialization of each data-parallel rank, which tables do not depend on",
         option="--data-parallel-random-init",
         uses=_given("data_parallel_random_init"),
-        state="refused",
-        why="it would overwrite the rows of all data-parallel ranks with those of one of them",
-        fix="drop it",
+        state="yes",
+        test=f"{WIDE}::test_norms_and_zeros_are_those_of_one_process",
     ),
-    FeatureOfTensorGroups(
+    Feature(
         part=TRAINING,
-        name="comparison of weights between data-parallel ranks, for the same tables",
+        name="comparison of weights between ranks, of tables between their replicas",
         option="--check-weight-hash-across-dp-replicas-interval",
         uses=_given("check_weight_hash_across_dp_replicas_interval"),
-        values=("check_weight_hash_across_dp_replicas_interval",),
-        state="refused",
-        why="it compares data-parallel ranks, which hold different rows",
-        fix="drop it",
+        state="yes",
+        test=f"{WIDE}::test_replicas_that_differ_are_found",
     ),
     Feature(
         part=TRAINING,
