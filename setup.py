@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megamem/__init__.py").read_text())[1]
 
+BESIDE = {f"megamem.{folder}": folder for folder in ("patches", "examples")}
+
 setup(
     name="megamem",
     version=VERSION,
@@ -16,9 +18,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.12",
-    # `megamem patch` finds its patches also where there is no checkout
-    packages=[*find_packages(include=["megamem", "megamem.*"]), "megamem.patches"],
-    package_dir={"megamem.patches": "patches"},
+    # `megamem patch` and megamem.pretrain_gpt find their files also where there is no checkout
+    packages=[*find_packages(include=["megamem", "megamem.*"]), *BESIDE],
+    package_dir=BESIDE,
     package_data={"megamem": ["py.typed"], "megamem.patches": ["*/*"]},
     install_requires=[
         "torch>=2.11",

@@ -1,6 +1,6 @@
 """Pretrain a GPT with Megatron's training loop, without a Megatron-LM checkout.
 
-    torchrun --nproc-per-node 8 -m megamem.run examples/pretrain_gpt.py \\
+    torchrun --nproc-per-node 8 -m megamem.pretrain_gpt \\
         <Megatron's usual flags> --memory-layers 4 12 20
 
 The megatron-core wheel holds the training loop, but no script that starts it. This script accepts
@@ -35,8 +35,7 @@ BATCH_FIELDS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask
 # settings that change the contents of a batch or the loss
 UNSUPPORTED = (
     *("sft", "fim_data", "hybrid_context_parallel", "logits_load_dir"),
-    *("dataloader_inter_document_masking", "overlap_moe_expert_parallel_comm"),
-    "per_dataset_sequences_path",
+    *("dataloader_inter_document_masking", "per_dataset_sequences_path"),
 )
 
 
@@ -82,15 +81,22 @@ def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[s
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.float()])}
 
 
-def forward_step(data_iterator: Iterator[dict] | None, model: Module) -> tuple[Tensor, partial]:
-    """The model's output for the next microbatch, and the function that computes the loss of it."""
+def forward_step(
+    data_iterator: Iterator[dict] | None, model: Module, return_schedule_plan: bool = False
+) -> tuple[Any, partial]:
+    """The model's output for the next microbatch, and the function that computes the loss of it.
+
+    With --overlap-moe-expert-parallel-comm Megatron asks for a plan instead of the output, and runs
+    the parts of the model in the order that it chooses.
+    """
     get_timers()("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     get_timers()("batch-generator").stop()
     inputs = (batch[name] for name in ("tokens", "position_ids", "attention_mask"))
     # multi-token prediction computes losses of its own
     mask = {"loss_mask": batch["loss_mask"]} if get_args().mtp_num_layers else {}
-    output = model(*inputs, labels=batch["labels"], **mask)
+    run: Any = model.build_schedule_plan if return_schedule_plan else model
+    output = run(*inputs, labels=batch["labels"], **mask)
     return output, partial(loss_func, batch["loss_mask"])
 
 

@@ -1,6 +1,6 @@
 """Pretrain a hybrid model, Megatron's successor of GPTModel, without a Megatron-LM checkout.
 
-    torchrun --nproc-per-node 8 -m megamem.run examples/pretrain_hybrid.py \\
+    torchrun --nproc-per-node 8 -m megamem.pretrain_hybrid \\
         <Megatron's usual flags> --hybrid-layer-pattern "*-*-*-*-" \\
         --spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec --memory-layers 3
 

@@ -45,6 +45,8 @@ MAY_IMPORT = {
         "hybrid_pattern",
     },
     "run": {"megatron"},
+    "pretrain_gpt": {"megatron"},
+    "pretrain_hybrid": {"megatron"},
     "__main__": {"config", "errors"},
 }
 MEGATRON = {

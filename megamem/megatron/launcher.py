@@ -22,14 +22,21 @@ from megamem.errors import stop
 USAGE = """usage: python -m megamem.run [--cpu] SCRIPT ARGUMENTS...
        torchrun --nproc-per-node N -m megamem.run [--cpu] SCRIPT ARGUMENTS...
 
-Runs an unmodified Megatron training script and adds memory layers to its model.
+Runs an unmodified Megatron training script and adds memory layers to its model. Without a
+Megatron-LM checkout, use megamem's own scripts: python -m megamem.pretrain_gpt [--cpu] ARGUMENTS...
+and megamem.pretrain_hybrid for hybrid models.
 
-  SCRIPT       the path of Megatron-LM's pretrain_gpt.py or of megamem's examples/pretrain_gpt.py
+  SCRIPT       the path of a training script, such as pretrain_gpt.py of a Megatron-LM checkout
   ARGUMENTS    the script's own flags and the --memory-... flags; SCRIPT --help lists all of them
   --cpu        train on the CPU over gloo, for dry runs and tests. It sets the flags that Megatron
                needs for this, and prints them.
   --cpu=force  the same on a machine with a GPU, which is then not used
 """
+
+
+CPU_OPTIONS = ("--cpu", "--cpu=force")
+# in an installed package the scripts are inside of it; in a checkout they are beside it
+HOMES_OF_SCRIPTS = tuple(Path(__file__).parents[up] / "examples" for up in (1, 2))
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,25 @@ def main(argv: Sequence[str] | None = None, *, ends_process: bool | None = None)
         if ends_process:
             end_process(error, sys.excepthook)
         raise
+
+
+def run_own(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run one of megamem's own scripts as the only work of this process; return its exit status.
+
+    Args:
+        name: the file name of the script.
+        argv: the script's arguments, among which --cpu may be; by default those of the process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = [word for word in words if word in CPU_OPTIONS]
+    rest = [word for word in words if word not in CPU_OPTIONS]
+    return main([*options, str(own_script(name)), *rest], ends_process=True)
+
+
+def own_script(name: str) -> Path:
+    """The path of one of the scripts in examples/, which the wheel of megamem holds, too."""
+    there = [home / name for home in HOMES_OF_SCRIPTS if (home / name).is_file()]
+    return there[0] if there else HOMES_OF_SCRIPTS[0] / name
 
 
 def end_process(error: BaseException, show: Callable[..., object]) -> None:
@@ -145,7 +171,7 @@ def parse(words: Sequence[str]) -> Command:
     rest, cpu = list(words), ""
     while rest and rest[0].startswith("-"):
         option = rest.pop(0)
-        if option not in ("--cpu", "--cpu=force"):
+        if option not in CPU_OPTIONS:
             raise ConfigurationError(
                 f"unknown option {option} before the script; megamem.run accepts only --cpu and "
                 "--cpu=force there, and all other flags go after the script's path"
@@ -158,7 +184,8 @@ def parse(words: Sequence[str]) -> Command:
     if not Path(rest[0]).is_file():
         raise ConfigurationError(
             f"there is no script {rest[0]} (relative to {Path.cwd()}); give the path of a training "
-            "script, such as pretrain_gpt.py of a Megatron-LM checkout"
+            "script, such as pretrain_gpt.py of a Megatron-LM checkout, or write python -m "
+            "megamem.pretrain_gpt in place of -m megamem.run and the script"
         )
     return Command(rest[0], rest[1:], cpu=bool(cpu), force_cpu=cpu == "--cpu=force")
 
