@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton import knobs
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -53,7 +52,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         launched.append(self.fn.__name__)
 
     with monkeypatch.context() as patch:
-        patch.setattr(knobs.runtime, "interpret", True)
+        patch.setenv("TRITON_INTERPRET", "1")
         for kind in (JITFunction, InterpretedFunction):
             patch.setattr(kind, "run", run)
         # row ids are checked on a CPU only
