@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_the_support_matrix_is_what_the_table_of_features_says() -> None:
     for feature in FEATURES:
         assert f"| {feature.name} |" in README
     # a refusal stands there with its reason
-    assert "| refused: it would gather all of the value table on every rank; use `--use-d" in README
+    assert "| refused: it has no way to leave parameters out, so it would flatten" in README
 
 
 def test_the_tables_of_measurements_are_what_the_records_say() -> None:
@@ -105,16 +106,20 @@ def test_the_plain_torch_of_the_readme_trains(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_names_of_the_readme_exist() -> None:
     blocks = _python(README)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     imported = re.findall(r"^from megamem import (.+)$", "\n".join(blocks), re.MULTILINE)
     names = {name for line in imported for name in line.split(", ")}
     assert len(names) > 10 and names <= set(megamem.__all__)
     # releases before 0.19 have nothing to describe models with, and are told what to use instead
     of_descriptions = {"MemoryGPTModelConfig", "MemoryHybridModelConfig"}
     describes = hasattr(argument_utils, "gpt_config_from_args")
+    has_bridge = find_spec("megatron.bridge") is not None
     for name in megamem.__all__:
         if name in of_descriptions and not describes:
             with pytest.raises(ImportError, match="0.19 or later.*memory_layer_spec"):
+                getattr(megamem, name)
+        elif name == "add_memory_layers" and not has_bridge:
+            with pytest.raises(ImportError, match="need its release 0.6"):
                 getattr(megamem, name)
         else:
             assert getattr(megamem, name) is not None

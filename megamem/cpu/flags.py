@@ -58,7 +58,6 @@ REFUSED = (
         "--optimizer-cpu-offload",
         "moves optimizer state from a GPU to the CPU",
     ),
-    Refusal("use_torch_fsdp2", "--use-torch-fsdp2", "needs a GPU"),
     Refusal("cuda_graph_impl", "--cuda-graph-impl", "needs a GPU", off=(None, "none")),
     Refusal("multi_latent_attention", "--multi-latent-attention", NEEDS_TE),
     Refusal("layernorm_zero_centered_gamma", "--apply-layernorm-1p", NEEDS_TE),
@@ -99,6 +98,7 @@ def adapt_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         problems = find_problems(parsed)
         if problems:
             parser.error("; ".join(problems))
+        allow_fsdp(parsed)
         announce(tuple(flag for dest, _, flag in NEEDED if not _is_given(actions[dest], given)))
         return parsed, rest
 
@@ -126,6 +126,12 @@ def find_problems(args: argparse.Namespace) -> list[str]:
             f"with --cpu, use only {' '.join(ON_CPU)}"
         )
     return [*wrong_values, *refused]
+
+
+def allow_fsdp(args: argparse.Namespace) -> None:
+    """Unset the variable that Megatron requires for tensor parallelism, and refuses for FSDP."""
+    if getattr(args, "use_torch_fsdp2", False):
+        os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
 
 
 @functools.cache  # Megatron parses the command line several times

@@ -56,6 +56,7 @@ def install(force: bool = False) -> None:
         sys.modules[package] = None  # type: ignore[assignment]
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|transformer-engine|Apex)")
     cpu_torch.redirect_tensors()
+    cpu_torch.redirect_meshes()
     cpu_torch.stand_in_for_cuda()
     cpu_torch.accept_tensor_splits()
     _adapt_core()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from megamem.patching import replace, require
 
@@ -48,7 +49,20 @@ def redirect_tensors() -> None:
     replace(torch.Tensor, "type", _type_named_as_cuda)
     for owner, name in ((torch.Tensor, "cuda"), (torch.nn.Module, "cuda")):
         replace(owner, name, lambda _: lambda self, *args, **kwargs: self)
+    replace(torch.Tensor, "record_stream", lambda _: lambda self, stream: None)
     replace(torch.Tensor, "pin_memory", lambda _: lambda self, *args, **kwargs: self)
+
+
+def redirect_meshes() -> None:
+    """From now on, make device meshes of process groups for "cuda" on the CPU."""
+    replace(DeviceMesh, "from_group", _with_host_mesh)
+
+
+def _with_host_mesh(from_group: Callable) -> Callable:
+    def from_group_of_hosts(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
+        return from_group(group, str(on_host(device_type)), *args, **kwargs)
+
+    return from_group_of_hosts
 
 
 def _with_host_device(factory: Callable) -> Callable:

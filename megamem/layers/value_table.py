@@ -202,6 +202,10 @@ class ValueTable(nn.Module):
         for name, count in self.reads.state.items() if self.reads else ():
             state_dict.setdefault(prefix + name, count)
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
+        self.loaded_in_place()
+
+    def loaded_in_place(self) -> None:
+        """Take note that the weight and the read counts were loaded."""
         if self.reads:
             self.reads.in_checkpoint = True
 

@@ -24,6 +24,10 @@ Replaced once --memory-layers has been read, by install_memory():
                                        (a flag for model_config_cls of gpt_config_from_args, 0.19)
     HybridModel.__init__               the same for models with --hybrid-layer-pattern
                                        (the same for hybrid_config_from_args)
+    fully_shard of torch               FSDP2 leaves the tables alone
+                                       (its argument for ignored parameters)
+    to_local_if_dtensor                with torch 2.15, state of weights of FSDP2 can be saved
+                                       (a lookup that does not depend on the identity of a tensor)
     get_megatron_optimizer             the optimizer of the tables joins that of the model
                                        (a function for optimizers in PretrainConfigContainer);
                                        in 0.17 get_megatron_muon_optimizer, too
@@ -54,7 +58,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import optimizer as saved_optimizer
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import torch_fully_sharded_data_parallel as torch_fsdp
 from megatron.training import arguments, checkpointing, training, yaml_arguments
 from megatron.training.global_vars import get_args
 from megatron.training.utils import print_rank_0
@@ -65,7 +71,13 @@ from megamem.megatron import compat
 from megamem.megatron.arguments import add_memory_flags, idle_flags, run_spec, yaml_error
 from megamem.megatron.model.build import install_memories
 from megamem.megatron.model.carried_spec import carry_spec, spec_of_model
+from megamem.megatron.model.fully_sharded import (
+    is_fully_sharded,
+    keep_local_tensor,
+    leave_tables_out,
+)
 from megamem.megatron.model.hidden_tables import compares_replicas, norm_of_all, without_tables
+from megamem.megatron.optimizer.chain import find_tables
 from megamem.megatron.optimizer.with_memory import with_memory
 from megamem.megatron.reports import sizes
 from megamem.megatron.reports.broken_tables import report_broken
@@ -106,6 +118,8 @@ def install_memory() -> None:
         MissingSymbolError: this release of Megatron lacks one of them.
     """
     install_memories()
+    replace(torch_fsdp, "fully_shard", leave_tables_out)
+    replace(saved_optimizer, "to_local_if_dtensor", keep_local_tensor)
     replace(training, "get_megatron_optimizer", _add_table_optimizer)
     if compat.MAKES_MUON is not None:
         replace(training, compat.MAKES_MUON, _add_table_optimizer)
@@ -198,11 +212,19 @@ def _compare_with_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]
         given = signature.bind(*rest, **more)
         given.apply_defaults()
         models = given.arguments["ddp_model"]
-        spec = spec_of_model(models if isinstance(models, list) else [models])
+        chunks = models if isinstance(models, list) else [models]
+        spec = spec_of_model(chunks)
         options = (given.arguments["load_arg"],)
         args = get_args()
         ConfigurationError.collect(broadcast_from_rank0(lambda: load_problems(spec, args, options)))
-        return original(*rest, **more)
+        if spec is None or not is_fully_sharded(chunks):
+            return original(*rest, **more)
+        # tensors of FSDP2 are loaded in place; Megatron would then skip the number of steps, too
+        given.arguments["skip_load_to_model_and_opt"] = False
+        result = original(*given.args, **given.kwargs)
+        for table in find_tables(chunks).values():
+            table.loaded_in_place()
+        return result
 
     return load_checkpoint
 

@@ -132,7 +132,8 @@ def rank_bytes(job: Job, layout: Layout) -> RankBytes:
 def dense_bytes(job: Job) -> float:
     """Bytes of weights, gradients and optimizer state of everything but the table, per rank.
 
-    They are those of the pipeline stage that needs the most.
+    They are those of the pipeline stage that needs the most. With FSDP2 the weights of a layer are
+    also held complete while it computes, as activations are, which is not counted.
     """
     cluster = job.cluster
     held = stage_parameters(
@@ -144,7 +145,7 @@ def dense_bytes(job: Job) -> float:
         cluster.expert_ranks_of_tensor,
     )
     owners = expert_owners = 1
-    if cluster.use_distributed_optimizer:
+    if cluster.use_distributed_optimizer or cluster.use_torch_fsdp2:
         instances = cluster.num_distributed_optimizer_instances
         owners = max(1, cluster.data_parallel * cluster.context_parallel_size // instances)
         expert_owners = max(1, cluster.stage_ranks // cluster.expert_ranks // instances)
@@ -152,6 +153,8 @@ def dense_bytes(job: Job) -> float:
     if state is None:
         state = (MASTER_BYTES if cluster.half_precision else 0) + MOMENTS_BYTES
     numbers = job.number_bytes + cluster.gradient_bytes
+    if cluster.use_torch_fsdp2:
+        numbers, state = 0, state + numbers
     return max(
         stage.dense * (numbers + state / owners) + stage.experts * (numbers + state / expert_owners)
         for stage in held

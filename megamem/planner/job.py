@@ -29,6 +29,8 @@ class Cluster:
     half_precision: bool = True
     use_distributed_optimizer: bool = True
     num_distributed_optimizer_instances: int = 1
+    use_torch_fsdp2: bool = False
+    """Weights and gradients of the dense model are sharded as its optimizer state is."""
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
     """Default: the tensor-parallel size."""

@@ -217,6 +217,7 @@ def job_from_args(args: argparse.Namespace) -> Job:
         half_precision=half,
         use_distributed_optimizer=args.use_distributed_optimizer,
         num_distributed_optimizer_instances=args.num_distributed_optimizer_instances,
+        use_torch_fsdp2=args.use_torch_fsdp2,
         placement=plan_model.placement_from_args(args, shape.num_layers),
         gradient_bytes=gradient_bytes,
         optimizer_bytes=optimizer_bytes,

@@ -183,6 +183,8 @@ def state_bytes(args: argparse.Namespace, half: bool) -> tuple[int, float]:
     precise = args.use_precision_aware_optimizer
     in_half = half and (
         args.grad_reduce_in_bf16
+        # its gradients have the dtype of the weights
+        or args.use_torch_fsdp2
         or (args.fp16 and not args.accumulate_allreduce_grads_in_fp32)
         or (precise and args.main_grads_dtype != "fp32")
     )

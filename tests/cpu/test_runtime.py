@@ -153,7 +153,6 @@ def test_needed_flags_are_set_and_named(parser, capsys):
         ("--transformer-impl=transformer_engine", "drop it or write --transformer-impl local"),
         ("--context-parallel-size 2", "--context-parallel-size 2 needs Transformer Engine"),
         ("--fp8-format hybrid", "--fp8-format hybrid needs Transformer Engine"),
-        ("--use-torch-fsdp2", "--use-torch-fsdp2 needs a GPU; with --cpu, drop it"),
         ("--fp8-format e4m3 --tp-comm-overlap", "drop it; --tp-comm-overlap needs"),
         ("--multi-latent-attention", "--multi-latent-attention needs Transformer Engine"),
         ("--apply-layernorm-1p", "--apply-layernorm-1p needs Transformer Engine"),

@@ -77,7 +77,6 @@ def test_a_form_that_does_not_exist_is_found_at_start(monkeypatch) -> None:
     ("given", "option"),
     [
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
-        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
         ({"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": []}, "--cuda-graph-impl"),
         (
@@ -160,8 +159,8 @@ def test_a_constant_rate_is_named() -> None:
 
 def test_everything_wrong_is_said_at_once() -> None:
     with pytest.raises(ConfigurationError, match="2 settings cannot work") as raised:
-        _check(use_torch_fsdp2=True, memory={"memory_layers": [9]})
-    assert "--use-torch-fsdp2" in str(raised.value) and "--memory-layers 9" in str(raised.value)
+        _check(use_megatron_fsdp=True, memory={"memory_layers": [9]})
+    assert "--use-megatron-fsdp" in str(raised.value) and "--memory-layers 9" in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,17 @@ def test_table_bytes_are_the_shards(layout: Layout) -> None:
     assert rowwise.table == 10 * 2**20 * 2048 / 8 + 2 * read_counts
 
 
+def test_fsdp_divides_all_state_of_the_dense_model() -> None:
+    layout = Layout("row", 8, 1)
+    held = {"gradient_bytes": 2, "optimizer_bytes": 16.0}
+    whole = job_of(world=8, cluster=held | {"use_distributed_optimizer": False})
+    parts = job_of(world=8, cluster=held | {"use_torch_fsdp2": True})
+    assert rank_bytes(parts, layout).dense == rank_bytes(whole, layout).dense / 8
+    assert rank_bytes(parts, layout).table == rank_bytes(whole, layout).table
+    halves = job_of(world=8, cluster={**held, "context_parallel_size": 2, "use_torch_fsdp2": True})
+    assert rank_bytes(halves, layout).dense == rank_bytes(parts, layout).dense
+
+
 def test_uneven_shards_count_as_the_largest() -> None:
     """33 x 33 rows over 2 ranks, 10 blocks of 8 columns over 4."""
     job = job_of(num_keys=33, world=8, memory_value_dim=80)

@@ -326,13 +326,13 @@ def test_a_command_line_that_works_is_accepted(capsys: pytest.CaptureFixture) ->
 
 
 def test_what_is_refused_is_shown_with_the_reason(capsys: pytest.CaptureFixture) -> None:
-    more = "--use-torch-fsdp2 --yaml-cfg x --memory-num-key 3"
+    more = "--use-megatron-fsdp --yaml-cfg x --memory-num-key 3"
     assert run_doctor(["--flags", RUN.format(more).replace("1 5", "1 9")]) == 1
     said = capsys.readouterr().out
     together = " ".join(re.sub("[^ -~]", " ", said).split())
     rows = _rows(said)
-    assert rows["FSDP2 of torch"] == rows["memory layers"] == "REFUSED"
-    assert "REFUSED it would gather all of the" in together
+    assert rows["Megatron's FSDP"] == rows["memory layers"] == "REFUSED"
+    assert "REFUSED it has no way to leave parameters" in together
     assert "write the settings of the file" in together
     assert "--memory-layers 9 is out of" in together
     assert "Refused: 3 of these" in said and "(did you mean --memory-num-keys?)" in together

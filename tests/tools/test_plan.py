@@ -258,6 +258,7 @@ def test_active_parameters_are_shown(capsys: pytest.CaptureFixture) -> None:
         ("--fp16", 2, 16),
         ("--fp16 --accumulate-allreduce-grads-in-fp32", 4, 12),
         ("--bf16 --grad-reduce-in-bf16", 2, 16),
+        ("--bf16 --use-torch-fsdp2", 2, 16),
         ("--bf16 --optimizer sgd", 4, 8),
         ("--bf16 --optimizer-cpu-offload", 4, 0),
         ("--bf16 --optimizer-cpu-offload --optimizer-offload-fraction 0.25", 4, 9),

@@ -10,6 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from megamem.checkpoint import (
     TABLES,
@@ -22,6 +23,7 @@ from megamem.checkpoint import (
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.memory_pool import MemoryPool
 from megamem.layers.value_table import ValueTable
+from megamem.megatron.model.fully_sharded import sharded_weight
 from megamem.optimizer.state import BATCHES, HITS
 from megamem.parallel.memory_group import MemoryGroup
 from megamem.spec import MemorySpec
@@ -82,6 +84,16 @@ class MemoryMLP(MegatronModule):
             return out, None
         ffn_out, bias = self.ffn(hidden_states, **how)
         return out + ffn_out, bias
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As for any module; a weight that FSDP2 shards is stored as the unsharded one."""
+        entries: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for name, weight in self.memory.named_parameters(f"{prefix}memory"):
+            if isinstance(weight, DTensor):
+                entries[name] = sharded_weight(entries[name], weight)
+        return entries
 
     def set_layer_number(self, layer_number: int) -> None:
         """Check the number that TransformerLayer, which counts from 1, gives this layer.

@@ -5,6 +5,7 @@ and tells it to step. It never gets the gradients of the tables, as each operati
 a pass over complete tables.
 """
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -254,6 +255,8 @@ class ChainWithTables(ChainedOptimizer):
         tables: TableMember,
         model: MegatronOptimizer,
         layer_gradients: Sequence[LayerGradients] = (),
+        *,
+        loads_in_place: bool = False,
     ) -> None:
         """Join the two.
 
@@ -261,11 +264,14 @@ class ChainWithTables(ChainedOptimizer):
             tables: the optimizer of the tables.
             model: the optimizer of the model.
             layer_gradients: gradients of the model that must be complete before a step.
+            loads_in_place: the state of the model's optimizer is loaded in place, because it is in
+                DTensors, as with FSDP2.
         """
         members = _members(model)
         # the tables come first, because they must read the loss scale before a member changes it
         super().__init__([tables, *members])
         self.tables, self.model, self.layer_gradients = tables, model, layer_gradients
+        self.loads_in_place = loads_in_place
         # Megatron's optimizers of nothing, where all but the tables is frozen, cannot be saved
         self.model_is_frozen = all(getattr(m, "is_stub_optimizer", False) for m in members)
         scalers = [getattr(member, "grad_scaler", None) for member in members]
@@ -337,7 +343,11 @@ class ChainWithTables(ChainedOptimizer):
     def load_state_dict(self, state_dict: dict[Any, Any]) -> None:
         state_dict = dict(state_dict)
         self.tables.load_state_dict(state_dict.pop(STATE))
-        if not self.model_is_frozen:
+        if self.model_is_frozen:
+            return
+        if self.loads_in_place:
+            _restore_steps(self.model, state_dict)
+        else:
             self.model.load_state_dict(state_dict)
 
 
@@ -355,6 +365,24 @@ def _without_chains(model: MegatronOptimizer) -> list[MegatronOptimizer]:
     if not isinstance(model, ChainedOptimizer):
         return [model]
     return [each for member in model.chained_optimizers for each in _without_chains(member)]
+
+
+def _restore_steps(model: MegatronOptimizer, saved: dict[Any, Any]) -> None:
+    """Restore the number of steps, the only state that is not in tensors.
+
+    Optimizers have it in their groups, as fused ones do, or for each parameter, all of the same.
+    """
+    members = _without_chains(model)
+    parts = [saved] if len(members) == 1 else [part for _, part in sorted(saved.items())]
+    for member, part in zip(members, parts, strict=True):
+        # in half precision there are master weights beside it
+        part = part.get("optimizer", part)
+        of_groups = [group["step"] for group in part["param_groups"] if "step" in group]
+        for group in member.optimizer.param_groups if of_groups else ():
+            group["step"] = copy.deepcopy(of_groups[0])
+        if (of_weights := part["state"].get("common_step")) is not None:
+            for state in member.optimizer.state.values():
+                state["step"] = copy.deepcopy(of_weights)
 
 
 def _also_when(tables: TableMember, update: Callable[[bool], None]) -> Callable[[bool], None]:

@@ -13,6 +13,7 @@ from torch import nn
 from megamem.config import ConfigurationError
 from megamem.layers.value_table import ValueTable
 from megamem.megatron.model.carried_spec import spec_of_model
+from megamem.megatron.model.fully_sharded import is_fully_sharded
 from megamem.megatron.optimizer.background import load_background
 from megamem.megatron.optimizer.chain import ChainWithTables, TableMember, find_tables
 from megamem.megatron.optimizer.layer_gradients import sum_once_a_step
@@ -62,8 +63,12 @@ def with_memory(
     if args is not None:
         load_background(spec, args, found)
     data_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    # FSDP2 averages over the ranks whatever the loss is, and Megatron does not scale its gradients
+    fully_sharded = is_fully_sharded(chunks)
     # if the loss is a sum over tokens, Megatron divides gradients by the number of tokens instead
-    per_token = any(getattr(chunk.config, "calculate_per_token_loss", False) for chunk in chunks)
+    per_token = not fully_sharded and any(
+        getattr(chunk.config, "calculate_per_token_loss", False) for chunk in chunks
+    )
     member = TableMember(
         tables,
         config,
@@ -72,9 +77,9 @@ def with_memory(
         loss_scale=optimizer.get_loss_scale,
         timeout=spec.timeout,
     )
-    for chunk in chunks:
+    for chunk in chunks if not fully_sharded else ():
         replace(chunk, "scale_gradients", _with_tables_of(chunk))
-    return ChainWithTables(member, optimizer, sum_once_a_step(chunks))
+    return ChainWithTables(member, optimizer, sum_once_a_step(chunks), loads_in_place=fully_sharded)
 
 
 def refuse_frozen(
@@ -92,6 +97,9 @@ def refuse_frozen(
 
 
 def _reduces_in_fp32(chunks: list[nn.Module]) -> bool:
+    if is_fully_sharded(chunks):
+        # FSDP2 has no buffers and no choice of their dtype
+        return True
     configs: list[Any] = [chunk.ddp_config for chunk in chunks]
     return all(config.grad_reduce_in_fp32 for config in configs)
 

@@ -278,17 +278,18 @@ FEATURES = (
         option="--use-megatron-fsdp",
         uses=_given("use_megatron_fsdp"),
         state="refused",
-        why="it would flatten the value table and gather all of it on every rank",
-        fix="use --use-distributed-optimizer, with which the table stays sharded",
+        why="it has no way to leave parameters out, so it would flatten the value table and gather "
+        "all of it on every rank",
+        fix="use --use-torch-fsdp2 or --use-distributed-optimizer instead, with which the table "
+        "stays sharded by rows",
     ),
     Feature(
         part=RANKS,
-        name="FSDP2 of torch",
+        name="FSDP2 of torch, which leaves tables as they are",
         option="--use-torch-fsdp2",
         uses=_given("use_torch_fsdp2"),
-        state="refused",
-        why="it would gather all of the value table on every rank",
-        fix="use --use-distributed-optimizer, with which the table stays sharded",
+        state="yes",
+        test="megatron/test_fsdp.py::test_two_ranks_take_the_steps_of_one",
     ),
     Feature(
         part=RANKS,
