@@ -39,7 +39,7 @@ def test_the_support_matrix_is_what_the_table_of_features_says() -> None:
     for feature in FEATURES:
         assert f"| {feature.name} |" in README
     # a refusal stands there with its reason
-    assert "| refused: it would gather all of the value table on every rank; use `--use-d" in README
+    assert "| refused: it has no way to leave parameters out, so it would flatten" in README
 
 
 def test_the_tables_of_measurements_are_what_the_records_say() -> None:
