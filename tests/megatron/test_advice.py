@@ -271,6 +271,13 @@ FEATURES = {
         shown="--use-megatron-fsdp",
         ranks=2,
     ),
+    "FSDP2 of torch before Megatron-Core 0.19": Case(
+        "--use-torch-fsdp2",
+        "fails with it",
+        SHARDED,
+        ranks=2,
+        beside="--untie-embeddings-and-output-weights",
+    ),
     "weights sharded over further ranks": Case(
         "--tensor-parallel-num-weight-shards 2", "keep complete", "", ranks=2, beside=ENGINE
     ),
@@ -326,16 +333,14 @@ FEATURES = {
         "--cuda-graph-impl transformer_engine --cuda-graph-modules attn",
         beside=ENGINE,
     ),
-    "exchange of experts overlapped with computation": Case(
-        "--overlap-moe-expert-parallel-comm",
-        "two microbatches",
-        "",
+    "the same with a memory in the last layer": Case(
+        "--memory-layers 2 3",
+        "final norm only after a layer of experts",
+        "--memory-layers 1 2",
+        own="1 2",
         beside=f"{EXPERTS} --expert-model-parallel-size 2 --bf16 "
-        "--moe-token-dispatcher-type alltoall",
+        "--moe-token-dispatcher-type alltoall --overlap-moe-expert-parallel-comm",
         ranks=2,
-    ),
-    "weight gradients in a step of their own": Case(
-        "--delay-wgrad-compute", "separate step", "", beside=ENGINE
     ),
     "tensor-parallel communication fused for inference": Case(
         "--inference-fuse-tp-communication", "linear layers of an MLP", "", beside=ENGINE
@@ -775,6 +780,8 @@ def told(refusal, folder: Path) -> dict[str, str]:
             with pytest.MonkeyPatch.context() as change:
                 if name.endswith("0.17"):
                     change.setattr(compat, "HybridModel", None)
+                if name.endswith("0.19"):
+                    change.setattr(compat, "RUNS_TORCH_FSDP2", False)
                 found[name] = refusal(_command(case, 0, folder), case.ranks)
     return found
 

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megamem.config import ConfigurationError
 from megamem.megatron import compat
 from megamem.megatron.arguments import spec_from_args
-from megamem.megatron.startup import checks, features
+from megamem.megatron.startup import checks
 from tests.helpers.megatron_runs import run_training
 
 
@@ -77,6 +77,7 @@ def test_a_form_that_does_not_exist_is_found_at_start(monkeypatch) -> None:
     ("given", "option"),
     [
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
+        ({"use_torch_fsdp2": True, "old_fsdp2": True}, "--use-torch-fsdp2"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
         ({"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": []}, "--cuda-graph-impl"),
         (
@@ -88,8 +89,6 @@ def test_a_form_that_does_not_exist_is_found_at_start(monkeypatch) -> None:
         ({"fp4_param_gather": True}, "--fp4-param-gather"),
         ({"fp8": "hybrid", "recompute_modules": ["layernorm"]}, "--recompute-modules layernorm"),
         ({"fp8": "hybrid", "recompute_modules": ["mlp"]}, "--recompute-modules mlp"),
-        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
-        ({"delay_wgrad_compute": True}, "--delay-wgrad-compute"),
         ({"inference_fuse_tp_communication": True}, "--inference-fuse-tp-communication"),
         ({"transformer_impl": "inference_optimized"}, "--transformer-impl inference_optimized"),
         ({"heterogeneous_layers_config_path": "x"}, "--heterogeneous-layers-config-path"),
@@ -106,6 +105,8 @@ def test_a_form_that_does_not_exist_is_found_at_start(monkeypatch) -> None:
 def test_options_of_megatron_that_do_not_work(monkeypatch, given: dict, option: str) -> None:
     if given.pop("no_hybrid", False):  # as in 0.17
         monkeypatch.setattr(compat, "HybridModel", None)
+    if given.pop("old_fsdp2", False):  # as before 0.19
+        monkeypatch.setattr(compat, "RUNS_TORCH_FSDP2", False)
     with pytest.raises(ConfigurationError, match=f"does not work with {option}.*: .+; .+"):
         _check(**given)
 
@@ -117,6 +118,14 @@ def test_finetuning_keeps_the_biases_of_experts() -> None:
     _check(moe_router_enable_expert_bias=True)
     with pytest.raises(ConfigurationError, match="--memory-finetune-rows 9 freezes .* experts at"):
         _check(moe_router_enable_expert_bias=True, memory={"memory_finetune_rows": 9, **SGD})
+
+
+def test_the_last_layer_where_experts_are_overlapped() -> None:
+    overlapped = {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True}
+    _check(**overlapped)
+    said = "--memory-layers 2 7 .* --overlap-moe-expert-parallel-comm: .* layer 7, the last one"
+    with pytest.raises(ConfigurationError, match=said):
+        _check(**overlapped, memory={"memory_layers": [2, 7]})
 
 
 def test_layer_out_of_range() -> None:

@@ -70,8 +70,8 @@ def sum_of_squares(tables: Iterable[ValueTable]) -> Tensor:
         if table.group.replica == 0:
             dtype = torch.promote_types(table.weight.dtype, torch.float32)
             # a norm over one dimension makes no copy of the table in another dtype
-            norms_r = torch.linalg.vector_norm(table.weight.detach(), dim=1, dtype=dtype)
-            total += norms_r.double().square().sum()
+            norms = torch.linalg.vector_norm(table.weight.detach(), dim=1, dtype=dtype)
+            total += norms.double().square().sum()
     return total
 
 

@@ -7,6 +7,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -94,6 +95,19 @@ class MemoryMLP(MegatronModule):
             if isinstance(weight, DTensor):
                 entries[name] = sharded_weight(entries[name], weight)
         return entries
+
+    def backward_dw(self) -> None:
+        """Compute the weight gradients that the backward left out, with --delay-wgrad-compute.
+
+        These are gradients of a kept feed-forward alone: the backward of a memory computes all of
+        its own.
+        """
+        if isinstance(self.ffn, MoELayer):
+            # the attention does not compute those of shared experts, as it does in other layers
+            self.ffn.backward_dw(routed_experts=True, shared_experts=True)
+        elif self.ffn is not None:
+            compute: Any = self.ffn.backward_dw
+            compute()
 
     def set_layer_number(self, layer_number: int) -> None:
         """Check the number that TransformerLayer, which counts from 1, gives this layer.

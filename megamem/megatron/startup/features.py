@@ -175,6 +175,19 @@ def _is_of_another_format(args: argparse.Namespace) -> bool:
     return getattr(args, "ckpt_format", "torch_dist") != "torch_dist"
 
 
+def _ends_in_overlapped_memory(spec: MemorySpec, args: argparse.Namespace) -> str | None:
+    """A sentence if the last layer has a memory, after which Megatron would leave out a norm."""
+    last = args.num_layers - 1
+    if last not in spec.layers or not getattr(args, "overlap_moe_expert_parallel_comm", False):
+        return None
+    return (
+        f"--memory-layers {' '.join(map(str, spec.layers))} does not work with "
+        f"--overlap-moe-expert-parallel-comm: Megatron's build_transformer_layer_callables() then "
+        f"applies the final norm only after a layer of experts, and layer {last}, the last one, "
+        "has a memory; choose other layers or drop --overlap-moe-expert-parallel-comm."
+    )
+
+
 def _changes_frozen_biases(spec: MemorySpec, args: argparse.Namespace) -> str | None:
     """A sentence if a part of the model would change although --memory-finetune-rows freezes it."""
     rows = spec.finetune_rows
@@ -287,9 +300,19 @@ FEATURES = (
         part=RANKS,
         name="FSDP2 of torch, which leaves tables as they are",
         option="--use-torch-fsdp2",
-        uses=_given("use_torch_fsdp2"),
+        uses=_both(_given("use_torch_fsdp2"), lambda args: compat.RUNS_TORCH_FSDP2),
         state="yes",
         test="megatron/test_fsdp.py::test_two_ranks_take_the_steps_of_one",
+    ),
+    Feature(
+        part=RANKS,
+        name="FSDP2 of torch before Megatron-Core 0.19",
+        option="--use-torch-fsdp2",
+        uses=_both(_given("use_torch_fsdp2"), lambda args: not compat.RUNS_TORCH_FSDP2),
+        state="refused",
+        why="finalize_model_grads() of this release of Megatron-Core fails with it, also without "
+        "memory layers",
+        fix="use Megatron-Core 0.19 or later, or --use-distributed-optimizer",
     ),
     Feature(
         part=RANKS,
@@ -525,21 +548,29 @@ FEATURES = (
     ),
     Feature(
         part=MEMORY,
-        name="exchange of experts overlapped with computation",
+        name="exchange of experts overlapped with computation; memory layers are computed whole",
+        option="--overlap-moe-expert-parallel-comm",
+        uses=_given("overlap_moe_expert_parallel_comm"),
+        state="yes",
+        test="megatron/test_overlapped_experts.py",
+    ),
+    FeatureOfLayers(
+        part=MEMORY,
+        name="the same with a memory in the last layer",
         option="--overlap-moe-expert-parallel-comm",
         uses=_given("overlap_moe_expert_parallel_comm"),
         state="refused",
-        why="it interleaves the layers of two microbatches, which a memory layer does not support",
-        fix="drop it",
+        says=_ends_in_overlapped_memory,
+        why="Megatron then applies the final norm only after a layer of experts",
+        fix="choose other layers",
     ),
     Feature(
         part=MEMORY,
-        name="weight gradients in a step of their own",
+        name="weight gradients in a step of their own, except for those of memory layers",
         option="--delay-wgrad-compute",
         uses=_given("delay_wgrad_compute"),
-        state="refused",
-        why="a memory layer does not compute its weight gradients in a separate step",
-        fix="drop it",
+        state="not run on a GPU",
+        why="it needs Transformer Engine and a GPU; on CPUs a test runs its order of steps",
     ),
     Feature(
         part=MEMORY,
