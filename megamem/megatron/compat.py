@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from megatron.core.distributed import TorchFullyShardedDataParallel
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.mlp import MLP
@@ -40,6 +41,9 @@ CONFIG_MODULE: Any = (
 HybridModel: Any = getattr(
     _import_if_there("megatron.core.models.hybrid.hybrid_model"), "HybridModel", None
 )
+
+# before 0.19 it lacks the argument of finish_grad_sync() that finalize_model_grads() gives
+RUNS_TORCH_FSDP2 = "finish_grad_sync" in vars(TorchFullyShardedDataParallel)
 
 # the function of megatron.training that makes Muon in 0.17; None where get_megatron_optimizer does
 MAKES_MUON: str | None = (
