@@ -66,12 +66,14 @@ def _events(folder: Path) -> EventAccumulator:
 
 
 def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    events = _events(folder)
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-        if tag.startswith("memory/")
-    }
+    """Every number of the memory, each of which is in the run of its layer or table."""
+    found = {}
+    for run in (path for path in folder.iterdir() if path.is_dir()):
+        events = _events(run)
+        for tag in events.Tags()["scalars"]:
+            assert tag.startswith("memory/") and tag.endswith(f"/{run.name}")
+            found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,10 @@ def test_pictures_and_one_page_for_all(alone) -> None:
     shown = {chart.title for category in page.category for chart in category.chart}
     written = {name.split("/")[1] for name in _scalars(folder) if name.startswith("memory/")}
     assert shown == {"loss", *(TITLES[name] for name in written)}
+    # TensorBoard has a colour for each run
+    runs = {path.name for path in folder.iterdir() if path.is_dir()}
+    assert runs == {"layer_0", "layer_1", "shared"}
+    assert not [tag for tag in events.Tags()["scalars"] if tag.startswith("memory/")]
     # this run chooses no rows
     assert TITLES["gate_mean"] in shown and TITLES["trained_rows"] not in shown
 

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -178,7 +179,12 @@ def megatrons_writers() -> tuple[Any, Any]:
 
 
 class Writers:
-    """Megatron's TensorBoard and wandb writers, either of which may be None."""
+    """Megatron's TensorBoard and wandb writers, either of which may be None.
+
+    On the page Custom Scalars TensorBoard gives every run one colour. So that the lines of a chart
+    differ in colour, each layer, table and group is a run of its own, in a folder of its name below
+    that of Megatron's writer.
+    """
 
     def __init__(self, board: Any, wandb: Any, reported: Iterable[str] = ()) -> None:
         """Write the layout of TensorBoard's page Custom Scalars.
@@ -189,6 +195,7 @@ class Writers:
             reported: names of the numbers in a report of this run, which get charts.
         """
         self.board, self.wandb = board, wandb
+        self.lines: dict[str, Any] = {}
         self.usage_map: UsageMap | None = None
         if board is not None:
             board.add_custom_scalars(layout(reported))
@@ -197,9 +204,18 @@ class Writers:
         """Write every number under its name."""
         if self.board is not None:
             for name, value in scalars.items():
-                self.board.add_scalar(name, value, iteration)
+                self._line(name.rpartition("/")[2]).add_scalar(name, value, iteration)
+            # Megatron flushes its own writer only
+            for line in self.lines.values():
+                line.flush()
         if self.wandb is not None:
             self.wandb.log(scalars, iteration)
+
+    def _line(self, name: str) -> Any:
+        """The writer of a layer, table or group."""
+        if name not in self.lines:
+            self.lines[name] = type(self.board)(os.path.join(self.board.log_dir, name))
+        return self.lines[name]
 
     def pictures(self, layer: int, usage: Tensor, num_keys: int, iteration: int) -> None:
         """Write the usage map of a layer and the histogram of its cells, unless it read nothing."""
