@@ -130,8 +130,8 @@ def test_another_memory_is_refused(saved) -> None:
 
 
 def test_how_the_memory_is_used_is_on_tensorboard(saved) -> None:
-    board = EventAccumulator(str(saved[1] / "board")).Reload()
     for name in ("rows_used/layer_1", "top1_weight/layer_2", "grad_norm/shared"):
+        board = EventAccumulator(str(saved[1] / "board" / name.split("/")[1])).Reload()
         numbers = board.Scalars(f"memory/{name}")
         assert [each.step for each in numbers] == [1, 2, 3, 4, 5, 6]
         assert all(each.value > 0 for each in numbers)
