@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from megamem.resolution import resolve
 from megamem.tools.convert import torch_dist, upcycle
 from tests.helpers.checkpoints import saved_tensors
 from tests.helpers.commands import command
-from tests.helpers.megatron_runs import run_training
+from tests.helpers.megatron_runs import ROOT, run_training
 
 main = command("convert")
 MEMORY = ("--memory-layers", 1, 3, "--memory-num-keys", 9, "--memory-topk", 4)
@@ -55,6 +57,15 @@ def test_the_loss_at_step_0_is_unchanged(
     start = ("--load", tmp_path / "kept", "--finetune", *FIRST_STEP)
     other = run_training("start", 1, *start, *MEMORY, check=False)
     assert other.returncode != 0 and "was trained with it; add --memory-keep-ffn" in other.stdout
+
+
+def test_a_conversion_says_nothing_but_its_result(dense: Path, tmp_path: Path) -> None:
+    """In a process of its own, in which it is the first to import Megatron."""
+    words = ["convert", "upcycle", dense, "--to", tmp_path / "up", *MEMORY]
+    command = [sys.executable, "-m", "megamem", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("Wrote 47 tensors")
 
 
 @pytest.mark.gloo

@@ -34,6 +34,7 @@ from megamem.tools.convert.reference import convert_reference
 from megamem.tools.convert.reference_file import read_reference
 from megamem.tools.convert.safetensors import read_folder, write_folder
 from megamem.tools.convert.upcycle import upcycle
+from megamem.tools.plan import quiet_imports
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GB = 10**9
@@ -105,7 +106,8 @@ def _add_flags(parser: argparse.ArgumentParser, what: str, words: Sequence[str])
         add("--seed", type=int, default=1234, help=seed)
         if what in words:
             # imported only here, as it imports Megatron
-            from megamem.megatron.arguments import add_memory_flags
+            with quiet_imports():
+                from megamem.megatron.arguments import add_memory_flags
 
             add_memory_flags(parser)
 
@@ -237,4 +239,11 @@ def _check_space(folder: Path, tensors: dict[str, LazyTensor]) -> None:
 
 def _progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    # a bar that goes away leaves an empty line in a file
+    return Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
