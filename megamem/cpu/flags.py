@@ -114,11 +114,14 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         if getattr(args, dest) != value
     ]
     refused = [*filter(None, (refusal.problem(args) for refusal in REFUSED))]
-    if "layernorm" in (getattr(args, "recompute_modules", None) or ()):
-        refused.append(
-            f"--recompute-modules layernorm {NEEDS_TE}; with --cpu, drop layernorm from "
-            f"{' '.join(args.recompute_modules)}"
-        )
+    recomputed = getattr(args, "recompute_modules", None) or ()
+    # their outputs are dropped by a function that asks Transformer Engine for its state
+    refused += [
+        f"--recompute-modules {module} {NEEDS_TE}; with --cpu, drop {module} from "
+        f"{' '.join(recomputed)}"
+        for module in ("layernorm", "mhc")
+        if module in recomputed
+    ]
     pattern = getattr(args, "hybrid_layer_pattern", None) or ""
     if unsupported := "".join(sorted(set(symbols(pattern)) - set(ON_CPU))):
         refused.append(

@@ -16,13 +16,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import megatron.core
 import numpy
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.training import arguments
-from packaging.version import Version
 
 from megamem import config, resolution, saved_settings
 from megamem.checkpoint import (
@@ -295,7 +293,6 @@ FEATURES = {
         own="4",
         beside="--num-layers HYBRID",
     ),
-    "hyper-connections": Case("--enable-mhc-connections", "replace the transformer layer", ""),
     "layers of different configurations": Case(
         "--heterogeneous-layers-config-path DIR/layers.json",
         "its own configuration",
@@ -628,10 +625,6 @@ CASES = {
     for name, case in table.items()
 }
 
-RELEASE = Version(Version(megatron.core.__version__).base_version)
-SINCE = {"hyper-connections": "0.20"}
-"""Name of a case -> the release of Megatron that brought its flag."""
-
 
 def _model(**changes: Any) -> MemoryConfig:
     usual = _flags(MEMORY)
@@ -776,21 +769,18 @@ def told(refusal, folder: Path) -> dict[str, str]:
     """Name of a case -> why its first command line is refused, before any file is mended."""
     found = {}
     for name, case in CASES.items():
-        if Version(SINCE.get(name, "0")) <= RELEASE:
-            with pytest.MonkeyPatch.context() as change:
-                if name.endswith("0.17"):
-                    change.setattr(compat, "HybridModel", None)
-                if name.endswith("0.19"):
-                    change.setattr(compat, "RUNS_TORCH_FSDP2", False)
-                found[name] = refusal(_command(case, 0, folder), case.ranks)
+        with pytest.MonkeyPatch.context() as change:
+            if name.endswith("0.17"):
+                change.setattr(compat, "HybridModel", None)
+            if name.endswith("0.19"):
+                change.setattr(compat, "RUNS_TORCH_FSDP2", False)
+            found[name] = refusal(_command(case, 0, folder), case.ranks)
     return found
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_advice_leads_out(name: str, told: dict[str, str], refusal, folder: Path) -> None:
     case = CASES[name]
-    if name not in told:
-        pytest.skip(f"{case.given} is a flag of Megatron {SINCE[name]}")
     said = told[name]
     assert case.says.replace("DIR", str(folder)) in said
     shown = case.given if case.shown is None else case.shown

@@ -93,7 +93,6 @@ def test_a_form_that_does_not_exist_is_found_at_start(monkeypatch) -> None:
         ({"transformer_impl": "inference_optimized"}, "--transformer-impl inference_optimized"),
         ({"heterogeneous_layers_config_path": "x"}, "--heterogeneous-layers-config-path"),
         ({"hybrid_layer_pattern": "M*-*-*-*-", "no_hybrid": True}, "--hybrid-layer-pattern"),
-        ({"enable_mhc_connections": True}, "--enable-mhc-connections"),
         ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards"),
         ({"moe_use_upcycling": True}, "--moe-use-upcycling"),
         ({"yaml_cfg": "x"}, "--yaml-cfg"),

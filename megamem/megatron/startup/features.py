@@ -413,12 +413,11 @@ FEATURES = (
     ),
     Feature(
         part=MODEL,
-        name="hyper-connections",
+        name="hyper-connections of a script's own layer specs, since Megatron-Core 0.20",
         option="--enable-mhc-connections",
-        uses=_given("enable_mhc_connections", "enable_hyper_connections"),
-        state="refused",
-        why="they replace the transformer layer that contains the memory layer",
-        fix="drop it",
+        uses=_given("enable_mhc_connections"),
+        state="yes",
+        test="megatron/test_hyper_connections.py",
     ),
     Feature(
         part=MODEL,
