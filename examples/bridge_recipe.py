@@ -25,7 +25,8 @@ from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
 from megamem import MemoryConfig, add_memory_flags, add_memory_layers
-from megamem.megatron.launcher import set_rendezvous_defaults, use_helpers_of_the_wheel
+from megamem.megatron.dataset_helpers import prepare_dataset_helpers
+from megamem.megatron.launcher import set_rendezvous_defaults
 
 TINY = [
     *("model.num_layers=4", "model.hidden_size=64", "model.num_attention_heads=4"),
@@ -40,7 +41,7 @@ TINY = [
 def main() -> None:
     given, overrides = add_memory_flags(argparse.ArgumentParser()).parse_known_args()
     set_rendezvous_defaults()  # a world of one rank, without torchrun
-    use_helpers_of_the_wheel()  # in a checkout, Megatron compiles its own
+    prepare_dataset_helpers()  # those of a wheel are compiled, those of a checkout are not
     config = vanilla_gpt_pretrain_config()
     process_config_with_overrides(config, cli_overrides=[*TINY, *overrides])
     # what a recipe needs: memory layers, and the callback that reports how they are used

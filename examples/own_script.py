@@ -30,7 +30,8 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 
 from megamem import MemoryGPTModelConfig, add_memory_flags, check, spec_from_args, with_memory
-from megamem.megatron.launcher import close_process_group, use_helpers_of_the_wheel
+from megamem.megatron.dataset_helpers import prepare_dataset_helpers
+from megamem.megatron.launcher import close_process_group
 
 DEFAULTS = {"tokenizer_type": "NullTokenizer", "vocab_size": 127, "mock_data": True}
 DEFAULTS |= {"save_interval": 10**9, "lr_warmup_iters": 1}
@@ -70,7 +71,7 @@ def batches(args, data_rank):
 
 def main():
     args = parse_and_validate_args(extra_args_provider=add_memory_flags, args_defaults=DEFAULTS)
-    use_helpers_of_the_wheel()  # in a checkout, Megatron compiles its own
+    prepare_dataset_helpers()  # those of a wheel are compiled, those of a checkout are not
     initialize.initialize_megatron()
     model, optimizer = build(args)
     scheduler = training.get_optimizer_param_scheduler(optimizer)

@@ -109,10 +109,10 @@ def _main(words: list[str]) -> int:
 
             cpu_runtime.install(force=command.force_cpu)
         # this imports Megatron, so the CPU runtime must be installed before
-        from megamem.megatron import patches
+        from megamem.megatron import dataset_helpers, patches
 
         patches.install()
-        use_helpers_of_the_wheel()
+        dataset_helpers.prepare_dataset_helpers()
         run_as_main(command)
     except ConfigurationError as error:
         stop(str(error))
@@ -225,19 +225,6 @@ def set_rendezvous_defaults() -> None:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in (world | address).items():
         os.environ.setdefault(name, value)
-
-
-def use_helpers_of_the_wheel() -> None:
-    """Skip the compilation of dataset helpers if Megatron was installed from its wheel.
-
-    The wheel holds the compiled helpers, but not the Makefile that Megatron runs at every start.
-    """
-    import megatron.core.datasets.utils as utils
-
-    from megamem.patching import replace_everywhere
-
-    if not (Path(utils.__file__).parent / "Makefile").exists():
-        replace_everywhere(utils, "compile_helpers", lambda _: lambda: None)
 
 
 def run_as_main(command: Command) -> None:

@@ -4,12 +4,12 @@ import sys
 from collections.abc import Callable
 
 from megamem.cpu import runtime as cpu_runtime
+from megamem.megatron.dataset_helpers import prepare_dataset_helpers
 from megamem.megatron.launcher import (
     Command,
     parse,
     run_as_main,
     set_rendezvous_defaults,
-    use_helpers_of_the_wheel,
 )
 
 
@@ -17,7 +17,7 @@ def main(run: Callable[[Command], None] = run_as_main) -> None:
     command = parse(sys.argv[1:])
     set_rendezvous_defaults()
     cpu_runtime.install()
-    use_helpers_of_the_wheel()
+    prepare_dataset_helpers()
     run(command)
 
 

@@ -26,11 +26,11 @@ def script(tmp_path) -> Path:
 @pytest.fixture
 def no_megatron(monkeypatch):
     """Run the launcher in this process, without its changes to Megatron and to the environment."""
-    from megamem.megatron import patches
+    from megamem.megatron import dataset_helpers, patches
 
     installed = []
     monkeypatch.setattr(patches, "install", lambda: installed.append(True))
-    monkeypatch.setattr(launcher, "use_helpers_of_the_wheel", lambda: None)
+    monkeypatch.setattr(dataset_helpers, "prepare_dataset_helpers", lambda: None)
     monkeypatch.setattr(errors.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(sys, "argv", [*sys.argv])
     monkeypatch.setattr(sys, "path", [*sys.path])
