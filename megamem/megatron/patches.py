@@ -58,9 +58,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import optimizer as saved_optimizer
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.distributed import torch_fully_sharded_data_parallel as torch_fsdp
 from megatron.training import arguments, checkpointing, training, yaml_arguments
 from megatron.training.global_vars import get_args
 from megatron.training.utils import print_rank_0
@@ -71,11 +69,7 @@ from megamem.megatron import compat
 from megamem.megatron.arguments import add_memory_flags, idle_flags, run_spec, yaml_error
 from megamem.megatron.model.build import install_memories
 from megamem.megatron.model.carried_spec import carry_spec, spec_of_model
-from megamem.megatron.model.fully_sharded import (
-    is_fully_sharded,
-    keep_local_tensor,
-    leave_tables_out,
-)
+from megamem.megatron.model.fully_sharded import is_fully_sharded, keep_tables_out_of_fsdp2
 from megamem.megatron.model.hidden_tables import compares_replicas, norm_of_all, without_tables
 from megamem.megatron.optimizer.chain import find_tables
 from megamem.megatron.optimizer.with_memory import with_memory
@@ -118,8 +112,7 @@ def install_memory() -> None:
         MissingSymbolError: this release of Megatron lacks one of them.
     """
     install_memories()
-    replace(torch_fsdp, "fully_shard", leave_tables_out)
-    replace(saved_optimizer, "to_local_if_dtensor", keep_local_tensor)
+    keep_tables_out_of_fsdp2()
     replace(training, "get_megatron_optimizer", _add_table_optimizer)
     if compat.MAKES_MUON is not None:
         replace(training, compat.MAKES_MUON, _add_table_optimizer)

@@ -37,6 +37,7 @@ WIDTH_OF_A_FILE = 120
 # flags that change sizes in ways that the planner does not support
 UNPLANNED = {
     "heterogeneous_layers_config_path": "layers of different sizes",
+    "use_megatron_fsdp": "Megatron's FSDP",
     "experimental_attention_variant": "this kind of attention",
     "account_for_embedding_in_pipeline_split": "the embedding as a layer of a stage",
     "account_for_loss_in_pipeline_split": "the loss as a layer of a stage",

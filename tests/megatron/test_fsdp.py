@@ -14,11 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from megamem.config import MemoryConfig
+from megamem.config import ConfigurationError, MemoryConfig
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.memory_pool import MemoryPool
 from megamem.megatron import compat
-from megamem.megatron.model.fully_sharded import leave_tables_out, sharded_weight
+from megamem.megatron.model.fully_sharded import leave_tables_out, refuse_sharded, sharded_weight
 from megamem.resolution import resolve
 from tests.helpers.checkpoints import saved_tensors
 from tests.helpers.distributed import run_distributed
@@ -172,6 +172,11 @@ def _tables_are_left_out() -> None:
     torch.testing.assert_close(out, expected)
     # for the forward and for the backward
     assert gathered == [others, others]
+    refuse_sharded(dict(model.tables))
+
+    fully_shard(plain, mesh=mesh)
+    with pytest.raises(ConfigurationError, match="to value table v, .* call keep_tables"):
+        refuse_sharded(dict(plain.tables))
 
 
 def test_a_table_is_neither_sharded_nor_gathered() -> None:

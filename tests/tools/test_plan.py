@@ -339,6 +339,10 @@ def test_stages_of_a_pattern() -> None:
         (("--preset", "2b"), "invalid choice: '2b'"),
         (("--num-layers", "2"), "--hidden-size, --num-attention-heads, --seq-length, --vocab-size"),
         (
+            ("--preset", "134m", "--use-megatron-fsdp"),
+            "--use-megatron-fsdp: megamem plan does not support Megatron's FSDP; remove the flag",
+        ),
+        (
             ("--preset", "134m", "--heterogeneous-layers-config-path", "x"),
             "--heterogeneous-layers-config-path: megamem plan does not support layers of different",
         ),

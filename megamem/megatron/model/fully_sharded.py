@@ -6,19 +6,43 @@ than the rows that it reads: their rows stay where their memory group has them, 
 sums the gradients of replicas. All other weights of a memory layer are FSDP2's.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from megatron.core.dist_checkpointing import optimizer as saved_optimizer
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import TorchFullyShardedDataParallel
+from megatron.core.distributed import torch_fully_sharded_data_parallel as torch_fsdp
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
+from megamem.config import ConfigurationError
 from megamem.layers.product_keys import ProductKeys
 from megamem.layers.value_table import ValueTable
+from megamem.patching import replace
 
 KEYS_AXIS = 2
 """The axis of sub-keys [2, H, N, C] that is sharded."""
+
+
+def keep_tables_out_of_fsdp2() -> None:
+    """Let Megatron's wrapper leave value tables out, and find the other weights when it saves.
+
+    Call it before Megatron wraps a model; megamem.run does. A second call changes nothing.
+    """
+    replace(torch_fsdp, "fully_shard", leave_tables_out)
+    replace(saved_optimizer, "to_local_if_dtensor", keep_local_tensor)
+
+
+def refuse_sharded(tables: Mapping[str, ValueTable]) -> None:
+    """Raise a ConfigurationError if FSDP2 shards a table, too."""
+    sharded = [name for name, table in tables.items() if isinstance(table.weight, DTensor)]
+    if sharded:
+        raise ConfigurationError(
+            f"FSDP2 was applied to value table {', '.join(sharded)}, of which it would gather all "
+            "rows on every rank; call keep_tables_out_of_fsdp2() of "
+            "megamem.megatron.model.fully_sharded before Megatron wraps the model."
+        )
 
 
 def is_fully_sharded(chunks: Iterable[nn.Module]) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from megamem.config import ConfigurationError
 from megamem.layers.value_table import ValueTable
 from megamem.megatron.model.carried_spec import spec_of_model
-from megamem.megatron.model.fully_sharded import is_fully_sharded
+from megamem.megatron.model.fully_sharded import is_fully_sharded, refuse_sharded
 from megamem.megatron.optimizer.background import load_background
 from megamem.megatron.optimizer.chain import ChainWithTables, TableMember, find_tables
 from megamem.megatron.optimizer.layer_gradients import sum_once_a_step
@@ -42,13 +42,15 @@ def with_memory(
             needs them, for the read counts in that checkpoint.
 
     Raises:
-        ConfigurationError: requires_grad is False for a table that would be trained.
+        ConfigurationError: requires_grad is False for a table that would be trained, or FSDP2 was
+            applied to a table.
     """
     spec = spec_of_model(chunks)
     if spec is None:
         return optimizer
     found = find_tables(chunks)
     refuse_frozen(found, config, spec)
+    refuse_sharded(found)
     tables = TableOptimizer(
         found.values(),
         spec,
