@@ -34,7 +34,7 @@ TINY = [
     *("train.train_iters=20", "train.micro_batch_size=4", "train.global_batch_size=8"),
     *("optimizer.lr=1e-2", "optimizer.min_lr=1e-3", "scheduler.lr_warmup_iters=1"),
     *("validation.eval_iters=0", "logger.log_interval=1", "logger.tensorboard_dir=null"),
-    *("checkpoint.save=null", "mixed_precision=null"),
+    "checkpoint.save=null",
 ]
 
 

@@ -12,16 +12,20 @@ callbacks. Replaced once a run has memory layers, with no effect on models witho
                                                 and builder, tables are registered
     checkpointing.generate_state_dict           a checkpoint says which memory layers it holds
     flop_utils.num_floating_point_operations    memories are counted in place of feed-forwards
+    calc_params_l2_norm, broadcast_params,      tables, which differ between data-parallel ranks,
+    check_param_hashes_across_dp_replicas       are left to their own groups
 """
 
 import argparse
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
@@ -31,7 +35,7 @@ try:
     from megatron.bridge.models.gpt_provider import GPTModelProvider
     from megatron.bridge.models.hybrid.hybrid_builder import HybridModelConfig
     from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
-    from megatron.bridge.training import checkpointing
+    from megatron.bridge.training import checkpointing, train
     from megatron.bridge.training.callbacks import Callback, CallbackContext
     from megatron.bridge.training.config import ConfigContainer, GPTDatasetConfig
     from megatron.bridge.training.utils import flop_utils
@@ -46,6 +50,7 @@ from megamem.config import ConfigurationError, MemoryConfig
 from megamem.megatron.arguments import spec_from_args
 from megamem.megatron.model.build import install_memories
 from megamem.megatron.model.carried_spec import carried_spec, carry_later, spec_of_model
+from megamem.megatron.model.hidden_tables import compares_replicas, norm_of_all, without_tables
 from megamem.megatron.optimizer.with_memory import with_memory
 from megamem.megatron.reports.broken_tables import report_broken
 from megamem.megatron.reports.sizes import with_memory_flops
@@ -85,13 +90,21 @@ def add_memory_layers(config: ConfigContainer, memory: MemoryConfig) -> "MemoryC
     if hasattr(config.optimizer, "provide") and _adds_tables(config.optimizer.provide):
         raise ConfigurationError("config has memory layers already; add them once.")
     if memory.enabled:
-        install_memories()
-        replace(checkpointing, "generate_state_dict", _with_settings)
-        replace(flop_utils, "num_floating_point_operations", _count_flops)
+        _install()
         carry_later(transformer_of(config), partial(_begin, config, memory))
         make = getattr(config.optimizer, "provide", None)
         config.optimizer.provide = partial(_provide, config, make)
     return MemoryCallback()
+
+
+def _install() -> None:
+    """Replace the functions named above; a second call changes nothing."""
+    install_memories()
+    replace(checkpointing, "generate_state_dict", _with_settings)
+    replace(flop_utils, "num_floating_point_operations", _count_flops)
+    replace(train, "calc_params_l2_norm", norm_of_all)
+    replace(train, "check_param_hashes_across_dp_replicas", compares_replicas)
+    replace(DistributedDataParallel, "broadcast_params", without_tables)
 
 
 def transformer_of(config: ConfigContainer) -> Any:
@@ -117,6 +130,11 @@ def own_problems(config: ConfigContainer) -> list[str]:
         found.append(
             "config.dist.use_decentralized_pg is True, but the optimizer of the value tables takes "
             "its groups from Megatron-Core's parallel state; set it to False."
+        )
+    if config.dist.use_torch_fsdp2:
+        found.append(
+            "config.dist.use_torch_fsdp2 is True, but value tables are left out of FSDP2 in "
+            "Megatron-LM's training only; set it to False, and use the distributed optimizer."
         )
     if config.peft is not None:
         found.append(
@@ -244,11 +262,12 @@ def _data_arguments(dataset: DataloaderConfig) -> dict[str, Any]:
 
 
 def _load_arguments(found: dict[str, Any]) -> dict[str, Any]:
-    """--load and --ckpt-step for a path that may name the folder of one iteration."""
-    path = found["load"]
-    if path is None or not Path(path).name.startswith("iter_"):
+    """--load, or --pretrained-checkpoint, and --ckpt-step, for the folder of one iteration."""
+    name = "load" if found["load"] else "pretrained_checkpoint"
+    folder = Path(found[name] or "")
+    if (iteration := re.fullmatch(r"iter_(\d+)", folder.name)) is None:
         return {}
-    return {"load": str(Path(path).parent), "ckpt_step": int(Path(path).name.partition("_")[2])}
+    return {name: str(folder.parent), "ckpt_step": int(iteration[1])}
 
 
 class MemoryCallback(Callback):

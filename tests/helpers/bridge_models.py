@@ -26,7 +26,7 @@ def builder() -> Any:
 def hybrid() -> Any:
     from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 
-    return HybridModelProvider(hybrid_layer_pattern="*-*-*-*-", seq_length=32, bf16=False, **SIZE)
+    return HybridModelProvider(hybrid_layer_pattern="*-*-*-*-", seq_length=32, **SIZE)
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
 
     bridge_recipe.vanilla_gpt_pretrain_config = with_model
     words = [word for word in bridge_recipe.TINY if not word.startswith("model.")]
-    bridge_recipe.TINY[:] = [*words, "model.params_dtype=fp32"] if model is hybrid else words
+    bridge_recipe.TINY[:] = words
     bridge_recipe.main()
 
 
