@@ -215,6 +215,15 @@ def test_tables_say_what_the_records_do(results: dict[str, Any]) -> None:
     assert curve.columns == ("model", "5,120", "10,240") and curve.rows[0][1] == "6 +- 0"
 
 
+def test_a_few_facts_have_no_percentages(results: dict[str, Any]) -> None:
+    for run in results["runs"].values():
+        run["corpus"]["facts"] = [known / 10 for known in run["corpus"]["facts"]]
+    base, *others = report.ablation_sheets(results)[0].rows
+    assert {row[4] for row in others} == {"+0 facts"} and base[3] == "5 +- 0"
+    (taught,) = report.continual_sheet(results).rows
+    assert taught[-1] == "3"
+
+
 def test_an_unequal_order_of_data_is_shouted(results: dict[str, Any]) -> None:
     next(iter(results["runs"].values()))["data_order"] = "another"
     assert "ORDER OF THE DATA DIFFERS" in report.markdown(results)

@@ -115,6 +115,9 @@ def _speed(runs: Runs) -> float:
     return mean(run["tokens_per_second"] for run in runs)
 
 
+FEW = 30
+"""Facts of which no percentages are shown: one fact would be several percent."""
+
 # column -> what it says of the runs of a model
 CELLS: Cells = {
     "rows": lambda runs: _count(runs[0]["rows"]),
@@ -223,7 +226,10 @@ def _ablation_sheet(title: str, first: str, groups: Mapping[str, Runs]) -> Sheet
 
     def beside(runs: Runs) -> str:
         facts = sum(base.get(run["seed"], 0.0) for run in runs)
-        return f"{sum(known(runs)) / facts - 1:+.1%}" if len(groups) > 1 and facts else ""
+        if len(groups) == 1:
+            return ""
+        more = sum(known(runs)) - facts
+        return f"{more / facts:+.1%}" if facts >= FEW else f"{more:+,.0f} facts"
 
     columns = (first, "parameters", "MFLOP/token", "facts known", "", "in unseen words")
     return _sheet(title, (*columns, "valid. loss", "seeds"), groups, {"": beside})
@@ -235,7 +241,7 @@ def continual_sheet(results: Results) -> Sheet:
     rows = []
     for name, (run,) in taught:
         (old,), (kept,), new = known(trained), known([run]), run["new"]
-        lost = f"{old - kept:,.0f} ({1 - kept / old:.1%})" if old else "0"
+        lost = f"{old - kept:,.0f}" + (f" ({1 - kept / old:.1%})" if old >= FEW else "")
         numbers = (new["facts"][-1], new["unseen"], kept)
         rows.append((name, *(f"{number:,.0f}" for number in numbers), lost))
     title = f"{results['scale']['new']['facts']} new facts taught to a trained {before}"
