@@ -301,15 +301,6 @@ FEATURES = {
         "--use-rope-scaling --use-rotary-position-embeddings --untie-embeddings-and-output-weights",
     ),
     "layers for inference": Case("--transformer-impl inference_optimized", "fused layers", ENGINE),
-    "parameters gathered in fp8": Case(
-        "--fp8-param-gather", "cannot be stored in fp8", "", beside=f"{FP8} {SHARDED}"
-    ),
-    "parameters gathered in fp4": Case(
-        "--fp4-param-gather",
-        "cannot be stored in fp4",
-        "",
-        beside=f"{ENGINE} --fp4-format e2m1 --bf16 {SHARDED}",
-    ),
     "recomputation of norms in fp8 or fp4": Case(
         "--recompute-modules layernorm core_attn --fp8-format hybrid",
         "saves the input",

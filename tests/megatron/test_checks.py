@@ -59,6 +59,8 @@ def test_what_works_is_not_refused() -> None:
     _check(mtp_num_layers=1)
     _check(optimizer="muon", use_layer_wise_distributed_optimizer=True)
     _check(recompute_modules=["mlp", "layernorm"])
+    _check(fp8="hybrid", fp8_param_gather=True)
+    _check(fp4="e2m1", fp4_param_gather=True)
     _check(fp8="hybrid", recompute_modules=["mlp"], memory_keep_ffn=True)
     _check(pipeline_model_parallel_size=2, memory={"memory_layers": [4, 7]})
     _check(pipeline_model_parallel_size=2, memory={"memory_pool": "layer"})
@@ -85,8 +87,6 @@ def test_a_form_that_does_not_exist_is_found_at_start(monkeypatch) -> None:
             "--cuda-graph-impl",
         ),
         ({"cuda_graph_impl": "local", "cuda_graph_modules": ["attn"]}, "--cuda-graph-impl"),
-        ({"fp8_param_gather": True}, "--fp8-param-gather"),
-        ({"fp4_param_gather": True}, "--fp4-param-gather"),
         ({"fp8": "hybrid", "recompute_modules": ["layernorm"]}, "--recompute-modules layernorm"),
         ({"fp8": "hybrid", "recompute_modules": ["mlp"]}, "--recompute-modules mlp"),
         ({"inference_fuse_tp_communication": True}, "--inference-fuse-tp-communication"),

@@ -298,7 +298,6 @@ def test_recomputation_in_fp8_changes_no_loss(flags):
 
 
 REFUSED = {
-    "--fp8-param-gather": (*FP8, "delayed", "--fp8-param-gather", "--use-distributed-optimizer"),
     "--recompute-modules layernorm in fp8 or fp4": (*FP8, "tensorwise", *SELECTIVE, "layernorm"),
     "--recompute-modules mlp in fp8 or fp4": (*FP8, "delayed", *SELECTIVE, "mlp"),
     "--cuda-graph-impl": ("--cuda-graph-impl", "transformer_engine", "--te-rng-tracker"),
