@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,6 +20,7 @@ from megamem.layers.memory import MemoryLayer
 from megamem.layers.memory_pool import MemoryPool
 from megamem.megatron import compat
 from megamem.megatron.model.fully_sharded import leave_tables_out, refuse_sharded, sharded_weight
+from megamem.megatron.optimizer.chain import _restore_steps
 from megamem.resolution import resolve
 from tests.helpers.checkpoints import saved_tensors
 from tests.helpers.distributed import run_distributed
@@ -121,6 +123,22 @@ def test_a_run_resumes_with_another_layout(
     # without the first two, because Megatron prints the second as a mean
     assert log.losses[-2:] == pytest.approx(alone.log.losses[-2:], rel=2e-6)
     assert log.grad_norms[-3:] == pytest.approx(alone.log.grad_norms[-3:], abs=1.1e-3)
+
+
+def test_steps_are_restored_in_every_optimizer_of_a_chain() -> None:
+    """Fused optimizers have them in groups, those of torch for each weight."""
+    weights = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    fused, plain = (torch.optim.SGD([weight]) for weight in weights)
+    fused.param_groups[0]["step"] = 0
+    plain.state[weights[1]] = {"step": torch.zeros(())}
+    members: list[Any] = [SimpleNamespace(optimizer=fused), SimpleNamespace(optimizer=plain)]
+    saved = {
+        0: {"optimizer": {"param_groups": [{"step": 3}], "state": {}}},
+        1: {"param_groups": [{}], "state": {"common_step": torch.tensor(4.0)}},
+    }
+    _restore_steps(ChainedOptimizer(members), saved)
+    assert fused.param_groups[0]["step"] == 3 and "step" not in plain.param_groups[0]
+    assert plain.state[weights[1]]["step"] == 4
 
 
 class Model(nn.Module):
