@@ -16,11 +16,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import megatron.core
 import numpy
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.training import arguments
+from packaging.version import Version
 
 from megamem import config, resolution, saved_settings
 from megamem.checkpoint import (
@@ -42,6 +44,11 @@ from megamem.resolution import resolve
 from megamem.tools.convert import torch_dist
 from megamem.tools.convert.lazy import of_tensor
 from tests.helpers.megatron_runs import MODEL, SWITCHES, TRAINING
+
+pytestmark = pytest.mark.skipif(
+    Version(megatron.core.__version__) < Version("0.19"),
+    reason="older releases lack flags of these command lines",
+)
 
 MEMORY = "--memory-layers 1 2 --memory-num-keys 16 --memory-heads 2 --memory-topk 4"
 # a machine without Transformer Engine and a GPU builds no other layers
