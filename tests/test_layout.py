@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,9 @@ BANNED = {
 # packages whose tensor names end in their shape, a letter for each axis
 LETTERED = {"layers", "parallel", "ops", "kernels", "reference"}
 SHAPE = re.compile(r"[a-z0-9_]*[a-z0-9]_((?:[A-Zrv]|\d)*[A-Z](?:[A-Zrv]|\d)*|r|rv)$")
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+# a model that is copied out of the package: it stands alone, where transformers puts it
+EXPORTED = sorted((PACKAGE / "tools/convert/hf/code").glob("*_megamem.py"))
+FILES = sorted({*PACKAGE.rglob("*.py")} - {PACKAGE / "__init__.py", *EXPORTED})
 
 
 def _room(path: Path) -> str:
@@ -105,6 +108,24 @@ def test_file_says_nothing_banned(path: Path):
     for pattern, (reason, rooms) in BANNED.items():
         found = re.search(pattern, path.read_text())
         assert not found or _room(path) in rooms, f"{found[0]!r}: {reason}"
+
+
+@pytest.mark.parametrize("path", EXPORTED, ids=lambda path: path.name)
+def test_an_exported_model_stands_alone(path: Path) -> None:
+    assert len(EXPORTED) == 2
+    source = path.read_text()
+    assert not _without_legend(source)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            # transformers copies what is imported so, and nothing else
+            assert (node.level, f"{node.module}.py") in [(1, other.name) for other in EXPORTED]
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            named = [alias.name for alias in node.names]
+            for module in [node.module] if isinstance(node, ast.ImportFrom) else named:
+                outside = module.partition(".")[0]
+                known = outside in sys.stdlib_module_names or outside in ("torch", "transformers")
+                # the one kernel that is used where it is there
+                assert known or (module, named) == ("megamem.ops", ["embedding_bag"]), module
 
 
 def test_no_arrow_points_back():

@@ -29,7 +29,9 @@ from megamem.saved_settings import settings_in
 from megamem.tools.convert import torch_dist
 from megamem.tools.convert.common_state import read_common
 from megamem.tools.convert.export import REMARKS, export, reimport
-from megamem.tools.convert.lazy import LazyTensor
+from megamem.tools.convert.hf.folder import model_of, read_config, write_model
+from megamem.tools.convert.hf.names import imported, remarks_on
+from megamem.tools.convert.lazy import LazyTensor, of_tensor
 from megamem.tools.convert.reference import convert_reference
 from megamem.tools.convert.reference_file import read_reference
 from megamem.tools.convert.safetensors import read_folder, write_folder
@@ -99,6 +101,15 @@ def _add_flags(parser: argparse.ArgumentParser, what: str, words: Sequence[str])
         seed = "seed of the row placement; runs that load the result need the same (default: 0)"
         add("--memory-placement-seed", type=int, default=0, help=seed)
     if what == "export":
+        kinds = (
+            "hf: a folder that transformers loads without Megatron or megamem; megatron: weights "
+            "with Megatron's names (default: %(default)s)"
+        )
+        add("--format", choices=("megatron", "hf"), default="megatron", help=kinds)
+        model = "file or folder of the run's tokenizer, for --format hf (default: the run's own)"
+        add("--tokenizer-model", metavar="PATH", help=model)
+        no = "write no tokenizer with --format hf"
+        add("--no-tokenizer", action="store_true", help=no)
         size = "start a new file before one grows larger than this (default: %(default)s)"
         add("--shard-size", type=float, default=5, metavar="GB", help=size)
     if what == "upcycle":
@@ -162,16 +173,19 @@ def _export(args: argparse.Namespace, console: Console) -> None:
     if not 0 < args.shard_size < float("inf"):
         raise ConfigurationError(f"--shard-size {args.shard_size} must be greater than 0.")
     source = torch_dist.TorchDist(args.source)
-    tensors = _rounded(export(source.tensors), args)
-    settings = settings_in(read_common(source), source.folder)
+    tensors, common = export(source.tensors), read_common(source)
+    settings = settings_in(common, source.folder)
+    if args.format == "hf":
+        _export_hf(args, tensors, common.get("args"), settings, console)
+        return
+    tensors = _rounded(tensors, args)
     _check_space(args.to, tensors)
-    remarks = REMARKS | ({SAVED: json.dumps(settings)} if settings else {})
     with _progress(console) as progress:
         task = progress.add_task("writing", total=_bytes(tensors))
         files = write_folder(
             args.to,
             tensors,
-            remarks,
+            _remarks(settings),
             int(args.shard_size * GB),
             lambda count: progress.advance(task, count),
         )
@@ -180,10 +194,56 @@ def _export(args: argparse.Namespace, console: Console) -> None:
         console.print(f"  {file}", soft_wrap=True)
 
 
+def _remarks(settings: dict[str, Any] | None) -> dict[str, str]:
+    return REMARKS | ({SAVED: json.dumps(settings)} if settings else {})
+
+
+def _export_hf(
+    args: argparse.Namespace,
+    tensors: dict[str, LazyTensor],
+    run: argparse.Namespace | None,
+    settings: dict[str, Any] | None,
+    console: Console,
+) -> None:
+    if run is None or settings is None:
+        raise ConfigurationError(
+            f"{args.source} holds no arguments of Megatron, from which config.json is made; load "
+            "it in a run of Megatron that saves, and export what that saved."
+        )
+    run = argparse.Namespace(**vars(run))
+    if args.tokenizer_model:
+        run.tokenizer_model = args.tokenizer_model
+    remarks = _remarks(settings) | remarks_on(tensors)
+    config, tensors = model_of(_rounded(tensors, args), run, settings)
+    _check_space(args.to, tensors)
+    with _progress(console) as progress:
+        task = progress.add_task("writing", total=_bytes(tensors))
+        lacks = write_model(
+            args.to,
+            config,
+            tensors,
+            run,
+            remarks=remarks,
+            shard_bytes=int(args.shard_size * GB),
+            tokenizer=not args.no_tokenizer,
+            advance=lambda count: progress.advance(task, count),
+        )
+    for sentence in lacks:
+        console.print(f"Warning: {sentence}", soft_wrap=True)
+    size = f"{len(tensors)} tensors, {_bytes(tensors) / GB:.3g} GB"
+    console.print(f"Wrote {size}, to {args.to}. Load it in Python with:", soft_wrap=True)
+    how = 'trust_remote_code=True, dtype="auto"'
+    console.print(f'  AutoModelForCausalLM.from_pretrained("{args.to}", {how})', soft_wrap=True)
+
+
 def _import(args: argparse.Namespace, console: Console) -> None:
     _check_empty(args.to)
+    config = read_config(args.source)
     source, remarks = read_folder(args.source)
     seed = _placement_seed(args)
+    if config is not None:
+        lazy = {name: of_tensor(tensor) for name, tensor in source.items()}
+        source = {name: tensor.whole() for name, tensor in imported(lazy, config, remarks).items()}
     tensors, objects = reimport(source, seed)
     settings = json.loads(remarks[SAVED]) | {"placement_seed": seed} if SAVED in remarks else None
     _write(args, tensors, objects, settings, console)

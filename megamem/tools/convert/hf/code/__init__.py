@@ -1,0 +1,1 @@
+"""The files that every exported folder contains; they import transformers and torch alone."""
