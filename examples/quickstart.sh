@@ -72,6 +72,9 @@ say "done. What you can do next:"
 cat <<EOF
     .venv/bin/tensorboard --logdir $(printf %q "$run/tensorboard")
         look at the losses and, under Custom Scalars, at how the memory is used
+    .venv/bin/megamem convert export $(printf %q "$run/checkpoints") --to $(printf %q "$run/hf") --format hf
+        write the model as a folder that transformers loads; then ask it the same questions with
+        .venv/bin/python examples/facts/probe_exported.py $(printf %q "$run/hf") --facts $(printf %q "$run/data/facts.json")
     $again
         continue training from the checkpoint in $run
     torchrun --nproc-per-node 8 -m megamem.run pretrain_gpt.py <your flags> --memory-layers 4 12 20

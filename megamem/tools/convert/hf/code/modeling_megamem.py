@@ -95,6 +95,8 @@ class MegamemMemory(nn.Module):
         super().__init__()
         self.variant, self.topk = config.memory_variant, config.memory_topk
         self.heads, self.num_keys = config.memory_heads, config.memory_num_keys
+        # of sorted halves, the pair of ranks (a, b), from 1, is behind a * b - 1 others
+        self.pairs = [(a, b) for a in range(self.topk) for b in range(self.topk // (a + 1))]
         hidden, width = config.hidden_size, config.memory_value_dim
         query, half = config.memory_key_dim, config.memory_key_dim // 2
         self.query = nn.Linear(hidden, self.heads * query)
@@ -136,9 +138,7 @@ class MegamemMemory(nn.Module):
             torch.einsum("thc,hnc->thn", query, keys.to(wide)).topk(self.topk, dim=-1)
             for query, keys in zip(queries, sub_keys_2HNC, strict=True)
         )
-        # with both sorted, the pair of ranks (a, b), from 1, is behind a * b - 1 others
-        ranks = torch.arange(1, self.topk + 1, device=x_TD.device)
-        a_P, b_P = (ranks[:, None] * ranks <= self.topk).nonzero().unbind(1)
+        a_P, b_P = torch.tensor(self.pairs, device=x_TD.device).unbind(1)
         sums_THP = left_THK[..., a_P] + right_THK[..., b_P]
         rows_THP = i_THK[..., a_P] * self.num_keys + j_THK[..., b_P]
         scores_THK, best_THK = sums_THP.topk(self.topk, dim=-1)
@@ -215,18 +215,21 @@ class MegamemExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(count, (1 + self.gated) * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(count, hidden, width))
 
-    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sum of the outputs of each token's experts."""
-        out = torch.zeros_like(x)
-        for number in experts.unique().tolist():
-            tokens, places = (experts == number).nonzero(as_tuple=True)
-            up = F.linear(x[tokens], self.gate_up_proj[number])
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of the outputs of each token's experts.
+
+        Serving engines put kernels of their own in the place of this module, by these names.
+        """
+        out = torch.zeros_like(hidden_states)
+        for number in top_k_index.unique().tolist():
+            tokens, places = (top_k_index == number).nonzero(as_tuple=True)
+            up = F.linear(hidden_states[tokens], self.gate_up_proj[number])
             if self.gated:
                 gate, up = up.chunk(2, dim=-1)
                 up = self.act_fn(gate) * up
             else:
                 up = self.act_fn(up)
-            found = F.linear(up, self.down_proj[number]) * weights[tokens, places, None]
+            found = F.linear(up, self.down_proj[number]) * top_k_weights[tokens, places, None]
             out.index_add_(0, tokens, found.to(out.dtype))
         return out
 
