@@ -106,7 +106,7 @@ def _saved(*tables: str) -> dict[str, tuple[int, ...]]:
             _memory(),
             "holds values alone, but --memory-variant peer reads values and tables u",
         ),
-        (_saved("shared", "shared.u"), _memory(memory_pool="layer"), "but not layer_1, layer_1.u"),
+        (_saved("shared", "shared.u"), _memory(memory_pool="layer"), "reads layer_1, layer_1.u;"),
         (
             _saved("shared", "shared.u") | {table_key("shared.u"): (81, 16)},
             _memory(),

@@ -65,6 +65,8 @@ def _chain(order: list[str], norm: float, scaled: bool) -> ChainWithTables:
     tables = object.__new__(TableMember)
     tables.separate_clip, tables._squares_by_table, tables._numbers = "model", {}, None
     tables._norm, tables._scale, tables._found_inf = 0.0, 1.0, False
+    tables.lowers_loss_scale, tables.data_ranks = scaled, 1
+    tables._told_of_overflow = True
 
     def prepare_tables() -> bool:
         tables._numbers = HostCopy(torch.tensor([norm, norm, 0.5], dtype=torch.float64))
