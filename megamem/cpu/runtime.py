@@ -10,6 +10,7 @@ Megatron is imported, because Megatron copies many of these names when it is imp
 
 import functools
 import importlib
+import inspect
 import logging
 import os
 import sys
@@ -56,6 +57,7 @@ def install(force: bool = False) -> None:
         sys.modules[package] = None  # type: ignore[assignment]
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|transformer-engine|Apex)")
     cpu_torch.redirect_tensors()
+    cpu_torch.redirect_generators()
     cpu_torch.redirect_meshes()
     cpu_torch.stand_in_for_cuda()
     cpu_torch.accept_tensor_splits()
@@ -102,10 +104,34 @@ def _adapt_core() -> None:
     if hasattr(prediction, "is_inference_column_parallel_linear"):
         prediction.is_inference_column_parallel_linear = lambda module: False
 
+    _adapt_inference()
+
     # not worth a warning: the tracker of random states changes the only generator and restores it
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
+
+
+def _adapt_inference() -> None:
+    """Let Megatron's static inference engine generate on a CPU; the dynamic one needs kernels."""
+    communication: Any = importlib.import_module("megatron.core.inference.communication_utils")
+    # an assertion that the tensor is one of a GPU
+    require(communication, "_is_cuda")
+    communication._is_cuda = lambda tensor: None
+    static = importlib.import_module("megatron.core.inference.engines.static_engine")
+    replace(static.StaticInferenceEngine, "__init__", _static_alone)
+
+
+def _static_alone(original: Callable[..., None]) -> Callable[..., None]:
+    """__init__ of StaticInferenceEngine that does not make a dynamic engine, which it would use."""
+    signature = inspect.signature(original)
+
+    def __init__(*rest: Any, **more: Any) -> None:
+        given = signature.bind(*rest, **more)
+        given.arguments["legacy"] = True
+        original(*given.args, **given.kwargs)
+
+    return __init__
 
 
 def _norm_under_sequence_parallelism(new: Callable) -> Any:

@@ -53,6 +53,27 @@ def redirect_tensors() -> None:
     replace(torch.Tensor, "pin_memory", lambda _: lambda self, *args, **kwargs: self)
 
 
+class _AnyGenerator(type(torch._C.Generator)):  # type: ignore[misc]
+    """Lets generators that were made before pass for one of the class below."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, torch._C.Generator)
+
+
+class Generator(torch._C.Generator, metaclass=_AnyGenerator):
+    """A random generator for "cuda", or any device, that is one for the CPU."""
+
+    def __new__(cls, device: Any = CPU) -> "Generator":
+        """Make it on the CPU in place of a GPU."""
+        new: Any = super().__new__
+        return new(cls, device=on_host(device))
+
+
+def redirect_generators() -> None:
+    """From now on, make random generators for "cuda" on the CPU."""
+    torch.Generator = Generator  # type: ignore[misc]
+
+
 def redirect_meshes() -> None:
     """From now on, make device meshes of process groups for "cuda" on the CPU."""
     replace(DeviceMesh, "from_group", _with_host_mesh)

@@ -117,6 +117,22 @@ class MemoryLayer(nn.Module):
             y_TD = gather_tokens(y_TD, split, self.group)
         return y_TD.view_as(hidden_SBD)
 
+    def join(self) -> bool:
+        """Take part in one forward of the other ranks that share the tables, without tokens.
+
+        The ranks must exchange their numbers of tokens (`tokens_vary`).
+
+        Returns:
+            whether there was such a forward; if not, the other ranks have called join(), too.
+        """
+        assert self.tokens_vary
+        counts = self._token_counts(0, [])
+        if not any(counts):
+            return False
+        weight = self.query.linear.weight
+        self(weight.new_empty(0, 1, weight.shape[1]), counts)
+        return True
+
     def _token_counts(self, tokens: int, split: list[int]) -> list[int]:
         """Return the number of tokens of every rank that shares the tables."""
         group = self.pool.group

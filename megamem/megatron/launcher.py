@@ -245,11 +245,16 @@ def import_beside(script: str) -> None:
     """Put the script's folder first on sys.path, so that a checkout's Megatron is found first.
 
     It replaces the working directory, where `python -m` may have found megamem; the folder of
-    megamem is added at the end, so that megamem can still be imported.
+    megamem is added at the end, so that megamem can still be imported. For a script in a subfolder
+    of a checkout, such as tools/, the checkout comes second.
     """
     if sys.flags.safe_path:
         return
-    sys.path[0] = str(Path(script).resolve().parent)
+    folder = Path(script).resolve().parent
+    sys.path[0] = str(folder)
+    checkout = next((up for up in folder.parents if (up / "megatron" / "core").is_dir()), None)
+    if checkout is not None and str(checkout) not in sys.path:
+        sys.path.insert(1, str(checkout))
     own_folder = str(Path(__file__).resolve().parents[2])
     if own_folder not in sys.path:
         sys.path.append(own_folder)

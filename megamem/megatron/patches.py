@@ -45,6 +45,9 @@ Replaced once --memory-layers has been read, by install_memory():
     check_param_hashes_across_dp_...   a table is compared with its own replicas
                                        (for all three: a mark of parameters with groups of their
                                        own)
+    run_engine of StaticInference...   replicas that share a table generate together
+    __init__ of DynamicInference...    refused where replicas share a table
+                                       (for both: a callback before and after a step)
 
 Without --memory-layers, setup_model_and_optimizer refuses a checkpoint that holds memories, and
 nothing else is replaced once the flags are known.
@@ -58,6 +61,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
 from megatron.core.distributed import DistributedDataParallel
 from megatron.training import arguments, checkpointing, training, yaml_arguments
 from megatron.training.global_vars import get_args
@@ -67,6 +71,7 @@ from megamem.config import ConfigurationError, MemoryConfig, flag
 from megamem.errors import friendly_parser
 from megamem.megatron import compat
 from megamem.megatron.arguments import add_memory_flags, idle_flags, run_spec, yaml_error
+from megamem.megatron.generation import install_generation, name_longest
 from megamem.megatron.model.build import install_memories
 from megamem.megatron.model.carried_spec import carry_spec, spec_of_model
 from megamem.megatron.model.fully_sharded import is_fully_sharded, keep_tables_out_of_fsdp2
@@ -126,6 +131,7 @@ def install_memory() -> None:
     replace(training, "calc_params_l2_norm", norm_of_all)
     replace(training, "check_param_hashes_across_dp_replicas", compares_replicas)
     replace(DistributedDataParallel, "broadcast_params", without_tables)
+    install_generation()
 
 
 def _add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,6 +170,7 @@ def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
             replace(training, "setup_model_and_optimizer", _refuse_memories)
             return args
         install_memory()
+        name_longest(args)
         # the layers differ, so a checkpoint must not stack them along one axis
         args.hetereogenous_dist_checkpoint = True
         checks.check(spec, args)
@@ -189,8 +196,9 @@ def _take_settings(original: Callable[..., Any]) -> Callable[..., Any]:
         args: argparse.Namespace, load_arg: str = "load", *rest: Any, **more: Any
     ) -> Any:
         result = original(args, load_arg, *rest, **more)
-        if (folder := loaded_folder(args, (load_arg,))) is not None:
-            for setting in take_settings(args, saved_common(folder).get("args")):
+        folder = loaded_folder(args, (load_arg,))
+        if folder is not None and check_is_distributed_checkpoint(str(folder)):
+            for setting in take_settings(args, saved_common(folder), folder):
                 print_rank_0(f"Setting {setting} from checkpoint")
         return result
 
@@ -207,7 +215,8 @@ def _compare_with_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]
         models = given.arguments["ddp_model"]
         chunks = models if isinstance(models, list) else [models]
         spec = spec_of_model(chunks)
-        options = (given.arguments["load_arg"],)
+        # the second is for where the first has no checkpoint
+        options = (given.arguments["load_arg"], "pretrained_checkpoint")
         args = get_args()
         ConfigurationError.collect(broadcast_from_rank0(lambda: load_problems(spec, args, options)))
         if spec is None or not is_fully_sharded(chunks):

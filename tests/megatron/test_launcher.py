@@ -78,6 +78,17 @@ def test_script_runs_as_python_would_run_it(no_megatron, capsys, script):
     assert str(Path(launcher.__file__).parents[2]) in sys.path
 
 
+def test_a_script_in_a_folder_of_a_checkout_finds_its_megatron(
+    no_megatron, capsys, tmp_path: Path
+) -> None:
+    (tmp_path / "megatron/core").mkdir(parents=True)
+    script = tmp_path / "tools/serve.py"
+    script.parent.mkdir()
+    script.write_text("import sys; print(*sys.path[:2])")
+    assert launcher.main([str(script)]) == 0
+    assert capsys.readouterr().out == f"{script.parent} {tmp_path}\n"
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_exit_status_is_the_scripts(no_megatron, script, code):
     script.write_text(f"import sys; sys.exit({code})")
