@@ -11,8 +11,10 @@ from typing import Any
 
 from megamem.config import ConfigurationError
 
-FORMAT = 1
-"""Of config.json and the names of weights: configuration_megamem.py has the same number."""
+FORMAT, PLAIN_FORMAT = 2, 1
+"""Of config.json and the names of weights: configuration_megamem.py has the first number. The
+second one is that of a folder whose tables are neither quantised nor pruned, as code of that format
+reads it; it would take the numbers of quantised rows for values, so those say the first."""
 
 MODEL_TYPE = "megamem"
 CLASSES = {
@@ -122,7 +124,7 @@ def config_of(args: argparse.Namespace, settings: dict[str, Any], shapes: Shapes
         "architectures": ["MegamemForCausalLM"],
         "model_type": MODEL_TYPE,
         "auto_map": CLASSES,
-        "megamem_format": FORMAT,
+        "megamem_format": PLAIN_FORMAT,
         "dtype": shapes.dtype,
         "vocab_size": shapes.vocabulary,
         "hidden_size": args.hidden_size,
@@ -142,6 +144,7 @@ def config_of(args: argparse.Namespace, settings: dict[str, Any], shapes: Shapes
         "use_cache": True,
         **(_experts(args, shapes) if shapes.expert_layers else {}),
         **{f"memory_{name}": settings[name] for name in MEMORY},
+        "memory_table_device": "cuda",
     }
 
 

@@ -4,8 +4,12 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-FORMAT = 1
-"""Of config.json and the names of weights; this code reads folders of formats up to it."""
+FORMAT = 2
+"""Of config.json and the names of weights; this code reads folders of formats up to it. Format 2
+has quantised or pruned tables; a folder without them says 1, as earlier code reads it, too."""
+
+TABLE_DEVICES = ("cuda", "cpu", "disk")
+TABLE_DTYPES = (None, "int8", "fp8", "int4")
 
 
 class MegamemConfig(PretrainedConfig):
@@ -72,6 +76,9 @@ class MegamemConfig(PretrainedConfig):
         memory_pool: str = "shared",
         memory_qk_norm: bool = False,
         memory_keep_ffn: bool = False,
+        memory_table_device: str = "cuda",
+        memory_table_dtype: str | None = None,
+        memory_table_rows: dict[str, int] | None = None,
         megamem_format: int = FORMAT,
         **kwargs: Any,
     ) -> None:
@@ -120,17 +127,31 @@ class MegamemConfig(PretrainedConfig):
             memory_pool: shared for one table, layer for one in each memory layer.
             memory_qk_norm: whether queries and sub-keys of memories are normalized.
             memory_keep_ffn: whether memory layers have their feed-forward, too.
+            memory_table_device: where tables are: cuda for where the model is, a CPU included; cpu
+                for host memory, whatever device the model is moved to; disk for their files, from
+                which rows are read when they are looked up.
+            memory_table_dtype: None for numbers as in other weights, or int8, fp8 (e4m3) or int4
+                with a scale for each row.
+            memory_table_rows: rows of each table from which rows that were never read in training
+                are left out, by names as "shared.v".
             megamem_format: the format of the folder.
             kwargs: fields of every config of transformers.
 
         Raises:
-            ValueError: the folder was written by a newer release.
+            ValueError: the folder was written by a newer release, or a field of the tables has an
+                unknown value.
         """
         if megamem_format > FORMAT:
             raise ValueError(
                 f"config.json has megamem_format {megamem_format}, but this code reads formats up "
                 f"to {FORMAT}; use the code that is in the folder (trust_remote_code=True)."
             )
+        for name, value, known in (
+            ("memory_table_device", memory_table_device, TABLE_DEVICES),
+            ("memory_table_dtype", memory_table_dtype, TABLE_DTYPES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value}; use one of {', '.join(map(str, known))}.")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -171,6 +192,9 @@ class MegamemConfig(PretrainedConfig):
         self.memory_pool = memory_pool
         self.memory_qk_norm = memory_qk_norm
         self.memory_keep_ffn = memory_keep_ffn
+        self.memory_table_device = memory_table_device
+        self.memory_table_dtype = memory_table_dtype
+        self.memory_table_rows = memory_table_rows or {}
         self.megamem_format = megamem_format
         kwargs["tie_word_embeddings"] = tie_word_embeddings
         super().__init__(**kwargs)

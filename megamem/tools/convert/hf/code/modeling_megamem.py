@@ -10,9 +10,11 @@ Tensor names in the memory end in one letter per axis:
     V row width         R = N * N rows          L = H * K rows read for a token
 """
 
-import contextlib
 import dataclasses
+import json
 import math
+import mmap
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,13 +28,15 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import cached_file, can_return_tuple
 
 from .configuration_megamem import MegamemConfig
 
-megamem_embedding_bag: Callable[..., Tensor] | None = None
-with contextlib.suppress(ImportError):
+# transformers asks for every package that is imported, but for those between try and except
+try:  # noqa: SIM105
     from megamem.ops import embedding_bag as megamem_embedding_bag
+except ImportError:
+    megamem_embedding_bag = None  # type: ignore[assignment]
 
 # what transformers calls the keys and values of earlier tokens; releases before 5.2x say the latter
 CACHE = "cache"
@@ -40,6 +44,19 @@ if CACHE not in {field.name for field in dataclasses.fields(CausalLMOutputWithPa
     CACHE = "past_key_values"
 # numbers of rows that are held at a time where rows are not summed as they are read
 NUMBERS_AT_ONCE = 2**26
+# how quantised numbers are held; two of int4 are in a byte
+QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}
+# safetensors' names of the dtypes of tables
+STORED = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 def norm(config: MegamemConfig, width: int) -> nn.Module:
@@ -61,17 +78,137 @@ class MegamemRMSNorm(nn.Module):
         return F.rms_norm(x.to(wide), x.shape[-1:], self.weight.to(wide), self.eps).to(x.dtype)
 
 
-class MegamemTable(nn.Module):
-    """The rows of a table. Row i * N + j is the value of the pair of sub-keys (i, j)."""
+class MegamemTableFile:
+    """The tensors of a table in the files of a model, memory-mapped when they are first read."""
 
-    def __init__(self, rows: int, width: int) -> None:
+    def __init__(self, config: MegamemConfig, ending: str) -> None:
+        """Remember where to look.
+
+        Args:
+            config: of a model that is being loaded from a folder or from the hub.
+            ending: of the table's name, as "tables.shared.v".
+
+        Raises:
+            ValueError: the model is not loaded from anywhere.
+        """
+        self.source = config.name_or_path or ""
+        self.revision = getattr(config, "_commit_hash", None)
+        self.ending = ending
+        self.found: dict[str, Tensor] = {}
+        if not self.source:
+            raise ValueError(
+                'memory_table_device="disk" needs a model that is loaded with from_pretrained; use '
+                "cuda or cpu for a new one."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy maps the file itself."""
+        return self.__dict__ | {"found": {}}
+
+    def __getitem__(self, kind: str) -> Tensor:
+        """The tensor "weight", "scale" or "row_of", which is read-only."""
+        if kind not in self.found:
+            self.found[kind] = self._mapped(f"{self.ending}.{kind}")
+        return self.found[kind]
+
+    def _mapped(self, ending: str) -> Tensor:
+        for path in self._files(ending):
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            for name, entry in header.items():
+                if f".{name}".endswith(f".{ending}"):
+                    # the pages beside a row are of other rows, so they need not be read with it
+                    if hasattr(mmap, "MADV_RANDOM"):
+                        content.madvise(mmap.MADV_RANDOM)
+                    dtype, offset = STORED[entry["dtype"]], 8 + length + entry["data_offsets"][0]
+                    count = math.prod(entry["shape"])
+                    with warnings.catch_warnings(), torch.device("cpu"):
+                        # torch warns that the buffer must not be written to
+                        warnings.simplefilter("ignore", UserWarning)
+                        flat = torch.frombuffer(content, dtype=dtype, count=count, offset=offset)
+                    return flat.view(entry["shape"])
+        raise ValueError(f"no file of {self.source} has {ending}; copy or download it again.")
+
+    def _files(self, ending: str) -> list[str]:
+        index = self._path("model.safetensors.index.json")
+        if index is None:
+            names = {"model.safetensors"}
+        else:
+            with open(index) as file:
+                places = json.load(file)["weight_map"]
+            names = {place for name, place in places.items() if f".{name}".endswith(f".{ending}")}
+        return [path for name in names if (path := self._path(name)) is not None]
+
+    def _path(self, name: str) -> str | None:
+        found: str | None = cached_file(
+            self.source,
+            name,
+            revision=self.revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        return found
+
+
+class MegamemTable(nn.Module):
+    """The rows of a table. Row i * N + j is the value of the pair of sub-keys (i, j).
+
+    A table that is not where the model is, is quantised, or lacks rows, is read in one way: the
+    different rows of a batch are taken from it, copied at once, and made numbers where they are
+    used. The weights of a quantised table are not trained.
+    """
+
+    def __init__(self, config: MegamemConfig, name: str) -> None:
+        """Make an empty table, or find it on disk.
+
+        Args:
+            config: of the model.
+            name: of the table, as "shared.v".
+        """
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width))
+        self.place, self.kind = config.memory_table_device, config.memory_table_dtype
+        self.dtype = torch.get_default_dtype()
+        self.num_pairs, width = config.memory_num_keys**2, config.memory_value_dim
+        rows = config.memory_table_rows.get(name)
+        self.pruned = rows is not None
+        self.file: MegamemTableFile | None = None
+        if self.place == "disk":
+            self.file = MegamemTableFile(config, f"tables.{name}")
+            return
+        rows = self.num_pairs if rows is None else rows
+        if self.kind is None:
+            self.weight = nn.Parameter(torch.empty(rows, width))
+        else:
+            width = width // 2 if self.kind == "int4" else width
+            self.register_buffer("weight", torch.empty(rows, width, dtype=QUANTISED[self.kind]))
+            self.register_buffer("scale", torch.empty(rows, 1, dtype=torch.float32))
+        if self.pruned:
+            self.register_buffer("row_of", torch.empty(self.num_pairs, dtype=torch.int32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move what may be moved: not a table in host memory, and no number of a quantised one."""
+        wanted = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
+        self.dtype = wanted.dtype
+
+        def moved(x: Tensor) -> Tensor:
+            if self.whole or x.is_meta:
+                return fn(x)
+            rounded = self.kind is None and x.is_floating_point()
+            device = x.device if self.place == "cpu" else wanted.device
+            return x.to(device, self.dtype if rounded else x.dtype)
+
+        return super()._apply(moved, recurse)
 
     def forward(self, row_ids_TL: Tensor, weights_TL: Tensor) -> Tensor:
         """The weighted sum of the rows of each token, [T, V], where the weights are."""
-        rows_RV, home = self.weight, weights_TL.device
-        row_ids_TL, weights_TL = row_ids_TL.to(rows_RV.device), weights_TL.to(rows_RV.device)
+        home = weights_TL.device
+        rows_RV: Tensor
+        if self.whole:
+            rows_RV = self.weight
+            row_ids_TL, weights_TL = row_ids_TL.to(rows_RV.device), weights_TL.to(rows_RV.device)
+        else:
+            rows_RV, row_ids_TL = self._different_rows(row_ids_TL)
         if megamem_embedding_bag is not None and rows_RV.is_cuda:
             ends = torch.arange(len(row_ids_TL) + 1, device=rows_RV.device) * row_ids_TL.shape[1]
             out_TV = megamem_embedding_bag(
@@ -84,8 +221,59 @@ class MegamemTable(nn.Module):
 
     def rows(self, row_ids_TL: Tensor) -> Tensor:
         """The rows themselves, [T, L, V], where the ids are."""
+        if not self.whole:
+            rows_UV, places_TL = self._different_rows(row_ids_TL)
+            return F.embedding(places_TL, rows_UV)
         found = F.embedding(row_ids_TL.to(self.weight.device), self.weight)
         return found.to(row_ids_TL.device)
+
+    @property
+    def whole(self) -> bool:
+        """Whether rows can be summed where the table is."""
+        return self.place == "cuda" and self.kind is None and not self.pruned
+
+    def _different_rows(self, row_ids_TL: Tensor) -> tuple[Tensor, Tensor]:
+        """The different rows among some, [U, V], and which of them each is; where the ids are.
+
+        Rows that the table lacks are zeros.
+        """
+        home = row_ids_TL.device
+        rows_U, places_TL = row_ids_TL.unique(return_inverse=True)
+        lacks = None
+        if self.pruned:
+            row_of_R = self._tensor("row_of")
+            rows_U = row_of_R.index_select(0, rows_U.to(row_of_R.device))
+            lacks, rows_U = (rows_U < 0).to(home)[:, None], rows_U.clamp(min=0)
+        found_UV = self._taken("weight", rows_U, home)
+        if self.kind is None:
+            found_UV = found_UV.to(self.dtype)
+        else:
+            found_UV = unpacked(found_UV, self.kind) * self._taken("scale", rows_U, home)
+        return found_UV if lacks is None else found_UV.masked_fill(lacks, 0), places_TL
+
+    def _taken(self, kind: str, rows_U: Tensor, home: torch.device) -> Tensor:
+        stored = self._tensor(kind)
+        # torch selects rows of bytes on every device, and not those of fp8
+        eight = stored.dtype == torch.float8_e4m3fn
+        numbers = stored.view(torch.uint8) if eight else stored
+        found = numbers.index_select(0, rows_U.to(stored.device))
+        if home.type == "cuda" and not found.is_cuda:
+            found = found.pin_memory()
+        found = found.to(home, non_blocking=True)
+        return found.view(stored.dtype) if eight else found
+
+    def _tensor(self, kind: str) -> Tensor:
+        found: Tensor = getattr(self, kind) if self.file is None else self.file[kind]
+        return found
+
+
+def unpacked(stored_UV: Tensor, kind: str) -> Tensor:
+    """The whole numbers, or those of fp8, of quantised rows in fp32, [U, V]."""
+    if kind == "int4":
+        # columns 2 i and 2 i + 1 are the lower and the upper half of byte i, plus 8
+        halves = torch.stack((stored_UV & 15, stored_UV >> 4), dim=-1)
+        return halves.flatten(-2).float() - 8
+    return stored_UV.float()
 
 
 class MegamemMemory(nn.Module):
@@ -434,7 +622,8 @@ class MegamemPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, MegamemTable):
-            module.weight.normal_(std=self.config.memory_value_dim**-0.5)
+            if module.kind is None and module.file is None:
+                module.weight.normal_(std=self.config.memory_value_dim**-0.5)
         elif isinstance(module, MegamemMemory):
             bound = self.config.memory_key_dim**-0.5
             module.sub_keys.uniform_(-bound, bound)
@@ -447,6 +636,20 @@ class MegamemPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MegamemExperts):
             module.gate_up_proj.normal_(std=std)
             module.down_proj.normal_(std=std)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model, as for every model of transformers.
+
+        Raises:
+            ValueError: the tables are on disk, so the model does not have them.
+        """
+        if self.config.memory_table_device == "disk":
+            raise ValueError(
+                f"the tables are in {self.config.name_or_path} and not in the model "
+                '(memory_table_device="disk"); load it with memory_table_device="cpu" to save it, '
+                "or copy that folder."
+            )
+        super().save_pretrained(*args, **kwargs)
 
 
 class MegamemModel(MegamemPreTrainedModel):
@@ -462,15 +665,15 @@ class MegamemModel(MegamemPreTrainedModel):
         self.layers = nn.ModuleList(MegamemDecoderLayer(config, number) for number in numbers)
         self.norm = norm(config, config.hidden_size)
         names = dict.fromkeys(config.table_of(number) for number in config.memory_layers)
-        rows, width = config.memory_num_keys**2, config.memory_value_dim
         kinds = ("v", "u") if config.memory_variant == "peer" else ("v",)
-        self.tables = nn.ModuleDict(
-            {
-                name: nn.ModuleDict({kind: MegamemTable(rows, width) for kind in kinds})
-                for name in names
-            }
-        )
+        self.tables = nn.ModuleDict()
+        for name in names:
+            pool = {kind: MegamemTable(config, f"{name}.{kind}") for kind in kinds}
+            self.tables[name] = nn.ModuleDict(pool)
         self.gradient_checkpointing = False
+        if config.memory_table_device == "disk":
+            # they stay in the files
+            self._keys_to_ignore_on_load_unexpected = [r"(^|\.)tables\."]
         self.post_init()
 
     @can_return_tuple
