@@ -98,22 +98,35 @@ def _words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def take_settings(args: argparse.Namespace, saved: argparse.Namespace | None) -> list[str]:
+def take_settings(args: argparse.Namespace, common: Mapping[str, Any], folder: Path) -> list[str]:
     """Set the memory flags of a run to those of a checkpoint (--use-checkpoint-args).
 
-    Only the flags that decide what memory layers compute are taken.
+    Only the flags that decide what memory layers compute are taken, and none from a checkpoint
+    without memory layers.
 
     Args:
         args: the arguments of the run.
-        saved: the arguments in the checkpoint, if it has any.
+        common: what the checkpoint holds beside tensors.
+        folder: the checkpoint, for messages.
 
     Returns:
         "flag value" for each flag that changed.
+
+    Raises:
+        ConfigurationError: the settings have a newer format.
     """
     changed = []
-    for name in SETTINGS:
-        field = f"memory_{name}"
-        if hasattr(saved, field) and getattr(saved, field) != getattr(args, field, None):
-            setattr(args, field, getattr(saved, field))
-            changed.append(f"{flag(field)} {_words(getattr(saved, field))}")
+    for name, value in _as_flags(settings_in(common, folder) or {}).items():
+        if value != getattr(args, name, None):
+            setattr(args, name, value)
+            changed.append(f"{flag(name)} {_words(value)}")
     return changed
+
+
+def _as_flags(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a run with these settings."""
+    found = {f"memory_{name}": settings[name] for name in SETTINGS if name in settings}
+    # rows are as wide as the hidden states unless another width is asked for
+    if found.get("memory_value_dim") == settings.get("hidden_size"):
+        found["memory_value_dim"] = None
+    return found

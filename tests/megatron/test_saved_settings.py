@@ -5,12 +5,15 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megamem.checkpoint import FORMAT, SAVED, SETTINGS, settings_of
 from megamem.config import ConfigurationError, MemoryConfig
+from megamem.megatron import patches
+from megamem.megatron.startup.saved_model import loaded_folder
 from megamem.resolution import resolve
 from megamem.saved_settings import setting_problems, settings_in, take_settings
 from megamem.spec import Layout
@@ -25,6 +28,7 @@ pytestmark = pytest.mark.gloo
 
 
 FOLDER = Path("X")
+FOLDERS = ("saved", "saved/non_persistent", "other", "untracked")
 
 
 def _flags(config: MemoryConfig, **more: object) -> argparse.Namespace:
@@ -106,11 +110,84 @@ def test_what_may_differ_may() -> None:
 def test_settings_are_taken_from_a_checkpoint() -> None:
     saved = _flags(replace(CONFIG, memory_keep_ffn=True, memory_lr=0.5))
     args = _flags(MemoryConfig(memory_topk=32, memory_lr=0.1))
-    taken = take_settings(args, saved)
+    taken = take_settings(args, {"args": saved}, FOLDER)
     assert "--memory-layers 1 2" in taken and "--memory-keep-ffn True" in taken
     assert args.memory_layers == [1, 2] and args.memory_topk == 2 and args.memory_keep_ffn
     # a learning rate is not part of the model
     assert args.memory_lr == 0.1
+
+
+@pytest.mark.parametrize("width", [None, 24])
+@pytest.mark.parametrize("args", [None, _flags(MemoryConfig())], ids=["no flags", "dense flags"])
+def test_settings_are_taken_from_a_converted_checkpoint(width: int | None, args: Any) -> None:
+    """The dense model that memory layers were added to may have left its flags."""
+    spec = resolve(replace(CONFIG, memory_value_dim=width), 16)
+    common = {SAVED: settings_of(spec)} | ({"args": args} if args else {})
+    taken = _flags(MemoryConfig())
+    assert "--memory-layers 1 2" in take_settings(taken, common, FOLDER)
+    assert resolve(MemoryConfig.from_args(taken), 16) == spec
+    # other hidden sizes are refused as such
+    assert taken.memory_value_dim == width
+
+
+def test_a_dense_checkpoint_does_not_drop_memory_layers() -> None:
+    args = _flags(CONFIG)
+    assert take_settings(args, {"args": _flags(MemoryConfig())}, FOLDER) == []
+    assert args.memory_layers == [1, 2]
+
+
+def test_checkpoint_args_of_another_format_are_megatrons_alone(tmp_path: Path) -> None:
+    _folder(tmp_path, 1)
+    args = _flags(MemoryConfig(), load=str(tmp_path))
+    take = patches._take_settings(lambda args, load_arg: (args, "as Megatron returned it"))
+    assert take(args) == (args, "as Megatron returned it") and args.memory_layers == []
+
+
+def _folder(path: Path, iteration: int) -> Path:
+    """A folder of checkpoints, and in it an iteration without files."""
+    (path / f"iter_{iteration:07}").mkdir(parents=True)
+    (path / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ({"load": "saved"}, "saved/iter_0000004"),
+        ({"load": "saved", "ckpt_step": 2}, "saved/iter_0000002"),
+        # Megatron does not look for the file that names the latest
+        ({"load": "untracked", "ckpt_step": 2}, "untracked/iter_0000002"),
+        ({"load": "untracked"}, None),
+        ({"load": "untracked", "pretrained_checkpoint": "saved"}, "saved/iter_0000004"),
+        ({"load": "other", "pretrained_checkpoint": "saved"}, "other/iter_0000009"),
+        (
+            {"load": "saved", "non_persistent_ckpt_type": "global"},
+            "saved/non_persistent/iter_0000006",
+        ),
+        (
+            {
+                "load": "other",
+                "non_persistent_ckpt_type": "global",
+                "elsewhere": "saved/non_persistent",
+            },
+            "other/iter_0000009",
+        ),
+        (
+            {"load": "untracked", "non_persistent_ckpt_type": "global", "elsewhere": "saved"},
+            "saved/iter_0000004",
+        ),
+        ({"non_persistent_ckpt_type": "global", "elsewhere": "saved"}, "saved/iter_0000004"),
+    ],
+)
+def test_the_checkpoint_that_megatron_loads(tmp_path: Path, flags: dict, found: str | None) -> None:
+    for folder, iteration in (("saved", 4), ("saved/non_persistent", 6), ("other", 9)):
+        _folder(tmp_path / folder, iteration)
+    (tmp_path / "untracked/iter_0000002").mkdir(parents=True)
+    words = {
+        name: str(tmp_path / value) if value in FOLDERS else value for name, value in flags.items()
+    }
+    args = argparse.Namespace(**words, non_persistent_global_ckpt_dir=words.get("elsewhere"))
+    assert loaded_folder(args) == (tmp_path / found if found else None)
 
 
 @pytest.fixture(scope="module")
@@ -157,17 +234,23 @@ def test_checkpoint_args_bring_the_memory(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("option", "flags", "message"),
     [
-        ((*MEMORY, "--memory-topk", 2), "--memory-topk 2 differs from 4"),
-        ((), "holds memory layers, but --memory-layers is not given"),
-        (MEMORY, ""),
+        (
+            "--pretrained-checkpoint",
+            (*MEMORY, "--memory-topk", 2),
+            "--memory-topk 2 differs from 4",
+        ),
+        ("--load", (), "holds memory layers, but --memory-layers is not given"),
+        ("--load", MEMORY, ""),
     ],
     ids=["other memory", "no memory", "the same"],
 )
-def test_a_script_that_loads_by_megatrons_functions_is_refused_too(saved, flags, message) -> None:
+def test_a_script_that_loads_by_megatrons_functions_is_refused_too(
+    saved, option, flags, message
+) -> None:
     script = ROOT / "tests/helpers/loads_checkpoint.py"
-    log = run_training("loads", 1, *flags, "--load", saved, script=script, check=False)
+    log = run_training("loads", 1, *flags, option, saved, script=script, check=False)
     if message:
         assert log.returncode != 0 and message in log.stdout
     assert (f"loaded {saved}" in log.stdout) == (not message), log.tail()

@@ -60,15 +60,15 @@ def load_problems(
         args: Megatron's arguments.
         options: the arguments that may name the checkpoint, the first that does first.
     """
+    if spec is None:
+        return _memory_problems(args, options)
     try:
         folder = loaded_folder(args, options)
         # a run asks before it builds the model, and when it loads
-        if (folder, spec) in _fitting:
-            return []
-        if folder is None:
+        if folder is None or (folder, spec) in _fitting:
             return []
         if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-            return [] if spec is None else [_other_format(folder)]
+            return [_other_format(folder)]
         index = read_index(folder)
         if damaged := damaged_files(folder, index):
             return [
@@ -85,10 +85,9 @@ def load_problems(
             f"--load {args.load} cannot be read ({type(error).__name__}: {error}) and may be "
             "damaged; load an earlier iteration with --ckpt-step."
         ]
-    found = setting_problems(settings, spec, f"--load {folder}") if spec and settings else []
-    if found:
+    if settings and (found := setting_problems(settings, spec, f"--load {folder}")):
         return found
-    if spec is not None and saved_tables(saved):
+    if saved_tables(saved):
         unknown = [setting_flag(name) for name in SETTINGS if name not in (settings or {})]
         if unknown:
             logger.warning(
@@ -99,18 +98,34 @@ def load_problems(
             )
     if found := compare(saved, spec, str(folder)):
         return found
-    if spec is None:
-        return []
     found = placement_problems(seeds, spec, str(folder))
-    # a "release" of a converter has no optimizer, and that of --pretrained-checkpoint is not loaded
-    without_optimizer = folder.name == "release" or not folder.is_relative_to(
-        args.load or folder / "none"
-    )
-    resumes = not (args.finetune or args.no_load_optim or without_optimizer)
-    found += state_problems(saved, spec, args, str(folder)) if resumes else []
+    if not _loads_weights_alone(args, folder):
+        found += state_problems(saved, spec, args, str(folder))
     if not found:
         _fitting.add((folder, spec))
     return found
+
+
+def _memory_problems(args: argparse.Namespace, options: tuple[str, ...]) -> list[str]:
+    """A sentence if the checkpoint that a model without memory layers will load has some."""
+    try:
+        folder = loaded_folder(args, options)
+        if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+            return []
+        return compare(saved_shapes(read_index(folder)), None, str(folder))
+    except Exception as error:
+        # Megatron reads dense checkpoints in ways of its own, and says which it cannot read
+        logger.debug("whether --load has memory layers cannot be seen: %r", error)
+        return []
+
+
+def _loads_weights_alone(args: argparse.Namespace, folder: Path) -> bool:
+    """Whether Megatron leaves the optimizer in a checkpoint alone."""
+    if args.finetune or args.no_load_optim:
+        return True
+    # a "release" of a converter has none, and Megatron finetunes from --pretrained-checkpoint
+    instead = getattr(args, "pretrained_checkpoint", None) and not _has_checkpoint(args.load)
+    return folder.name == "release" or bool(instead)
 
 
 def _other_format(folder: Path) -> str:
@@ -395,23 +410,49 @@ def _listed(further: list[str]) -> str:
 def loaded_folder(
     args: argparse.Namespace, options: tuple[str, ...] = ("load", "pretrained_checkpoint")
 ) -> Path | None:
-    """The folder of the iteration that Megatron loads, from --load or --pretrained-checkpoint."""
-    step = getattr(args, "ckpt_step", None)
-    for option in options:
-        path = getattr(args, option, None)
-        if path and (folder := latest_folder(path, step)) is not None:
-            return folder
-    return None
+    """The folder of the iteration that Megatron loads, from --load or --pretrained-checkpoint.
+
+    It is one of --non-persistent-ckpt-type global where that is not older.
+    """
+    paths = [path for option in options if (path := getattr(args, option, None))]
+    # without any checkpoint Megatron looks in the last of them for one that is not persistent
+    path = next(filter(_has_checkpoint, paths), paths[-1] if paths else None)
+    saved = latest_folder(path, getattr(args, "ckpt_step", None)) if path else None
+    if getattr(args, "non_persistent_ckpt_type", None) != "global":
+        return saved
+    beside = f"{path}/{checkpointing._NON_PERSISTENT_CKPT_SUBDIR}" if path else None
+    kept = args.non_persistent_global_ckpt_dir or beside
+    newer = latest_folder(kept) if kept else None
+    older = newer is None or (saved is not None and _iteration(newer) < _iteration(saved))
+    return saved if older else newer
+
+
+def _has_checkpoint(path: str | None) -> bool:
+    return path is not None and _tracker(path).is_file()
+
+
+def _tracker(path: str) -> Path:
+    """The file that names the latest iteration in a folder of checkpoints."""
+    return Path(checkpointing.get_checkpoint_tracker_filename(path))
+
+
+def _iteration(folder: Path) -> int:
+    """The iteration of a folder; a release is one of iteration 0."""
+    number = folder.name.rpartition("_")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def latest_folder(path: str, step: int | None = None) -> Path | None:
     """The folder of an iteration, by default the latest, in a folder of checkpoints."""
-    tracker = Path(checkpointing.get_checkpoint_tracker_filename(path))
-    if not tracker.is_file():
-        return None
+    if not _has_checkpoint(path):
+        # an iteration that is named needs no file that names the latest
+        return _folder(path, step, False) if step else None
     # Megatron reads this file in a collective, but this function runs on one rank
-    latest = tracker.read_text().strip()
+    latest = _tracker(path).read_text().strip()
     release = latest == "release"
-    iteration = step or (0 if release else int(latest))
+    return _folder(path, step or (0 if release else int(latest)), release)
+
+
+def _folder(path: str, iteration: int, release: bool) -> Path:
     name = checkpointing.get_checkpoint_name(path, iteration, release, return_base_dir=True)
     return Path(name)
