@@ -10,7 +10,7 @@ from megamem.parallel.routing import choose_wire
 from megamem.parallel.traffic import Traffic, divisors, mode_problem, traffic
 from megamem.planner.hardware import HARDWARE, Hardware
 from megamem.planner.sizes import ModelShape, Placement, even_placement
-from megamem.planner.states import TableState, table_state
+from megamem.planner.states import FP32_BYTES, TableState, table_state
 from megamem.spec import Layout, MemorySpec, Optimizer, Wire
 
 
@@ -36,8 +36,10 @@ class Cluster:
     """Default: the tensor-parallel size."""
     placement: Placement | None = None
     """The layers of each virtual stage of each stage. Default: spread evenly, no virtual stages."""
-    gradient_bytes: int = 4
+    gradient_bytes: int = FP32_BYTES
     """Bytes per parameter of the gradients of the dense model."""
+    table_gradient_bytes: int = FP32_BYTES
+    """Bytes per parameter of the gradients of the table."""
     optimizer_bytes: float | None = None
     """Bytes per parameter on a GPU of the optimizer state of the dense model. Default: AdamW's."""
 
@@ -67,7 +69,7 @@ class Cluster:
                 f"--world-size {self.world_size} is not a multiple of {expert_ranks}, which "
                 f"--expert-model-parallel-size {self.expert_model_parallel_size} x "
                 f"--expert-tensor-parallel-size {self.expert_ranks_of_tensor} x "
-                f"--pipeline-model-parallel-size {pp} make; lower one of them."
+                f"--pipeline-model-parallel-size {pp} make; use a multiple, or lower one of them."
             )
         if not found and self.batch % (self.micro_batch_size * self.data_parallel):
             step = self.micro_batch_size * self.data_parallel
@@ -131,6 +133,7 @@ class Job:
             self.spec.optimizer,
             half_precision=self.cluster.half_precision,
             stochastic_rounding=self.spec.stochastic_rounding,
+            gradient_bytes=self.cluster.table_gradient_bytes,
         )
 
     @property

@@ -9,10 +9,11 @@ from typing import get_args
 
 import torch
 
-from megamem.optimizer.state import MASTER, slots, wide
+from megamem.optimizer.state import MASTER, slots
 from megamem.read_counter import COUNT_DTYPE
 from megamem.spec import Optimizer
 
+FP32_BYTES = 4
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
 
@@ -25,7 +26,7 @@ class TableState:
     master: int
     """Bytes per parameter of the fp32 copy that is updated; 0 where there is none."""
     gradient: int
-    """Bytes per parameter of the fp32 gradient, summed over microbatches."""
+    """Bytes per parameter of the gradient, summed over microbatches."""
     moments: int
     """Bytes per parameter of fp32 exp_avg and exp_avg_sq."""
     per_row: int
@@ -55,7 +56,11 @@ class TableState:
 
 
 def table_state(
-    optimizer: Optimizer, *, half_precision: bool = True, stochastic_rounding: bool = False
+    optimizer: Optimizer,
+    *,
+    half_precision: bool = True,
+    stochastic_rounding: bool = False,
+    gradient_bytes: int = FP32_BYTES,
 ) -> TableState:
     """Bytes that `--memory-optimizer` stores.
 
@@ -63,6 +68,7 @@ def table_state(
         optimizer: the value of the flag.
         half_precision: the model is bf16 or fp16.
         stochastic_rounding: half-precision weights are rounded stochastically and have no master.
+        gradient_bytes: bytes per parameter of the gradient.
     """
     weights = torch.bfloat16 if half_precision else torch.float32
     kept = slots(optimizer, weights, stochastic_rounding)
@@ -71,7 +77,7 @@ def table_state(
     return TableState(
         weights=weights.itemsize,
         master=master.dtype.itemsize if master else 0,
-        gradient=wide(weights).itemsize,
+        gradient=gradient_bytes,
         moments=sum(slot.dtype.itemsize for slot in kept.values() if not slot.per_row),
         per_row=COUNT_DTYPE.itemsize + sum(per_row),
         touched_only=optimizer == "lazy_adamw",

@@ -35,9 +35,7 @@ def read(words: Sequence[str]) -> RunCommand:
     Raises:
         ConfigurationError: a quotation mark is missing, or the value of a shell variable is.
     """
-    words = split(words[0]) if len(words) == 1 else list(words)
-    end = next((n for n, word in enumerate(words) if ENDS.fullmatch(word)), len(words))
-    words = words[:end]
+    words = split(words[0]) if len(words) == 1 else _without_what_follows(words)
     script = next((n for n, word in enumerate(words) if word.endswith(".py")), None)
     if script is None:
         first = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
@@ -70,11 +68,13 @@ def pasted(words: Sequence[str]) -> list[str]:
 def split(text: str) -> list[str]:
     """The words of a command as a shell would split it, without the variables set before it.
 
+    What follows the command, such as a pipe to a log, is left out as well.
+
     Raises:
         ConfigurationError: a quotation mark is missing, or the value of a shell variable is.
     """
     try:
-        words = shlex.split(CONTINUATION.sub(" ", text), comments=True)
+        words = _without_what_follows(shlex.split(CONTINUATION.sub(" ", text), comments=True))
     except ValueError as error:
         raise ConfigurationError(f"the pasted command line cannot be read: {error}.") from error
     values: dict[str, str] = {}
@@ -88,6 +88,11 @@ def split(text: str) -> list[str]:
             "what they stand for, which `set -x` in the script prints."
         )
     return words
+
+
+def _without_what_follows(words: Sequence[str]) -> list[str]:
+    end = next((n for n, word in enumerate(words) if ENDS.fullmatch(word)), len(words))
+    return list(words[:end])
 
 
 def _ranks(launcher: Sequence[str]) -> int | None:

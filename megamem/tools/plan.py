@@ -221,6 +221,7 @@ def job_from_args(args: argparse.Namespace) -> Job:
         use_torch_fsdp2=args.use_torch_fsdp2,
         placement=plan_model.placement_from_args(args, shape.num_layers),
         gradient_bytes=gradient_bytes,
+        table_gradient_bytes=plan_model.table_gradient_bytes(args, half),
         optimizer_bytes=optimizer_bytes,
     )
     if args.preset and args.global_batch_size is None:

@@ -30,7 +30,9 @@ def shape_from_args(args: argparse.Namespace) -> ModelShape:
     missing += ["vocab_size"] if args.vocab_size is None and args.padded_vocab_size is None else []
     if missing:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
-        raise ConfigurationError(f"missing flags: {flags}; add them, or use a --preset.")
+        read = args.tokenizer_model if "vocab_size" in missing else None
+        hint = f" (megamem plan does not read --tokenizer-model {read})" if read else ""
+        raise ConfigurationError(f"missing flags: {flags}{hint}; add them, or use a --preset.")
     if args.num_attention_heads < 1 or args.hidden_size % args.num_attention_heads:
         raise ConfigurationError(
             f"--hidden-size {args.hidden_size} is not a multiple of --num-attention-heads "
@@ -181,13 +183,8 @@ def _virtual_stages(args: argparse.Namespace, num_layers: int) -> int:
 def state_bytes(args: argparse.Namespace, half: bool) -> tuple[int, float]:
     """Bytes per parameter of gradients, and of the optimizer state on the GPU, dense model."""
     precise = args.use_precision_aware_optimizer
-    in_half = half and (
-        args.grad_reduce_in_bf16
-        # its gradients have the dtype of the weights
-        or args.use_torch_fsdp2
-        or (args.fp16 and not args.accumulate_allreduce_grads_in_fp32)
-        or (precise and args.main_grads_dtype != "fp32")
-    )
+    # gradients of FSDP2 have the dtype of the weights
+    in_half = half and (args.use_torch_fsdp2 or _reduces_in_half(args))
     numbers = MOMENTS.get(args.optimizer, 2)
     if precise:
         moments = [_dtype_bytes(args.exp_avg_dtype), _dtype_bytes(args.exp_avg_sq_dtype)]
@@ -202,6 +199,21 @@ def state_bytes(args: argparse.Namespace, half: bool) -> tuple[int, float]:
     if args.optimizer_cpu_offload:
         state *= 1 - args.optimizer_offload_fraction
     return HALF_BYTES if in_half else FP32_BYTES, state
+
+
+def table_gradient_bytes(args: argparse.Namespace, half: bool) -> int:
+    """Bytes per parameter of the gradients of the table, which FSDP2 leaves alone."""
+    in_half = half and not args.use_torch_fsdp2 and _reduces_in_half(args)
+    return HALF_BYTES if in_half else FP32_BYTES
+
+
+def _reduces_in_half(args: argparse.Namespace) -> bool:
+    """Whether a model in half precision has gradients in half precision, too."""
+    return bool(
+        args.grad_reduce_in_bf16
+        or (args.fp16 and not args.accumulate_allreduce_grads_in_fp32)
+        or (args.use_precision_aware_optimizer and args.main_grads_dtype != "fp32")
+    )
 
 
 def _dtype_bytes(name: str) -> int:

@@ -14,7 +14,11 @@ FLAGS = ["--num-layers", "4", "--save", "/a b"]
         ("python pretrain_gpt.py --num-layers 4 --save '/a b' > log 2>&1", None),
         ("A=1 B='x y' torchrun --nproc-per-node=8 x/train.py --num-layers 4 --save '/a b'", 8),
         ("N=4 torchrun --nnodes $N --nproc_per_node 8 train.py --num-layers $N --save '/a b'", 32),
-        ("torchrun --nproc-per-node gpu train.py --num-layers 4 --save '/a b' | tee log", None),
+        # what a value stands for matters only before the end of the command
+        (
+            "torchrun --nproc-per-node gpu train.py --num-layers 4 --save '/a b' | tee log.$JOB",
+            None,
+        ),
         (
             "torchrun --nproc-per-node 2 -m m.run train.py --num-layers 4 --save '/a b' && ls",
             2,

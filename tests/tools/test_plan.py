@@ -251,34 +251,39 @@ def test_active_parameters_are_shown(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "gradient", "state"),
+    ("flags", "gradient", "state", "of_table"),
     [
-        ("", 4, 8),
-        ("--bf16", 4, 12),
-        ("--fp16", 2, 16),
-        ("--fp16 --accumulate-allreduce-grads-in-fp32", 4, 12),
-        ("--bf16 --grad-reduce-in-bf16", 2, 16),
-        ("--bf16 --use-torch-fsdp2", 2, 16),
-        ("--bf16 --optimizer sgd", 4, 8),
-        ("--bf16 --optimizer-cpu-offload", 4, 0),
-        ("--bf16 --optimizer-cpu-offload --optimizer-offload-fraction 0.25", 4, 9),
+        ("", 4, 8, 4),
+        ("--bf16", 4, 12, 4),
+        ("--fp16", 2, 16, 2),
+        ("--fp16 --accumulate-allreduce-grads-in-fp32", 4, 12, 4),
+        ("--bf16 --grad-reduce-in-bf16", 2, 16, 2),
+        ("--bf16 --use-torch-fsdp2", 2, 16, 4),
+        ("--bf16 --optimizer sgd", 4, 8, 4),
+        ("--bf16 --optimizer-cpu-offload", 4, 0, 4),
+        ("--bf16 --optimizer-cpu-offload --optimizer-offload-fraction 0.25", 4, 9, 4),
         # Transformer Engine stores half of an fp32 weight beside its bf16 copy
-        ("--bf16 --use-precision-aware-optimizer", 4, 10),
+        ("--bf16 --use-precision-aware-optimizer", 4, 10, 4),
         (
             "--bf16 --use-precision-aware-optimizer --main-grads-dtype bf16 --exp-avg-dtype bf16 "
             "--exp-avg-sq-dtype fp8",
             2,
             5,
+            2,
         ),
     ],
 )
-def test_bytes_of_the_dense_models_state(flags: str, gradient: int, state: float) -> None:
+def test_bytes_of_the_models_gradients_and_state(
+    flags: str, gradient: int, state: float, of_table: int
+) -> None:
+    """Also those of the gradients of the table, which FSDP2 leaves alone."""
     plain = [*BIG, "--use-distributed-optimizer", *flags.split()]
     args = parse("plan", plain)
     # the preset is in bf16
     args.bf16 = "--bf16" in flags
-    cluster = job_from_args(args).cluster
-    assert (cluster.gradient_bytes, cluster.optimizer_bytes) == (gradient, state)
+    job = job_from_args(args)
+    assert (job.cluster.gradient_bytes, job.cluster.optimizer_bytes) == (gradient, state)
+    assert job.state.gradient == of_table
 
 
 SIZES = "--hidden-size 64 --num-attention-heads 4 --seq-length 32 --vocab-size 128 --bf16 "
@@ -338,6 +343,10 @@ def test_stages_of_a_pattern() -> None:
         (("--preset", "1.3b", "--memory-num-key", "8"), "did you mean --memory-num-keys?"),
         (("--preset", "2b"), "invalid choice: '2b'"),
         (("--num-layers", "2"), "--hidden-size, --num-attention-heads, --seq-length, --vocab-size"),
+        (
+            ("--num-layers", "2", "--tokenizer-model", "x.model"),
+            r"--vocab-size \(megamem plan does not read --tokenizer-model x.model\); add them",
+        ),
         (
             ("--preset", "134m", "--use-megatron-fsdp"),
             "--use-megatron-fsdp: megamem plan does not support Megatron's FSDP; remove the flag",

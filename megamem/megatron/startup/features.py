@@ -465,7 +465,7 @@ FEATURES = (
     ),
     Feature(
         part=PRECISION,
-        name="gradients reduced in bf16; those of tables stay in fp32",
+        name="gradients reduced in bf16, those of tables as well",
         option="--grad-reduce-in-bf16",
         uses=_given("grad_reduce_in_bf16"),
         state="yes",
