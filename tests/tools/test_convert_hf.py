@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megamem.__main__ import main
 from megamem.config import ConfigurationError
+from megamem.reference.placement import place_rows
 from megamem.tools.convert import torch_dist
 from megamem.tools.convert.hf import folder as hf_folder
 from megamem.tools.convert.hf.code import configuration_megamem
@@ -28,7 +29,7 @@ from megamem.tools.convert.hf.code.configuration_megamem import MegamemConfig
 from megamem.tools.convert.hf.code.modeling_megamem import MegamemForCausalLM, MegamemModel
 from megamem.tools.convert.hf.settings import FORMAT, OBSTACLES, PLAIN_FORMAT, obstacles
 from megamem.tools.convert.hf.tokenizer import write_tokenizer
-from megamem.tools.convert.safetensors import INDEX
+from megamem.tools.convert.safetensors import INDEX, read_folder
 from tests.helpers.megatron_runs import command_line, launch_warm
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "logits.py"
@@ -109,8 +110,9 @@ def _export(saved: Saved, where: Path, *words: str) -> Path:
     return folder
 
 
-def _loaded(folder: Path) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+def _loaded(folder: Path, **fields: Any) -> PreTrainedModel:
+    how = {"trust_remote_code": True, "dtype": "auto"}
+    model = AutoModelForCausalLM.from_pretrained(folder, **how, **fields)
     return model.eval()
 
 
@@ -440,3 +442,44 @@ def test_the_code_and_the_converter_agree_on_the_format() -> None:
     assert FORMAT == configuration_megamem.FORMAT
     with pytest.raises(ValueError, match="megamem_format 99"):
         MegamemConfig(megamem_format=99)
+
+
+@pytest.mark.gloo
+def test_smaller_tables_of_a_checkpoint(
+    llama: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = _loaded(_export(llama, tmp_path / "plain"))
+    pruned = _export(llama, tmp_path / "pruned", "--drop-unread")
+    said = capsys.readouterr().out
+    checkpoint = torch_dist.TorchDist(llama.checkpoint).tensors
+    counts = checkpoint["optimizer.memory_values.shared.hits"].whole()
+    seed = int(checkpoint["memory_values.shared.placement"].whole())
+    read = (counts > 0)[place_rows(torch.arange(256), 16, seed)]
+    rows = int(read.sum())
+    assert 0 < rows < 256 and f"{rows} of 256 rows were read and are kept" in said
+    found = read_folder(pruned)[0]
+    assert found["model.tables.shared.v.weight"].shape == (rows, 64)
+    assert (found["model.tables.shared.v.row_of"] >= 0).equal(read)
+    before, now = sum(x.nbytes for x in plain.parameters()), sum(x.nbytes for x in found.values())
+    assert f"{before:,} bytes before, {now:,} bytes now" in said
+    with torch.no_grad():
+        plain.model.tables["shared"]["v"].weight[~read] = 0
+        wanted = plain(llama.tokens).logits
+        for model in (_loaded(pruned), _loaded(pruned, memory_table_device="disk")):
+            assert (model(llama.tokens).logits - wanted).abs().max() < 1e-6
+        small = _export(llama, tmp_path / "small", "--drop-unread", "--table-dtype", "int8")
+        assert 0 < (_loaded(small)(llama.tokens).logits - wanted).abs().max() < 1e-2
+    assert "| tables in | int8, with a scale" in (small / "README.md").read_text()
+    for folder in (pruned, small):
+        assert main(["convert", "import", str(folder), "--to", str(tmp_path / "back")]) == 2
+        said = capsys.readouterr().err
+        assert "without --table-dtype and --drop-unread" in said and said.count("\n") == 1
+    words = ["convert", "export", str(llama.checkpoint), "--to", str(tmp_path / "megatron")]
+    assert main([*words, "--drop-unread"]) == 2
+    assert "--drop-unread needs --format hf" in capsys.readouterr().err
+    back = tmp_path / "converted"
+    assert main(["convert", "import", str(tmp_path / "plain/exported"), "--to", str(back)]) == 0
+    words = ["convert", "export", str(back), "--to", str(tmp_path / "out"), "--format", "hf"]
+    capsys.readouterr()
+    assert main([*words, "--drop-unread"]) == 2
+    assert "holds no read counts" in capsys.readouterr().err

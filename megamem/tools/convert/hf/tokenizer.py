@@ -22,6 +22,12 @@ FILES = (
 SPACE = "\u2581"
 """What stands for a space in the pieces of SentencePiece."""
 
+MANY = 1000
+"""More spaces than a text begins with."""
+
+NEVER = -1e9
+"""The score of a piece that is not chosen where there is any other."""
+
 # numbers in SentencePiece's own files
 UNIGRAM, BPE = 1, 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
@@ -134,7 +140,9 @@ def _tokenizer(model: Any) -> Any:
             byte_fallback=fallback,
         )
     elif spec.model_type == UNIGRAM:
-        scored = [(piece.piece, piece.score) for piece in pieces]
+        # SentencePiece takes the name of a control piece, as <s>, in a text for any other text
+        names = (CONTROL, UNKNOWN)
+        scored = [(p.piece, NEVER if p.type in names else p.score) for p in pieces]
         kind = models.Unigram(scored, unknown, fallback)
     else:
         raise ConfigurationError(
@@ -171,11 +179,11 @@ def _spaces(tokenizer: Any, spec: Any) -> None:
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" +"), " ")]
     if spec.add_dummy_prefix:
         # an empty text stays empty
         steps.append(normalizers.Prepend(" "))
-        back.append(decoders.Strip(" ", 1, 0))
+        back.append(decoders.Strip(" ", MANY if spec.remove_extra_whitespaces else 1, 0))
     steps.append(normalizers.Replace(" ", SPACE))
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.decoder = decoders.Sequence(back)
