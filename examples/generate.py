@@ -184,7 +184,7 @@ def load_model(args: argparse.Namespace) -> Module:
     # the weights are the same; the engine knows it for experts alone
     args.sequence_parallel = args.tp_comm_overlap = False
     args.no_load_optim = args.no_load_rng = True
-    build = build_hybrid if args.hybrid_layer_pattern else build_gpt
+    build = build_hybrid if getattr(args, "hybrid_layer_pattern", None) else build_gpt
     model = get_model(partial(model_provider, build=build), wrap_with_ddp=False)
     load_checkpoint(model, None, None)
     (chunk,) = model

@@ -65,11 +65,6 @@ def memory_plus(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return _saved(tmp_path_factory.mktemp("memory_plus"))
 
 
-@pytest.fixture(scope="module")
-def peer(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    return _saved(tmp_path_factory.mktemp("peer"), *PEER)
-
-
 def _generate(ranks: int, *words: object, check: bool = True) -> TrainingLog:
     return launch_warm("generate", ranks, *command_line(*words, script=GENERATE), check=check)
 
@@ -98,7 +93,12 @@ def _check(saved: Saved, ranks: int, folder: Path, *flags: object) -> TrainingLo
         pytest.param(2, ("--pipeline-model-parallel-size", 2), id="pp"),
         pytest.param(2, (), id="replicas of the model"),
         pytest.param(2, WIDE, id="rows over replicas"),
-        pytest.param(2, (*WIDE, "--memory-mode", "column"), id="columns over replicas"),
+        pytest.param(
+            2,
+            (*WIDE, "--memory-mode", "column"),
+            id="columns over replicas",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_it_writes_what_complete_forwards_write(
@@ -110,15 +110,8 @@ def test_it_writes_what_complete_forwards_write(
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize(
-    ("ranks", "flags"),
-    [
-        pytest.param(1, (), id="one rank"),
-        pytest.param(2, WIDE, id="rows over replicas"),
-    ],
-)
-def test_experts_of_one_unit(peer: Saved, tmp_path: Path, ranks: int, flags: tuple) -> None:
-    _check(peer, ranks, tmp_path, *flags)
+def test_experts_of_one_unit_over_replicas(tmp_path: Path) -> None:
+    _check(_saved(tmp_path, *PEER), 2, tmp_path, *WIDE)
 
 
 @pytest.mark.gloo
@@ -142,8 +135,12 @@ def test_a_replica_without_prompts_and_a_file_of_prompts(
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_samples_are_those_of_one_process(memory_plus: Saved, tmp_path: Path) -> None:
-    """Tensor-parallel ranks draw the same tokens, which are not the likeliest ones."""
+    """Tensor-parallel ranks draw the same tokens, which are not the likeliest ones.
+
+    pytest -m slow tests/examples/test_generate.py
+    """
     drawn = []
     for number, (ranks, flags) in enumerate([(1, ()), (2, TP2)]):
         output = tmp_path / f"{number}.jsonl"
