@@ -44,6 +44,8 @@ setup(
         "te": ["transformer-engine[pytorch]"],
         # megamem convert export --format hf, and what loads the result
         "export": ["transformers>=5", "sentencepiece"],
+        # megamem.eval_harness, and lm-eval on what is exported; tests/lm_eval.sh pins a release
+        "eval": ["lm-eval>=0.4.13,<0.5", "accelerate", "transformers>=5", "sentencepiece"],
         # what the examples and the tests run with; releases are pinned so that a red test is ours
         "dev": [
             "torch==2.15.0",

@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "run": {"megatron"},
     "pretrain_gpt": {"megatron"},
     "pretrain_hybrid": {"megatron"},
+    "eval_harness": {"megatron"},
     "__main__": {"config", "errors"},
 }
 MEGATRON = {
