@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 class Exported:
     """A model in a folder, with its tokenizer."""
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, dtype: str = "auto") -> None:
         how = {"trust_remote_code": True}
         self.tokenizer = AutoTokenizer.from_pretrained(folder, **how)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **how)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how)
         self.model, self.device = model.to(device).eval(), device
 
     def read(self, fact: Mapping[str, Any], phrasing: str) -> Question:

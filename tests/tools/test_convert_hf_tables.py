@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from megamem.config import ConfigurationError
+from megamem.tools.convert.hf import tables
 from megamem.tools.convert.hf.code import modeling_megamem
 from megamem.tools.convert.hf.code.configuration_megamem import MegamemConfig
 from megamem.tools.convert.hf.code.modeling_megamem import MegamemForCausalLM
 from megamem.tools.convert.hf.folder import CODE_FILES
+from megamem.tools.convert.lazy import LazyTensor, Region, of_tensor
+from megamem.tools.convert.safetensors import read_folder, write_file, write_folder
 
 CODE = Path(modeling_megamem.__file__).parent
 TOKENS = torch.arange(60).view(3, 20) * 7 % 32
@@ -121,3 +126,121 @@ def test_what_a_table_on_disk_cannot_do_is_said(tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(ValueError, match=r"has tables\.shared\.v\.weight; copy or download"):
         model(TOKENS)
+
+
+# a table in fp32, quantised one row after the other, as the format says it
+def _plainly(row: torch.Tensor, kind: str) -> torch.Tensor:
+    largest = {"int8": 127, "fp8": 448, "int4": 7}[kind]
+    scale = row.abs().max() / largest
+    if not scale:
+        return row
+    if kind == "fp8":
+        return (row / scale).to(torch.float8_e4m3fn).float() * scale
+    return (row / scale).round() * scale
+
+
+def _rows(count: int, width: int) -> torch.Tensor:
+    rows = torch.randn(count, width, generator=torch.Generator().manual_seed(1))
+    rows[3], rows[7] = 0, rows[7] * 1e-9
+    return rows
+
+
+def _written(folder: Path, tensors: dict[str, LazyTensor]) -> dict[str, torch.Tensor]:
+    write_file(folder / "x.safetensors", tensors, {}, lambda _: None)
+    return load_file(folder / "x.safetensors")
+
+
+SLICES = (
+    [Region((0, 0), (30, 16)), Region((30, 0), (34, 16))],
+    [Region((0, 0), (64, 8)), Region((0, 8), (64, 8))],
+)
+
+
+def _table(values: torch.Tensor, regions: list[Region], order: torch.Tensor | None) -> LazyTensor:
+    """A table in a checkpoint, whose rows are placed in some order."""
+    target = None if order is None else order.__getitem__
+    shape = (values.shape[0], values.shape[1])
+    return LazyTensor(shape, values.dtype, (*regions,), lambda r: values[r.slices], target)
+
+
+@pytest.mark.parametrize("regions", SLICES, ids=["rows", "columns"])
+@pytest.mark.parametrize("kind", tables.KINDS)
+def test_rows_are_quantised(
+    kind: str, regions: list[Region], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "REGION_BYTES", 700)
+    values, order = _rows(64, 16), torch.randperm(64)
+    found = _written(tmp_path, tables.quantised(_table(values, regions, order), kind))
+    numbers = modeling_megamem.unpacked(found["weight"], kind) * found["scale"]
+    wanted = torch.stack([_plainly(row, kind) for row in values])
+    assert numbers[order].allclose(wanted, rtol=1e-6, atol=0)
+    bits = {"int8": 8, "fp8": 8, "int4": 4}[kind]
+    assert found["weight"].nbytes == 64 * 16 * bits // 8 and found["scale"].nbytes == 64 * 4
+    values[5, 2] = float("nan")
+    with pytest.raises(ConfigurationError, match=f"NaN or infinity, which --table-dtype {kind}"):
+        _written(tmp_path, tables.quantised(_table(values, regions, order), kind))
+
+
+@pytest.mark.parametrize("regions", SLICES, ids=["rows", "columns"])
+def test_rows_that_were_never_read_are_left_out(
+    regions: list[Region], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "REGION_BYTES", 700)
+    values, order = _rows(64, 16), torch.randperm(64)
+    counts = torch.randint(3, (64,))
+    # a region without any row
+    counts[:30] = 0
+    table = _table(values, regions, order)
+    kept = tables.without_unread("shared", table, counts)
+    found = _written(tmp_path, kept.tensors)
+    assert found["weight"].shape == (kept.rows, 16) and kept.rows == (counts > 0).sum()
+    for row, pair in enumerate(order.tolist()):
+        place = int(found["row_of"][pair])
+        assert (place >= 0) == (counts[row] > 0)
+        assert place < 0 or found["weight"][place].equal(values[row])
+    with pytest.raises(ConfigurationError, match="no row of the table shared has been read"):
+        tables.without_unread("shared", table, torch.zeros(64, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("variant", ["memory+", "peer"])
+@pytest.mark.parametrize("kind", [None, *tables.KINDS])
+def test_a_model_reads_quantised_rows_and_lacks_some(
+    variant: str, kind: str | None, tmp_path: Path
+) -> None:
+    """The same model, with what its table holds as numbers, says the same."""
+    folder = _folder(tmp_path / "plain", memory_variant=variant)
+    weights = read_folder(folder)[0]
+    config = json.loads((folder / "config.json").read_text())
+    smaller, plain, rows = {}, {}, {}
+    for name, weight in weights.items():
+        smaller[name] = of_tensor(weight)
+        plain[name] = smaller[name]
+        if ".tables." not in name:
+            continue
+        prefix = name.removesuffix("weight")
+        counts = torch.arange(len(weight)) % 3
+        kept = tables.without_unread(name, smaller.pop(name), counts)
+        quantised = tables.quantised(kept.tensors["weight"], kind) if kind else {}
+        smaller |= {prefix + key: x for key, x in (kept.tensors | quantised).items()}
+        rows[prefix.removeprefix("model.tables.")[:-1]] = kept.rows
+        numbers = [_plainly(row, kind) if kind else row for row in weight]
+        plain[name] = of_tensor(torch.stack(numbers) * (counts > 0)[:, None])
+    for what, tensors in (("plain", plain), ("smaller", smaller)):
+        if what == "smaller":
+            shutil.copytree(folder, tmp_path / what)
+            config |= {"memory_table_rows": rows, "memory_table_dtype": kind}
+            (tmp_path / what / "config.json").write_text(json.dumps(config))
+        for file in (tmp_path / what).glob("*.safetensors*"):
+            file.unlink()
+        write_folder(tmp_path / what, tensors, {"format": "pt"}, 10**9, lambda _: None)
+    wanted = _logits(_loaded(folder))
+    for place in ("cuda", "disk"):
+        model = _loaded(tmp_path / "smaller", memory_table_device=place)
+        assert (_logits(model) - wanted).abs().max() < 1e-5
+    # the numbers and their scales are not rounded with the model, and are saved
+    model = _loaded(tmp_path / "smaller", memory_table_device="cpu").bfloat16().float()
+    model.save_pretrained(tmp_path / "again")
+    again, was = (read_folder(tmp_path / what)[0] for what in ("again", "smaller"))
+    for name in was:
+        if ".tables." in name and (kind or "row_of" in name):
+            assert again[name].view(torch.uint8).equal(was[name].view(torch.uint8)), name

@@ -23,14 +23,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megamem.checkpoint import SAVED
+from megamem.checkpoint import SAVED, state_key
 from megamem.config import ConfigurationError, MemoryConfig
+from megamem.optimizer.state import BATCHES, HITS
 from megamem.saved_settings import settings_in
 from megamem.tools.convert import torch_dist
 from megamem.tools.convert.common_state import read_common
 from megamem.tools.convert.export import REMARKS, export, reimport
 from megamem.tools.convert.hf.folder import model_of, read_config, write_model
 from megamem.tools.convert.hf.names import imported, remarks_on
+from megamem.tools.convert.hf.tables import KINDS
+from megamem.tools.convert.layout import tables
 from megamem.tools.convert.lazy import LazyTensor, of_tensor
 from megamem.tools.convert.reference import convert_reference
 from megamem.tools.convert.reference_file import read_reference
@@ -110,6 +113,13 @@ def _add_flags(parser: argparse.ArgumentParser, what: str, words: Sequence[str])
         add("--tokenizer-model", metavar="PATH", help=model)
         no = "write no tokenizer with --format hf"
         add("--no-tokenizer", action="store_true", help=no)
+        bits = "quantise the rows of tables, with a scale for each row, for --format hf"
+        add("--table-dtype", choices=KINDS, help=bits)
+        unread = (
+            "leave out rows that no training batch has read, for --format hf; where the model asks "
+            "for one, it adds zero"
+        )
+        add("--drop-unread", action="store_true", help=unread)
         size = "start a new file before one grows larger than this (default: %(default)s)"
         add("--shard-size", type=float, default=5, metavar="GB", help=size)
     if what == "upcycle":
@@ -172,11 +182,15 @@ def _export(args: argparse.Namespace, console: Console) -> None:
     _check_empty(args.to)
     if not 0 < args.shard_size < float("inf"):
         raise ConfigurationError(f"--shard-size {args.shard_size} must be greater than 0.")
+    for flag, given in (("--table-dtype", args.table_dtype), ("--drop-unread", args.drop_unread)):
+        if given and args.format != "hf":
+            raise ConfigurationError(f"{flag} needs --format hf, whose model can read such tables.")
     source = torch_dist.TorchDist(args.source)
     tensors, common = export(source.tensors), read_common(source)
     settings = settings_in(common, source.folder)
     if args.format == "hf":
-        _export_hf(args, tensors, common.get("args"), settings, console)
+        counts = _read_counts(source, console) if args.drop_unread else None
+        _export_hf(args, tensors, common.get("args"), settings, counts, console)
         return
     tensors = _rounded(tensors, args)
     _check_space(args.to, tensors)
@@ -194,6 +208,21 @@ def _export(args: argparse.Namespace, console: Console) -> None:
         console.print(f"  {file}", soft_wrap=True)
 
 
+def _read_counts(source: torch_dist.TorchDist, console: Console) -> dict[str, LazyTensor]:
+    """The read counts of each table, in the order of its rows."""
+    tensors, found = source.tensors, {}
+    for name in tables(tensors):
+        if (key := state_key(name, HITS)) not in tensors:
+            raise ConfigurationError(
+                f"{source.folder} holds no read counts ({key}), which --drop-unread needs; export "
+                "a checkpoint that a run has saved, not a converted one."
+            )
+        found[name] = tensors[key]
+    batches = max(int(tensors[state_key(name, BATCHES)].whole()) for name in found)
+    console.print(f"The rows that {batches:,} training batches have read are kept.")
+    return found
+
+
 def _remarks(settings: dict[str, Any] | None) -> dict[str, str]:
     return REMARKS | ({SAVED: json.dumps(settings)} if settings else {})
 
@@ -203,6 +232,7 @@ def _export_hf(
     tensors: dict[str, LazyTensor],
     run: argparse.Namespace | None,
     settings: dict[str, Any] | None,
+    read_counts: dict[str, LazyTensor] | None,
     console: Console,
 ) -> None:
     if run is None or settings is None:
@@ -214,7 +244,10 @@ def _export_hf(
     if args.tokenizer_model:
         run.tokenizer_model = args.tokenizer_model
     remarks = _remarks(settings) | remarks_on(tensors)
-    config, tensors = model_of(_rounded(tensors, args), run, settings)
+    before = _rounded(tensors, args)
+    config, tensors = model_of(
+        before, run, settings, table_dtype=args.table_dtype, read_counts=read_counts
+    )
     _check_space(args.to, tensors)
     with _progress(console) as progress:
         task = progress.add_task("writing", total=_bytes(tensors))
@@ -230,6 +263,11 @@ def _export_hf(
         )
     for sentence in lacks:
         console.print(f"Warning: {sentence}", soft_wrap=True)
+    for name, rows in config.get("memory_table_rows", {}).items():
+        pairs = config["memory_num_keys"] ** 2
+        console.print(f"Table {name}: {rows:,} of {pairs:,} rows were read and are kept.")
+    if (smaller := _bytes(tensors)) != (all_of_it := _bytes(before)):
+        console.print(f"Weights: {all_of_it:,} bytes before, {smaller:,} bytes now.")
     size = f"{len(tensors)} tensors, {_bytes(tensors) / GB:.3g} GB"
     console.print(f"Wrote {size}, to {args.to}. Load it in Python with:", soft_wrap=True)
     how = 'trust_remote_code=True, dtype="auto"'

@@ -33,6 +33,7 @@ def card(config: dict[str, Any], args: argparse.Namespace, *, tokenizer: bool) -
         "memory layers": f"{of_layers} ({config['memory_variant']})",
         "tables": f"{tables} of {num_keys}^2 = {num_keys**2:,} rows of "
         f"{config['memory_value_dim']:,} numbers: {numbers:,} parameters",
+        **_smaller(config),
         "read for a token": f"{config['memory_heads']} heads x {config['memory_topk']} rows in "
         "each memory layer",
         "trained in": config["dtype"],
@@ -66,6 +67,16 @@ Flags of its training:
 | --- | --- |
 {_rows(run)}
 """
+
+
+def _smaller(config: dict[str, Any]) -> dict[str, str]:
+    found = {}
+    if rows := config.get("memory_table_rows"):
+        kept = ", ".join(f"{count:,} ({name})" for name, count in rows.items())
+        found["rows kept"] = f"{kept}; those that were never read in training add zero"
+    if kind := config.get("memory_table_dtype"):
+        found["tables in"] = f"{kind}, with a scale in fp32 for each row"
+    return found
 
 
 def _imports(tokenizer: bool) -> str:

@@ -3,7 +3,7 @@
 import argparse
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from megamem.config import ConfigurationError
 from megamem.tools.convert import layout
-from megamem.tools.convert.hf import names
+from megamem.tools.convert.hf import names, tables
 from megamem.tools.convert.hf.card import card
 from megamem.tools.convert.hf.settings import FORMAT, MODEL_TYPE, Shapes, config_of
 from megamem.tools.convert.hf.tokenizer import write_tokenizer
@@ -23,7 +23,12 @@ CODE_FILES = ("configuration_megamem.py", "modeling_megamem.py")
 
 
 def model_of(
-    source: Tensors, args: argparse.Namespace, settings: dict[str, Any]
+    source: Tensors,
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    *,
+    table_dtype: str | None = None,
+    read_counts: Mapping[str, LazyTensor] | None = None,
 ) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """The config and the weights of an exported model.
 
@@ -31,12 +36,29 @@ def model_of(
         source: the weights in a checkpoint, with row i * N + j of a table for the pair (i, j).
         args: Megatron's arguments of the run.
         settings: the memory settings in the checkpoint.
+        table_dtype: of quantised rows, one of tables.KINDS; None for the table's own.
+        read_counts: table -> its read counts; rows with 0 are left out. None to keep all rows.
 
     Raises:
         ConfigurationError: the exported model would compute something else than the run's.
     """
     config = config_of(args, settings, _shapes(source))
-    return config, names.exported(source, config)
+    found = names.exported(source, config)
+    if table_dtype is None and read_counts is None:
+        return config, found
+    config |= {"megamem_format": FORMAT, "memory_table_dtype": table_dtype}
+    rows = config["memory_table_rows"] = {}
+    for name in layout.tables(source):
+        weight = names.table_weight(name)
+        prefix, table = weight.removesuffix("weight"), found.pop(weight)
+        tensors = {"weight": table}
+        if read_counts is not None:
+            kept = tables.without_unread(name, table, read_counts[name].whole())
+            tensors, rows[prefix.removeprefix("model.tables.")[:-1]] = kept.tensors, kept.rows
+        if table_dtype is not None:
+            tensors |= tables.quantised(tensors["weight"], table_dtype)
+        found |= {prefix + kind: tensor for kind, tensor in tensors.items()}
+    return config, found
 
 
 def _shapes(source: Tensors) -> Shapes:
@@ -107,7 +129,8 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """The config of an exported folder; None if it has none, as with Megatron's names.
 
     Raises:
-        ConfigurationError: it is of another kind of model, of a newer format, or damaged.
+        ConfigurationError: it is of another kind of model, of a newer format, or damaged, or its
+            tables are not those of the checkpoint.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -125,6 +148,11 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         raise ConfigurationError(
             f"{folder} has format {version}, but this release of megamem reads formats up to "
             f"{FORMAT}; install a newer megamem."
+        )
+    if config.get("memory_table_dtype") or config.get("memory_table_rows"):
+        raise ConfigurationError(
+            f"{folder} has tables that are quantised or lack rows, from which the checkpoint does "
+            "not come back bit for bit; import an export without --table-dtype and --drop-unread."
         )
     return config
 

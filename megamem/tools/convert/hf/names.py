@@ -75,11 +75,12 @@ def exported(source: Tensors, config: dict[str, Any]) -> dict[str, LazyTensor]:
                 "export without --format hf."
             )
     for name, key in layout.tables(source).items():
-        found[_table(name)] = source[key]
+        found[table_weight(name)] = source[key]
     return found
 
 
-def _table(name: str) -> str:
+def table_weight(name: str) -> str:
+    """The exported name of the weight of a table."""
     pool, _, kind = name.partition(".")
     return f"model.tables.{pool}.{kind or 'v'}.weight"
 
@@ -201,7 +202,7 @@ def imported(
     pools = [SHARED] if shared else [layer_table(layer) for layer in config["memory_layers"]]
     for pool in pools:
         for name in (pool, f"{pool}.{U}") if config["memory_variant"] == "peer" else (pool,):
-            found[table_key(name)] = take(_table(name))
+            found[table_key(name)] = take(table_weight(name))
     if left:
         raise ConfigurationError(
             f"the exported model has the weight {min(left)}, which a model of its config.json does "
