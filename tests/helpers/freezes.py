@@ -22,9 +22,9 @@ def _install_after_hooks() -> None:
     run = launcher.run_as_main
 
     def run_as_main(command: Any) -> None:
-        from megamem.megatron import patches
+        from megamem.megatron.model import build
 
-        register = patches.register_tables
+        register = build.register_tables
         part = os.environ["FREEZE"]
         assert part in PARTS
 
@@ -35,7 +35,7 @@ def _install_after_hooks() -> None:
                 if of_table or part == "rest":
                     parameter.requires_grad_(of_table == (part == "rest"))
 
-        patches.register_tables = register_and_freeze
+        build.register_tables = register_and_freeze
         run(command)
 
     launcher.run_as_main = run_as_main
