@@ -1,9 +1,12 @@
 """A mixture of experts that stays beside a memory: --memory-keep-ffn on a layer of experts."""
 
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from megamem.__main__ import parse
 from megamem.megatron import compat
@@ -32,15 +35,12 @@ HYBRID = (
     *("--memory-keep-ffn", *READS, *EXPERTS),
 )
 SCRIPTS = {GPT: ROOT / "examples/pretrain_gpt.py", HYBRID: ROOT / "examples/pretrain_hybrid.py"}
+hybrid = pytest.mark.skipif(
+    compat.HybridModel is None, reason="hybrid models came in Megatron-Core 0.18"
+)
 MODELS = [
     pytest.param(GPT, id="GPT"),
-    pytest.param(
-        HYBRID,
-        id="hybrid",
-        marks=pytest.mark.skipif(
-            compat.HybridModel is None, reason="hybrid models came in Megatron-Core 0.18"
-        ),
-    ),
+    pytest.param(HYBRID, id="hybrid", marks=[pytest.mark.slow, hybrid]),
 ]
 EP2 = ("--expert-model-parallel-size", 2)
 
@@ -56,11 +56,36 @@ def _balance(log: TrainingLog) -> list[float]:
     return [float(loss) for loss in re.findall(r"seq_load_balancing_loss: (\S+)", log.stdout)]
 
 
+def _planned(model: tuple, *flags: object) -> int:
+    """Parameters on a rank, as `megamem plan` counts them for the same command line."""
+    # --cpu and the script are the launcher's
+    words = [str(word) for word in command_line(*model, *flags)[2:]]
+    job = job_from_args(parse("plan", [*words, "--world-size", "2"]))
+    placement = even_placement(job.shape.num_layers, 1)
+    [held] = stage_parameters(job.shape, job.spec, 1, placement, expert_ranks=2)
+    return held.total + table_parameters(job.spec)
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple], tuple[TrainingLog, Path]]:
+    """A function of a model that returns its first step on one rank, and where it was saved."""
+
+    @cache
+    def start(model: tuple) -> tuple[TrainingLog, Path]:
+        folder = tmp_path_factory.mktemp("start")
+        saving = ("--save", folder, "--save-interval", 1, "--train-iters", 1)
+        return _run(model, 1, *saving), folder
+
+    return start
+
+
 @pytest.mark.gloo
 @pytest.mark.parametrize("model", MODELS)
-def test_expert_parallel_ranks_take_the_steps_of_one_process(model: tuple, tmp_path: Path) -> None:
-    start, end = tmp_path / "start", tmp_path / "end"
-    first = _run(model, 1, "--save", start, "--save-interval", 1, "--train-iters", 1)
+def test_expert_parallel_ranks_take_the_steps_of_one_process(
+    model: tuple, starts, tmp_path: Path
+) -> None:
+    """All of it: pytest -m "slow or not slow" tests/megatron/test_kept_experts.py."""
+    first, start = starts(model)
     saved = saved_tensors(start / "iter_0000001")
     weights = {key for key in saved if not key.startswith("optimizer.")}
     layer = f"decoder.layers.{3 if model is HYBRID else 2}.mlp."
@@ -76,6 +101,7 @@ def test_expert_parallel_ranks_take_the_steps_of_one_process(model: tuple, tmp_p
     one = _run(model, 1, *load)
     assert one.losses[-1] < first.losses[0] - 0.1
     assert len(_balance(one)) == 4 and all(loss > 0 for loss in _balance(one))
+    end = tmp_path / "end"
     two = _run(model, 2, *load, *EP2, "--save", end, "--save-interval", 4)
     assert two.iterations == [2, 3, 4, 5]
     assert two.losses == pytest.approx(one.losses, rel=2e-6)
@@ -89,24 +115,29 @@ def test_expert_parallel_ranks_take_the_steps_of_one_process(model: tuple, tmp_p
     assert resumed.losses == two.losses[-1:] and resumed.grad_norms == two.grad_norms[-1:]
 
 
-def _planned(model: tuple, *flags: object) -> int:
-    """Parameters on a rank, as `megamem plan` counts them for the same command line."""
-    # --cpu and the script are the launcher's
-    words = [str(word) for word in command_line(*model, *flags)[2:]]
-    job = job_from_args(parse("plan", [*words, "--world-size", "2"]))
-    placement = even_placement(job.shape.num_layers, 1)
-    [held] = stage_parameters(job.shape, job.spec, 1, placement, expert_ranks=2)
-    return held.total + table_parameters(job.spec)
+@pytest.mark.gloo
+@hybrid
+def test_a_hybrid_model_trains_with_expert_parallel_ranks() -> None:
+    log = _run(HYBRID, 2, *EP2)
+    assert log.iterations == [1, 2, 3, 4, 5] and log.losses[-1] < log.losses[0] - 0.1
+    assert len(_balance(log)) == 5 and all(loss > 0 for loss in _balance(log))
+    assert log.parameters == {(0, 0): _planned(HYBRID, *EP2)}
 
 
 @pytest.mark.gloo
-def test_a_checkpoint_goes_out_and_comes_back(tmp_path: Path, capsys) -> None:
-    saved, out, back = tmp_path / "saved", tmp_path / "out", tmp_path / "back"
-    _run(GPT, 2, *EP2, "--save", saved, "--save-interval", 1, "--train-iters", 1)
+def test_a_checkpoint_goes_out_and_comes_back(starts, tmp_path: Path, capsys) -> None:
+    out, back = tmp_path / "out", tmp_path / "back"
+    first, saved = starts(GPT)
     assert main(["export", str(saved), "--to", str(out)]) == 0
     assert main(["import", str(out), "--to", str(back)]) == 0
-    start = ("--finetune", "--train-iters", 1, "--load")
-    assert _run(GPT, 1, *start, back).losses == _run(GPT, 1, *start, saved).losses
+    before, after = saved_tensors(saved / "iter_0000001"), saved_tensors(back / "release")
+    weights = [key for key in before if not key.startswith(("optimizer.", "rng", "rerun"))]
+    assert len(weights) > 40
+    for key in weights:
+        torch.testing.assert_close(after[key], before[key], rtol=0, atol=0, msg=key)
+    # the data of the first step, which was a small one
+    log = _run(GPT, 1, "--finetune", "--train-iters", 1, "--load", back)
+    assert 0 < first.losses[0] - log.losses[0] < 1e-2
     # a dense model gets memories, but not one with experts
     words = ["upcycle", str(saved), "--to", str(tmp_path / "more"), "--memory-layers", "0"]
     capsys.readouterr()

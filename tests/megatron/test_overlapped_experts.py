@@ -21,9 +21,18 @@ def _run(*flags: object, **how: Any) -> TrainingLog:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("kept", [(), ("--memory-keep-ffn",)], ids=["replaced", "kept"])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        pytest.param((), id="replaced", marks=pytest.mark.slow),
+        pytest.param(("--memory-keep-ffn",), id="kept"),
+    ],
+)
 def test_interleaved_microbatches_take_the_steps_of_others(kept: tuple) -> None:
-    """Also with weight gradients in a step of their own, which begins after the backward."""
+    """Also with weight gradients in a step of their own, which begins after the backward.
+
+    All of it: pytest -m "slow or not slow" tests/megatron/test_overlapped_experts.py.
+    """
     usual = _run(*kept)
     assert usual.losses[-1] < usual.losses[0] - 0.1
     log = _run(*kept, script=ROOT / "tests/helpers/interleaved_in_fp32.py")

@@ -44,12 +44,13 @@ def alone() -> TrainingLog:
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(WIDE, id="rows over dp"),
+        pytest.param(WIDE, id="rows over dp", marks=pytest.mark.slow),
         pytest.param((*WIDE, *DO, RANDOM, EQUAL, 2), id="rows over dp, random initialization"),
         pytest.param((*TP2, "--memory-group-size", 1, EQUAL, 2), id="replicas inside tp"),
     ],
 )
 def test_norms_and_zeros_are_those_of_one_process(alone: TrainingLog, flags: tuple) -> None:
+    """All of it: pytest -m "slow or not slow" tests/megatron/test_wide_groups.py."""
     log = run_training("two ranks", 2, *MEMORY, *SHOWN, *flags)
     assert log.losses == pytest.approx(alone.losses, rel=2e-6)
     # Megatron prints three digits after the point
@@ -58,10 +59,9 @@ def test_norms_and_zeros_are_those_of_one_process(alone: TrainingLog, flags: tup
 
 
 @pytest.mark.gloo
-def test_a_pool_of_two_stages_is_counted_once() -> None:
-    """One process that loads none of their checkpoints has other weights, but as large ones."""
+def test_a_pool_of_two_stages_is_counted_once(alone: TrainingLog) -> None:
+    """One process, with as many memory layers, has other weights, but as large ones."""
     layers = ("--memory-layers", 0, 3)
-    alone = run_training("one process", 1, *MEMORY, *layers, *SHOWN)
     staged = run_training("two stages", 2, *MEMORY, *layers, *SHOWN, *PP2)
     assert _norms(staged) == pytest.approx(_norms(alone), rel=2e-3)
 
