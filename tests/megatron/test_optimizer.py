@@ -1,14 +1,24 @@
-"""Learning rate and weight decay of the tables under Megatron's scheduler."""
+"""Learning rate and weight decay of the tables under Megatron's scheduler; their gradients."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
+from megamem.checkpoint import TABLES
 from megamem.config import MemoryConfig
+from megamem.megatron.model.carried_spec import carry_spec
+from megamem.megatron.optimizer import with_memory
 from megamem.megatron.optimizer.with_memory import table_group
 from megamem.resolution import resolve
 from tests.helpers.megatron_runs import run_training
+from tests.helpers.pools import pool_of
 
 ARGS = OptimizerConfig(lr=1e-3, min_lr=1e-4)
 
@@ -87,3 +97,39 @@ def test_a_gradient_that_no_loss_scale_mends_is_named_each_time() -> None:
     )
     assert log.skipped == [0, 0, 1, 0, 0]
     assert log.stdout.count("rank 1: the gradient of value table shared is not finite") == 1
+
+
+class Chunk(nn.Module):
+    """What with_memory() needs of a model in bf16 in Megatron's DistributedDataParallel."""
+
+    def __init__(self, reduces_in_fp32: bool) -> None:
+        super().__init__()
+        spec = resolve(MemoryConfig(memory_layers=[0], memory_num_keys=4, memory_topk=2), 16)
+        self.add_module(TABLES, pool_of(spec, torch.bfloat16).tables)
+        self.config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1)
+        carry_spec(self.config, spec)
+        self.ddp_config = SimpleNamespace(grad_reduce_in_fp32=reduces_in_fp32)
+
+    def scale_gradients(self, factor: float) -> None:
+        """Of the model."""
+
+
+@pytest.mark.parametrize(
+    ("in_fp32", "dtype"),
+    [(True, torch.float32), (False, torch.bfloat16)],
+    ids=["by default", "--grad-reduce-in-bf16"],
+)
+def test_the_gradient_of_a_table_has_the_dtype_that_megatron_reduces_in(
+    in_fp32: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "get_data_parallel_world_size"
+    monkeypatch.setattr(parallel_state, name, lambda **options: 1)
+    # both are of ranks, which there are none of
+    for part in ("TableMember", "ChainWithTables"):
+        monkeypatch.setattr(with_memory, part, lambda tables, *rest, **more: tables)
+    chunk: Any = Chunk(in_fp32)
+    config = OptimizerConfig(lr=1e-3, params_dtype=torch.bfloat16)
+    model: Any = SimpleNamespace(get_loss_scale=None)
+    with_memory.with_memory(model, config, [chunk])
+    (table,) = with_memory.find_tables([chunk]).values()
+    assert table.gradient is not None and table.gradient.buffer.dtype == dtype
