@@ -1,8 +1,6 @@
 """The examples of the Python API: a Megatron script of one's own, and plain torch."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import pytest
 from megamem.checkpoint import state_key, table_key
 from megamem.megatron import compat
 from tests.helpers.checkpoints import saved_tensors
-from tests.helpers.warm_ranks import environment_of_runs
+from tests.helpers.commands import under_torchrun
 
 ROOT = Path(__file__).parents[2]
 OWN = str(ROOT / "examples" / "own_script.py")
@@ -29,24 +27,6 @@ needs_descriptions = pytest.mark.skipif(
 )
 
 
-def _run(ranks: int, *words: object, check: bool = True) -> str:
-    """What a script prints."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks]
-    command = [*torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *words]
-    done = subprocess.run(
-        [str(word) for word in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=ROOT,
-        env=environment_of_runs(),
-    )
-    assert not check or done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
-
-
 def _losses(said: str) -> dict[int, tuple[float, float]]:
     """Iteration -> loss and gradient norm."""
     found = re.findall(r"^iteration (\d+): loss (\S+), norm (\S+)$", said, re.MULTILINE)
@@ -58,15 +38,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     """Eight steps of two tensor-parallel ranks, and their checkpoint after four."""
     folder = tmp_path_factory.mktemp("own")
     four = ("--train-iters", 4, "--lr-decay-iters", 8, "--save", folder)
-    first = _losses(_run(2, OWN, *MODEL, *MEMORY, *TP2, *four))
+    first = _losses(under_torchrun(2, OWN, *MODEL, *MEMORY, *TP2, *four))
     rest = ("--lr-decay-iters", 8, "--override-opt-param-scheduler", "--load", folder)
-    return first | _losses(_run(2, OWN, *MODEL, *MEMORY, *TP2, *rest)), folder
+    return first | _losses(under_torchrun(2, OWN, *MODEL, *MEMORY, *TP2, *rest)), folder
 
 
 @needs_descriptions
 @pytest.mark.gloo
 def test_ranks_train_as_one_process_and_resume(saved: tuple[dict, Path]) -> None:
-    alone = _losses(_run(1, OWN, *MODEL, *MEMORY))
+    alone = _losses(under_torchrun(1, OWN, *MODEL, *MEMORY))
     assert list(alone) == list(saved[0]) == list(range(1, 9))
     for number, truth in alone.items():
         # a resumed run draws its data from the start again
@@ -84,14 +64,14 @@ def test_ranks_train_as_one_process_and_resume(saved: tuple[dict, Path]) -> None
 def test_the_launcher_builds_the_same_model() -> None:
     """Digit for digit: patched functions find the memories there, and a plain script gets them."""
     launcher = (1, "-m", "megamem.run", "--cpu", OWN, *MODEL, *MEMORY)
-    assert _losses(_run(*launcher)) == _losses(_run(1, OWN, *MODEL, *MEMORY))
+    assert _losses(under_torchrun(*launcher)) == _losses(under_torchrun(1, OWN, *MODEL, *MEMORY))
 
 
 @needs_descriptions
 @pytest.mark.gloo
 def test_what_cannot_work_is_refused_in_words() -> None:
     flags = ("--memory-layers", 9, 11, "--memory-lr-schedule", "constant")
-    said = _run(1, OWN, *MODEL, *flags, check=False)
+    said = under_torchrun(1, OWN, *MODEL, *flags, check=False)
     assert "ConfigurationError: 2 settings cannot work" in said
     assert "--memory-layers 9 11 is out of range" in said
     assert "--memory-lr-schedule constant needs a learning rate" in said
@@ -100,14 +80,14 @@ def test_what_cannot_work_is_refused_in_words() -> None:
 @needs_descriptions
 @pytest.mark.gloo
 def test_without_the_flag_it_trains_a_plain_gpt() -> None:
-    losses = _losses(_run(1, OWN, *MODEL))
+    losses = _losses(under_torchrun(1, OWN, *MODEL))
     assert list(losses) == list(range(1, 9)) and losses[8][0] < losses[1][0] - 0.2
 
 
 @pytest.mark.gloo
 def test_plain_torch_trains_and_two_ranks_do_as_one() -> None:
     script = str(ROOT / "examples" / "plain_torch.py")
-    alone, both = (re.findall(r"step (\d+): loss (\S+)", _run(n, script)) for n in (1, 2))
+    alone, both = (re.findall(r"step (\d+): loss (\S+)", under_torchrun(n, script)) for n in (1, 2))
     assert [step for step, _ in alone] == ["0", "5", "10", "15", "20", "25", "30"]
     assert float(alone[-1][1]) < 0.01 < 5 < float(alone[0][1])
     for (_, one), (_, two) in zip(alone, both, strict=True):

@@ -7,7 +7,7 @@ not the real one: transformer_engine, in one module that nothing calls (see mega
 """
 
 import re
-import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from megamem import MemoryConfig, resolve
 from megamem.checkpoint import SAVED, settings_of, state_key, table_key
 from megamem.planner.sizes import memory_flops_per_token
 from tests.helpers.checkpoints import saved_tensors
-from tests.helpers.warm_ranks import environment_of_runs
+from tests.helpers.commands import under_torchrun
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv" / "bridge" / "bin" / "python"
@@ -41,22 +41,7 @@ pytestmark = [
 ]
 
 
-def _run(ranks: int, *words: object, check: bool = True) -> str:
-    """What a script prints."""
-    torchrun = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", ranks]
-    command = [*torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *words]
-    done = subprocess.run(
-        [str(word) for word in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=400,
-        check=False,
-        cwd=ROOT,
-        env=environment_of_runs(),
-    )
-    assert not check or done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
+_run = partial(under_torchrun, python=PYTHON, timeout=400)
 
 
 def _losses(said: str) -> dict[int, tuple[str, str]]:
