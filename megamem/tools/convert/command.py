@@ -4,6 +4,7 @@
     upcycle     add memory layers to a dense Megatron checkpoint
     export      convert a Megatron checkpoint with memory layers to safetensors
     import      convert exported safetensors back to Megatron
+    average     average the weights of several checkpoints of a run
 
 Megatron checkpoints have the format torch_dist, which --save writes and --load reads. They are
 written as a release: weights for a new run from iteration 0, without optimizer state. Tensors are
@@ -28,6 +29,7 @@ from megamem.config import ConfigurationError, MemoryConfig
 from megamem.optimizer.state import BATCHES, HITS
 from megamem.saved_settings import settings_in
 from megamem.tools.convert import torch_dist
+from megamem.tools.convert.average import average
 from megamem.tools.convert.common_state import read_common
 from megamem.tools.convert.export import REMARKS, export, reimport
 from megamem.tools.convert.hf.folder import model_of, read_config, write_model
@@ -57,6 +59,7 @@ def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     saved = "the checkpoint: the folder that was given as --save, or one of its iterations"
     consolidated = "the consolidated checkpoint: one or more .pth or .safetensors files"
     exported = "the folder with the safetensors files of an export"
+    iterations = "two or more checkpoints, as DIR/iter_0001000 DIR/iter_0002000"
     for what, convert, source, purpose in (
         (
             "reference",
@@ -72,11 +75,12 @@ def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
             "convert a Megatron checkpoint with memory layers to safetensors",
         ),
         ("import", _import, exported, "convert exported safetensors back to Megatron"),
+        ("average", _average, iterations, "average the weights of several checkpoints of a run"),
     ):
         description = f"{purpose[0].upper()}{purpose[1:]}."
         kind = kinds.add_parser(what, help=purpose, description=description)
         kind.set_defaults(convert=convert)
-        nargs = "+" if what == "reference" else None
+        nargs = "+" if what in ("reference", "average") else None
         kind.add_argument("source", type=Path, nargs=nargs, help=source)
         _add_flags(kind, what, words)
 
@@ -285,6 +289,16 @@ def _import(args: argparse.Namespace, console: Console) -> None:
     tensors, objects = reimport(source, seed)
     settings = json.loads(remarks[SAVED]) | {"placement_seed": seed} if SAVED in remarks else None
     _write(args, tensors, objects, settings, console)
+
+
+def _average(args: argparse.Namespace, console: Console) -> None:
+    _check_empty(args.to)
+    sources = [torch_dist.TorchDist(path) for path in args.source]
+    settings = [settings_in(read_common(source), source.folder) for source in sources]
+    names = [str(source.folder) for source in sources]
+    tensors = average([source.tensors for source in sources], settings, names)
+    states = [key for key in sources[0].objects if "_extra_state" in key]
+    _write(args, tensors, states, settings[0], console)
 
 
 def _write(
