@@ -106,7 +106,7 @@ def test_the_plain_torch_of_the_readme_trains(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_names_of_the_readme_exist() -> None:
     blocks = _python(README)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     imported = re.findall(r"^from megamem import (.+)$", "\n".join(blocks), re.MULTILINE)
     names = {name for line in imported for name in line.split(", ")}
     assert len(names) > 10 and names <= set(megamem.__all__)
