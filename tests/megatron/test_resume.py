@@ -53,9 +53,9 @@ def test_resume_with_the_distributed_optimizer_under_another_size(tmp_path: Path
     _ends_alike(_resume(tmp_path, 2, *flags), whole)
 
 
-def test_resume_in_another_mode_and_group_after_an_asynchronous_save(tmp_path: Path) -> None:
+def test_resume_in_another_mode_and_group(tmp_path: Path) -> None:
     whole = run_training("uninterrupted", 1, *MEMORY, *LONG)
-    _save(tmp_path, *WIDE, "--memory-mode", "column", "--async-save")
+    _save(tmp_path, *WIDE, "--memory-mode", "column")
     _ends_alike(_resume(tmp_path, 2, *TP2, *SP), whole)
 
 

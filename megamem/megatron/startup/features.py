@@ -666,11 +666,11 @@ FEATURES = (
     Feature(
         part=FILES,
         name="asynchronous saving",
-        option="--async-save",
+        option="--async-save with --use-persistent-ckpt-worker",
         uses=_given("async_save"),
-        state="yes",
-        test="megatron/test_resume.py"
-        "::test_resume_in_another_mode_and_group_after_an_asynchronous_save",
+        state="not run on a GPU",
+        why="Megatron saves synchronously without --use-persistent-ckpt-worker, whose process "
+        "needs a GPU",
     ),
     Feature(
         part=FILES,
