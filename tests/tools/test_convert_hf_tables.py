@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +246,16 @@ def test_a_model_reads_quantised_rows_and_lacks_some(
     for name in was:
         if ".tables." in name and (kind or "row_of" in name):
             assert again[name].view(torch.uint8).equal(was[name].view(torch.uint8)), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "status"), [("disk", 0), ("copied", 1)])
+def test_a_table_twenty_times_larger_than_memory(place: str, status: int, tmp_path: Path) -> None:
+    """It is exported and read on disk; a copy in memory does not fit. Takes a minute:
+
+    pytest -m slow tests/tools/test_convert_hf_tables.py
+    """
+    words = [sys.executable, "-m", "tests.tools.large_table", str(tmp_path), place]
+    ran = subprocess.run(words, capture_output=True, text=True)
+    assert ran.returncode == status, ran.stderr
+    assert status == 0 or "allocate" in ran.stderr
