@@ -8,6 +8,7 @@ Tensor names in the memory end in one letter per axis:
     T tokens            D hidden size           H heads of the memory   K rows read by a head
     Q = 2C query width  C sub-key width         N sub-keys per half     P pairs of ranks
     V row width         R = N * N rows          L = H * K rows read for a token
+    U different rows of a batch
 """
 
 import dataclasses
