@@ -44,8 +44,8 @@ def quantised(table: LazyTensor, kind: str) -> dict[str, LazyTensor]:
     }
 
 
-def _scales(rows_RV: Tensor, kind: str) -> Tensor:
-    scales = rows_RV.to(SCALE_DTYPE).abs().amax(dim=1, keepdim=True) / KINDS[kind][1]
+def _scales(rows: Tensor, kind: str) -> Tensor:
+    scales = rows.to(SCALE_DTYPE).abs().amax(dim=1, keepdim=True) / KINDS[kind][1]
     if not scales.isfinite().all():
         raise ConfigurationError(
             f"a row of a table holds NaN or infinity, which --table-dtype {kind} cannot hold; "
@@ -54,11 +54,11 @@ def _scales(rows_RV: Tensor, kind: str) -> Tensor:
     return scales
 
 
-def _numbers(rows_RV: Tensor, kind: str) -> Tensor:
+def _numbers(rows: Tensor, kind: str) -> Tensor:
     dtype, largest = KINDS[kind]
-    scales = _scales(rows_RV, kind)
+    scales = _scales(rows, kind)
     # rows of zeros have scale zero
-    found = rows_RV.to(SCALE_DTYPE) / scales.where(scales > 0, 1)
+    found = rows.to(SCALE_DTYPE) / scales.where(scales > 0, 1)
     if kind == "fp8":
         return found.clamp(-largest, largest).to(dtype)
     found = found.round().clamp(-largest, largest)
@@ -116,21 +116,21 @@ def without_unread(name: str, table: LazyTensor, counts: Tensor) -> Kept:
     Raises:
         ConfigurationError: no row was read.
     """
-    read_R = counts > 0
-    source_K = read_R.nonzero().flatten()
-    if not len(source_K):
+    was_read = counts > 0
+    source = was_read.nonzero().flatten()
+    if not len(source):
         raise ConfigurationError(
             f"no row of the table {name} has been read in training, so --drop-unread would leave "
             "none; export without it, or a checkpoint that was trained."
         )
-    pairs_K = source_K if table.target_rows is None else table.target_rows(source_K)
-    row_of_R = torch.full((len(counts),), -1, dtype=torch.int32)
-    row_of_R[pairs_K.sort().values] = torch.arange(len(pairs_K), dtype=torch.int32)
+    pairs = source if table.target_rows is None else table.target_rows(source)
+    row_of_pair = torch.full((len(counts),), -1, dtype=torch.int32)
+    row_of_pair[pairs.sort().values] = torch.arange(len(pairs), dtype=torch.int32)
     whole = {}
     start = 0
     for region in _row_regions(table):
         first, count = region.offsets[0], region.sizes[0]
-        left = int(read_R[first : first + count].sum())
+        left = int(was_read[first : first + count].sum())
         if left:
             whole[start] = region
             start += left
@@ -140,11 +140,11 @@ def without_unread(name: str, table: LazyTensor, counts: Tensor) -> Kept:
 
     def rows(region: Region) -> Tensor:
         of = whole[region.offsets[0]]
-        return table.read(of)[read_R[of.slices[0]]]
+        return table.read(of)[was_read[of.slices[0]]]
 
     def target(rows: Tensor) -> Tensor:
-        return row_of_R[pairs_K[rows]].long()
+        return row_of_pair[pairs[rows]].long()
 
     weight = LazyTensor((start, width), table.dtype, regions, rows, target)
-    row_of = computed((len(counts),), torch.int32, lambda: row_of_R)
+    row_of = computed((len(counts),), torch.int32, lambda: row_of_pair)
     return Kept({"weight": weight, "row_of": row_of}, start)
