@@ -217,8 +217,10 @@ def test_two_ranks_say_it_once():
     assert log.returncode != 0
     assert log.stdout.count("unrecognized arguments: --memory-layer 1 (did you mean") == 1
     assert "usage:" not in log.stdout
-    # torchrun writes its own traceback; one of ours would name the file of the launcher
-    assert "launcher.py" not in log.stdout
+    # torchrun writes its own traceback, and where it ended the other rank, in another form
+    assert 'megatron/launcher.py", line' not in log.stdout or (
+        "Stack (most recent call first)" in log.stdout
+    )
 
 
 def test_seams_of_older_releases_find_their_way():
