@@ -25,22 +25,20 @@ PACKAGES=(
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
+# shellcheck source-path=SCRIPTDIR source=on_top.sh
+source tests/on_top.sh
 bash examples/setup.sh
 venv=$root/.venv/bridge
 # the environment is made again when one of these changes, and when the checkout is moved
 wanted=$(printf '%s\n' "$root $BRIDGE $RESILIENCY ${PACKAGES[*]}" "$(cksum <setup.py)")
 
 install() {
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+    install_into "$venv" "$@"
 }
 
 if [ "$(cat "$venv/.ready" 2>/dev/null)" != "$wanted" ]; then
     printf '\n==> making %s with Megatron-Bridge %s; this downloads 300 MB once\n' "$venv" "$BRIDGE"
-    "$root/.venv/bin/python" -m venv --clear "$venv"
-    ours=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    theirs=$("$root/.venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    # packages of this environment come first, all others are those of .venv
-    echo "import site; site.addsitedir('$theirs')" >"$ours/usual.pth"
+    make_on_top "$venv"
     install "${PACKAGES[@]}"
     install --no-deps "megatron-bridge==$BRIDGE"
     # its wheel asks for the C library of Ubuntu 24.04, which only its profiler of GPUs needs

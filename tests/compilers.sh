@@ -12,6 +12,8 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
+# shellcheck source-path=SCRIPTDIR source=on_top.sh
+source tests/on_top.sh
 bash examples/setup.sh
 
 pairs=()
@@ -40,12 +42,9 @@ prepare() {
     # the interpreter of Triton 3.6 converts arrays of one element to numbers, which numpy 2.4
     # forbids
     [ -z "$torch" ] || packages+=("torch==$torch" "numpy<2.4")
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${packages[@]}"
-    local ours theirs
-    ours=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    theirs=$("$root/.venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    # packages of this environment come first, all others are those of .venv
-    echo "import site; site.addsitedir('$theirs')" >"$ours/usual.pth"
+    install_into "$venv" "${packages[@]}"
+    # only now, so that pip did not find these packages in .venv
+    put_on_top "$venv"
     echo "$1" >"$venv/.ready"
 }
 

@@ -20,6 +20,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # paths are relative to where the script was started
 here=$PWD
 cd "$root"
+# shellcheck source-path=SCRIPTDIR source=on_top.sh
+source tests/on_top.sh
 bash examples/setup.sh
 home=$root/.venv/releases
 
@@ -80,7 +82,7 @@ build() {
     scratch=$(mktemp -d)
     tar -C "$tree" -c --exclude=__pycache__ --exclude='*.so' \
         megatron pyproject.toml setup.py README.md MANIFEST.in LICENSE | tar -C "$scratch" -x
-    "$1/bin/python" -m pip install --quiet --disable-pip-version-check "$scratch"
+    install_into "$1" "$scratch"
     rm -rf "$scratch"
 }
 
@@ -88,17 +90,11 @@ build() {
 prepare() {
     local venv=$home/$name
     if [ "$(cat "$venv/.ready" 2>/dev/null)" != "$name" ]; then
-        "$root/.venv/bin/python" -m venv --clear "$venv"
-        local ours theirs
-        ours=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-        theirs=$("$root/.venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-        # packages of this environment come first, all others are those of .venv
-        echo "import site; site.addsitedir('$theirs')" >"$ours/usual.pth"
+        make_on_top "$venv"
         if [ -n "$tree" ]; then
             build "$venv"
         else
-            "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-                "megatron-core==$name"
+            install_into "$venv" "megatron-core==$name"
         fi
         echo "$name" >"$venv/.ready"
     fi
