@@ -12,10 +12,11 @@ copied region by region, so a table need not fit in memory. No code in a checkpo
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -198,15 +199,9 @@ def _export(args: argparse.Namespace, console: Console) -> None:
         return
     tensors = _rounded(tensors, args)
     _check_space(args.to, tensors)
-    with _progress(console) as progress:
-        task = progress.add_task("writing", total=_bytes(tensors))
-        files = write_folder(
-            args.to,
-            tensors,
-            _remarks(settings),
-            int(args.shard_size * GB),
-            lambda count: progress.advance(task, count),
-        )
+    with _writing(console, tensors) as advance:
+        size = int(args.shard_size * GB)
+        files = write_folder(args.to, tensors, _remarks(settings), size, advance)
     console.print(f"Wrote {len(tensors)} tensors, {_bytes(tensors) / GB:.3g} GB, to:")
     for file in files:
         console.print(f"  {file}", soft_wrap=True)
@@ -253,8 +248,7 @@ def _export_hf(
         before, run, settings, table_dtype=args.table_dtype, read_counts=read_counts
     )
     _check_space(args.to, tensors)
-    with _progress(console) as progress:
-        task = progress.add_task("writing", total=_bytes(tensors))
+    with _writing(console, tensors) as advance:
         lacks = write_model(
             args.to,
             config,
@@ -263,7 +257,7 @@ def _export_hf(
             remarks=remarks,
             shard_bytes=int(args.shard_size * GB),
             tokenizer=not args.no_tokenizer,
-            advance=lambda count: progress.advance(task, count),
+            advance=advance,
         )
     for sentence in lacks:
         console.print(f"Warning: {sentence}", soft_wrap=True)
@@ -281,11 +275,11 @@ def _export_hf(
 def _import(args: argparse.Namespace, console: Console) -> None:
     _check_empty(args.to)
     config = read_config(args.source)
-    source, remarks = read_folder(args.source)
+    mapped, remarks = read_folder(args.source)
+    source = {name: of_tensor(tensor) for name, tensor in mapped.items()}
     seed = _placement_seed(args)
     if config is not None:
-        lazy = {name: of_tensor(tensor) for name, tensor in source.items()}
-        source = {name: tensor.whole() for name, tensor in imported(lazy, config, remarks).items()}
+        source = imported(source, config, remarks)
     tensors, objects = reimport(source, seed)
     settings = json.loads(remarks[SAVED]) | {"placement_seed": seed} if SAVED in remarks else None
     _write(args, tensors, objects, settings, console)
@@ -310,9 +304,7 @@ def _write(
 ) -> None:
     tensors = _rounded(tensors, args)
     _check_space(args.to, tensors)
-    with _progress(console) as progress:
-        task = progress.add_task("writing", total=_bytes(tensors))
-        advance = partial(progress.advance, task)
+    with _writing(console, tensors) as advance:
         torch_dist.write(args.to, tensors, objects, advance, settings)
     console.print(
         f"Wrote {len(tensors)} tensors, {_bytes(tensors) / GB:.3g} GB, to {args.to}",
@@ -347,6 +339,13 @@ def _check_space(folder: Path, tensors: dict[str, LazyTensor]) -> None:
             f"--to {folder} needs {needed / GB:.3g} GB, but only {free / GB:.3g} GB are free "
             "there; name a folder on another disk."
         )
+
+
+@contextlib.contextmanager
+def _writing(console: Console, tensors: dict[str, LazyTensor]) -> Iterator[Callable[[int], None]]:
+    """Show how much is written; yields what is to be called with each number of bytes."""
+    with _progress(console) as progress:
+        yield partial(progress.advance, progress.add_task("writing", total=_bytes(tensors)))
 
 
 def _progress(console: Console) -> Progress:

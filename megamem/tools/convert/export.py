@@ -5,14 +5,11 @@ placement in the checkpoint is. Everything else keeps Megatron's names and shape
 """
 
 import math
-from collections.abc import Mapping
-
-from torch import Tensor
 
 from megamem.checkpoint import layer_table, placement_key, sub_keys_key
 from megamem.config import ConfigurationError
 from megamem.tools.convert import layout
-from megamem.tools.convert.lazy import LazyTensor, Tensors, of_tensor
+from megamem.tools.convert.lazy import LazyTensor, Tensors
 
 FORMAT = "megamem"
 REMARKS = {"format": "pt", "writer": FORMAT, "table_rows": "i * N + j"}
@@ -45,11 +42,11 @@ def export(source: Tensors) -> dict[str, LazyTensor]:
     return found
 
 
-def reimport(source: Mapping[str, Tensor], seed: int) -> tuple[dict[str, LazyTensor], list[str]]:
+def reimport(source: Tensors, seed: int) -> tuple[dict[str, LazyTensor], list[str]]:
     """Turn the tensors of an export into a Megatron checkpoint.
 
     Args:
-        source: name -> tensor, memory-mapped from files.
+        source: name -> tensor; those of tables are memory-mapped from files, or small.
         seed: `--memory-placement-seed` of the runs that will load the checkpoint.
 
     Returns:
@@ -58,7 +55,7 @@ def reimport(source: Mapping[str, Tensor], seed: int) -> tuple[dict[str, LazyTen
     Raises:
         ConfigurationError: the tensors are not those of an export.
     """
-    lazy = {name: of_tensor(tensor) for name, tensor in source.items()}
+    lazy = dict(source)
     tables = layout.tables(lazy)
     layers = {int(m["layer"]) for name in lazy if (m := layout.SINGLE.fullmatch(name))}
     if not tables or not layers or layout.EMBEDDING not in lazy:
@@ -74,7 +71,7 @@ def reimport(source: Mapping[str, Tensor], seed: int) -> tuple[dict[str, LazyTen
             "there must be one table for all layers, or one per layer."
         )
     for name, key in tables.items():
-        table = source[key]
+        table = source[key].whole()
         lazy[key] = layout.placed(table, _num_keys(key, table.shape[0]), seed)
         lazy |= layout.placement_of(name, seed)
     keep = any(f".{layout.KEPT_FFN}" in name for name in lazy)

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from megamem.tools.convert.hf.names import tables_of
+
 # what a reader may want to know of the run, with the flag that set it
 RUN = (
     ("train_iters", "--train-iters"),
@@ -24,8 +26,7 @@ def card(config: dict[str, Any], args: argparse.Namespace, *, tokenizer: bool) -
     """The text of README.md: how to load the model, what it is, and how it was trained."""
     num_keys, layers = config["memory_num_keys"], config["memory_layers"]
     of_layers = " ".join(map(str, layers))
-    tables = 1 if config["memory_pool"] == "shared" else len(layers)
-    tables *= 2 if config["memory_variant"] == "peer" else 1
+    tables = len(tables_of(config))
     numbers = tables * num_keys**2 * config["memory_value_dim"]
     facts = {
         "layers": config["num_hidden_layers"],

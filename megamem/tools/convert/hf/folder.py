@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megamem.config import ConfigurationError
 from megamem.tools.convert import layout
 from megamem.tools.convert.hf import names, tables
@@ -155,9 +153,3 @@ def read_config(folder: Path) -> dict[str, Any] | None:
             "not come back bit for bit; import an export without --table-dtype and --drop-unread."
         )
     return config
-
-
-def dtype_of(config: dict[str, Any]) -> torch.dtype:
-    """The dtype of the weights."""
-    found: torch.dtype = getattr(torch, config["dtype"])
-    return found

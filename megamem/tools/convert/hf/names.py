@@ -13,13 +13,13 @@ import torch
 
 from megamem.checkpoint import SHARED, layer_table, table_key
 from megamem.config import ConfigurationError
+from megamem.layers.variants import VARIANTS
 from megamem.tools.convert import layout
 from megamem.tools.convert.lazy import LazyTensor, Tensors, computed
 
 EMBED, HEAD, FINAL = "model.embed_tokens", "lm_head.weight", "model.norm"
 POSITIONS = ("embedding.position_embeddings.weight", "model.embed_positions.weight")
 EXPERTS = "experts.experts.linear_fc"
-U = "u"
 
 NORMS_BEFORE = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 """Megatron's names of the norm before experts, with layers of Transformer Engine and without."""
@@ -77,6 +77,13 @@ def exported(source: Tensors, config: dict[str, Any]) -> dict[str, LazyTensor]:
     for name, key in layout.tables(source).items():
         found[table_weight(name)] = source[key]
     return found
+
+
+def tables_of(config: dict[str, Any]) -> list[str]:
+    """The names of the tables of a model, pool by pool."""
+    variant, shared = VARIANTS[config["memory_variant"]], config["memory_pool"] == SHARED
+    pools = [SHARED] if shared else [layer_table(layer) for layer in config["memory_layers"]]
+    return [variant.table_name(pool, use) for pool in pools for use in variant.tables]
 
 
 def table_weight(name: str) -> str:
@@ -198,11 +205,8 @@ def imported(
                 before = remarks.get(NORM_REMARK, NORMS_BEFORE[0])
                 rest = rest.replace(NORMS_BEFORE[0], before)  # noqa: PLW2901
             found[layout.layer_key(layer, rest)] = tensor
-    shared = config["memory_pool"] == SHARED
-    pools = [SHARED] if shared else [layer_table(layer) for layer in config["memory_layers"]]
-    for pool in pools:
-        for name in (pool, f"{pool}.{U}") if config["memory_variant"] == "peer" else (pool,):
-            found[table_key(name)] = take(table_weight(name))
+    for name in tables_of(config):
+        found[table_key(name)] = take(table_weight(name))
     if left:
         raise ConfigurationError(
             f"the exported model has the weight {min(left)}, which a model of its config.json does "
