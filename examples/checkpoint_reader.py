@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megamem.config import ConfigurationError
-from megamem.megatron.startup.saved_model import loaded_folder, saved_common
+from megamem.megatron.startup.saved_model import loaded_checkpoint, saved_common
 
 # what a model computes beside the settings of its config class
 OF_THE_MODEL = (
@@ -149,12 +149,12 @@ class CheckpointReader:
         usual["no_use_tokenizer_model_from_checkpoint_args"] = True
         words = ["--load", load, *as_flags(usual | settings)]
         where = argparse.Namespace(load=load, ckpt_step=settings.get("ckpt_step"))
-        folder = loaded_folder(where)
-        if folder is None:
+        given = loaded_checkpoint(where)
+        if given is None:
             raise ConfigurationError(
                 f"load={load} has no checkpoint of ckpt_step={where.ckpt_step}"
             )
-        saved = saved_common(folder).get("args")
+        saved = saved_common(given.folder).get("args")
 
         def take(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             if saved is not None:

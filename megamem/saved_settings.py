@@ -10,7 +10,6 @@ reports.
 import argparse
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from megamem.checkpoint import FORMAT, SAVED, SETTINGS, settings_of
@@ -19,12 +18,12 @@ from megamem.resolution import resolve
 from megamem.spec import MemorySpec
 
 
-def settings_in(common: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+def settings_in(common: Mapping[str, Any], named: str) -> dict[str, Any] | None:
     """The settings in a checkpoint; None if it has none, as converted ones may.
 
     Args:
         common: what the checkpoint holds beside tensors.
-        folder: the checkpoint, for messages.
+        named: how the user names the checkpoint, as "--load DIR".
 
     Raises:
         ConfigurationError: they have a newer format.
@@ -36,7 +35,7 @@ def settings_in(common: Mapping[str, Any], folder: Path) -> dict[str, Any] | Non
         return _from_flags(args)
     if settings["format"] > FORMAT:
         raise ConfigurationError(
-            f"--load {folder} has format {settings['format']} of memory layers, but this release "
+            f"{named} has format {settings['format']} of memory layers, but this release "
             f"of megamem reads formats up to {FORMAT}; install a newer megamem."
         )
     return settings
@@ -98,7 +97,7 @@ def _words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def take_settings(args: argparse.Namespace, common: Mapping[str, Any], folder: Path) -> list[str]:
+def take_settings(args: argparse.Namespace, common: Mapping[str, Any], named: str) -> list[str]:
     """Set the memory flags of a run to those of a checkpoint (--use-checkpoint-args).
 
     Only the flags that decide what memory layers compute are taken, and none from a checkpoint
@@ -107,7 +106,7 @@ def take_settings(args: argparse.Namespace, common: Mapping[str, Any], folder: P
     Args:
         args: the arguments of the run.
         common: what the checkpoint holds beside tensors.
-        folder: the checkpoint, for messages.
+        named: how the user names the checkpoint, as "--load DIR".
 
     Returns:
         "flag value" for each flag that changed.
@@ -116,7 +115,7 @@ def take_settings(args: argparse.Namespace, common: Mapping[str, Any], folder: P
         ConfigurationError: the settings have a newer format.
     """
     changed = []
-    for name, value in _as_flags(settings_in(common, folder) or {}).items():
+    for name, value in _as_flags(settings_in(common, named) or {}).items():
         if value != getattr(args, name, None):
             setattr(args, name, value)
             changed.append(f"{flag(name)} {_words(value)}")

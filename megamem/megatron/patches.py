@@ -87,7 +87,7 @@ from megamem.megatron.startup.rank_consistency import broadcast_from_rank0
 from megamem.megatron.startup.saved_model import (
     checkpoint_problems,
     load_problems,
-    loaded_folder,
+    loaded_checkpoint,
     saved_common,
 )
 from megamem.patching import replace, replace_everywhere
@@ -196,9 +196,9 @@ def _take_settings(original: Callable[..., Any]) -> Callable[..., Any]:
         args: argparse.Namespace, load_arg: str = "load", *rest: Any, **more: Any
     ) -> Any:
         result = original(args, load_arg, *rest, **more)
-        folder = loaded_folder(args, (load_arg,))
-        if folder is not None and check_is_distributed_checkpoint(str(folder)):
-            for setting in take_settings(args, saved_common(folder), folder):
+        given = loaded_checkpoint(args, (load_arg,))
+        if given is not None and check_is_distributed_checkpoint(str(given.folder)):
+            for setting in take_settings(args, saved_common(given.folder), str(given)):
                 print_rank_0(f"Setting {setting} from checkpoint")
         return result
 

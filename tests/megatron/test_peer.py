@@ -115,7 +115,7 @@ def _saved(*tables: str) -> dict[str, tuple[int, ...]]:
     ],
 )
 def test_a_checkpoint_of_another_variant_is_named(saved, memory, message) -> None:
-    problems = compare(saved, memory, "ckpt")
+    problems = compare(saved, memory, "--load ckpt")
     assert problems == [] if message is None else message in problems[0], problems
 
 
@@ -125,14 +125,14 @@ def test_state_of_u_that_is_missing_is_named() -> None:
     state = {state_key(t, "exp_avg"): (64, 16) for t in ("shared", "shared.u")}
     state |= {state_key("shared", "exp_avg_sq"): (64, 16)}
     args = argparse.Namespace(params_dtype=torch.float32)
-    (problem,) = state_problems(saved | state, _memory(), args, "ckpt")
+    (problem,) = state_problems(saved | state, _memory(), args, "--load ckpt")
     assert "needs exp_avg_sq of shape [64, 16] for table shared.u, but" in problem
     assert "holds exp_avg;" in problem
     of_u = {state_key("shared.u", "exp_avg"): (64, 16)}
-    (problem,) = state_problems(saved | of_u, _memory(), args, "ckpt")
+    (problem,) = state_problems(saved | of_u, _memory(), args, "--load ckpt")
     assert "for table shared, but --load ckpt holds no state" in problem
     state |= {state_key("shared.u", "exp_avg_sq"): (64, 16)}
-    assert state_problems(saved | state, _memory(), args, "ckpt") == []
+    assert state_problems(saved | state, _memory(), args, "--load ckpt") == []
 
 
 @pytest.mark.parametrize("mode", ["column", "2d"])

@@ -22,8 +22,8 @@ def _with(**settings) -> MemorySpec:
 
 
 def test_the_same_settings_fit() -> None:
-    assert compare(SAVED, MEMORY, "ckpt") == []
-    assert compare({"decoder.layers.0.x": (1,)}, None, "ckpt") == []
+    assert compare(SAVED, MEMORY, "--load ckpt") == []
+    assert compare({"decoder.layers.0.x": (1,)}, None, "--load ckpt") == []
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_the_same_settings_fit() -> None:
     ],
 )
 def test_other_settings_are_named(saved, memory, message) -> None:
-    problems = compare(saved, memory, "ckpt")
+    problems = compare(saved, memory, "--load ckpt")
     assert any(message in problem for problem in problems), problems
 
 

@@ -13,7 +13,7 @@ import torch
 from megamem.checkpoint import FORMAT, SAVED, SETTINGS, settings_of
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.megatron import patches
-from megamem.megatron.startup.saved_model import loaded_folder
+from megamem.megatron.startup.saved_model import loaded_checkpoint
 from megamem.resolution import resolve
 from megamem.saved_settings import setting_problems, settings_in, take_settings
 from megamem.spec import Layout
@@ -27,7 +27,7 @@ LONG = ("--train-iters", 4, "--lr-decay-iters", 4)
 pytestmark = pytest.mark.gloo
 
 
-FOLDER = Path("X")
+NAMED = "--load X"
 FOLDERS = ("saved", "saved/non_persistent", "other", "untracked")
 
 
@@ -37,7 +37,7 @@ def _flags(config: MemoryConfig, **more: object) -> argparse.Namespace:
 
 def test_settings_come_back_as_they_were_saved() -> None:
     args = argparse.Namespace(**{SAVED: settings_of(SPEC)})
-    assert settings_in({"args": args}, FOLDER) == settings_of(SPEC)
+    assert settings_in({"args": args}, NAMED) == settings_of(SPEC)
     assert setting_problems(settings_of(SPEC), SPEC, "--load X") == []
 
 
@@ -45,19 +45,19 @@ def test_flags_of_older_checkpoints_say_the_same() -> None:
     """Also those of runs on many ranks, with flags that this release does not know."""
     config = replace(CONFIG, memory_group_size=8, memory_mode="column")
     args = _flags(config, memory_of_the_future=3)
-    assert settings_in({"args": args}, FOLDER) == settings_of(SPEC)
+    assert settings_in({"args": args}, NAMED) == settings_of(SPEC)
 
 
 def test_without_memory_there_is_nothing_to_compare() -> None:
     dense = _flags(MemoryConfig())
     for common in ({"args": dense}, {"args": argparse.Namespace()}, {}):
-        assert settings_in(common, FOLDER) is None
+        assert settings_in(common, NAMED) is None
 
 
 def test_a_newer_format_is_refused() -> None:
     newer = settings_of(SPEC) | {"format": FORMAT + 1}
     with pytest.raises(ConfigurationError, match="install a newer megamem"):
-        settings_in({SAVED: newer}, FOLDER)
+        settings_in({SAVED: newer}, NAMED)
 
 
 CHANGES = {
@@ -110,7 +110,7 @@ def test_what_may_differ_may() -> None:
 def test_settings_are_taken_from_a_checkpoint() -> None:
     saved = _flags(replace(CONFIG, memory_keep_ffn=True, memory_lr=0.5))
     args = _flags(MemoryConfig(memory_topk=32, memory_lr=0.1))
-    taken = take_settings(args, {"args": saved}, FOLDER)
+    taken = take_settings(args, {"args": saved}, NAMED)
     assert "--memory-layers 1 2" in taken and "--memory-keep-ffn True" in taken
     assert args.memory_layers == [1, 2] and args.memory_topk == 2 and args.memory_keep_ffn
     # a learning rate is not part of the model
@@ -124,7 +124,7 @@ def test_settings_are_taken_from_a_converted_checkpoint(width: int | None, args:
     spec = resolve(replace(CONFIG, memory_value_dim=width), 16)
     common = {SAVED: settings_of(spec)} | ({"args": args} if args else {})
     taken = _flags(MemoryConfig())
-    assert "--memory-layers 1 2" in take_settings(taken, common, FOLDER)
+    assert "--memory-layers 1 2" in take_settings(taken, common, NAMED)
     assert resolve(MemoryConfig.from_args(taken), 16) == spec
     # other hidden sizes are refused as such
     assert taken.memory_value_dim == width
@@ -132,7 +132,7 @@ def test_settings_are_taken_from_a_converted_checkpoint(width: int | None, args:
 
 def test_a_dense_checkpoint_does_not_drop_memory_layers() -> None:
     args = _flags(CONFIG)
-    assert take_settings(args, {"args": _flags(MemoryConfig())}, FOLDER) == []
+    assert take_settings(args, {"args": _flags(MemoryConfig())}, NAMED) == []
     assert args.memory_layers == [1, 2]
 
 
@@ -153,16 +153,22 @@ def _folder(path: Path, iteration: int) -> Path:
 @pytest.mark.parametrize(
     ("flags", "found"),
     [
-        ({"load": "saved"}, "saved/iter_0000004"),
-        ({"load": "saved", "ckpt_step": 2}, "saved/iter_0000002"),
+        ({"load": "saved"}, ("--load", "saved/iter_0000004")),
+        ({"load": "saved", "ckpt_step": 2}, ("--load", "saved/iter_0000002")),
         # Megatron does not look for the file that names the latest
-        ({"load": "untracked", "ckpt_step": 2}, "untracked/iter_0000002"),
+        ({"load": "untracked", "ckpt_step": 2}, ("--load", "untracked/iter_0000002")),
         ({"load": "untracked"}, None),
-        ({"load": "untracked", "pretrained_checkpoint": "saved"}, "saved/iter_0000004"),
-        ({"load": "other", "pretrained_checkpoint": "saved"}, "other/iter_0000009"),
+        (
+            {"load": "untracked", "pretrained_checkpoint": "saved"},
+            ("--pretrained-checkpoint", "saved/iter_0000004"),
+        ),
+        (
+            {"load": "other", "pretrained_checkpoint": "saved"},
+            ("--load", "other/iter_0000009"),
+        ),
         (
             {"load": "saved", "non_persistent_ckpt_type": "global"},
-            "saved/non_persistent/iter_0000006",
+            ("--load", "saved/non_persistent/iter_0000006"),
         ),
         (
             {
@@ -170,16 +176,22 @@ def _folder(path: Path, iteration: int) -> Path:
                 "non_persistent_ckpt_type": "global",
                 "elsewhere": "saved/non_persistent",
             },
-            "other/iter_0000009",
+            ("--load", "other/iter_0000009"),
         ),
         (
             {"load": "untracked", "non_persistent_ckpt_type": "global", "elsewhere": "saved"},
-            "saved/iter_0000004",
+            ("--non-persistent-global-ckpt-dir", "saved/iter_0000004"),
         ),
-        ({"non_persistent_ckpt_type": "global", "elsewhere": "saved"}, "saved/iter_0000004"),
+        (
+            {"non_persistent_ckpt_type": "global", "elsewhere": "saved"},
+            ("--non-persistent-global-ckpt-dir", "saved/iter_0000004"),
+        ),
     ],
 )
-def test_the_checkpoint_that_megatron_loads(tmp_path: Path, flags: dict, found: str | None) -> None:
+def test_the_checkpoint_that_megatron_loads(
+    tmp_path: Path, flags: dict, found: tuple[str, str] | None
+) -> None:
+    """It is named by the flag that the user gave for it."""
     for folder, iteration in (("saved", 4), ("saved/non_persistent", 6), ("other", 9)):
         _folder(tmp_path / folder, iteration)
     (tmp_path / "untracked/iter_0000002").mkdir(parents=True)
@@ -187,7 +199,8 @@ def test_the_checkpoint_that_megatron_loads(tmp_path: Path, flags: dict, found: 
         name: str(tmp_path / value) if value in FOLDERS else value for name, value in flags.items()
     }
     args = argparse.Namespace(**words, non_persistent_global_ckpt_dir=words.get("elsewhere"))
-    assert loaded_folder(args) == (tmp_path / found if found else None)
+    given = loaded_checkpoint(args)
+    assert (given and str(given)) == (f"{found[0]} {tmp_path / found[1]}" if found else None)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +252,7 @@ def test_checkpoint_args_bring_the_memory(saved: Path) -> None:
         (
             "--pretrained-checkpoint",
             (*MEMORY, "--memory-topk", 2),
-            "--memory-topk 2 differs from 4",
+            "--memory-topk 2 differs from 4 in --pretrained-checkpoint",
         ),
         ("--load", (), "holds memory layers, but --memory-layers is not given"),
         ("--load", MEMORY, ""),

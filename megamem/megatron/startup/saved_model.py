@@ -3,6 +3,7 @@
 import argparse
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +24,7 @@ from megamem.checkpoint import (
     sub_keys_key,
     table_key,
 )
-from megamem.config import ConfigurationError
+from megamem.config import ConfigurationError, flag
 from megamem.layers.variants import VARIANTS, table_names
 from megamem.optimizer.state import BATCHES, HITS, slots
 from megamem.saved_settings import setting_flag, setting_problems, settings_in
@@ -36,13 +37,26 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def checkpoint_problems(spec: MemorySpec | None, args: argparse.Namespace) -> list[str]:
-    """A sentence for each way in which --load or --memory-background does not fit the flags.
+    """A sentence for each way in which the loaded checkpoint or --memory-background does not fit.
 
     Only settings, shapes and seeds are read. A --load folder without a checkpoint is accepted,
     because Megatron then starts from scratch.
     """
     found = background_problems(spec) if spec is not None else []
     return found + load_problems(spec, args)
+
+
+@dataclass(frozen=True)
+class Given:
+    """The checkpoint that Megatron will load, and the flag by which the user named it."""
+
+    option: str
+    """--load, --pretrained-checkpoint or --non-persistent-global-ckpt-dir."""
+    folder: Path
+    """The folder of the iteration."""
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.folder}"
 
 
 _fitting: set[tuple[Path, MemorySpec | None]] = set()
@@ -63,44 +77,45 @@ def load_problems(
     if spec is None:
         return _memory_problems(args, options)
     try:
-        folder = loaded_folder(args, options)
-        # a run asks before it builds the model, and when it loads
-        if folder is None or (folder, spec) in _fitting:
-            return []
+        given = loaded_checkpoint(args, options)
+    except Exception as error:  # the file that names the iteration may hold anything
+        return [_unreadable(" or ".join(_named(args, options)), error)]
+    # a run asks before it builds the model, and when it loads
+    if given is None or (given.folder, spec) in _fitting:
+        return []
+    folder, named = given.folder, str(given)
+    try:
         if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-            return [_other_format(folder)]
+            return [_other_format(given)]
         index = read_index(folder)
         if damaged := damaged_files(folder, index):
             return [
-                f"--load {folder} is damaged: {damaged[0]}; copy the checkpoint again, or load an "
+                f"{named} is damaged: {damaged[0]}; copy the checkpoint again, or load an "
                 "earlier iteration with --ckpt-step."
             ]
         saved = saved_shapes(index)
         seeds = read_placements(saved, folder)
-        settings = settings_in(saved_common(folder), folder)
+        settings = settings_in(saved_common(folder), named)
     except ConfigurationError as error:
         return [str(error)]
     except Exception as error:  # a damaged file may raise any exception
-        return [
-            f"--load {args.load} cannot be read ({type(error).__name__}: {error}) and may be "
-            "damaged; load an earlier iteration with --ckpt-step."
-        ]
-    if settings and (found := setting_problems(settings, spec, f"--load {folder}")):
+        return [_unreadable(named, error)]
+    if settings and (found := setting_problems(settings, spec, named)):
         return found
     if saved_tables(saved):
         unknown = [setting_flag(name) for name in SETTINGS if name not in (settings or {})]
         if unknown:
             logger.warning(
-                "--load %s was converted and does not say with which %s its memory layers were "
+                "%s was converted and does not say with which %s its memory layers were "
                 "trained, so the flags of this run could not be compared with it",
-                folder,
+                named,
                 ", ".join(unknown),
             )
-    if found := compare(saved, spec, str(folder)):
+    if found := compare(saved, spec, named):
         return found
-    found = placement_problems(seeds, spec, str(folder))
+    found = placement_problems(seeds, spec, named)
     if not _loads_weights_alone(args, folder):
-        found += state_problems(saved, spec, args, str(folder))
+        found += state_problems(saved, spec, args, named)
     if not found:
         _fitting.add((folder, spec))
     return found
@@ -109,13 +124,15 @@ def load_problems(
 def _memory_problems(args: argparse.Namespace, options: tuple[str, ...]) -> list[str]:
     """A sentence if the checkpoint that a model without memory layers will load has some."""
     try:
-        folder = loaded_folder(args, options)
-        if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        given = loaded_checkpoint(args, options)
+        if given is None or not dist_checkpointing.check_is_distributed_checkpoint(
+            str(given.folder)
+        ):
             return []
-        return compare(saved_shapes(read_index(folder)), None, str(folder))
+        return compare(saved_shapes(read_index(given.folder)), None, str(given))
     except Exception as error:
         # Megatron reads dense checkpoints in ways of its own, and says which it cannot read
-        logger.debug("whether --load has memory layers cannot be seen: %r", error)
+        logger.debug("whether the checkpoint has memory layers cannot be seen: %r", error)
         return []
 
 
@@ -128,11 +145,18 @@ def _loads_weights_alone(args: argparse.Namespace, folder: Path) -> bool:
     return folder.name == "release" or bool(instead)
 
 
-def _other_format(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"--load {folder} does not exist; load another iteration with --ckpt-step."
+def _unreadable(named: str, error: Exception) -> str:
     return (
-        f"--load {folder} is no checkpoint of format torch_dist, the only one that holds memory "
+        f"{named} cannot be read ({type(error).__name__}: {error}) and may be damaged; load an "
+        "earlier iteration with --ckpt-step."
+    )
+
+
+def _other_format(given: Given) -> str:
+    if not given.folder.is_dir():
+        return f"{given} does not exist; load another iteration with --ckpt-step."
+    return (
+        f"{given} is no checkpoint of format torch_dist, the only one that holds memory "
         "layers; to start from a dense one, convert it by a run of Megatron with "
         "--ckpt-convert-format torch_dist and --ckpt-convert-save, and without the --memory flags, "
         "and then add memory layers with megamem convert upcycle."
@@ -186,15 +210,15 @@ def background_problems(spec: MemorySpec) -> list[str]:
                 "checkpoint of the same model."
             ]
     seeds = read_placements(saved, folder)
-    return placement_problems(seeds, spec, str(folder), "--memory-background")
+    return placement_problems(seeds, spec, f"--memory-background {folder}")
 
 
 def has_counters(spec: MemorySpec, args: argparse.Namespace) -> bool | None:
     """Whether the checkpoint that Megatron will load has read counts; None without one."""
-    folder = loaded_folder(args)
-    if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+    given = loaded_checkpoint(args)
+    if given is None or not dist_checkpointing.check_is_distributed_checkpoint(str(given.folder)):
         return None
-    saved = saved_shapes(read_index(folder))
+    saved = saved_shapes(read_index(given.folder))
     return all(state_key(name, HITS) in saved for name in table_names(spec))
 
 
@@ -238,14 +262,12 @@ def saved_tables(saved: dict[str, tuple[int, ...]]) -> list[str]:
     )
 
 
-def placement_problems(
-    seeds: dict[str, int], spec: MemorySpec, folder: str, option: str = "--load"
-) -> list[str]:
+def placement_problems(seeds: dict[str, int], spec: MemorySpec, named: str) -> list[str]:
     """A sentence if the rows of a table were placed with another seed than that of this run."""
     wanted = spec.placement_seed
     return [
         f"--memory-placement-seed {wanted} differs from {seed}, which placed the rows of table "
-        f"{table} in {option} {folder}; use --memory-placement-seed {seed}."
+        f"{table} in {named}; use --memory-placement-seed {seed}."
         for table, seed in sorted(seeds.items())
         if seed != wanted
     ][:1]
@@ -255,7 +277,7 @@ def state_problems(
     saved: dict[str, tuple[int, ...]],
     spec: MemorySpec,
     args: argparse.Namespace,
-    folder: str,
+    named: str,
 ) -> list[str]:
     """A sentence if the checkpoint lacks state that the tables' optimizer needs to resume."""
     wanted = slots(spec.optimizer, args.params_dtype, spec.stochastic_rounding)
@@ -276,7 +298,7 @@ def state_problems(
             )
             return [
                 f"--memory-optimizer {spec.optimizer} needs {name} of shape "
-                f"{list(shape)} for table {table}, but --load {folder} holds "
+                f"{list(shape)} for table {table}, but {named} holds "
                 f"{', '.join(kept) or 'no state'}"
                 f"{f' ({name} of shape {list(found)})' if found else ''}; use "
                 f"{_optimizer_of(kept)}, or start with new optimizer state by --no-load-optim."
@@ -298,21 +320,27 @@ def _optimizer_of(kept: list[str]) -> str:
     return "the optimizer that it was saved with"
 
 
-def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, folder: str) -> list[str]:
-    """A sentence for each shape in a checkpoint that does not fit the flags."""
+def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, named: str) -> list[str]:
+    """A sentence for each shape in a checkpoint that does not fit the flags.
+
+    Args:
+        saved: the shapes in the checkpoint.
+        spec: the spec of the model that loads it; None for a model without memory layers.
+        named: how the user names the checkpoint, as "--load DIR".
+    """
     tables = saved_tables(saved)
     if spec is None:
         if not tables:
             return []
         return [
-            f"--load {folder} holds memory layers, but --memory-layers is not given; give the "
+            f"{named} holds memory layers, but --memory-layers is not given; give the "
             "--memory flags that it was trained with."
         ]
     if not tables:
         return [
-            f"--load {folder} was saved without memory layers, but --memory-layers "
+            f"{named} was saved without memory layers, but --memory-layers "
             f"{' '.join(map(str, spec.layers))} is given; add memory layers to it with megamem "
-            "convert upcycle, start without --load, or drop the --memory flags."
+            f"convert upcycle, start without {named.split()[0]}, or drop the --memory flags."
         ]
     problems = []
     names = table_names(spec)
@@ -324,12 +352,12 @@ def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, folder: 
             if _further(variant.table_name("", use) for use in variant.tables) == held
         ]
         problems.append(
-            f"--load {folder} holds {_listed(held)}, but --memory-variant {spec.variant} reads "
+            f"{named} holds {_listed(held)}, but --memory-variant {spec.variant} reads "
             f"{_listed(needed)}; use --memory-variant {' or '.join(fitting)}."
         )
     elif missing := [name for name in names if name not in tables]:
         problems.append(
-            f"--load {folder} holds tables {', '.join(tables)}, but --memory-pool {spec.pool} with "
+            f"{named} holds tables {', '.join(tables)}, but --memory-pool {spec.pool} with "
             f"--memory-layers {' '.join(map(str, spec.layers))} reads {', '.join(missing)}; use "
             f"{_pool_of(tables, saved)}."
         )
@@ -339,11 +367,11 @@ def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, folder: 
         if shape[0] != wanted[0]:
             problems.append(
                 f"--memory-num-keys {spec.num_keys} means {wanted[0]:,} rows, but "
-                f"--load {folder} holds {shape[0]:,}; use --memory-num-keys "
+                f"{named} holds {shape[0]:,}; use --memory-num-keys "
                 f"{round(shape[0] ** 0.5)}."
             )
         if shape[1] != wanted[1]:
-            problems.append(_other_width(shape[1], spec, saved, folder))
+            problems.append(_other_width(shape[1], spec, saved, named))
         if problems:
             return problems
     for layer in spec.layers:
@@ -351,20 +379,20 @@ def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, folder: 
         keys = saved.get(sub_keys_key(layer))
         if keys is None:
             problems.append(
-                f"--memory-layers {layer} is no memory layer in --load {folder}; use "
+                f"--memory-layers {layer} is no memory layer in {named}; use "
                 f"--memory-layers {' '.join(map(str, memory_layers(saved)))}."
             )
         elif keys != wanted_keys:
             problems.append(
                 f"--memory-heads {spec.heads} with --memory-key-dim {spec.key_dim} differs from "
-                f"layer {layer} of --load {folder}; use --memory-heads {keys[1]} and "
+                f"layer {layer} of {named}; use --memory-heads {keys[1]} and "
                 f"--memory-key-dim {2 * keys[3]}."
             )
     return problems
 
 
 def _other_width(
-    width: int, spec: MemorySpec, saved: dict[str, tuple[int, ...]], folder: str
+    width: int, spec: MemorySpec, saved: dict[str, tuple[int, ...]], named: str
 ) -> str:
     """The sentence about rows of another width than those of a checkpoint.
 
@@ -376,7 +404,7 @@ def _other_width(
     hidden = saved.get(EMBEDDING, (0, width))[1]
     fix = f"--hidden-size {hidden}" if hidden != spec.hidden_size else f"--memory-value-dim {width}"
     return (
-        f"{flag} {spec.value_dim} means rows of that width, but those in --load {folder} have "
+        f"{flag} {spec.value_dim} means rows of that width, but those in {named} have "
         f"{width}; use {fix}."
     )
 
@@ -407,24 +435,34 @@ def _listed(further: list[str]) -> str:
     return f"values and tables {', '.join(further)}" if further else "values alone"
 
 
-def loaded_folder(
+def loaded_checkpoint(
     args: argparse.Namespace, options: tuple[str, ...] = ("load", "pretrained_checkpoint")
-) -> Path | None:
-    """The folder of the iteration that Megatron loads, from --load or --pretrained-checkpoint.
+) -> Given | None:
+    """The checkpoint that Megatron loads, from --load or --pretrained-checkpoint.
 
-    It is one of --non-persistent-ckpt-type global where that is not older.
+    It is one of --non-persistent-ckpt-type global where that is not older. One of type local is
+    not found, as only Megatron's loading makes the ranks agree on it.
     """
-    paths = [path for option in options if (path := getattr(args, option, None))]
+    paths = _named(args, options)
     # without any checkpoint Megatron looks in the last of them for one that is not persistent
-    path = next(filter(_has_checkpoint, paths), paths[-1] if paths else None)
+    option = next((name for name in paths if _has_checkpoint(paths[name])), None)
+    option = option or next(reversed(paths), None)
+    path = paths[option] if option else None
     saved = latest_folder(path, getattr(args, "ckpt_step", None)) if path else None
-    if getattr(args, "non_persistent_ckpt_type", None) != "global":
-        return saved
-    beside = f"{path}/{checkpointing._NON_PERSISTENT_CKPT_SUBDIR}" if path else None
-    kept = args.non_persistent_global_ckpt_dir or beside
-    newer = latest_folder(kept) if kept else None
-    older = newer is None or (saved is not None and _iteration(newer) < _iteration(saved))
-    return saved if older else newer
+    if getattr(args, "non_persistent_ckpt_type", None) == "global":
+        beside = f"{path}/{checkpointing._NON_PERSISTENT_CKPT_SUBDIR}" if path else None
+        kept = args.non_persistent_global_ckpt_dir or beside
+        newer = latest_folder(kept) if kept else None
+        if newer and not (saved and _iteration(newer) < _iteration(saved)):
+            saved = newer
+            if args.non_persistent_global_ckpt_dir:
+                option = "--non-persistent-global-ckpt-dir"
+    return Given(option, saved) if option and saved else None
+
+
+def _named(args: argparse.Namespace, options: tuple[str, ...]) -> dict[str, str]:
+    """The folders that the user gave, by flag."""
+    return {flag(option): path for option in options if (path := getattr(args, option, None))}
 
 
 def _has_checkpoint(path: str | None) -> bool:

@@ -192,7 +192,7 @@ def _export(args: argparse.Namespace, console: Console) -> None:
             raise ConfigurationError(f"{flag} needs --format hf, whose model can read such tables.")
     source = torch_dist.TorchDist(args.source)
     tensors, common = export(source.tensors), read_common(source)
-    settings = settings_in(common, source.folder)
+    settings = settings_in(common, str(source.folder))
     if args.format == "hf":
         counts = _read_counts(source, console) if args.drop_unread else None
         _export_hf(args, tensors, common.get("args"), settings, counts, console)
@@ -288,7 +288,7 @@ def _import(args: argparse.Namespace, console: Console) -> None:
 def _average(args: argparse.Namespace, console: Console) -> None:
     _check_empty(args.to)
     sources = [torch_dist.TorchDist(path) for path in args.source]
-    settings = [settings_in(read_common(source), source.folder) for source in sources]
+    settings = [settings_in(read_common(source), str(source.folder)) for source in sources]
     names = [str(source.folder) for source in sources]
     tensors = average([source.tensors for source in sources], settings, names)
     states = [key for key in sources[0].objects if "_extra_state" in key]
