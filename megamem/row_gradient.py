@@ -24,6 +24,7 @@ from megamem.ops import forms, squared_norm
 from megamem.ops.row_buffer import Deferred, RowBuffer
 from megamem.ops.squared_norm import rows_of_a_block
 from megamem.ops.value_gradient import add_deferred_
+from megamem.parallel.replica_groups import NodeGroups
 from megamem.parallel.row_reduction import Block, RowReduction
 
 
@@ -102,7 +103,13 @@ class RowGradient:
         self._rows.flags.zero_()
         self.factor, self._used = 1.0, False
 
-    def reduce(self, group: ProcessGroup | None, *, only_touched: bool = False) -> None:
+    def reduce(
+        self,
+        group: ProcessGroup | None,
+        nodes: NodeGroups | None = None,
+        *,
+        only_touched: bool = False,
+    ) -> None:
         """Start to sum the gradient over replicas, which hold the same shard and read other tokens.
 
         Every rank of the group must call it, after the pipeline's last microbatch. Whoever reads
@@ -110,6 +117,8 @@ class RowGradient:
 
         Args:
             group: the replicas; None if there are none.
+            nodes: the replicas on one node, and one on each node, to sum over first the ones and
+                then the others; None sums over all at once.
             only_touched: send only the rows that any of the replicas touched; the host waits for
                 their number.
         """
@@ -118,6 +127,7 @@ class RowGradient:
                 self._rows.buffer_rV,
                 self.touched,
                 group,
+                nodes,
                 only_touched=only_touched,
                 defined=not self._rows.overwrites,
             )
