@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests of memory layers in Megatron-Bridge, on a machine with or without a GPU.
+# Runs the tests of memory layers in Megatron-Bridge, on a machine with or without a GPU, and those
+# of local checkpoints, which need its nvidia-resiliency-ext, too.
 #
 #   bash tests/bridge.sh               makes the environment if there is none, and runs the tests
 #   bash tests/bridge.sh -x            arguments are for pytest
@@ -48,4 +49,5 @@ if [ "$(cat "$venv/.ready" 2>/dev/null)" != "$wanted" ]; then
 fi
 
 [ "${1:-}" != --no-tests ] || exit 0
-PATH=$venv/bin:$PATH exec python -m pytest -p no:cacheprovider tests/megatron/test_bridge.py "$@"
+PATH=$venv/bin:$PATH exec python -m pytest -p no:cacheprovider tests/megatron/test_bridge.py \
+    tests/megatron/test_local_checkpoints.py "$@"

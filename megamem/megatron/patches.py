@@ -54,10 +54,11 @@ nothing else is replaced once the flags are known.
 """
 
 import argparse
+import contextlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -88,10 +89,12 @@ from megamem.megatron.startup.saved_model import (
     checkpoint_problems,
     load_problems,
     loaded_checkpoint,
+    local_problems,
     saved_common,
 )
 from megamem.patching import replace, replace_everywhere
 from megamem.saved_settings import take_settings
+from megamem.spec import MemorySpec
 
 logger = logging.getLogger("megamem")
 
@@ -219,16 +222,41 @@ def _compare_with_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]
         options = (given.arguments["load_arg"], "pretrained_checkpoint")
         args = get_args()
         ConfigurationError.collect(broadcast_from_rank0(lambda: load_problems(spec, args, options)))
-        if spec is None or not is_fully_sharded(chunks):
-            return original(*rest, **more)
-        # tensors of FSDP2 are loaded in place; Megatron would then skip the number of steps, too
-        given.arguments["skip_load_to_model_and_opt"] = False
-        result = original(*given.args, **given.kwargs)
+        context = given.arguments["checkpointing_context"] or {}
+        with _comparing_local(context.get("local_checkpoint_manager"), spec, args):
+            if spec is None or not is_fully_sharded(chunks):
+                return original(*rest, **more)
+            # tensors of FSDP2 are loaded in place; Megatron would then skip the number of steps
+            given.arguments["skip_load_to_model_and_opt"] = False
+            result = original(*given.args, **given.kwargs)
         for table in find_tables(chunks).values():
             table.loaded_in_place()
         return result
 
     return load_checkpoint
+
+
+@contextlib.contextmanager
+def _comparing_local(
+    manager: Any, spec: MemorySpec | None, args: argparse.Namespace
+) -> Iterator[None]:
+    """Compare what the manager of --non-persistent-ckpt-type local loads, if there is one."""
+    if manager is None:
+        yield
+        return
+    original = manager.load
+
+    def load() -> Any:
+        state, name = original()
+        # every rank has the same settings in its file, so all of them find the same
+        ConfigurationError.collect(local_problems(state.common_state_dict, spec, args))
+        return state, name
+
+    manager.load = load
+    try:
+        yield
+    finally:
+        manager.load = original
 
 
 def _add_table_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:

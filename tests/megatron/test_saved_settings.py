@@ -13,7 +13,7 @@ import torch
 from megamem.checkpoint import FORMAT, SAVED, SETTINGS, settings_of
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.megatron import patches
-from megamem.megatron.startup.saved_model import loaded_checkpoint
+from megamem.megatron.startup.saved_model import loaded_checkpoint, local_problems
 from megamem.resolution import resolve
 from megamem.saved_settings import setting_problems, settings_in, take_settings
 from megamem.spec import Layout
@@ -93,6 +93,31 @@ def test_a_flag_that_was_dropped_is_to_be_added() -> None:
     kept = resolve(replace(CONFIG, memory_keep_ffn=True), 16)
     [problem] = setting_problems(settings_of(kept), SPEC, "--load X")
     assert problem.endswith("was trained with it; add --memory-keep-ffn.")
+
+
+@pytest.mark.parametrize(
+    ("saved", "spec", "flags", "message"),
+    [
+        (CONFIG, SPEC, {}, None),
+        (CONFIG, resolve(replace(CONFIG, memory_topk=3), 16), {}, "--memory-topk 3 differs from 2"),
+        (CONFIG, replace(SPEC, optimizer="sgd"), {}, "--memory-optimizer sgd differs from adamw"),
+        (CONFIG, replace(SPEC, optimizer="sgd"), {"no_load_optim": True}, None),
+        (CONFIG, replace(SPEC, optimizer="sgd"), {"finetune": True}, None),
+        (CONFIG, None, {}, "holds memory layers, but --memory-layers is not given"),
+        (MemoryConfig(), SPEC, {}, "start without --non-persistent-local-ckpt-dir"),
+        (MemoryConfig(), None, {}, None),
+    ],
+)
+def test_a_local_checkpoint_is_compared_by_its_settings(saved, spec, flags, message) -> None:
+    args = argparse.Namespace(
+        **{"non_persistent_local_ckpt_dir": "X", "finetune": False, "no_load_optim": False} | flags
+    )
+    found = local_problems({"args": _flags(saved)}, spec, args)
+    if message is None:
+        assert found == []
+    else:
+        [problem] = found
+        assert message in problem and "--non-persistent-local-ckpt-dir" in problem
 
 
 def test_another_hidden_size_comes_first() -> None:

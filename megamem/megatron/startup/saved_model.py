@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -213,6 +213,39 @@ def background_problems(spec: MemorySpec) -> list[str]:
     return placement_problems(seeds, spec, f"--memory-background {folder}")
 
 
+def local_problems(
+    common: Mapping[str, Any], spec: MemorySpec | None, args: argparse.Namespace
+) -> list[str]:
+    """A sentence for each way in which a checkpoint of --non-persistent-ckpt-type local differs.
+
+    Its settings are compared; shapes and the optimizer's state follow from them and from
+    --memory-optimizer, and each rank's file holds exactly what that rank saved.
+
+    Args:
+        common: what the checkpoint holds beside tensors.
+        spec: the spec of the model that loads it; None for a model without memory layers.
+        args: Megatron's arguments.
+    """
+    named = f"--non-persistent-local-ckpt-dir {args.non_persistent_local_ckpt_dir}"
+    try:
+        settings = settings_in(common, named)
+    except ConfigurationError as error:
+        return [str(error)]
+    if settings is None:
+        return [] if spec is None else [_has_none(spec, named)]
+    if spec is None:
+        return [_has_memory(named)]
+    found = setting_problems(settings, spec, named)
+    optimizer = getattr(common.get("args"), "memory_optimizer", spec.optimizer)
+    if not (found or args.finetune or args.no_load_optim) and optimizer != spec.optimizer:
+        found = [
+            f"--memory-optimizer {spec.optimizer} differs from {optimizer}, whose state {named} "
+            f"holds; use --memory-optimizer {optimizer}, or start with new optimizer state by "
+            "--no-load-optim."
+        ]
+    return found
+
+
 def has_counters(spec: MemorySpec, args: argparse.Namespace) -> bool | None:
     """Whether the checkpoint that Megatron will load has read counts; None without one."""
     given = loaded_checkpoint(args)
@@ -330,18 +363,9 @@ def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, named: s
     """
     tables = saved_tables(saved)
     if spec is None:
-        if not tables:
-            return []
-        return [
-            f"{named} holds memory layers, but --memory-layers is not given; give the "
-            "--memory flags that it was trained with."
-        ]
+        return [_has_memory(named)] if tables else []
     if not tables:
-        return [
-            f"{named} was saved without memory layers, but --memory-layers "
-            f"{' '.join(map(str, spec.layers))} is given; add memory layers to it with megamem "
-            f"convert upcycle, start without {named.split()[0]}, or drop the --memory flags."
-        ]
+        return [_has_none(spec, named)]
     problems = []
     names = table_names(spec)
     held, needed = _further(tables), _further(names)
@@ -389,6 +413,21 @@ def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, named: s
                 f"--memory-key-dim {2 * keys[3]}."
             )
     return problems
+
+
+def _has_memory(named: str) -> str:
+    return (
+        f"{named} holds memory layers, but --memory-layers is not given; give the --memory flags "
+        "that it was trained with."
+    )
+
+
+def _has_none(spec: MemorySpec, named: str) -> str:
+    return (
+        f"{named} was saved without memory layers, but --memory-layers "
+        f"{' '.join(map(str, spec.layers))} is given; add memory layers to it with megamem "
+        f"convert upcycle, start without {named.split()[0]}, or drop the --memory flags."
+    )
 
 
 def _other_width(
@@ -441,7 +480,7 @@ def loaded_checkpoint(
     """The checkpoint that Megatron loads, from --load or --pretrained-checkpoint.
 
     It is one of --non-persistent-ckpt-type global where that is not older. One of type local is
-    not found, as only Megatron's loading makes the ranks agree on it.
+    not found here, because each rank reads a file of its own; see local_problems().
     """
     paths = _named(args, options)
     # without any checkpoint Megatron looks in the last of them for one that is not persistent
