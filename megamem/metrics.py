@@ -138,10 +138,14 @@ class TableMetrics:
     """[len(TABLE_SUMS)], a part of the tensor that is all-reduced."""
     received: Tensor
     """[], the number of lookups that this rank received."""
-    bytes_sent: int = 0
-    """Bytes that this rank sent to others."""
+    bytes_sent: Tensor = field(init=False)
+    """[], bytes that this rank sent to others: one of the sums, so that an addition to it is done
+    by the device, also when a CUDA graph is replayed."""
     timings: list[list[tuple[str, Any]]] = field(default_factory=list)
     """For each timed pass, the name of every part that ended and the moment when it did."""
+
+    def __post_init__(self) -> None:
+        self.bytes_sent = self.sums[TABLE_SUMS.index("bytes")]
 
     def mark(self, rows: Tensor) -> None:
         """Count the lookups that this rank received; -1 is none."""
@@ -187,7 +191,7 @@ class TableMetrics:
         times = self._times()
         numbers = {
             "holders": 1.0,
-            "bytes": float(self.bytes_sent),
+            "bytes": 0.0,
             "passes": float(len(times)),
             "lookup": sum(t.get("lookup", 0.0) for t in times),
             "exchange": sum(t.get("exchange", 0.0) for t in times),
@@ -197,14 +201,15 @@ class TableMetrics:
             "row_squares": 0.0,
             **dict.fromkeys(TRAINED, 0.0),
         }
+        sent = self.bytes_sent.clone()
         self.sums.copy_(torch.tensor(list(numbers.values()), dtype=self.sums.dtype))
+        self.bytes_sent += sent
         self.sums[TABLE_SUMS.index("gradient")] += gradient_squares
         wide = torch.promote_types(weight.dtype, torch.float32)
         norms = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=wide)
         self.sums[TABLE_SUMS.index("row_squares")] += norms.double().square().sum()
         if trained is not None:
             self.sums[-len(TRAINED) :] += trained
-        self.bytes_sent = 0
         self.timings.clear()
 
     def _times(self) -> list[dict[str, float]]:

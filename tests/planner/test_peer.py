@@ -131,7 +131,7 @@ def _as_planned(wire: Wire, dtype: torch.dtype) -> None:
     with _sent() as back:
         out.sum().backward()
     assert back[0] / LOCAL == pytest.approx(planned.backward), (wire, "backward")
-    shown = sum(table.metrics.bytes_sent for table in pool)
+    shown = sum(float(table.metrics.bytes_sent) for table in pool)
     total = torch.tensor([shown - sent[0] - back[0]])
     dist.all_reduce(total)
     # single ranks may differ, by the owners of their lookups
