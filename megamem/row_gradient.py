@@ -11,6 +11,26 @@ An optimizer creates it and passes it to the table:
 What the buffer holds of rows that were not touched is of no account: zeros in form `add` of op
 `row_gradient`, undefined numbers in its other forms. Everything that reads complete buffers goes
 by `touched`. This rank holds r rows and v columns of a table.
+
+A CUDA graph replays what forward and backward did on the device, and runs none of their Python. So
+no number on the host may depend on a pass: whatever a pass adds is in the buffer and in the marks
+of rows, and the methods here are called outside of graphs. A loop that replays graphs calls zero()
+between a step and the next replay, as Megatron's does before every batch.
+
+What still stands in the way of capturing a memory layer:
+
+    wire alltoall      the host reads the counts of lookups that it sends and receives; allgather
+                       has fixed sizes
+    tokens_vary        the ranks exchange their numbers of tokens, and the host reads them; a graph
+                       needs the same number in each replay
+    form merged        keeps the passes of several layers in a list of Python (`Deferred.passes`),
+                       which a replay would not fill; forms add and first_touch keep nothing
+    --memory-check-row-ids
+                       the host reads whether all row ids are in range
+    times of passes    are not measured in a graph, so metrics lookup_ms and exchange_ms are missing
+
+Megatron also has to hand the layer to a graph, which `megamem.megatron.startup.features` refuses
+until that has run on a GPU.
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,13 +77,13 @@ class RowGradient:
         flags = torch.zeros(len(weight) + 1, dtype=torch.bool, device=weight.device)
         self._rows = RowBuffer(allocate(weight, dtype=dtype), flags, overwrites, deferred)
         self.factor = 1.0
-        self._used = False
+        self._untouched = True
         self._reduction: RowReduction | None = None
 
     @property
     def rows(self) -> RowBuffer:
         """The buffer that a backward adds to."""
-        self._used = True
+        self._untouched = False
         return self._rows
 
     @property
@@ -92,16 +112,18 @@ class RowGradient:
         """Set the gradient to zero. The host does not wait; after a step there is nothing to do."""
         if self._rows.deferred is not None:
             self._rows.deferred.passes.clear()
-        if self._used and self.needs_clearing:
+        if not self._untouched and self.needs_clearing:
             self.buffer.masked_fill_(self.touched.unsqueeze(1), 0)
         self._finish()
         self.forget()
+        # the batch that follows may be replayed by a graph, which does not say so
+        self._untouched = False
 
     def forget(self) -> None:
         """Unmark all rows, whose gradients must have been cleared if that is needed."""
         assert self._rows.flags is not None
         self._rows.flags.zero_()
-        self.factor, self._used = 1.0, False
+        self.factor, self._untouched = 1.0, True
 
     def reduce(
         self,
@@ -132,7 +154,7 @@ class RowGradient:
                 defined=not self._rows.overwrites,
             )
             # other replicas may have touched rows of which this rank read none
-            self._used = True
+            self._untouched = False
 
     def keep(self, rows: Tensor) -> None:
         """Set the gradient of all other rows to zero and unmark them."""
