@@ -35,10 +35,9 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training import get_tokenizer
-from megatron.training.checkpointing import checkpoint_exists, load_checkpoint
-from megatron.training.training import get_model
-from megatron_releases import build_gpt, build_hybrid, initialize
-from pretrain_gpt import model_provider
+from megatron.training.checkpointing import load_checkpoint
+from megatron_releases import initialize
+from saved_models import described_model, missing_checkpoint
 from torch import Tensor
 from torch.nn import Module
 
@@ -137,11 +136,7 @@ class CheckpointReader:
         Raises:
             ConfigurationError: there is no checkpoint, or the settings do not fit it.
         """
-        if not checkpoint_exists(load):
-            raise ConfigurationError(
-                f"load={load}: no checkpoint there (no latest_checkpointed_iteration.txt); give "
-                "the folder that the training run had as --save"
-            )
+        ConfigurationError.collect(missing_checkpoint("load", load))
         if batch_size < 1:
             raise ConfigurationError(f"batch size {batch_size}: choose at least 1")
         # the model makes its own batches; Megatron asks for a size all the same
@@ -163,13 +158,10 @@ class CheckpointReader:
 
         with patch.object(sys, "argv", [sys.argv[0], *words]):
             self.args = args = initialize(take)
-        args.no_load_optim = args.no_load_rng = True
-        hybrid = getattr(args, "hybrid_layer_pattern", None)
-        provider = partial(model_provider, build=build_hybrid if hybrid else build_gpt)
         if args.virtual_pipeline_model_parallel_size is not None:
             flag = "num_layers_per_virtual_pipeline_stage"
             raise ConfigurationError(f"{flag}: leave it out, the checkpoint loads without it")
-        self.model: list[Module] = get_model(provider, wrap_with_ddp=False)
+        self.model = described_model(args)
         load_checkpoint(self.model, None, None)
         for chunk in self.model:
             chunk.eval()

@@ -22,7 +22,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +38,9 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
     TextGenerationController,
 )
 from megatron.training import get_tokenizer
-from megatron.training.checkpointing import checkpoint_exists, load_checkpoint
-from megatron.training.training import get_model
-from megatron_releases import build_gpt, build_hybrid, initialize
-from pretrain_gpt import model_provider
+from megatron.training.checkpointing import load_checkpoint
+from megatron_releases import initialize
+from saved_models import described_model, missing_checkpoint
 from torch.nn import Module
 
 from megamem.config import ConfigurationError
@@ -92,13 +90,7 @@ def check_args(args: argparse.Namespace) -> None:
         for name, flag in UNSUPPORTED.items()
         if (value := getattr(args, name)) not in (None, 1)
     ]
-    if args.load is None:
-        problems.append("--load is missing; give the folder that the training run had as --save")
-    elif not checkpoint_exists(args.load):
-        problems.append(
-            f"--load {args.load}: no checkpoint there (no latest_checkpointed_iteration.txt); "
-            "give the folder that the training run had as --save"
-        )
+    problems += missing_checkpoint("--load", args.load)
     if args.num_tokens_to_generate < 1:
         given = args.num_tokens_to_generate
         problems.append(f"--num-tokens-to-generate {given}: choose at least 1")
@@ -183,9 +175,7 @@ def load_model(args: argparse.Namespace) -> Module:
     """This rank's part of the model in the checkpoint, as Megatron's engine can run it."""
     # the weights are the same; the engine knows it for experts alone
     args.sequence_parallel = args.tp_comm_overlap = False
-    args.no_load_optim = args.no_load_rng = True
-    build = build_hybrid if getattr(args, "hybrid_layer_pattern", None) else build_gpt
-    model = get_model(partial(model_provider, build=build), wrap_with_ddp=False)
+    model = described_model(args)
     load_checkpoint(model, None, None)
     (chunk,) = model
     return chunk.eval()

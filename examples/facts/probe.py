@@ -31,18 +31,17 @@ from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.training import get_args, get_tokenizer
-from megatron.training.checkpointing import checkpoint_exists, load_checkpoint
-from megatron.training.training import get_model
+from megatron.training.checkpointing import load_checkpoint
 from rich.console import Console
 from rich.progress import track
 from show_probe import sheet
 from torch import Tensor
 from torch.nn import Module
 
-# the host script lies one folder up; ahead of a Megatron checkout's script of the same name
+# these lie one folder up; ahead of a Megatron checkout's script of the same name
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from megatron_releases import initialize  # noqa: E402
-from pretrain_gpt import model_provider  # noqa: E402
+from saved_models import described_model, missing_checkpoint  # noqa: E402
 
 from megamem.config import ConfigurationError  # noqa: E402
 
@@ -66,11 +65,7 @@ def check_args(args: argparse.Namespace) -> None:
     if not args.facts.is_file():
         build = f"examples/facts/build_corpus.py --output {args.facts.parent}"
         raise ConfigurationError(f"--facts {args.facts}: no such file; write it with {build}")
-    if not checkpoint_exists(args.load):
-        raise ConfigurationError(
-            f"--load {args.load}: no checkpoint there (no latest_checkpointed_iteration.txt); "
-            "give the folder that the training run had as --save"
-        )
+    ConfigurationError.collect(missing_checkpoint("--load", args.load))
     if args.virtual_pipeline_model_parallel_size is not None:
         flag = "--num-layers-per-virtual-pipeline-stage"
         raise ConfigurationError(f"{flag}: leave it out, the checkpoint loads without it")
@@ -170,8 +165,7 @@ def main() -> None:
     """Load, ask, print, write JSON."""
     args = initialize(add_probe_args)
     check_args(args)
-    args.no_load_optim = args.no_load_rng = True
-    model = get_model(model_provider, wrap_with_ddp=False)
+    model = described_model(args)
     phrasings = PHRASINGS[args.phrasing]
     # held in first
     facts = sorted(json.loads(args.facts.read_text())["facts"], key=lambda f: not f["held_in"])

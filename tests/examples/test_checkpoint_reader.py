@@ -24,6 +24,11 @@ EXPERTS = (
     *("--moe-shared-expert-intermediate-size", 40, "--moe-shared-expert-gate", "--swiglu"),
     *("--use-rope-scaling", "--rope-scaling-factor", 8, "--memory-keep-ffn"),
 )
+HYBRID = (
+    *("--hybrid-layer-pattern", "*-*-", "--memory-layers", 1, 3, "--memory-num-keys", 16),
+    *("--memory-topk", 4, "--normalization", "RMSNorm"),
+    *("--spec", "megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"),
+)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {}),
     "tensor parallel": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
@@ -73,6 +78,12 @@ def _check(saved: Path, output: Path, ranks: int, settings: dict[str, Any]) -> N
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_checkpoint_says_how_it_is_read(saved: Path, layout: str, tmp_path: Path) -> None:
     _check(saved, tmp_path / "found.json", *LAYOUTS[layout])
+
+
+@pytest.mark.gloo
+def test_a_hybrid_model(tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core.models.hybrid", reason="hybrid models came in 0.18")
+    _check(_save(tmp_path / "saved", *HYBRID), tmp_path / "found.json", 1, {})
 
 
 @pytest.mark.gloo

@@ -36,6 +36,10 @@ LONGEST = 9
 TAKE = ("--num-tokens-to-generate", LONGEST, "--inference-max-requests", 2)
 TP2 = ("--tensor-model-parallel-size", 2)
 WIDE = ("--memory-group-size", 2)
+HYBRID = (
+    *("--hybrid-layer-pattern", "*-*-", "--num-layers", 4, "--memory-layers", 1, 3),
+    *("--spec", "megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"),
+)
 PEER = ("--memory-variant", "peer", "--memory-key-dim", 16)
 
 
@@ -119,6 +123,12 @@ def test_plain_memories_and_learned_positions(tmp_path: Path) -> None:
     flags = ("--memory-variant", "memory", "--memory-pool", "layer", "--memory-keep-ffn")
     saved = _saved(tmp_path, *flags, "--position-embedding-type", "learned_absolute")
     _check(saved, 2, tmp_path, *TP2)
+
+
+@pytest.mark.gloo
+def test_a_hybrid_model(tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core.models.hybrid", reason="hybrid models came in 0.18")
+    _check(_saved(tmp_path, *HYBRID), 1, tmp_path)
 
 
 @pytest.mark.gloo

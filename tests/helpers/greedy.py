@@ -13,9 +13,8 @@ import torch
 from logits import _disturb, _logits
 from megatron.training import get_tokenizer
 from megatron.training.checkpointing import save_checkpoint
-from megatron.training.training import get_model
-from megatron_releases import build_gpt, build_hybrid, initialize
-from pretrain_gpt import model_provider
+from megatron_releases import initialize
+from saved_models import described_model
 from torch.nn import Module
 
 
@@ -50,8 +49,7 @@ def main() -> None:
         return parser
 
     args = initialize(flags)
-    build = build_hybrid if getattr(args, "hybrid_layer_pattern", None) else build_gpt
-    (model,) = get_model(lambda *a, **k: model_provider(*a, **k, build=build), wrap_with_ddp=False)
+    (model,) = described_model(args)
     model.eval()
     _disturb(model)
     prompts = [get_tokenizer().tokenize(prompt) for prompt in args.prompts]

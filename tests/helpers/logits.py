@@ -13,9 +13,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from megatron.training import get_args
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
-from megatron.training.training import get_model
 from megatron_releases import initialize
-from pretrain_gpt import model_provider
+from saved_models import described_model
 from torch import Tensor
 from torch.nn import Module
 
@@ -44,8 +43,7 @@ def main() -> None:
         return parser
 
     args = initialize(flags)
-    args.no_load_optim = args.no_load_rng = True
-    (model,) = chunks = get_model(model_provider, wrap_with_ddp=False)
+    (model,) = chunks = described_model(args)
     model.eval()
     if args.load:
         load_checkpoint(chunks, None, None)

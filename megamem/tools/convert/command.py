@@ -122,7 +122,7 @@ def _add_flags(parser: argparse.ArgumentParser, what: str, words: Sequence[str])
         add("--table-dtype", choices=KINDS, help=bits)
         unread = (
             "leave out rows that no training batch has read, for --format hf; where the model asks "
-            "for one, it adds zero"
+            "for one, it adds zero; counts start at zero after a conversion"
         )
         add("--drop-unread", action="store_true", help=unread)
         size = "start a new file before one grows larger than this (default: %(default)s)"
@@ -218,6 +218,11 @@ def _read_counts(source: torch_dist.TorchDist, console: Console) -> dict[str, La
             )
         found[name] = tensors[key]
     batches = max(int(tensors[state_key(name, BATCHES)].whole()) for name in found)
+    if batches == 0:
+        raise ConfigurationError(
+            f"{source.folder} has counted no training batch, so --drop-unread would leave out all "
+            "rows; train before, as counts start at zero after a conversion, or drop --drop-unread."
+        )
     console.print(f"The rows that {batches:,} training batches have read are kept.")
     return found
 
@@ -234,10 +239,16 @@ def _export_hf(
     read_counts: dict[str, LazyTensor] | None,
     console: Console,
 ) -> None:
-    if run is None or settings is None:
+    if run is None:
         raise ConfigurationError(
-            f"{args.source} holds no arguments of Megatron, from which config.json is made; load "
-            "it in a run of Megatron that saves, and export what that saved."
+            f"--format hf makes config.json from the flags of a run, and {args.source} has none, "
+            f"because it was converted; train it, if only for one step, with --load {args.source} "
+            "and --save FOLDER, and export FOLDER."
+        )
+    if settings is None:
+        raise ConfigurationError(
+            f"{args.source} has no memory layers, and --format hf exports models that have some; "
+            "add them with megamem convert upcycle and train the result."
         )
     run = argparse.Namespace(**vars(run))
     if args.tokenizer_model:
