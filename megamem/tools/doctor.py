@@ -3,17 +3,21 @@
 It prints one table: versions of packages, the implementations of norms, optimizer and kernels,
 devices and their links, a small memory layer in forward and backward, and a test of every kernel on
 inputs with known results (known answers), on a GPU at the size of a real run. Under torchrun it
-also tests the collectives that send lookups to other ranks. The exit status is 0 if there is no
+also tests the collectives that send lookups to other ranks, measures the links inside nodes and
+between them, and names the layout of a table that suits these. The exit status is 0 if there is no
 problem and 1 otherwise, so that a health check can use it.
 
     python -m megamem doctor --flags "<the command line of a training run>"
 
 checks no machine, but whether memory layers work with everything that the run uses. The exit status
-is 1 if something is refused.
+is 1 if something is refused. Under torchrun it checks both, and the layout is that of the run's
+tables.
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
 import platform
 import re
@@ -46,6 +50,7 @@ from megamem.resolution import resolve
 from megamem.tools import known_answers
 from megamem.tools.doctor_collectives import COLLECTIVES, MIB, collective_check
 from megamem.tools.doctor_finding import Finding, Status
+from megamem.tools.doctor_links import TableSize, links_check, table_size
 from megamem.tools.plan import quiet_imports
 
 SHOWN: dict[Status, str] = {
@@ -76,7 +81,8 @@ def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         nargs=argparse.REMAINDER,
         metavar="COMMAND",
         help="say whether memory layers work with the flags of a training run, instead of checking "
-        "this machine; everything that follows is its command line, with or without quotes",
+        "this machine, or under torchrun beside that; everything that follows is its command "
+        "line, with or without quotes",
     )
     # --flags needs a parser for another command line
     parser.set_defaults(
@@ -87,17 +93,16 @@ def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check this machine, or under torchrun all of them; return 1 if there is a problem, else 0.
 
-    With --flags a command line is checked instead.
+    With --flags a command line is checked instead, or under torchrun as well.
 
     Raises:
         ConfigurationError: --mib or --timeout is less than 1, or a command line cannot be read.
     """
+    many, refused, size_of_table = int(os.environ.get("WORLD_SIZE", "1")) > 1, 0, TableSize()
     if options.flags is not None:
-        # it imports Megatron, which the other checks report if it cannot be imported
-        with quiet_imports():
-            from megamem.tools import support
-
-        return support.check_flags(options.flags, options.new_parser())
+        refused, size_of_table = flags_check(options, shown=os.environ.get("RANK", "0") == "0")
+        if not many:
+            return refused
     for name, value in (("--mib", options.mib), ("--timeout", options.timeout)):
         if value is not None and value < 1:
             raise ConfigurationError(f"{name} {value} must be at least 1")
@@ -109,9 +114,11 @@ def run(options: argparse.Namespace) -> int:
         findings.append(Finding("known answers", "skipped because of --light", "note"))
     else:
         findings += answers_check(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if many:
         mib = options.mib or (64 if device.type == "cuda" else 4)
-        findings, is_first = with_all_ranks(findings, device, mib * MIB, options.timeout)
+        findings, is_first = with_all_ranks(
+            findings, device, mib * MIB, options.timeout, size_of_table
+        )
     else:
         is_first = True
         advice = "not tested; start megamem doctor with torchrun to test them"
@@ -119,10 +126,37 @@ def run(options: argparse.Namespace) -> int:
     problems = sum(finding.status == "problem" for finding in findings)
     if is_first:
         show(findings, problems)
-    status = 1 if problems else 0
+    status = 1 if problems or refused else 0
     # after a failed collective the process group still exists, and would block the exit
     lost_ranks.end_process(SystemExit(status), sys.excepthook)
     return status
+
+
+def flags_check(options: argparse.Namespace, *, shown: bool) -> tuple[int, TableSize]:
+    """Check the command line of --flags.
+
+    Args:
+        options: the command line of doctor.
+        shown: whether to print what was found.
+
+    Returns:
+        1 if something is refused, else 0; and the size of the run's tables.
+
+    Raises:
+        ConfigurationError: the command line cannot be read.
+    """
+    # it imports Megatron, which the other checks report if it cannot be imported
+    with quiet_imports():
+        from megamem.tools import support
+
+    with contextlib.nullcontext() if shown else contextlib.redirect_stdout(io.StringIO()):
+        refused = support.check_flags(options.flags, options.new_parser())
+    args, _ = support.parse(options.flags, options.new_parser())
+    try:
+        return refused, table_size(args)
+    except ConfigurationError:
+        # it is one of the refusals
+        return refused, TableSize()
 
 
 def own_device() -> torch.device:
@@ -140,8 +174,12 @@ def show(findings: list[Finding], problems: int) -> None:
     table.add_column("result", overflow="fold")
     table.add_column("status")
     for finding in findings:
-        table.add_row(finding.what, finding.found, SHOWN[finding.status])
+        if not finding.is_line:
+            table.add_row(finding.what, finding.found, SHOWN[finding.status])
     console.print(table)
+    for finding in findings:
+        if finding.is_line:
+            console.print(finding.found, soft_wrap=True, highlight=False, markup=False)
     if problems:
         word = "problem" if problems == 1 else "problems"
         console.print(f"[red]Not ready:[/] {problems} {word}; see the rows marked PROBLEM above.")
@@ -391,15 +429,20 @@ def answers_check(device: torch.device) -> list[Finding]:
 
 
 def with_all_ranks(
-    findings: list[Finding], device: torch.device, size: int, patience: int
+    findings: list[Finding],
+    device: torch.device,
+    size: int,
+    patience: int,
+    table: TableSize | None = None,
 ) -> tuple[list[Finding], bool]:
-    """Add the problems of other ranks and the tests of the collectives to this rank's findings.
+    """Add the problems of other ranks, the tests of collectives and links to this rank's findings.
 
     Args:
         findings: this rank's.
         device: this rank's.
         size: bytes per rank in each test.
         patience: seconds to wait for the other ranks.
+        table: the table whose layout is chosen for the links.
 
     Returns:
         The findings, and whether this rank should print them: rank 0, and each rank whose
@@ -427,6 +470,7 @@ def with_all_ranks(
                 if other != rank
             ),
             *(collective_check(name, device, size) for name in COLLECTIVES),
+            *links_check(device, size, patience, table or TableSize()),
         ]
         dist.destroy_process_group()
     except Exception as error:

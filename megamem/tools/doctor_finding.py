@@ -15,3 +15,5 @@ class Finding:
     found: str
     """Its result, and for a problem what to do."""
     status: Status = "ok"
+    is_line: bool = False
+    """Whether it is printed below the table, as one line that can be copied."""

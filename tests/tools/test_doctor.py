@@ -5,6 +5,7 @@ import re
 import socket
 import sys
 from importlib import metadata
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -58,12 +59,18 @@ def test_a_machine_that_passes_the_tests_is_ready() -> None:
 
 @pytest.mark.gloo
 def test_ranks_measure_their_collectives() -> None:
-    log = launch("doctor", 2, "doctor", "--mib", 1, module="megamem", check=False)
+    run = ("--num-layers", 4, "--hidden-size", 256, "--memory-layers", 1)
+    words = ("doctor", "--mib", 1, "--flags", *run)
+    wide = {"COLUMNS": "200"}
+    log = launch("doctor", 2, *words, module="megamem", check=False, environment=wide)
     assert log.returncode == 0, log.stdout
-    assert log.stdout.count("Ready: ") == 1
+    assert log.stdout.count("Ready: ") == log.stdout.count("Accepted: ") == 1
     for name in doctor.COLLECTIVES:
         assert f"\u2502 {name} " in log.stdout
-    assert log.stdout.count("GB/s; 1 MiB per rank") == 3
+    assert log.stdout.count("GB/s; 1 MiB per rank") == 3 + 2
+    # one line with the layout for the tables of the flags
+    found = re.search(r"^(--memory-\S+ .*) suits \S+ GB/s inside a node, (.*)$", log.stdout, re.M)
+    assert found and "rows of 256 numbers of 4 bytes" in found[2] and "over 2 ranks." in found[2]
 
 
 def test_a_peer_that_never_comes_is_a_problem() -> None:
@@ -262,8 +269,8 @@ def _collectives_and_problems_of_others() -> None:
         # only one rank receives nothing, and all must report it
         truly = getattr(dist, function)
 
-        def lost(out, sent, truly=truly):
-            truly(torch.empty_like(out) if rank == 1 else out, sent)
+        def lost(out, sent, group, truly=truly):
+            truly(torch.empty_like(out) if rank == 1 else out, sent, group=group)
 
         with mock.patch.object(dist, function, lost):
             finding = doctor.collective_check(name, CPU, 2**16)
@@ -343,6 +350,29 @@ def test_flags_may_be_given_without_quotes_and_memory(capsys: pytest.CaptureFixt
     assert "Without --memory-layers only Megatron's own flags" in capsys.readouterr().out
     assert run_doctor(["--flags", "--memory-layers", "1", "--memory-heads", "0"]) == 1
     assert "--memory-heads 0 must be" in capsys.readouterr().out
+
+
+def test_under_torchrun_flags_are_checked_beside_the_machine(healthy, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(doctor, "answers_check", lambda device: [])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    tables = []
+
+    def with_all_ranks(findings, device, size, patience, table):
+        tables.append(table)
+        return findings, os.environ["RANK"] == "0"
+
+    monkeypatch.setattr(doctor, "with_all_ranks", with_all_ranks)
+    flags = ["--flags", "--memory-layers", "1", "--hidden-size", "64"]
+    for rank, refused in product((0, 1), (False, True)):
+        monkeypatch.setenv("RANK", str(rank))
+        more = ["--use-megatron-fsdp", "--memory-heads", "0"] if refused else []
+        assert run_doctor([*flags, *more]) == int(refused)
+        said = capsys.readouterr().out
+        assert ("Refused: 2 of these" in said) == (refused and rank == 0)
+        assert ("Accepted:" in said) == (not refused and rank == 0)
+        assert ("Ready:" in said) == (rank == 0)
+    # what is refused has no size
+    assert [table.width for table in tables] == [64, 2048] * 2
 
 
 SHARDS = "--tensor-model-parallel-size 2 --tensor-parallel-num-weight-shards 4"
