@@ -9,12 +9,16 @@ it evaluates on CPUs.
 
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
+from megamem.errors import stop
 from megamem.megatron import launcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the only work of this process; return the exit status."""
+    if find_spec("lm_eval") is None:
+        stop("lm-eval is not installed; install it with pip install 'megamem[eval]'.")
     return launcher.run_own("eval_harness.py", argv)
 
 

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "run": {"megatron"},
     "pretrain_gpt": {"megatron"},
     "pretrain_hybrid": {"megatron"},
-    "eval_harness": {"megatron"},
+    "eval_harness": {"errors", "megatron"},
     "__main__": {"config", "errors"},
 }
 MEGATRON = {

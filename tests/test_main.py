@@ -11,7 +11,7 @@ import pytest
 # Megatron imports it, and at its first import torch logs that there is no CUDA toolkit
 import torch.utils.cpp_extension  # noqa: F401
 
-from megamem import __version__
+from megamem import __version__, eval_harness
 from megamem.__main__ import CLOSED_PIPE, COMMANDS, INTERRUPTED, carry_out, main
 from megamem.config import ConfigurationError
 from megamem.tools import plan
@@ -208,3 +208,11 @@ def test_run_as_a_module_and_as_a_command():
         result = subprocess.run(words, capture_output=True, text=True)
         assert result.returncode == 2
         assert result.stderr.startswith("megamem: error: there is no script nowhere.py")
+
+
+def test_evaluation_without_lm_eval_names_what_to_install(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(eval_harness, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        eval_harness.main(["--model", "megamem"])
+    assert ended.value.code == 2
+    assert "pip install 'megamem[eval]'" in capsys.readouterr().err
