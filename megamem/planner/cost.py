@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from megamem.parallel.traffic import Traffic, all_reduce_bytes
+from megamem.parallel.replica_groups import reduction_bytes
+from megamem.parallel.traffic import Traffic
 from megamem.planner.buffers import lookup_buffers
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.job import Job, Layout, layout_traffic
@@ -54,7 +55,8 @@ class StepSeconds:
     exchange: float
     """Sending lookups to the ranks that own the rows and sums back, forward and backward."""
     replicas: float
-    """All-reduce of the gradients over the replicas of the table."""
+    """The sum of the gradients over the replicas of the table: its time on the slower link, as one
+    block of rows is sent inside nodes while another crosses the network."""
 
     @property
     def lookup(self) -> float:
@@ -88,10 +90,18 @@ class LayoutCost:
     """Bytes sent per token and memory layer."""
     exchange_per_step: float
     """Bytes that a rank sends for lookups in a step."""
-    replicas_per_step: float
-    """Bytes that a rank sends in a step to sum the gradients of the table's replicas."""
+    replicas_inside: float
+    """Bytes that a rank sends in a step to ranks of its node, to sum the gradients of the table's
+    replicas."""
+    replicas_across: float
+    """The same, to ranks of other nodes."""
     seconds: dict[str, StepSeconds]
     """Name of the GPU -> estimate."""
+
+    @property
+    def replicas_per_step(self) -> float:
+        """Bytes that a rank sends in a step to sum the gradients of the table's replicas."""
+        return self.replicas_inside + self.replicas_across
 
 
 def layout_cost(job: Job, layout: Layout) -> LayoutCost:
@@ -101,18 +111,18 @@ def layout_cost(job: Job, layout: Layout) -> LayoutCost:
     tokens = job.microbatch_tokens * share.calls
     # gradients, and for each row whether it has one; every replica then makes the same update
     summed = share.touched_by_step if job.spec.reduce_rows == "touched" else share.rows
-    replica_bytes = all_reduce_bytes(
-        share.tables * (summed * share.width * job.state.gradient + share.rows), replicas
-    )
+    held = share.tables * (summed * share.width * job.state.gradient + share.rows)
+    inside, across = _replica_bytes(job, layout, held)
     return LayoutCost(
         layout=layout,
         replicas=replicas,
         bytes=rank_bytes(job, layout),
         sent=sent,
         exchange_per_step=tokens * sent.total,
-        replicas_per_step=replica_bytes,
+        replicas_inside=inside,
+        replicas_across=across,
         seconds={
-            gpu: _step_seconds(job, layout, share, sent, replica_bytes, gpu) for gpu in HARDWARE
+            gpu: _step_seconds(job, layout, share, sent, (inside, across), gpu) for gpu in HARDWARE
         },
     )
 
@@ -173,15 +183,32 @@ def step_flops(job: Job) -> float:
 
 
 def _step_seconds(
-    job: Job, layout: Layout, share: Share, sent: Traffic, replica_bytes: float, gpu: str
+    job: Job,
+    layout: Layout,
+    share: Share,
+    sent: Traffic,
+    replica_bytes: tuple[float, float],
+    gpu: str,
 ) -> StepSeconds:
-    hardware, cluster = HARDWARE[gpu], job.cluster
-    holders = cluster.stage_ranks * job.table_stages
-    within_node = holders <= cluster.gpus_per_node
+    hardware = HARDWARE[gpu]
+    inside, across = replica_bytes
     tokens = share.calls * job.microbatch_tokens
     return StepSeconds(
         dense=step_flops(job) / hardware.flops,
         stages=stages(job, layout, share, hardware),
         exchange=sent.seconds(tokens, hardware.link, hardware.network),
-        replicas=replica_bytes / (hardware.link if within_node else hardware.network),
+        replicas=max(inside / hardware.link, across / hardware.network),
     )
+
+
+def _replica_bytes(job: Job, layout: Layout, held: float) -> tuple[float, float]:
+    """Bytes that a rank sends inside its node and between nodes to sum what the replicas hold."""
+    cluster, memories = job.cluster, job.stage_memories
+    holders = [stage for stage, count in enumerate(memories) if count]
+    ranks = [
+        stage * cluster.stage_ranks + first
+        for stage in (holders if job.spec.pool == "shared" else holders[:1])
+        for first in range(0, cluster.stage_ranks, layout.group_size)
+    ]
+    nodes = [rank // cluster.gpus_per_node for rank in range(cluster.world_size)]
+    return reduction_bytes(held, ranks, nodes)

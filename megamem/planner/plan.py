@@ -177,7 +177,8 @@ def _why(job: Job, best: LayoutCost, costs: list[LayoutCost]) -> str:
         sentences.append(
             f"To sum the gradients of {job.spec.reduce_rows} rows over the {best.replicas} "
             "replicas of the table, each rank sends "
-            f"{best.replicas_per_step / GB:.1f} GB per step ({step.replicas * 1e3:.0f} ms)."
+            f"{best.replicas_inside / GB:.1f} GB per step inside its node and "
+            f"{best.replicas_across / GB:.1f} GB to other nodes ({step.replicas * 1e3:.0f} ms)."
         )
     elif len(costs) > 1:
         sentences.append("The table has no replicas, so no all-reduce of its gradients is needed.")

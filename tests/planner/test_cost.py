@@ -185,6 +185,29 @@ def test_stages_that_share_a_table_are_replicas_of_it() -> None:
     assert rank_share(both, wide).touched_by_step == rank_share(one, wide).touched_by_step
 
 
+@pytest.mark.parametrize(
+    ("size", "inside", "across"),
+    [
+        # each replica sends a part of B bytes to the other nodes: B / 8, B / 4, and all of it
+        pytest.param(1, 2 * 7 / 8, 2 / 8 * 3 / 4, id="eight on each of four nodes"),
+        pytest.param(2, 2 * 3 / 4, 2 / 4 * 3 / 4, id="four on each of four nodes"),
+        pytest.param(8, 0, 2 * 3 / 4, id="one on each of four nodes"),
+        pytest.param(16, 0, 2 * 1 / 2, id="two, of two nodes each"),
+        pytest.param(32, 0, 0, id="one"),
+    ],
+)
+def test_replicas_send_inside_nodes_and_across(size: int, inside: float, across: float) -> None:
+    job = job_of(world=32, memory_layers=[3], memory_reduce_rows="all")
+    layout = Layout("row", size)
+    cost, share = layout_cost(job, layout), rank_share(job, layout)
+    held = share.rows * (share.width * job.state.gradient + 1)
+    assert cost.replicas_inside == pytest.approx(inside * held)
+    assert cost.replicas_across == pytest.approx(across * held)
+    h100 = HARDWARE["h100"]
+    times = inside * held / h100.link, across * held / h100.network
+    assert cost.seconds["h100"].replicas == pytest.approx(max(times))
+
+
 def test_buffers_of_one_layer() -> None:
     """Bytes saved for 8192 tokens, computed by hand; per token 128 lookups and 2048 numbers."""
     job = job_of(world=8, memory_layers=[3])
