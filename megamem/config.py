@@ -8,6 +8,8 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from megamem.spec import Grid
+
 MAX_NUM_KEYS = 46340
 """The largest N for which all N * N row ids fit into an int32."""
 
@@ -115,6 +117,22 @@ class MemoryConfig:
     memory_column_ranks: int | None = None
     """Number of ranks that share a row in mode 2d. Default: the tensor-parallel size."""
 
+    memory_grid: str | None = None
+    """Names any layout, in place of --memory-mode: node rows x node columns x local rows x local
+    columns, such as 1x16x8x1 for 16 nodes of 8 ranks. The rows of a table are divided over node
+    rows x local rows, the columns over node columns x local columns, and the product of all four is
+    the number of ranks that a table is sharded over. What the ranks of a node have in common
+    crosses to other nodes once."""
+
+    memory_pieces: int = 1
+    """Number of pieces in which the tokens of a layer pass through the exchange. The exchange of
+    one piece overlaps with the reads of another. The forward is the same bit for bit; the gradient
+    of a row is summed piece by piece, so it differs by rounding."""
+
+    memory_lookup_weights: Literal["fp32", "bf16"] = "fp32"
+    """What the weights of lookups are rounded to, once, before they are sent and used. bf16 sends 2
+    bytes fewer per lookup to every rank."""
+
     memory_placement_seed: int = 0
     """Seed of the permutation that maps pairs of sub-keys to rows of the table, so that pairs that
     are often read together lie on different ranks. It is saved in checkpoints and cannot be changed
@@ -170,6 +188,7 @@ class MemoryConfig:
             "memory_value_dim": self.memory_value_dim,
             "memory_group_size": self.memory_group_size,
             "memory_column_ranks": self.memory_column_ranks,
+            "memory_pieces": self.memory_pieces,
             "memory_finetune_rows": self.memory_finetune_rows,
         }
         for name, value in positive.items():
@@ -205,6 +224,7 @@ class MemoryConfig:
                 f"--memory-mode is {self.memory_mode}; use --memory-mode 2d or drop "
                 "--memory-column-ranks."
             )
+        found.extend(self._grid_problems())
         sparse, rows = ("sgd", "lazy_adamw"), self.memory_finetune_rows
         if rows is not None and self.memory_optimizer not in sparse:
             found.append(
@@ -232,6 +252,30 @@ class MemoryConfig:
             # written in this way so that a NaN is refused, too
             if value is not None and not 0 <= value < float("inf"):
                 found.append(f"{flag(name)} {value:g} must be a finite number, zero or more.")
+        return found
+
+    def _grid_problems(self) -> list[str]:
+        text = self.memory_grid
+        if text is None:
+            return []
+        try:
+            size = Grid.parse(text).size
+        except ValueError:
+            return [
+                f"--memory-grid {text} must be four positive numbers, node rows x node columns x "
+                "local rows x local columns; use for example 1x2x8x1."
+            ]
+        found = []
+        if self.memory_mode != "row":
+            found.append(
+                f"--memory-grid {text} and --memory-mode {self.memory_mode} both name a layout; "
+                "drop one of them."
+            )
+        if self.memory_group_size not in (None, size):
+            found.append(
+                f"--memory-grid {text} has {size} ranks, but --memory-group-size is "
+                f"{self.memory_group_size}; drop --memory-group-size or use {size}."
+            )
         return found
 
     @property

@@ -21,8 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megamem.parallel.collectives import group_rank
-from megamem.parallel.routing import COUNT_DTYPE, RoutingPlan
 from megamem.parallel.row_shard import TableShard
 
 MAP_SIDE = 256
@@ -314,65 +312,6 @@ def kl_from_uniform(usage: Tensor, num_keys: int) -> Tensor:
     uniform = torch.outer(keys, keys) / num_keys**2
     shares = usage / usage.sum()
     return torch.special.xlogy(shares, shares / uniform).sum()
-
-
-def sent_bytes(
-    plan: RoutingPlan,
-    weights: Tensor,
-    bags: Tensor,
-    *,
-    lookups: int,
-    column_counts: Sequence[int],
-    width: int,
-    column_rank: int,
-) -> int:
-    """Return the bytes that this rank sends to others in one pass, forward and backward.
-
-    An all-gather and a reduce-scatter count as the minimum that each rank must send: its part to
-    every other rank.
-
-    Args:
-        plan: the plan of the pass.
-        weights: [M], the weights that dispatch() returned.
-        bags: [G, v], the partial bags before combine().
-        lookups: lookups per token.
-        column_counts: number of tokens of every column rank.
-        width: V, the row width of the unsharded table.
-        column_rank: this rank's number among the column ranks.
-    """
-    rank, own = group_rank(plan.group), plan.bag_counts[group_rank(plan.group)]
-    peers, column_peers = len(plan.bag_counts) - 1, len(column_counts) - 1
-    number, weight = bags.element_size(), weights.element_size()
-    slice_bytes, lookup = bags.shape[1] * number, plan.sent_M.element_size() + weight
-
-    # lookups are sent to the owners of their rows, and gradients of weights back
-    if plan.send is None or plan.recv is None:
-        sent = received = peers * plan.bag_counts[0] * lookups
-        counts = 0
-    else:
-        sent = sum(plan.send) - plan.send[rank]
-        received = sum(plan.recv) - plan.recv[rank]
-        counts = peers * own * COUNT_DTYPE.itemsize
-    total = counts + sent * lookup + received * weight
-    # partial bags are sent to the ranks of the tokens, and their gradients to all owners of rows
-    total += gather_and_scatter_bytes(plan, slice_bytes)
-
-    # lookups are sent to the ranks that hold other columns, and column slices back
-    total += column_peers * max(column_counts) * lookups * (lookup + weight)
-    tokens = column_counts[column_rank]
-    total += (sum(column_counts) - tokens) * slice_bytes
-    return total + tokens * (width - bags.shape[1]) * number
-
-
-def gather_and_scatter_bytes(plan: RoutingPlan, row_bytes: int) -> int:
-    """Return the bytes that this rank sends to all-gather and reduce-scatter a row for every bag.
-
-    Args:
-        plan: the plan of the pass.
-        row_bytes: bytes of one row.
-    """
-    own, peers = plan.bag_counts[group_rank(plan.group)], len(plan.bag_counts) - 1
-    return (sum(plan.bag_counts) - own + peers * max(plan.bag_counts)) * row_bytes
 
 
 def _layer_sizes(watched: Watched) -> list[int]:

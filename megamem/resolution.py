@@ -11,7 +11,7 @@ from megamem.parallel.traffic import (
     divisors,
     mode_problem,
 )
-from megamem.spec import Layout, MemorySpec, Mode, ReducedRows
+from megamem.spec import Grid, Layout, MemorySpec, Mode, ReducedRows
 
 
 def resolve(
@@ -51,15 +51,23 @@ def resolve(
     variant = VARIANTS[config.memory_variant]
     value_dim = _value_dim(config, hidden_size, variant)
     lookups = config.memory_heads * config.memory_topk
-    size = config.memory_group_size or tensor_ranks
+    grid = Grid.parse(config.memory_grid) if config.memory_grid else None
+    size = grid.size if grid else config.memory_group_size or tensor_ranks
     stage = stage_ranks or size
     if stage % size:
+        named = (
+            f"--memory-grid {grid} has {size} ranks, which do"
+            if grid
+            else (f"--memory-group-size {size} does")
+        )
         raise ConfigurationError(
-            f"--memory-group-size {size} does not divide the {stage} ranks of a pipeline stage "
+            f"{named} not divide the {stage} ranks of a pipeline stage "
             "(tensor x context x data parallel); use one of "
             f"{', '.join(map(str, divisors(stage)))}."
         )
-    if config.memory_mode == "auto" and variant.cuts_rows:
+    if grid:
+        layout = Layout.of_grid(grid)
+    elif config.memory_mode == "auto" and variant.cuts_rows:
         layout = choose_layout(
             value_dim,
             lookups,
@@ -73,10 +81,12 @@ def resolve(
     else:
         neighbours = config.memory_column_ranks or min(tensor_ranks, size)
         mode: Mode = "row" if config.memory_mode == "auto" else config.memory_mode
-        layout = Layout(mode, size, {"row": 1, "column": size, "2d": neighbours}[mode])
+        columns = {"row": 1, "column": size, "2d": neighbours}[mode]
+        layout = Layout.of_mode(mode, size, columns, ranks_per_node)
     if layout.mode != "row" and not variant.cuts_rows:
+        named = f"--memory-grid {grid}" if grid else f"--memory-mode {layout.mode}"
         raise ConfigurationError(
-            f"--memory-mode {layout.mode} splits rows, but --memory-variant "
+            f"{named} splits rows, but --memory-variant "
             f"{config.memory_variant} needs complete rows on a rank; use --memory-mode row."
         )
     if problem := mode_problem(layout, value_dim):
@@ -97,6 +107,8 @@ def resolve(
         value_init_std=value_dim**-0.5 if std is None else std,
         layout=layout,
         wire=choose_wire(config.memory_wire, layout.row_ranks),
+        pieces=config.memory_pieces,
+        lookup_weights=config.memory_lookup_weights,
         placement_seed=config.memory_placement_seed,
         check_row_ids=config.memory_check_row_ids,
         tokens_vary=tokens_vary,

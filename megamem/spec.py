@@ -5,7 +5,8 @@ ranks: each width is a number, and the ranks that hold a table are known. `megam
 once, and every layer, optimizer, plan and report takes it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Literal
 
@@ -18,6 +19,73 @@ OfModel = Literal["model"]
 
 
 @dataclass(frozen=True)
+class Grid:
+    """The ranks of a memory group: node rows x node columns x local rows x local columns.
+
+    Consecutive ranks form a node, in which the local column varies fastest; the node column varies
+    faster than the node row. Rows of a table are divided over node rows x local rows, columns over
+    node columns x local columns. What a node has in common crosses to other nodes once. A grid may
+    treat other sets of consecutive ranks than those of one machine as its nodes.
+    """
+
+    node_rows: int = 1
+    node_columns: int = 1
+    local_rows: int = 1
+    local_columns: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Grid":
+        """Return the grid that a flag names, such as 1x16x8x1.
+
+        Raises:
+            ValueError: the text is not four positive numbers with an x between them.
+        """
+        sizes = [int(number) for number in text.split("x")]
+        if len(sizes) != 4 or min(sizes) < 1:
+            raise ValueError(text)
+        return cls(*sizes)
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return self.node_rows * self.node_columns
+
+    @property
+    def local(self) -> int:
+        """Number of ranks of a node."""
+        return self.local_rows * self.local_columns
+
+    @property
+    def size(self) -> int:
+        """W, the ranks of the memory group."""
+        return self.nodes * self.local
+
+    @property
+    def row_ranks(self) -> int:
+        """Number of shards that the rows are divided into."""
+        return self.node_rows * self.local_rows
+
+    @property
+    def column_ranks(self) -> int:
+        """Number of shards that the columns of a row are divided into."""
+        return self.node_columns * self.local_columns
+
+    def coordinates(self, member: int) -> tuple[int, int, int, int]:
+        """Return the node row, node column, local row and local column of a member."""
+        node, local = divmod(member, self.local)
+        return *divmod(node, self.node_columns), *divmod(local, self.local_columns)
+
+    def member(self, coordinates: Sequence[int]) -> int:
+        """Return the member that has these coordinates."""
+        node_row, node_column, local_row, local_column = coordinates
+        node = node_row * self.node_columns + node_column
+        return node * self.local + local_row * self.local_columns + local_column
+
+    def __str__(self) -> str:
+        return f"{self.node_rows}x{self.node_columns}x{self.local_rows}x{self.local_columns}"
+
+
+@dataclass(frozen=True)
 class Layout:
     """How a table is sharded over the ranks of a memory group."""
 
@@ -26,6 +94,50 @@ class Layout:
     """W, the ranks of the memory group."""
     column_ranks: int = 1
     """Number of ranks that the columns of a row are divided over."""
+    node_rows: int = 1
+    """Number of sets of nodes that hold different rows."""
+    node_columns: int = 1
+    """Number of sets of nodes that hold different columns."""
+
+    @classmethod
+    def of_grid(cls, grid: Grid) -> "Layout":
+        """Return the layout of a grid; its mode is the name of what the grid divides."""
+        mode: Mode = "2d"
+        if grid.column_ranks == 1:
+            mode = "row"
+        elif grid.row_ranks == 1:
+            mode = "column"
+        return cls(mode, grid.size, grid.column_ranks, grid.node_rows, grid.node_columns)
+
+    @classmethod
+    def of_mode(
+        cls, mode: Mode, group_size: int, column_ranks: int, ranks_per_node: int
+    ) -> "Layout":
+        """Return the layout that a mode names: rows go over nodes before columns do.
+
+        Where the nodes do not divide the group, or the column ranks neither divide a node nor
+        consist of whole nodes, all ranks count as one node.
+        """
+        near, flat = min(group_size, ranks_per_node), cls(mode, group_size, column_ranks)
+        if group_size % near:
+            return flat
+        nodes = group_size // near
+        if column_ranks <= near and near % column_ranks == 0:
+            return replace(flat, node_rows=nodes)
+        if column_ranks % near == 0 and group_size % column_ranks == 0:
+            columns = column_ranks // near
+            return replace(flat, node_rows=nodes // columns, node_columns=columns)
+        return flat
+
+    @property
+    def grid(self) -> Grid:
+        """The layout of the ranks."""
+        return Grid(
+            self.node_rows,
+            self.node_columns,
+            self.row_ranks // self.node_rows,
+            self.column_ranks // self.node_columns,
+        )
 
     @property
     def row_ranks(self) -> int:
@@ -33,6 +145,8 @@ class Layout:
         return self.group_size // self.column_ranks
 
     def __str__(self) -> str:
+        if self.grid.nodes > 1:
+            return f"grid {self.grid}"
         if self.mode == "2d":
             return f"2d {self.row_ranks} x {self.column_ranks}"
         return f"{self.mode} over {self.group_size}"
@@ -40,6 +154,8 @@ class Layout:
     @property
     def flags(self) -> str:
         """The command-line flags that select this layout."""
+        if self.grid.nodes > 1:
+            return f"--memory-grid {self.grid}"
         cut = f" --memory-column-ranks {self.column_ranks}" if self.mode == "2d" else ""
         return f"--memory-mode {self.mode} --memory-group-size {self.group_size}{cut}"
 
@@ -71,6 +187,10 @@ class MemorySpec:
 
     layout: Layout
     wire: Wire
+    pieces: int = 1
+    """Number of pieces in which the tokens of a layer pass, so that their exchanges overlap."""
+    lookup_weights: Literal["fp32", "bf16"] = "fp32"
+    """What the weights of lookups are rounded to before they are sent and used."""
     placement_seed: int
     check_row_ids: bool
     tokens_vary: bool

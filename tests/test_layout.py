@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megamem"
 
 MAY_IMPORT = {
-    "config": set(),
     "spec": set(),
+    "config": {"spec"},
     "reference": set(),
     "kernels": set(),
     "ops": {"reference", "kernels"},

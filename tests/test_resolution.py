@@ -57,7 +57,7 @@ def test_nothing_is_left_to_decide() -> None:
         (
             {"memory_group_size": 16},
             {"tensor_ranks": 4, "stage_ranks": 16},
-            Layout("row", 16, 1),
+            Layout("row", 16, 1, 2),
             "alltoall",
         ),
         ({"memory_mode": "column"}, {"tensor_ranks": 4}, Layout("column", 4, 4), "allgather"),

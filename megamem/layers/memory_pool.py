@@ -4,13 +4,15 @@ launch     row_ids_TL, weights_TL   are sent to the ranks that hold the rows
 collect    bags_Gv                  are summed there (megamem.layers.variants)
            out_TV                   is sent back to the rank of each token and summed
 
-Letters: T tokens on this rank, L lookups per token, D hidden size, M lookups received here, X the
-tokens of all column ranks, G bags (the tokens of all ranks), V row width, v on this rank.
+With --memory-pieces, the tokens pass in pieces, whose exchanges overlap.
+
+Letters: T tokens on this rank, t of one piece, L lookups per token, D hidden size, M lookups
+received here, G bags (the tokens of all ranks), V row width, v on this rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from itertools import batched
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +20,18 @@ from torch import Tensor, nn
 from megamem.layers.init import WeightFactory
 from megamem.layers.value_table import ReceivedLookups, ValueTable
 from megamem.layers.variants import variant_of
-from megamem.metrics import sent_bytes, untimed
-from megamem.ops import place_rows
-from megamem.parallel.collectives import group_rank, join_columns
-from megamem.parallel.columns import gather_lookups
+from megamem.metrics import untimed
+from megamem.ops import Known, place_rows
+from megamem.parallel.homeward import send_home
 from megamem.parallel.memory_group import MemoryGroup
+from megamem.parallel.pieces import Pieces, together
 from megamem.parallel.routing import (
     RoutingPlan,
-    all_gather_tokens,
-    combine,
-    dispatch,
+    SentBytes,
+    cut,
     plan_routing,
-    receive,
-    tokens_of_bags,
+    send_lookups,
+    send_tokens,
 )
 from megamem.parallel.row_shard import id_dtype
 from megamem.spec import MemorySpec
@@ -40,14 +41,31 @@ from megamem.spec import MemorySpec
 class Lookups:
     """Lookups that launch() has sent and collect() has yet to wait for."""
 
-    plan: RoutingPlan
-    """Which rank reads which rows for which."""
-    weights_M: Tensor
-    """Weights of the lookups; readable once the exchange is complete."""
-    column_counts: list[int]
-    """T of every column rank."""
-    tokens: Tensor | None
-    """The tokens, sent to all owners of rows, where the variant reads them; otherwise None."""
+    pieces: Pieces[Tensor]
+    """The pieces of the tokens, each of which returns its part of out_TV."""
+    sent: SentBytes
+    """Bytes of lookups and sums."""
+    sent_tokens: SentBytes
+    """Bytes of tokens."""
+    clock: "_Clock"
+
+
+class _Clock:
+    """Times the parts of a pass from collect() on."""
+
+    end_of: Callable[[str], None] = staticmethod(untimed)
+
+
+class _RoundWeights(torch.autograd.Function):
+    """Forward: round to bf16. Backward: the gradient of what was rounded is that of the result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.to(torch.bfloat16).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class MemoryPool:
@@ -82,8 +100,7 @@ class MemoryPool:
         """
         self.spec, self.name, self.group = spec, name, group or MemoryGroup()
         self.variant = variant_of(spec)
-        shape = (self.group.world_size, self.group.column_ranks)
-        assert shape == (spec.layout.group_size, spec.layout.column_ranks), (shape, spec.layout)
+        assert self.group.grid == spec.layout.grid, (self.group.grid, spec.layout)
         self.tables = nn.ModuleDict()
         for use in self.variant.tables:
             table = self.variant.table_name(name, use)
@@ -118,18 +135,52 @@ class MemoryPool:
             token_counts: T of every member of the group.
             x_TD: the tokens; they are sent to the owners of rows if the variant reads them.
         """
-        spec, group, rows = self.spec, self.group, self.values.shard.rows
+        spec, clock = self.spec, _Clock()
         rows_TL = place_rows(
             row_ids_TL, spec.num_keys, spec.placement_seed, id_dtype(spec.num_rows)
         )
-        # column ranks vary fastest
-        by_row_rank = list(batched(token_counts, group.column_ranks))
-        column_counts = list(by_row_rank[group_rank(group.rows)])
-        rows_XL, weights_XL = gather_lookups(rows_TL, weights_TL, column_counts, group.columns)
-        plan = plan_routing(rows_XL, rows, group.rows, [*map(sum, by_row_rank)], spec.wire)
-        weights_M = dispatch(plan, weights_XL)
-        tokens = all_gather_tokens(plan, x_TD) if self.variant.reads_tokens else None
-        return Lookups(plan, weights_M, column_counts, tokens)
+        wire = None
+        if spec.lookup_weights == "bf16":
+            # rounded before use, so that the result does not depend on where a row is
+            weights_TL, wire = _RoundWeights.apply(weights_TL), torch.bfloat16
+        routing = plan_routing(
+            rows_TL, self.values.shard.rows, self.group, token_counts, spec.wire, spec.pieces
+        )
+        weights, tokens = routing.cut(weights_TL), cut(x_TD, routing.tokens)
+        sent_tokens = SentBytes()
+        readers = [
+            self._read_piece(*parts, wire, clock, sent_tokens)
+            for parts in zip(routing.plans, weights, tokens, strict=True)
+        ]
+        return Lookups(Pieces(readers), routing.sent, sent_tokens, clock)
+
+    def _read_piece(
+        self,
+        plan: RoutingPlan,
+        weights: Tensor,
+        x_tD: Tensor,
+        wire: torch.dtype | None,
+        clock: _Clock,
+        sent_tokens: SentBytes,
+    ) -> Generator[None, None, Tensor]:
+        """Return the read-out of the tokens of one piece, [t, V]; yield while something is sent."""
+        exchange = send_lookups(plan, weights, wire)
+        if self.variant.reads_tokens:
+            (rows_M, weights_M), x_GD = yield from together(
+                exchange, send_tokens(plan, self.group, x_tD, sent_tokens)
+            )
+        else:
+            (rows_M, weights_M), x_GD = (yield from exchange), None
+        if not plan.hops:
+            yield  # nothing is sent, but the rows are read by collect()
+        clock.end_of("exchange")
+        known = Known(not plan.all_present, plan.equal_bags, plan.expected(len(rows_M)))
+        received = ReceivedLookups(rows_M, weights_M, plan.offsets(), x_GD, known)
+        bags_Gv = self.variant.read_out(self._by_name(), received)
+        clock.end_of("lookup")
+        out_tV = yield from send_home(plan, bags_Gv, self.group, self.values.shard.widths)
+        clock.end_of("exchange")
+        return out_tV
 
     def collect(self, lookups: Lookups) -> Tensor:
         """Wait for the lookups, read this rank's rows and exchange the partial sums.
@@ -137,31 +188,16 @@ class MemoryPool:
         Returns:
             out_TV: the read-out of this rank's tokens.
         """
-        plan, values = lookups.plan, self.values
-        metrics = values.metrics if torch.is_grad_enabled() else None
-        end_of = metrics.start() if metrics else untimed
-        rows_M = receive(plan)
-        end_of("exchange")
-        x_GD = None if lookups.tokens is None else tokens_of_bags(plan, lookups.tokens)
-        received = ReceivedLookups(plan, rows_M, lookups.weights_M, x_GD)
-        bags_Gv = self.variant.read_out(self._by_name(), received)
-        end_of("lookup")
-        sums_Xv = combine(plan, bags_Gv)
-        out_TV = join_columns(
-            sums_Xv, lookups.column_counts, values.shard.widths, self.group.columns
-        )
-        end_of("exchange")
+        metrics = self.values.metrics if torch.is_grad_enabled() else None
         if metrics:
-            metrics.bytes_sent += sent_bytes(
-                plan,
-                lookups.weights_M,
-                bags_Gv,
-                lookups=self.spec.lookups_per_token,
-                column_counts=lookups.column_counts,
-                width=self.spec.value_dim,
-                column_rank=group_rank(self.group.columns),
-            )
-        return out_TV
+            lookups.clock.end_of = metrics.start()
+        parts = lookups.pieces.finish()
+        if metrics:
+            metrics.bytes_sent += lookups.sent.total
+            for table, use in zip(self, self.variant.tables, strict=True):
+                if use.read == "dot" and table.metrics:
+                    table.metrics.bytes_sent += lookups.sent_tokens.total
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def read(
         self, row_ids_TL: Tensor, weights_TL: Tensor, token_counts: list[int], x_TD: Tensor

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from megamem.layers.init import WeightFactory
-from megamem.metrics import TableMetrics, gather_and_scatter_bytes
+from megamem.metrics import TableMetrics
 from megamem.ops import Known, embedding_bag, row_dot, unplace_rows
 from megamem.ops.row_buffer import RowBuffer
 from megamem.parallel.collectives import group_rank
 from megamem.parallel.memory_group import MemoryGroup
-from megamem.parallel.routing import RoutingPlan
 from megamem.parallel.row_shard import TableShard
 from megamem.read_counter import ReadCounter
 from megamem.row_gradient import RowGradient
@@ -27,20 +26,16 @@ from megamem.spec import MemorySpec
 class ReceivedLookups:
     """Lookups as received by the rank that holds their rows."""
 
-    plan: RoutingPlan
-    """Where they came from; its offsets delimit the bags."""
     rows_M: Tensor
     """Rows of this rank's shard; -1 reads nothing."""
     weights_M: Tensor
     """Weight of each lookup."""
+    offsets: Tensor
+    """[G + 1], where the lookups of each bag start; the last entry is M."""
     x_GD: Tensor | None
     """The token of every bag, where the variant reads tokens; otherwise None."""
-
-    @property
-    def known(self) -> Known:
-        """What is known of the lookups."""
-        plan = self.plan
-        return Known(not plan.all_present, plan.equal_bags, plan.expected)
+    known: Known
+    """What is known of the lookups."""
 
 
 def initial_rows(
@@ -157,7 +152,7 @@ class ValueTable(nn.Module):
             self.weight,
             received.rows_M,
             weights_M,
-            received.plan.offsets,
+            received.offsets,
             received.known,
             check_row_ids=self.check_row_ids,
             add_value_grad_to=self._buffer(),
@@ -167,19 +162,15 @@ class ValueTable(nn.Module):
         """Return dots_M, the dot product of each lookup's row with the token of its bag."""
         assert received.x_GD is not None
         self._mark(received.rows_M)
-        dots_M = row_dot(
+        return row_dot(
             self.weight,
             received.x_GD,
             received.rows_M,
-            received.plan.offsets,
+            received.offsets,
             received.known,
             check_row_ids=self.check_row_ids,
             add_value_grad_to=self._buffer(),
         )
-        if self.metrics is not None and torch.is_grad_enabled():
-            token_bytes = received.x_GD.shape[1] * received.x_GD.element_size()
-            self.metrics.bytes_sent += gather_and_scatter_bytes(received.plan, token_bytes)
-        return dots_M
 
     def _buffer(self) -> RowBuffer | None:
         """Return the buffer that the backward adds to; None if autograd takes the gradient."""

@@ -1,52 +1,58 @@
-"""Sends lookups to the ranks that hold their rows, and the partial bags back.
+"""Sends lookups to the ranks that hold their rows, over the axes of a grid.
 
-    plan      = plan_routing(row_ids_TL, ...)     start to send row ids to the owners of the rows
-    weights_M = dispatch(plan, weights_TL)        start to send the weights likewise
-    row_ids_M = receive(plan)                     wait for both; ids are rows of this rank's shard
-    bags_GV   = embedding_bag(values_rV, ...)     sum the rows of this rank; nothing is sent
-    out_TV    = combine(plan, bags_GV)            return partial bags to the ranks of the tokens
+    pieces            = plan_routing(row_ids_TL, ...)       one RoutingPlan per piece of the tokens
+    rows_M, weights_M = yield from send_lookups(plan, ...)  ids are rows of this rank's shard
+    bags_Gv           = embedding_bag(values_rv, ...)       sum the rows of this rank
+    out_TV            = yield from send_home(plan, bags_Gv) (megamem.parallel.homeward)
 
-Other work can overlap with the exchange between plan_routing and receive. Where the owners of rows
-need the tokens as well, all_gather_tokens sends them; after receive, tokens_of_bags returns them.
+The functions with a `yield` are generators that yield whenever something is on its way, so that
+their caller can do other work, such as another piece (megamem.parallel.pieces). One of two
+collectives (`--memory-wire`) sends the lookups:
 
-One of two collectives (`--memory-wire`) sends the lookups:
+    alltoall    1. local rows: inside the node, to the rank of the row's shard
+                2. node rows: to the node that holds the row
+                3. node columns: to all nodes that hold columns of the row, once to a node
+                4. local columns: to all ranks of the node that hold columns of the row
+                First the numbers of lookups go the same way, for which the host waits once.
+    allgather   1. across: to the rank at the same place of every node
+                2. inside: to all ranks of the node
+                Sizes are fixed, so the host never waits, and the exchange can be captured in a CUDA
+                graph. Lookups of other ranks' rows get row -1, which reads nothing.
 
-    alltoall    sends each lookup to the owner of its row alone, after the counts were exchanged.
-                The host waits once, for the counts. M is the number of lookups received.
-    allgather   sends every lookup to every rank. Sizes are fixed, so the host never waits, and the
-                exchange can be captured in a CUDA graph. Lookups of other ranks' rows get row -1,
-                which reads nothing.
+An axis of one rank has no hop. Where one rank holds all rows and columns, lookups, sums and their
+gradients are passed on as they are: only the offsets of the bags are computed.
 
-Where one rank holds all rows, lookups, sums and their gradients are passed on as they are: the only
-thing that is computed are the offsets of the bags.
-
-The plan is a value, not the state of a module: dispatch and combine are pure functions of it.
+Routing inside the node first means that a lookup crosses to the nodes that share its row's columns
+once each, from the rank that has the place of the row's shard. An axis where lookups are routed
+makes the host wait for their number however the other axes send theirs, and gathering over an axis
+of rows never sends fewer bytes than routing does, so a wire is that of all axes. A padded
+all-to-all has no such wait until a capacity overflows; but an exact result then needs all ranks to
+agree to repeat the exchange, for which the host waits too, later and for more bytes.
 
 Letters: T tokens on this rank, L lookups per token, J = T * L local lookups, M lookups received
 here, W ranks of the group, G bags (the tokens of all ranks), D hidden size, V row width, r rows on
-this rank.
+this rank, N pieces.
 """
 
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from megamem.parallel.collectives import (
-    HostCopy,
-    PendingCollectives,
-    all_to_all,
-    exchange,
-    gather_bag_tokens,
-    gather_padded,
-    gather_weights,
-    join_padded,
-    reduce_scatter_bags,
+from megamem.parallel.blocks import Blocks
+from megamem.parallel.collectives import HostCopy
+from megamem.parallel.hops import AllToAll, Gather, Hop, depart, move_blocks, reorder
+from megamem.parallel.memory_group import (
+    LOCAL_COLUMN,
+    LOCAL_ROW,
+    NODE_COLUMN,
+    NODE_ROW,
+    MemoryGroup,
 )
-from megamem.parallel.row_shard import RowShard
+from megamem.parallel.row_shard import RowShard, even_counts
 from megamem.spec import Wire
 
 # At 8 ranks, with bf16 rows of width 2048 and 128 lookups, a rank sends 33 KiB per token with
@@ -54,54 +60,111 @@ from megamem.spec import Wire
 # with the number of ranks.
 ALLGATHER_UP_TO = 8
 
-COUNT_DTYPE = torch.int32
-"""Dtype in which alltoall sends the number of lookups of a token."""
+NARROW_ROWS = 2**24
+"""Ids of this many rows are sent to other nodes in 3 bytes."""
+
+
+def count_dtype(lookups: int) -> torch.dtype:
+    """Return the dtype in which alltoall sends the number of lookups of a token."""
+    return torch.uint8 if lookups < 2**8 else torch.int32
+
+
+@dataclass(frozen=True)
+class LookupHop:
+    """One hop of ids and weights."""
+
+    hop: Hop
+    narrow: bool
+    """Whether ids are sent in 3 bytes."""
+    after: tuple[list[int], list[int]] | None = None
+    """Numbers of rows of blocks that arrived, and the order to bring them into."""
+    modulo: int = 0
+    """If not zero, ids modulo this number are sent."""
+
+
+class SentBytes:
+    """Bytes that a rank sends to others, forward and backward."""
+
+    total = 0
+
+    def add(self, hop: Hop, width: int, forward: int, backward: int) -> None:
+        """Count a hop of rows of `width` numbers, with these bytes per number."""
+        numbers = hop.sent_numbers(width)
+        self.total += numbers[0] * forward + numbers[1] * backward
 
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """One exchange of lookups: what is sent where, and the bags on the receiving ranks."""
+    """The exchange of one piece of the lookups: what is sent where, and the bags that arrive."""
 
-    sent_M: Tensor
-    """Row ids as sent: rows of the owner's shard with alltoall, of the unsharded table with
-    allgather. They may be read after receive() has waited for them."""
+    ids: Tensor
+    """Row ids to send: [t, L] of t tokens, or, with alltoall, flat and sorted by owner."""
+    hops: Sequence[LookupHop]
     shard: RowShard
     """The rows of this rank."""
-    pending: PendingCollectives
-    """The collectives that receive() waits for."""
-    offsets: Tensor
-    """[G + 1], where the lookups of each bag start; the last entry is M."""
-    bag_counts: list[int]
-    """Number of bags of each source rank; their sum is G."""
+    bags: Blocks
+    """Whose tokens the received bags are."""
+    sizes_G: Tensor | None
+    """Number of lookups of each bag; None if it is `lookups` for all."""
+    lookups: int
+    """L, lookups per token."""
+    routed: bool
+    """Whether every lookup was sent to the owner of its row alone."""
     num_tokens: int
-    """T, the number of tokens of this rank."""
-    group: ProcessGroup | None
-    """The ranks that hold the other rows."""
-    wire: Wire
-    """The collective that sends the lookups, if there are other ranks."""
-    order_J: Tensor | None = None
-    """alltoall: the permutation that sorts the local lookups by owner."""
-    send: list[int] | None = None
-    """alltoall: number of lookups sent to each rank."""
-    recv: list[int] | None = None
-    """alltoall: number of lookups received from each rank."""
+    """Number of tokens of this rank in this piece."""
+    sent: SentBytes
+    """Counts the bytes of all pieces."""
 
     @property
     def all_present(self) -> bool:
         """Whether every received lookup reads a row of this rank, so that no row id is -1."""
-        return self.group is None or self.wire == "alltoall"
+        return self.routed or self.shard.world_size == 1
 
     @property
     def equal_bags(self) -> bool:
         """Whether all bags have the same number of lookups."""
-        return self.group is None or self.wire == "allgather"
+        return self.sizes_G is None
 
-    @property
-    def expected(self) -> int:
-        """About how many of the received lookups read a row of this rank."""
+    def offsets(self) -> Tensor:
+        """Return [G + 1], where the lookups of each bag start; the last entry is M."""
+        if self.sizes_G is None:
+            end = self.bags.total * self.lookups
+            return torch.arange(0, end + 1, self.lookups, device=self.ids.device)
+        offsets = torch.zeros(len(self.sizes_G) + 1, dtype=torch.int64, device=self.ids.device)
+        torch.cumsum(self.sizes_G, 0, out=offsets[1:])
+        return offsets
+
+    def expected(self, received: int) -> int:
+        """Return about how many of the received lookups read a row of this rank."""
         if self.all_present:
-            return len(self.sent_M)
-        return len(self.sent_M) * self.shard.num_local // self.shard.num_rows
+            return received
+        return received * self.shard.num_local // self.shard.num_rows
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The plans of all pieces of the lookups of one pass."""
+
+    plans: list[RoutingPlan]
+    tokens: list[int]
+    """Number of tokens of this rank in each piece."""
+    order_J: Tensor | None
+    """alltoall: the permutation that sorts the local lookups by piece and owner."""
+    sent: SentBytes
+    """The bytes of lookups, numbers of lookups and sums."""
+
+    def cut(self, weights_TL: Tensor) -> Sequence[Tensor]:
+        """Return the weights of the lookups of each piece, in the order of its ids."""
+        if self.order_J is None:
+            return cut(weights_TL, self.tokens)
+        lookups = weights_TL.shape[1]
+        weights_J = _Permute.apply(weights_TL.flatten(), self.order_J)
+        return cut(weights_J, [tokens * lookups for tokens in self.tokens])
+
+
+def cut(x: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+    """Split rows; x itself if there is one part."""
+    return [x] if len(counts) == 1 else x.split(list(counts))
 
 
 def choose_wire(wanted: Literal["auto", "alltoall", "allgather"], world_size: int) -> Wire:
@@ -114,105 +177,228 @@ def choose_wire(wanted: Literal["auto", "alltoall", "allgather"], world_size: in
 def plan_routing(
     row_ids_TL: Tensor,
     shard: RowShard,
-    group: ProcessGroup | None,
-    token_counts: list[int],
+    group: MemoryGroup,
+    token_counts: Sequence[int],
     wire: Wire,
-) -> RoutingPlan:
-    """Start to send row ids to the owners of the rows, and return the plan of the exchange.
+    pieces: int = 1,
+) -> Routing:
+    """Return the plans of an exchange. The host waits once if lookups are routed.
 
     Args:
-        row_ids_TL: row ids of the unsharded table, none negative; they are sent in their dtype.
+        row_ids_TL: row ids of the unsharded table, none negative.
         shard: the rows of this rank.
-        group: the ranks that hold the other rows; None if there are none.
-        token_counts: T of every rank of the group; the counts may differ, and may be 0.
+        group: the ranks that share the table.
+        token_counts: T of every member of the group; the counts may differ, and may be 0.
         wire: the collective that sends the lookups.
+        pieces: N, the number of pieces of the tokens; the piece of a token depends on its place
+            among those of its rank.
     """
-    if group is None:
-        return _plan_alone(row_ids_TL, shard, wire)
-    plan = _plan_allgather if wire == "allgather" else _plan_alltoall
-    return plan(row_ids_TL, shard, group, token_counts)
-
-
-def _plan_alone(row_ids_TL: Tensor, shard: RowShard, wire: Wire) -> RoutingPlan:
-    (num_tokens, lookups), num_lookups = row_ids_TL.shape, row_ids_TL.numel()
-    return RoutingPlan(
-        sent_M=row_ids_TL.flatten(),
-        shard=shard,
-        pending=PendingCollectives(),
-        offsets=torch.arange(0, num_lookups + 1, lookups, device=row_ids_TL.device),
-        bag_counts=[num_tokens],
-        num_tokens=num_tokens,
-        group=None,
-        wire=wire,
-    )
+    grid = group.grid
+    by_piece = list(zip(*(even_counts(count, pieces) for count in token_counts), strict=True))
+    starts = [Blocks(grid, tokens, (grid.member(group.coordinates),)) for tokens in by_piece]
+    plan = _plan_alltoall if wire == "alltoall" and grid.row_ranks > 1 else _plan_allgather
+    return plan(row_ids_TL, shard, group, starts)
 
 
 def _plan_allgather(
-    row_ids_TL: Tensor, shard: RowShard, group: ProcessGroup, token_counts: list[int]
-) -> RoutingPlan:
-    world_size, lookups = len(token_counts), row_ids_TL.shape[1]
-    num_bags = max(token_counts)
-    num_lookups = world_size * num_bags * lookups
-    pending = PendingCollectives()
-    gathered = gather_padded(row_ids_TL, num_bags, group, fill=-1, pending=pending)
-    return RoutingPlan(
-        sent_M=gathered.flatten(),
-        shard=shard,
-        pending=pending,
-        offsets=torch.arange(0, num_lookups + 1, lookups, device=row_ids_TL.device),
-        bag_counts=[num_bags] * world_size,
-        num_tokens=len(row_ids_TL),
-        group=group,
-        wire="allgather",
-    )
+    row_ids_TL: Tensor, shard: RowShard, group: MemoryGroup, starts: list[Blocks]
+) -> Routing:
+    own, sent = [start.total for start in starts], SentBytes()
+    plans = []
+    for ids, start in zip(cut(row_ids_TL, own), starts, strict=True):
+        gathers, bags = gather_hops(group, start)
+        narrow = shard.num_rows <= NARROW_ROWS
+        hops = [LookupHop(hop, narrow and hop.group is group.across) for hop in gathers]
+        lookups = ids.shape[1]
+        plans.append(RoutingPlan(ids, hops, shard, bags, None, lookups, False, start.total, sent))
+    return Routing(plans, own, None, sent)
+
+
+def gather_hops(group: MemoryGroup, start: Blocks) -> tuple[list[Hop], Blocks]:
+    """Return the hops that bring the rows of all members to all, and the blocks in their order."""
+    grid = group.grid
+    hops: list[Hop] = []
+    nodes = start.along(NODE_COLUMN, grid.node_columns).along(NODE_ROW, grid.node_rows)
+    if group.across is not None:
+        hops.append(Gather(group.across, nodes.counts))
+    bags = nodes.along(LOCAL_COLUMN, grid.local_columns).along(LOCAL_ROW, grid.local_rows)
+    if group.inside is not None:
+        hops.append(Gather(group.inside, _sums(bags.counts, grid.nodes)))
+    return hops, bags
 
 
 def _plan_alltoall(
-    row_ids_TL: Tensor, shard: RowShard, group: ProcessGroup, token_counts: list[int]
-) -> RoutingPlan:
-    num_tokens, world_size, device = len(row_ids_TL), len(token_counts), row_ids_TL.device
+    row_ids_TL: Tensor, shard: RowShard, group: MemoryGroup, starts: list[Blocks]
+) -> Routing:
+    grid, device, lookups = group.grid, row_ids_TL.device, row_ids_TL.shape[1]
+    node_rows, classes = grid.node_rows, grid.row_ranks
+    own, sent = [start.total for start in starts], SentBytes()
+    num_tokens = sum(own)
     owners_TL = shard.owner(row_ids_TL)
+    # local rows first, as the first hop is inside the node
+    class_TL = owners_TL % grid.local_rows * node_rows + owners_TL // grid.local_rows
 
-    # 1. exchange how many lookups of each token an owner gets, which are the sizes of its bags
+    # 1. send how many lookups of each token are of each shard of rows: the sizes of the bags
     tokens_T1 = torch.arange(num_tokens, device=device).unsqueeze(1)
-    bags_J = (owners_TL * num_tokens + tokens_T1).flatten()
-    sizes_WT = torch.zeros(world_size * num_tokens, dtype=COUNT_DTYPE, device=device)
-    sizes_WT.scatter_add_(0, bags_J, sizes_WT.new_ones(()).expand_as(bags_J))
-    sizes_G = exchange(sizes_WT, [num_tokens] * world_size, token_counts, group)
-    offsets = torch.zeros(len(sizes_G) + 1, dtype=torch.int64, device=device)
-    torch.cumsum(sizes_G, 0, out=offsets[1:])
+    bags_J = (class_TL * num_tokens + tokens_T1).flatten()
+    sizes = torch.zeros(classes * num_tokens, dtype=torch.int32, device=device)
+    sizes.scatter_add_(0, bags_J, sizes.new_ones(()).expand_as(bags_J))
+    counts = _Counts(sizes.to(count_dtype(lookups)), group, starts, sent)
+    host = HostCopy(counts.sums)
 
-    # 2. start to copy to the host how many lookups each rank gets from here and sends here
-    send_W = sizes_WT.view(world_size, num_tokens).sum(1)
-    ends_W = torch.stack([offsets[bag] for bag in accumulate(token_counts)])
-    counts = HostCopy(torch.cat((send_W, ends_W)))
+    # 2. sort by piece and owner; stable, so that lookups stay in token order and bags are
+    # contiguous there. Narrow keys take fewer passes of the sort
+    key_TL = class_TL
+    if len(own) > 1:
+        piece_T1 = torch.cat(
+            [tokens_T1.new_full((count, 1), piece) for piece, count in enumerate(own)]
+        )
+        key_TL = class_TL + piece_T1 * classes
+    keys = classes * len(own)
+    dtype = torch.uint8 if keys <= 2**8 else torch.int16 if keys <= 2**15 else torch.int32
+    order_J = key_TL.flatten().to(dtype).argsort(stable=True)
+    step = -(-shard.num_rows // classes)
+    local_TL = shard.local_on(owners_TL, row_ids_TL)
+    if node_rows > 1 and grid.local_rows > 1:
+        # the rank that passes them on finds the node by its rows
+        local_TL += owners_TL // grid.local_rows * step
+    local_J = local_TL.flatten().to(row_ids_TL.dtype).index_select(0, order_J)
 
-    # 3. sort by owner; stable, so that lookups stay in token order and bags are contiguous there.
-    # Narrow keys take fewer passes of the sort
-    key = torch.uint8 if world_size <= 2**8 else torch.int16
-    owners_J = owners_TL.flatten()
-    order_J = owners_J.to(key).argsort(stable=True)
-    local_J = shard.local_on(owners_J, row_ids_TL.flatten()).to(row_ids_TL.dtype)
-    local_J = local_J.index_select(0, order_J)
+    # 3. the hops of every piece
+    stages = counts.stages(host.numbers())
+    ids = cut(local_J, [tokens * lookups for tokens in own])
+    plans = []
+    for piece, start in enumerate(starts):
+        hops = _routed_hops(group, [stage[piece] for stage in stages], step)
+        bags, sizes_G = counts.bags[piece], counts.sizes_of(piece)
+        plans.append(
+            RoutingPlan(ids[piece], hops, shard, bags, sizes_G, lookups, True, start.total, sent)
+        )
+    return Routing(plans, own, order_J, sent)
 
-    # 4. send the row ids, as rows of the owner's shard
-    numbers = counts.numbers()
-    send, ends = numbers[:world_size], numbers[world_size:]
-    recv = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    pending = PendingCollectives()
-    return RoutingPlan(
-        sent_M=exchange(local_J, send, recv, group, pending),
-        shard=shard,
-        pending=pending,
-        offsets=offsets,
-        bag_counts=token_counts,
-        num_tokens=num_tokens,
-        group=group,
-        wire="alltoall",
-        order_J=order_J,
-        send=send,
-        recv=recv,
-    )
+
+class _Counts:
+    """Sends the numbers of lookups of each token along the hops that the lookups will take.
+
+    sums     how many lookups there are in each block, of each piece, at each stage of the way, all
+             in one tensor
+    bags     whose tokens the bags are that arrive, piece by piece
+    """
+
+    def __init__(
+        self, sizes: Tensor, group: MemoryGroup, starts: list[Blocks], sent: SentBytes
+    ) -> None:
+        """Send the sizes.
+
+        Args:
+            sizes: the number of lookups of each shard of rows and token: local row, node row,
+                token.
+            group: the ranks that share the table.
+            starts: this rank's tokens of each piece.
+            sent: counts the bytes.
+        """
+        grid, itemsize = group.grid, sizes.element_size()
+        rows, node_rows = grid.local_rows, grid.node_rows
+        self._splits = [start.tokens for start in starts]
+        self._sums: list[Tensor] = []
+        tokens = [sum(counts) for counts in zip(*self._splits, strict=True)]
+        me = Blocks(grid, tokens, starts[0].members)
+
+        def moved(hop: Hop) -> Tensor:
+            sent.add(hop, 1, itemsize, 0)
+            return hop.send(sizes)()
+
+        # blocks: local row of the shard, node row of the shard
+        here = replace(me, members=me.members * grid.row_ranks)
+        self._note(sizes, here)
+        if group.local_rows is not None:
+            # blocks: local row of the source, node row of the shard
+            here = replace(me, members=me.members * node_rows).along(LOCAL_ROW, rows)
+            own, counts = me.total * node_rows, _sums(here.counts, node_rows)
+            sizes = moved(AllToAll(group.local_rows, [own] * rows, counts))
+            self._note(sizes, here)
+        if group.node_rows is not None:
+            order = [row * node_rows + node for node in range(node_rows) for row in range(rows)]
+            sizes = move_blocks(sizes, here.counts, order)
+            # blocks: node row of the source, local row of the source
+            own, here = (
+                here.total // node_rows,
+                me.along(LOCAL_ROW, rows).along(NODE_ROW, node_rows),
+            )
+            hop = AllToAll(group.node_rows, [own] * node_rows, _sums(here.counts, rows))
+            sizes = moved(hop)
+            self._note(sizes, here)
+        for axis, ranks, axis_group in (
+            (NODE_COLUMN, grid.node_columns, group.node_columns),
+            (LOCAL_COLUMN, grid.local_columns, group.local_columns),
+        ):
+            if axis_group is not None:
+                size = len(here.members)
+                here = here.along(axis, ranks)
+                sizes = moved(Gather(axis_group, _sums(here.counts, size)))
+                self._note(sizes, here)
+        self.bags = [Blocks(grid, counts, here.members) for counts in self._splits]
+        self._sizes = sizes
+        self.sums = torch.cat(self._sums)
+
+    def _note(self, sizes: Tensor, here: Blocks) -> None:
+        lengths = [counts[member] for member in here.members for counts in self._splits]
+        self._sums.append(_block_sums(sizes, lengths))
+
+    def stages(self, numbers: list[int]) -> list[list[list[int]]]:
+        """Return the sums by stage, piece and block."""
+        pieces, ends = len(self._splits), accumulate((len(sums) for sums in self._sums), initial=0)
+        return [
+            [numbers[start + piece : end : pieces] for piece in range(pieces)]
+            for start, end in pairwise(ends)
+        ]
+
+    def sizes_of(self, piece: int) -> Tensor:
+        """Return the size of each bag of a piece."""
+        pieces, members = len(self._splits), self.bags[0].members
+        if pieces == 1:
+            return self._sizes
+        lengths = [counts[member] for member in members for counts in self._splits]
+        return torch.cat(self._sizes.split(lengths)[piece::pieces])
+
+
+def _block_sums(x: Tensor, lengths: list[int]) -> Tensor:
+    """Return the sum of each block of consecutive numbers."""
+    if len(set(lengths)) == 1:
+        return x.view(len(lengths), lengths[0]).sum(1)
+    ends = torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device)
+    torch.cumsum(x, 0, out=ends[1:])
+    return torch.stack([ends[end] for end in accumulate(lengths, initial=0)]).diff()
+
+
+def _routed_hops(group: MemoryGroup, stages: list[list[int]], step: int) -> list[LookupHop]:
+    """Return the hops of a piece from the numbers of lookups of _Counts, stage by stage."""
+    grid, hops, left = group.grid, [], iter(stages)
+    node_rows, rows = grid.node_rows, grid.local_rows
+    narrow, numbers = step <= NARROW_ROWS, next(left)
+    if group.local_rows is not None:
+        by_rank, arrived = _sums(numbers, node_rows), next(left)
+        # the lookups of every source come by node, and leave by node for all sources
+        order = [row * node_rows + node for node in range(node_rows) for row in range(rows)]
+        hop = AllToAll(group.local_rows, by_rank, _sums(arrived, node_rows))
+        hops.append(LookupHop(hop, False, (arrived, order)))
+        numbers = [arrived[block] for block in order]
+    if group.node_rows is not None:
+        arrived = next(left)
+        hop = AllToAll(group.node_rows, _sums(numbers, rows), _sums(arrived, rows))
+        hops.append(LookupHop(hop, narrow, modulo=step if rows > 1 else 0))
+        numbers = arrived
+    if group.node_columns is not None:
+        size, numbers = len(numbers), next(left)
+        hops.append(LookupHop(Gather(group.node_columns, _sums(numbers, size)), narrow))
+    if group.local_columns is not None:
+        size, numbers = len(numbers), next(left)
+        hops.append(LookupHop(Gather(group.local_columns, _sums(numbers, size)), False))
+    return hops
+
+
+def _sums(numbers: list[int], size: int) -> list[int]:
+    return [sum(numbers[at : at + size]) for at in range(0, len(numbers), size)]
 
 
 class _Permute(torch.autograd.Function):
@@ -233,53 +419,74 @@ class _Permute(torch.autograd.Function):
         return grad_J.index_select(0, inverse_J), None
 
 
-def dispatch(plan: RoutingPlan, weights_TL: Tensor) -> Tensor:
-    """Start to send each lookup's weight where plan_routing sends its row id.
+def send_lookups(
+    plan: RoutingPlan, weights: Tensor, wire: torch.dtype | None = None
+) -> Generator[None, None, tuple[Tensor, Tensor]]:
+    """Send the lookups of a piece to the owners of their rows; yield while they are on the way.
+
+    Args:
+        plan: the plan of the piece.
+        weights: the weights of its lookups, from Routing.cut().
+        wire: dtype in which weights are sent, if not their own.
 
     Returns:
-        weights_M, which may be read after receive().
+        row_ids_M: rows of this rank's shard or -1 for none.
+        weights_M: the weight of each lookup.
     """
-    if plan.group is None:
-        return weights_TL.flatten()
-    if plan.wire == "allgather":
-        size = plan.bag_counts[0]
-        return gather_weights(weights_TL, size, plan.group, plan.pending).flatten()
-    assert plan.order_J is not None and plan.send is not None and plan.recv is not None
-    weights_J = _Permute.apply(weights_TL.flatten(), plan.order_J)
-    return all_to_all(weights_J, plan.send, plan.recv, plan.group, plan.pending)
-
-
-def all_gather_tokens(plan: RoutingPlan, x_TD: Tensor) -> Tensor:
-    """Start to send every token to all ranks of the group.
-
-    Returns:
-        [W, max(bag_counts), D] for tokens_of_bags(), which may be read after receive().
-    """
-    if plan.group is None:
-        return x_TD.unsqueeze(0)
-    return gather_bag_tokens(x_TD, plan.bag_counts, plan.group, plan.pending)
-
-
-def tokens_of_bags(plan: RoutingPlan, gathered: Tensor) -> Tensor:
-    """Return x_GD, the token of every bag, from the result of all_gather_tokens()."""
-    return join_padded(gathered, plan.bag_counts)
-
-
-def receive(plan: RoutingPlan) -> Tensor:
-    """Wait for the lookups; return row_ids_M, rows of this rank's shard or -1 for none.
-
-    They have the dtype in which they were sent.
-    """
-    plan.pending.wait()
+    ids, width = plan.ids, plan.lookups if plan.ids.dim() > 1 else 1
+    for step in plan.hops:
+        dtype = ids.dtype
+        if step.modulo:
+            ids = ids % step.modulo
+        finish_ids = step.hop.send(_narrow(ids) if step.narrow else ids)
+        transfer = depart(weights, step.hop, wire)
+        forward = (3 if step.narrow else ids.element_size()) + transfer.wire.itemsize
+        plan.sent.add(step.hop, width, forward, weights.element_size())
+        yield
+        ids, weights = finish_ids(), transfer.arrive()
+        if step.narrow:
+            ids = _widen(ids, dtype)
+        if step.after is not None and step.after[1] != sorted(step.after[1]):
+            ids, weights = move_blocks(ids, *step.after), reorder(weights, *step.after)
+    ids, weights_M = ids.flatten(), weights.flatten()
     if plan.all_present:
-        return plan.sent_M
-    # padding, which is -1, and rows of ranks before this one get negative ids
-    local_M = (plan.sent_M - plan.shard.start).clamp_(min=-1)
-    return local_M.masked_fill_(local_M >= plan.shard.num_local, -1)
+        return ids, weights_M
+    # rows of ranks before this one get negative ids
+    local_M = (ids - plan.shard.start).clamp_(min=-1)
+    return local_M.masked_fill_(local_M >= plan.shard.num_local, -1), weights_M
 
 
-def combine(plan: RoutingPlan, bags_GV: Tensor) -> Tensor:
-    """Send the partial bags to the ranks of their tokens; return out_TV, their sums."""
-    if plan.group is None:
-        return bags_GV
-    return reduce_scatter_bags(bags_GV, plan.bag_counts, plan.num_tokens, plan.group)
+def send_tokens(
+    plan: RoutingPlan, group: MemoryGroup, x: Tensor, sent: SentBytes
+) -> Generator[None, None, Tensor]:
+    """Send the tokens of a piece to all ranks of the group; yield while they are on the way.
+
+    Args:
+        plan: the plan of the piece.
+        group: the ranks that share the table.
+        x: the tokens of this rank.
+        sent: counts the bytes.
+
+    Returns:
+        x_GD, the token of every bag.
+    """
+    start = replace(plan.bags, members=(group.grid.member(group.coordinates),))
+    hops, blocks = gather_hops(group, start)
+    for hop in hops:
+        transfer = depart(x, hop)
+        sent.add(hop, x.shape[1], x.element_size(), x.element_size())
+        yield
+        x = transfer.arrive()
+    return reorder(x, blocks.counts, blocks.order_like(plan.bags))
+
+
+def _narrow(ids: Tensor) -> Tensor:
+    """Return the 3 low bytes of every id, [..., 3]."""
+    return ids.unsqueeze(-1).view(torch.uint8)[..., :3].contiguous()
+
+
+def _widen(low: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the ids of these bytes."""
+    wide = low.new_zeros(*low.shape[:-1], dtype.itemsize)
+    wide[..., :3] = low
+    return wide.view(dtype).squeeze(-1)

@@ -1,21 +1,28 @@
-"""Bytes that memory layers send and read in each mode, in closed form.
+"""Bytes that memory layers send and read in each layout, in closed form.
 
 All formulas count the bytes that a rank sends for one of its tokens and one memory layer. Letters:
-L lookups per token, V row width, e bytes per number of a row, P ranks of the memory group, C column
-ranks, f = (P - 1) / P, and E = P (1 - (1 - 1/P)^L), the expected number of ranks that hold rows of
-a token where rows are distributed at random. A lookup (id and weight) takes b bytes, the gradient
-of its weight 4, and a count c; a rank sends B partial sums per token.
+m lookups per token, V row width, e bytes per number of a row; a grid of a x b nodes (rows x
+columns) with c x d ranks each (rows x columns), n = a b and g = c d. A lookup (id and weight) takes
+l bytes inside a node and k between nodes, the gradient of its weight 4, and the number of lookups
+of a token q. Every hop is one line of megamem.parallel.routing and of megamem.parallel.homeward:
 
-                     forward                      backward
-    row, alltoall    b L f + c (P - 1) + B V e    B V e + 4 L f
-    row, allgather   b L (P - 1) + (P - 1) V e    (P - 1) V e + 4 L (P - 1)
-    row of PEER      as above with 2 V e for V e, as tokens and their gradients are sent as well
-    column           b L (P - 1) + V f e          V f e + 4 L (P - 1)
-    2d               column among the C consecutive ranks that share rows, plus row among the P / C
-                     ranks that share columns, with the lookups of C ranks and slices of V / C
+    alltoall                inside a node                       between nodes
+    local rows              l m (c-1)/c + q a (c-1)
+    node rows                                                   k m (a-1)/a + q c (a-1)
+    node columns                                                k m (b-1) + q a c (b-1)
+    local columns           l m b (d-1) + q a b c (d-1)
+    allgather               l m n (g-1)                         k m (n-1)
+    tokens of PEER          V e n (g-1)                         V e (n-1)
+    sums: local rows        V e a (c-1)
+    sums: node rows                                             V e (a-1)
+    sums: node columns                                          V e (b-1)/b
+    sums: local columns     V e (d-1)/d
 
-Packing holds b, c and B. megamem.parallel sends b = 8, c = 4 and B = P - 1, as every rank returns
-a sum for every token. The minimum is b = 6, c = 0 and B = E f.
+The backward sends the same without q, with 4 for l and k. Where one rank holds all rows, lookups
+are sent as allgather does. Packing holds l, k and q, and whether ranks return a sum for tokens of
+which they hold no row: megamem.parallel does. If they did not, the factor a (c-1) would be
+E(a c) (c-1)/c, and a-1 would be E(a) (a-1)/a, with E(p) = p (1 - (1 - 1/p)^m), the expected number
+of p shards that hold rows of a token where rows are distributed at random.
 """
 
 import math
@@ -23,9 +30,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megamem.parallel.routing import COUNT_DTYPE, choose_wire
+from megamem.parallel.routing import NARROW_ROWS, choose_wire, count_dtype
 from megamem.parallel.row_shard import COLUMN_BLOCK
-from megamem.spec import Layout, Mode, ReducedRows, Wire
+from megamem.spec import Grid, Layout, ReducedRows, Wire
 
 # the minimum for a lookup: an id of 4 bytes and a weight of 2
 LEAST_LOOKUP_BYTES = 6
@@ -38,17 +45,36 @@ NARROWEST_SLICE_BYTES = 128
 class Packing:
     """Bytes of what is sent for a lookup."""
 
-    lookup: int
-    """Bytes of an id and a weight."""
-    count: int
-    """alltoall: bytes of the number of lookups of a token that a rank gets."""
-    empty_bags: bool
-    """alltoall: whether ranks that hold no row of a token return a sum for it as well."""
+    inside: int = 8
+    """Bytes of an id and a weight inside a node."""
+    across: int = 8
+    """Bytes of an id and a weight between nodes."""
+    count: int = 1
+    """alltoall: bytes of the number of lookups of a token of one shard of rows."""
+    empty_bags: bool = True
+    """Whether ranks that hold no row of a token return a sum for it as well."""
 
 
-# what megamem.parallel sends (int32 ids, fp32 weights, int32 counts), and the minimum
-SENT = Packing(lookup=8, count=COUNT_DTYPE.itemsize, empty_bags=True)
-LEAST = Packing(lookup=LEAST_LOOKUP_BYTES, count=0, empty_bags=False)
+# what a lookup has to take at least
+LEAST = Packing(LEAST_LOOKUP_BYTES, LEAST_LOOKUP_BYTES, count=0, empty_bags=False)
+
+
+def sent_packing(
+    num_rows: int, lookups: int, row_ranks: int, wire: Wire, weight_bytes: int = 4
+) -> Packing:
+    """Return the bytes that megamem.parallel sends.
+
+    Args:
+        num_rows: R, the rows of the table.
+        lookups: m, lookups per token.
+        row_ranks: number of shards that the rows are divided into.
+        wire: the collective that sends lookups.
+        weight_bytes: bytes of a weight: 4, or 2 with `--memory-lookup-weights bf16`.
+    """
+    # ids are those of a shard where a lookup is sent to its owner alone
+    ids = -(-num_rows // row_ranks) if wire == "alltoall" else num_rows
+    narrow = 3 if ids <= NARROW_ROWS else 4
+    return Packing(4 + weight_bytes, narrow + weight_bytes, count_dtype(lookups).itemsize)
 
 
 @dataclass(frozen=True)
@@ -89,15 +115,20 @@ class Traffic:
         """In forward and backward, to ranks of the same node."""
         return self.forward_inside + self.backward_inside
 
-    def seconds(self, tokens: float, link: float, network: float) -> float:
-        """Return the seconds that an exchange takes, inside and between nodes at the same time.
+    def seconds(self, tokens: float, link: float, network: float, pieces: int = 1) -> float:
+        """Return the seconds that an exchange takes.
+
+        The hops of a piece follow each other, so the times on both links add up. Of N pieces, all
+        but one hide what they send over the faster link behind the slower one.
 
         Args:
             tokens: number of tokens.
             link: bytes per second inside a node.
             network: bytes per second between nodes.
+            pieces: N, the pieces in which the tokens pass.
         """
-        return tokens * max(self.inside / link, self.across / network)
+        inside, across = self.inside / link, self.across / network
+        return tokens * (max(inside, across) + min(inside, across) / pieces)
 
 
 def owners_per_token(lookups: int, ranks: int) -> float:
@@ -105,90 +136,54 @@ def owners_per_token(lookups: int, ranks: int) -> float:
     return ranks * (1 - (1 - 1 / ranks) ** lookups)
 
 
-def row_traffic(
-    width: int,
-    lookups: int,
-    ranks: int,
-    *,
-    wire: Wire = "alltoall",
-    column_ranks: int = 1,
-    tokens: bool = False,
-    e: int = 2,
-    packing: Packing = SENT,
-) -> tuple[float, float]:
-    """Return the forward and backward bytes of row mode.
-
-    In mode 2d a rank sends the lookups of the tokens of all `column_ranks` ranks that share its
-    rows, for a slice of each row: as many bytes of sums as in row mode, and `column_ranks` times
-    the bytes of lookups. Where `tokens` is set, the tokens are sent to the owners as well; they and
-    their gradients take as many bytes as the sums and theirs.
-    """
-    peers = ranks - 1
-    if wire == "allgather":
-        lookup_peers, bag_peers, counts = float(peers), float(peers), 0
-    else:
-        lookup_peers, bag_peers, counts = peers / ranks, float(peers), packing.count * peers
-        if not packing.empty_bags:
-            bag_peers = owners_per_token(lookups, ranks) * lookup_peers
-    bags, lookups = (2 if tokens else 1) * bag_peers * width * e, column_ranks * lookups
-    return (
-        packing.lookup * lookups * lookup_peers + column_ranks * counts + bags,
-        bags + WEIGHT_GRADIENT_BYTES * lookups * lookup_peers,
-    )
-
-
-def column_traffic(
-    width: int, lookups: int, ranks: int, *, e: int = 2, packing: Packing = SENT
-) -> tuple[float, float]:
-    """Return the forward and backward bytes of column mode."""
-    slices = width * (ranks - 1) / ranks * e
-    return (
-        packing.lookup * lookups * (ranks - 1) + slices,
-        slices + WEIGHT_GRADIENT_BYTES * lookups * (ranks - 1),
-    )
-
-
 def traffic(
-    mode: Mode,
+    grid: Grid,
     width: int,
     lookups: int,
-    ranks: int,
     *,
-    column_ranks: int = 1,
-    ranks_per_node: int | None = None,
     wire: Wire = "alltoall",
     tokens: bool = False,
     e: int = 2,
-    packing: Packing = SENT,
+    packing: Packing | None = None,
 ) -> Traffic:
-    """Return the bytes that a mode sends, inside and between nodes.
+    """Return the bytes that a layout sends, inside and between the nodes of its grid.
 
     Args:
-        mode: row, column or 2d.
+        grid: the layout.
         width: V, the row width.
-        lookups: L, lookups per token.
-        ranks: P, ranks of the memory group.
-        column_ranks: in mode 2d, consecutive ranks over which the columns of a row are sharded.
-        ranks_per_node: ranks of the group on one node; by default all of them.
+        lookups: m, lookups per token.
         wire: the collective that sends lookups among the ranks that hold different rows.
         tokens: whether tokens are sent to the owners of their rows, as for PEER.
         e: bytes per number of a row.
-        packing: bytes of what is sent for a lookup.
+        packing: bytes of what is sent for a lookup; by default those of a table of 1M rows.
     """
-    near = min(ranks, ranks_per_node or ranks)
-    cut = {"row": 1, "column": ranks, "2d": column_ranks}[mode]
-    row_ranks = ranks // cut
-    near_rows, near_columns = max(1, near // cut), min(near, cut)
-    # consecutive ranks hold the columns of one row; those that hold other rows are farther apart
-    across_columns = (cut - near_columns) / (cut - 1) if cut > 1 else 0
-    across_rows = (row_ranks - near_rows) / (row_ranks - 1) if row_ranks > 1 else 0
-    column, column_back = column_traffic(width, lookups, cut, e=e, packing=packing)
-    row, row_back = row_traffic(
-        width, lookups, row_ranks, wire=wire, column_ranks=cut, tokens=tokens, e=e, packing=packing
+    packing = packing or sent_packing(2**20, lookups, grid.row_ranks, wire)
+    a, b, c, d = grid.node_rows, grid.node_columns, grid.local_rows, grid.local_columns
+    nodes, local, row_bytes = grid.nodes, grid.local, width * e
+    counts_inside = counts_across = 0
+    if wire == "alltoall" and grid.row_ranks > 1:
+        lookups_inside = lookups * ((c - 1) / c + b * (d - 1))
+        lookups_across = lookups * ((a - 1) / a + b - 1)
+        counts_inside = a * (c - 1) + a * b * c * (d - 1)
+        counts_across = c * (a - 1) + a * c * (b - 1)
+    else:
+        lookups_inside, lookups_across = lookups * nodes * (local - 1), lookups * (nodes - 1)
+    sums_inside, sums_across = float(a * (c - 1)), float(a - 1)
+    if not packing.empty_bags:
+        sums_inside = owners_per_token(lookups, a * c) * (c - 1) / c
+        sums_across = owners_per_token(lookups, a) * (a - 1) / a
+    bags_inside = row_bytes * (sums_inside + (d - 1) / d)
+    bags_across = row_bytes * (sums_across + (b - 1) / b)
+    if tokens:
+        everybody = packing.empty_bags
+        bags_inside += row_bytes * (nodes * (local - 1) if everybody else sums_inside)
+        bags_across += row_bytes * (nodes - 1 if everybody else sums_across)
+    return Traffic(
+        packing.inside * lookups_inside + packing.count * counts_inside + bags_inside,
+        packing.across * lookups_across + packing.count * counts_across + bags_across,
+        WEIGHT_GRADIENT_BYTES * lookups_inside + bags_inside,
+        WEIGHT_GRADIENT_BYTES * lookups_across + bags_across,
     )
-    across = column * across_columns + row * across_rows
-    across_back = column_back * across_columns + row_back * across_rows
-    return Traffic(column + row - across, across, column_back + row_back - across_back, across_back)
 
 
 def mode_problem(layout: Layout, width: int) -> str | None:
@@ -239,7 +234,7 @@ def choose_layout(
         lookups: L, lookups per token.
         ranks: P, ranks of the memory group.
         ranks_per_node: consecutive ranks of the group that share a node.
-        column_ranks: column ranks of mode 2d; by default the best number inside a node.
+        column_ranks: ranks that the columns of a row are divided over; by default any number.
         wire: the collective of row mode.
         e: bytes per number of a row.
         link: bytes per second and rank inside a node.
@@ -247,28 +242,29 @@ def choose_layout(
     """
     if ranks == 1:
         return Layout()
-    near = min(ranks, ranks_per_node)
-    cuts: Sequence[int] = [column_ranks] if column_ranks else divisors(math.gcd(ranks, near))
-    options = [Layout("row", ranks), Layout("column", ranks, ranks)]
-    options += [Layout("2d", ranks, cut) for cut in cuts if 1 < cut < ranks]
     times: dict[Layout, float] = {}
-    for option in options:
-        cut = option.column_ranks
-        narrow = cut > 1 and width * e / cut < NARROWEST_SLICE_BYTES
-        if narrow or mode_problem(option, width):
+    for grid in grids(ranks, ranks_per_node):
+        option = Layout.of_grid(grid)
+        narrow = grid.column_ranks > 1 and width * e / grid.column_ranks < NARROWEST_SLICE_BYTES
+        other = column_ranks is not None and grid.column_ranks != column_ranks
+        if narrow or other or mode_problem(option, width):
             continue
-        sent = traffic(
-            option.mode,
-            width,
-            lookups,
-            ranks,
-            column_ranks=cut,
-            ranks_per_node=near,
-            wire=choose_wire(wire, option.row_ranks),
-            e=e,
-        )
+        sent = traffic(grid, width, lookups, wire=choose_wire(wire, grid.row_ranks), e=e)
         times[option] = sent.seconds(1, link, network)
     return min(times, key=lambda option: times[option])
+
+
+def grids(ranks: int, ranks_per_node: int) -> list[Grid]:
+    """Return every grid of so many ranks on nodes of so many; one node if they do not divide it."""
+    near = min(ranks, ranks_per_node)
+    if ranks % near:
+        near = ranks
+    nodes = ranks // near
+    return [
+        Grid(rows, nodes // rows, local_rows, near // local_rows)
+        for rows in divisors(nodes)
+        for local_rows in divisors(near)
+    ]
 
 
 def expected_unique(rows: float, picks: float) -> float:

@@ -1,17 +1,23 @@
 """The input of a plan: a model, its memory layers, the ranks, and the possible layouts."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from megamem.config import ConfigurationError
 from megamem.layers.variants import variant_of
 from megamem.parallel.routing import choose_wire
-from megamem.parallel.traffic import Traffic, divisors, mode_problem, traffic
+from megamem.parallel.traffic import (
+    Traffic,
+    divisors,
+    grids,
+    mode_problem,
+    sent_packing,
+    traffic,
+)
 from megamem.planner.hardware import HARDWARE, Hardware
 from megamem.planner.sizes import ModelShape, Placement, even_placement
 from megamem.planner.states import FP32_BYTES, TableState, table_state
-from megamem.spec import Layout, MemorySpec, Optimizer, Wire
+from megamem.spec import Layout, MemorySpec, Mode, Optimizer, Wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,22 +199,21 @@ def group_sizes(cluster: Cluster) -> list[int]:
 def layouts(job: Job) -> list[Layout]:
     """Every possible layout of the job's table.
 
-    These are all group sizes in every mode that the variant and the width allow; 2d comes once per
-    group size, with the number of column ranks whose exchange is fastest.
+    These are all group sizes in every mode that the variant and the width allow, each with the grid
+    whose exchange is fastest.
     """
-    found = []
+    found: list[Layout] = []
     for size in group_sizes(job.cluster):
-        found.append(Layout("row", size))
-        if not variant_of(job.spec).cuts_rows:
-            continue
-        column = Layout("column", size, size)
-        if size > 1 and mode_problem(column, job.spec.value_dim) is None:
-            found.append(column)
-        cuts = divisors(math.gcd(size, job.cluster.gpus_per_node))
-        options = [Layout("2d", size, cut) for cut in cuts if 1 < cut < size]
-        options = [one for one in options if mode_problem(one, job.spec.value_dim) is None]
-        if options:
-            found.append(min(options, key=lambda option: _exchange_seconds(job, option)))
+        best: dict[Mode, Layout] = {}
+        for option in map(Layout.of_grid, grids(size, job.cluster.gpus_per_node)):
+            if option.mode != "row" and not variant_of(job.spec).cuts_rows:
+                continue
+            if mode_problem(option, job.spec.value_dim):
+                continue
+            known = best.get(option.mode)
+            if known is None or _exchange_seconds(job, option) < _exchange_seconds(job, known):
+                best[option.mode] = option
+        found.extend(best.values())
     return found
 
 
@@ -219,17 +224,18 @@ def layout_wire(job: Job, layout: Layout) -> Wire:
 
 def layout_traffic(job: Job, layout: Layout) -> Traffic:
     """Bytes that a layout sends per token and memory layer."""
-    spec, size = job.spec, layout.group_size
+    spec, wire = job.spec, layout_wire(job, layout)
+    grid, weight_bytes = layout.grid, 2 if spec.lookup_weights == "bf16" else 4
     return traffic(
-        layout.mode,
+        grid,
         spec.value_dim,
         spec.lookups_per_token,
-        size,
-        column_ranks=layout.column_ranks,
-        ranks_per_node=min(size, job.cluster.gpus_per_node),
-        wire=layout_wire(job, layout),
+        wire=wire,
         tokens=variant_of(spec).reads_tokens,
         e=job.number_bytes,
+        packing=sent_packing(
+            spec.num_rows, spec.lookups_per_token, grid.row_ranks, wire, weight_bytes
+        ),
     )
 
 

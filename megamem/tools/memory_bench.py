@@ -279,7 +279,7 @@ def _step(
 ) -> None:
     """Build a table and its layers and make one step; call `phase` when a phase begins."""
     spec = _spec(mode, ranks, sizes)
-    group = form(partition([list(range(ranks))], ranks, ranks if mode == "column" else 1))
+    group = form(partition([list(range(ranks))], spec.layout.grid))
     place: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     pool = MemoryPool(spec, group=group, **place)
     # as in a run: the table's gradient does not come from autograd

@@ -15,6 +15,7 @@ from megamem.optimizer.state import SLOTS
 from megamem.parallel.collectives import group_rank
 from megamem.parallel.memory_group import form, partition
 from megamem.parallel.row_shard import TableShard
+from megamem.spec import Layout
 
 ROWS, WIDTH = 81, 40  # uneven over 2, 3 and 4 ranks, either way
 # ranks -> (ranks of a group, ranks that share a row)
@@ -41,7 +42,7 @@ def _pieces(name: str, shape: tuple[int, int], empty: bool) -> tuple[dict, Table
     """This rank's pieces of a table called `name`, cut in this shape."""
     from megamem.checkpoint import same_everywhere, sharded_piece
 
-    group = form(partition([list(range(dist.get_world_size()))], *shape))
+    group = form(partition([list(range(dist.get_world_size()))], Layout("2d", *shape).grid))
     shard = TableShard.cut(
         (ROWS, WIDTH),
         (group_rank(group.rows), group.row_ranks),

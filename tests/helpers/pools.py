@@ -13,7 +13,7 @@ from megamem.spec import Layout, MemorySpec
 
 def on_group(spec: MemorySpec, group: MemoryGroup) -> MemorySpec:
     """The spec with the layout of a group."""
-    return replace(spec, layout=Layout("row", group.world_size, group.column_ranks))
+    return replace(spec, layout=Layout.of_grid(group.grid))
 
 
 def pool_of(

@@ -9,6 +9,7 @@ from megamem.layers.memory import MemoryLayer
 from megamem.layers.memory_pool import MemoryPool
 from megamem.parallel.memory_group import form, partition
 from megamem.resolution import resolve
+from megamem.spec import Grid
 from tests.helpers.distributed import run_distributed
 
 FORWARDS = ((3, 1, 4), (), (2, 2))
@@ -25,7 +26,7 @@ def _layers(variant: str, ranks: int) -> list[MemoryLayer]:
         memory_group_size=ranks,
     )
     spec = resolve(config, 16, stage_ranks=ranks, tokens_vary=True)
-    group = form(partition([[*range(ranks)]], ranks, 1)) if ranks > 1 else None
+    group = form(partition([[*range(ranks)]], Grid(local_rows=ranks))) if ranks > 1 else None
     pool = MemoryPool(spec, group=group)
     return [MemoryLayer(spec, pool, layer=number) for number in spec.layers]
 

@@ -60,7 +60,7 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         group_of_table = memory_group or MemoryGroup()
-        layout = Layout("row", group_of_table.world_size, group_of_table.column_ranks)
+        layout = Layout.of_grid(group_of_table.grid)
         spec = replace(spec, layout=layout)
         self.pool = MemoryPool(spec, "table", group_of_table, dtype=torch.float64)
         self.table = self.pool.tables
@@ -97,7 +97,7 @@ def _memory_group(case: Case) -> MemoryGroup:
     size = case.group_size or world
     ranks = list(range(world))
     # every rank of the world splits replicated tokens
-    return form(partition([ranks], size, case.column_ranks), token_ranks=ranks)
+    return form(partition([ranks], Layout("2d", size, case.column_ranks).grid), token_ranks=ranks)
 
 
 def _matches_one_process(case: Case) -> None:

@@ -18,6 +18,7 @@ from megamem.megatron.model.hidden_tables import (
 )
 from megamem.parallel.memory_group import form, partition
 from megamem.resolution import resolve
+from megamem.spec import Grid
 from tests.helpers.distributed import run_distributed
 from tests.helpers.megatron_runs import TrainingLog, run_training
 from tests.megatron.test_tiny_training import DO, MEMORY, PP2, TP2, WIDE
@@ -69,7 +70,7 @@ def test_a_pool_of_two_stages_is_counted_once(alone: TrainingLog) -> None:
 def _model(replicas: bool) -> tuple[nn.Module, MemoryPool]:
     """A model with a table of 5 rows on each of two ranks, or of 9 on both of them."""
     ranks = [[0, 1]]
-    group = form(partition(ranks, 1 if replicas else 2, 1))
+    group = form(partition(ranks, Grid(local_rows=1 if replicas else 2)))
     layout = {"memory_group_size": 1 if replicas else 2}
     spec = resolve(
         MemoryConfig(**ONE, **layout),

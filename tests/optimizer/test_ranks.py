@@ -13,6 +13,7 @@ from megamem.ops.forms import ENVIRONMENT
 from megamem.optimizer import TableOptimizer
 from megamem.parallel.memory_group import MemoryGroup, form, partition
 from megamem.parallel.routing import choose_wire
+from megamem.spec import Layout
 from tests.helpers.distributed import run_distributed
 from tests.helpers.pools import pool_of, read
 from tests.optimizer.test_table_optimizer import KINDS, NUM_KEYS, WIDTH, _optimizer, _spec
@@ -51,7 +52,7 @@ def _matches(kind: str, size: int, columns: int, wire: str, dtype: torch.dtype, 
     alone_optimizer = _optimizer(alone_pool)
     expected = _run(alone_pool, alone_optimizer, list(range(world)), [world * TOKENS])
 
-    group = form(partition([list(range(world))], size, columns))
+    group = form(partition([list(range(world))], Layout("2d", size, columns).grid))
     pool = pool_of(replace(spec, wire=choose_wire(wire, size // columns)), dtype, group)
     optimizer = _optimizer(pool)
     norm = _run(pool, optimizer, [rank], [TOKENS] * size)

@@ -10,7 +10,7 @@ from torch import Tensor
 from megamem.layers.memory_pool import MemoryPool
 from megamem.optimizer import TableOptimizer
 from megamem.parallel.memory_group import MemoryGroup, form, partition
-from megamem.spec import MemorySpec
+from megamem.spec import Layout, MemorySpec
 from tests.helpers.distributed import run_distributed
 from tests.helpers.pools import pool_of, read
 from tests.optimizer.test_ranks import TOKENS, _batch
@@ -85,7 +85,9 @@ def _matches(group: MemoryGroup, size: int, wire: str, kind: str, limit: int | N
 
 def _all(shapes: list[tuple[int, int]]) -> None:
     for size, columns in shapes:
-        group = form(partition([list(range(dist.get_world_size()))], size, columns))
+        group = form(
+            partition([list(range(dist.get_world_size()))], Layout("2d", size, columns).grid)
+        )
         # fewer rows than are read, more than one rank holds, more than there are; all of them
         for limit, kind in product((1, 4, 9, 2 * ROWS), ("sgd", "lazy_adamw")):
             _matches(group, size, "allgather", kind, limit)

@@ -10,7 +10,7 @@ from megamem.layers.memory_pool import MemoryPool
 from megamem.layers.variants import table_names
 from megamem.metrics import Metrics, Watched
 from megamem.parallel.memory_group import form, partition
-from megamem.parallel.traffic import Packing, Wire, row_traffic, traffic
+from megamem.parallel.traffic import LEAST, sent_packing, traffic
 from megamem.planner import make_plan, preset
 from megamem.planner.buffers import kept_bytes, passing_bytes
 from megamem.planner.cost import layout_cost, rank_bytes
@@ -23,7 +23,7 @@ from megamem.planner.sizes import (
 )
 from megamem.planner.stages import DOTS, ROW_GRADIENT, ROWS
 from megamem.resolution import resolve
-from megamem.spec import Layout
+from megamem.spec import Grid, Layout, Wire
 from tests.helpers.distributed import run_distributed
 from tests.planner.jobs import LOOKUPS, TOKENS, WIDTH, job_of, spec_of
 from tests.planner.test_sent import _sent
@@ -90,12 +90,11 @@ def test_rows_are_read_three_times() -> None:
 
 
 def test_minimal_traffic_goes_to_owners_only() -> None:
-    least = Packing(lookup=6, count=0, empty_bags=False)
-    options = {"wire": "alltoall", "packing": least}
-    plain, peer = (row_traffic(64, 4, 16, tokens=t, **options) for t in (False, True))
+    grid = Grid(local_rows=16)
+    plain, peer = (traffic(grid, 64, 4, tokens=tokens, packing=LEAST) for tokens in (False, True))
     owners = 16 * (1 - (15 / 16) ** 4)
-    assert peer[0] - plain[0] == pytest.approx(owners * 15 / 16 * 64 * 2)
-    assert peer[1] - plain[1] == peer[0] - plain[0]
+    assert peer.forward - plain.forward == pytest.approx(owners * 15 / 16 * 64 * 2)
+    assert peer.backward - plain.backward == peer.forward - plain.forward
 
 
 NUM_KEYS, HIDDEN, LOCAL, READS = 32, 64, 64, 16
@@ -113,7 +112,7 @@ def _as_planned(wire: Wire, dtype: torch.dtype) -> None:
         memory_group_size=size,
     )
     spec = resolve(config, HIDDEN)
-    group = form(partition([list(range(size))], size, 1))
+    group = form(partition([list(range(size))], Grid(local_rows=size)))
     pool = MemoryPool(spec, group=group, dtype=dtype)
     watched = Watched(layers=[0], tables=table_names(spec), num_keys=NUM_KEYS, heads=1, topk=READS)
     metrics = Metrics(watched, "cpu")
@@ -124,15 +123,17 @@ def _as_planned(wire: Wire, dtype: torch.dtype) -> None:
     pairs = torch.randperm(NUM_KEYS**2, generator=generator).view(LOCAL, READS)
     weights = torch.rand(LOCAL, READS, requires_grad=True)
     x = torch.rand(LOCAL, HIDDEN, requires_grad=True, dtype=dtype)
-    planned = traffic("row", HIDDEN, READS, size, wire=wire, tokens=True, e=dtype.itemsize)
-    with _sent() as sent:
+    grid, packing = pool.group.grid, sent_packing(NUM_KEYS**2, READS, size, wire)
+    options = {"wire": wire, "tokens": True, "e": dtype.itemsize, "packing": packing}
+    planned = traffic(grid, HIDDEN, READS, **options)
+    with _sent(size) as sent:
         out = pool.read(pairs, weights, [LOCAL] * size, x)
-    assert sent[0] / LOCAL == pytest.approx(planned.forward), (wire, "forward")
-    with _sent() as back:
+    assert sent["inside"] / LOCAL == pytest.approx(planned.forward), (wire, "forward")
+    with _sent(size) as back:
         out.sum().backward()
-    assert back[0] / LOCAL == pytest.approx(planned.backward), (wire, "backward")
+    assert back["inside"] / LOCAL == pytest.approx(planned.backward), (wire, "backward")
     shown = sum(float(table.metrics.bytes_sent) for table in pool)
-    total = torch.tensor([shown - sent[0] - back[0]])
+    total = torch.tensor([shown - sent["inside"] - back["inside"]])
     dist.all_reduce(total)
     # single ranks may differ, by the owners of their lookups
     assert abs(total.item()) < 1e-6 * shown

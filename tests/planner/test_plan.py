@@ -76,10 +76,10 @@ def test_asked_layout() -> None:
         return make_plan(job).asked.layout
 
     assert asked() == Layout("row", 4, 1)
-    assert asked(memory_mode="column", memory_group_size=16) == Layout("column", 16, 16)
-    assert asked(memory_mode="2d", memory_group_size=16) == Layout("2d", 16, 4)
+    assert asked(memory_mode="column", memory_group_size=16) == Layout("column", 16, 16, 1, 2)
+    assert asked(memory_mode="2d", memory_group_size=16) == Layout("2d", 16, 4, 2)
     wide = {"memory_mode": "2d", "memory_group_size": 64, "memory_column_ranks": 8}
-    assert asked(**wide) == Layout("2d", 64, 8)
+    assert asked(**wide) == Layout("2d", 64, 8, 8)
     assert asked(memory_mode="auto", memory_group_size=8) == Layout("column", 8, 8)
 
 

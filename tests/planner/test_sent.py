@@ -1,5 +1,6 @@
 """The planner's bytes sent, compared with those that ranks pass to torch.distributed."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,26 +13,29 @@ import torch.distributed as dist
 
 from megamem.config import MemoryConfig
 from megamem.layers.memory_pool import MemoryPool
+from megamem.metrics import TABLE_SUMS, TableMetrics
 from megamem.optimizer import StepOptions, TableOptimizer
 from megamem.parallel.memory_group import form, partition
-from megamem.parallel.traffic import Mode, Wire, all_reduce_bytes, traffic
+from megamem.parallel.traffic import all_reduce_bytes, sent_packing, traffic
 from megamem.resolution import resolve
-from megamem.spec import Layout
+from megamem.spec import Grid, Layout, Wire
 from tests.helpers.distributed import run_distributed
 
 NUM_KEYS, TOKENS, LOOKUPS, WIDTH = 32, 64, 16, 64
 
 
 @contextmanager
-def _sent() -> Iterator[list[float]]:
-    """Count the bytes that this rank sends to others, as the only element of a list."""
-    total = [0.0]
+def _sent(local: int) -> Iterator[dict[str, float]]:
+    """Count the bytes that this rank sends to others, inside nodes of so many ranks and across."""
+    total = {"inside": 0.0, "across": 0.0}
 
     def count(name: str, share: Any) -> Any:
         real = getattr(dist, name)
 
         def counted(*args: Any, group: Any, **options: Any) -> Any:
-            total[0] += share(dist.get_rank(group), dist.get_world_size(group), *args)
+            nodes = {rank // local for rank in dist.get_process_group_ranks(group)}
+            link = "inside" if len(nodes) == 1 else "across"
+            total[link] += share(dist.get_rank(group), dist.get_world_size(group), *args)
             return real(*args, group=group, **options)
 
         return mock.patch.object(dist, name, counted)
@@ -48,7 +52,9 @@ def _sent() -> Iterator[list[float]]:
         yield total
 
 
-def _pool(layout: Layout, wire: str, dtype: torch.dtype) -> MemoryPool:
+def _pool(
+    layout: Layout, wire: str, dtype: torch.dtype, weights: str = "fp32", pieces: int = 1
+) -> MemoryPool:
     config = MemoryConfig(
         memory_layers=[0],
         memory_num_keys=NUM_KEYS,
@@ -57,62 +63,65 @@ def _pool(layout: Layout, wire: str, dtype: torch.dtype) -> MemoryPool:
         memory_wire=wire,
         memory_topk=LOOKUPS,
         memory_heads=1,
+        memory_lookup_weights=weights,
+        memory_pieces=pieces,
     )
     spec = replace(resolve(config, WIDTH), layout=layout)
     world = [list(range(dist.get_world_size()))]
-    group = form(partition(world, layout.group_size, layout.column_ranks))
-    return MemoryPool(spec, "t", group, dtype=dtype)
+    return MemoryPool(spec, "t", form(partition(world, layout.grid)), dtype=dtype)
 
 
-def _as_planned(mode: Mode, columns: int, wire: Wire, dtype: torch.dtype) -> None:
-    size = dist.get_world_size()
-    pool = _pool(Layout(mode, size, columns), wire, dtype)
+def _as_planned(grid: Grid, wire: Wire, dtype: torch.dtype, weights: str, pieces: int) -> None:
+    size, case = grid.size, (str(grid), wire, dtype, weights, pieces)
+    pool = _pool(Layout.of_grid(grid), wire, dtype, weights, pieces)
+    pool.values.metrics = TableMetrics(torch.zeros(len(TABLE_SUMS)), torch.zeros(()))
     # every row is read once, so that each rank owns the same share of lookups as of rows
     generator = torch.Generator().manual_seed(dist.get_rank())
     pairs = torch.randperm(NUM_KEYS**2, generator=generator).view(TOKENS, LOOKUPS)
-    weights = torch.rand(TOKENS, LOOKUPS, requires_grad=True)
-    planned = traffic(
-        mode,
-        WIDTH,
-        LOOKUPS,
-        size,
-        column_ranks=columns,
-        wire=wire,
-        e=dtype.itemsize,
+    weights_TL = torch.rand(TOKENS, LOOKUPS, requires_grad=True)
+    packing = sent_packing(
+        NUM_KEYS**2, LOOKUPS, grid.row_ranks, wire, 2 if weights == "bf16" else 4
     )
-    with _sent() as sent:
-        out = pool.read(pairs, weights, [TOKENS] * size, torch.empty(TOKENS, WIDTH))
-    assert sent[0] / TOKENS == pytest.approx(planned.forward), (mode, columns, wire, "forward")
-    with _sent() as sent:
+    planned = traffic(grid, WIDTH, LOOKUPS, wire=wire, e=dtype.itemsize, packing=packing)
+    # the lookups of a piece need not be divided over the ranks as those of all pieces are
+    near = 1e-6 if pieces == 1 or wire == "allgather" else 0.02
+    with _sent(grid.local) as sent:
+        out = pool.read(pairs, weights_TL, [TOKENS] * size, torch.empty(TOKENS, WIDTH))
+    assert sent["inside"] / TOKENS == pytest.approx(planned.forward_inside, rel=near), case
+    assert sent["across"] / TOKENS == pytest.approx(planned.forward_across, rel=near), case
+    total = sum(sent.values())
+    with _sent(grid.local) as sent:
         out.sum().backward()
-    assert sent[0] / TOKENS == pytest.approx(planned.backward), (mode, columns, wire, "backward")
+    assert sent["inside"] / TOKENS == pytest.approx(planned.backward_inside, rel=near), case
+    assert sent["across"] / TOKENS == pytest.approx(planned.backward_across, rel=near), case
+    # what TensorBoard reports is what was sent
+    assert float(pool.values.metrics.bytes_sent) == pytest.approx(total + sum(sent.values()))
 
 
-def _all_as_planned() -> None:
-    size = dist.get_world_size()
-    for dtype in (torch.bfloat16, torch.float32):
+def _all_as_planned(size: int) -> None:
+    sides = [side for side in range(1, size + 1) if size % side == 0]
+    grids = [Grid(*sizes) for sizes in itertools.product(sides, repeat=4)]
+    for grid in (grid for grid in grids if grid.size == size):
         for wire in ("alltoall", "allgather"):
-            _as_planned("row", 1, wire, dtype)
-            if size == 4:
-                _as_planned("2d", 2, wire, dtype)
-        _as_planned("column", size, "allgather", dtype)
+            _as_planned(grid, wire, torch.float32, "fp32", 1)
+            _as_planned(grid, wire, torch.bfloat16, "bf16", 4)
 
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_lookups_send_what_is_planned(world_size: int) -> None:
-    run_distributed(_all_as_planned, world_size)
+    run_distributed(_all_as_planned, world_size, world_size)
 
 
 def _replicas_as_planned() -> None:
     pool = _pool(Layout("row", 2, 1), "auto", torch.bfloat16)
     optimizer = TableOptimizer(pool, pool.spec, StepOptions(), lr=0.1, weight_decay=0.0)
     rows, width = pool.values.weight.shape
-    with _sent() as sent:
+    with _sent(dist.get_world_size()) as sent:
         optimizer.reduce()
     planned = all_reduce_bytes(rows * width * 4 + rows, dist.get_world_size() // 2)
     # the flags of the rows are padded by one
-    assert sent[0] == pytest.approx(planned, abs=2)
+    assert sent["inside"] == pytest.approx(planned, abs=2)
 
 
 @pytest.mark.gloo

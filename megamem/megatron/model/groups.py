@@ -8,7 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from megamem.parallel.memory_group import MemoryGroup, form, partition
-from megamem.spec import MemorySpec
+from megamem.spec import Grid, MemorySpec
 
 
 def memory_group(spec: MemorySpec, groups: ProcessGroupCollection, holds: bool) -> MemoryGroup:
@@ -22,7 +22,7 @@ def memory_group(spec: MemorySpec, groups: ProcessGroupCollection, holds: bool) 
     """
     return _formed(
         dist.group.WORLD,
-        (spec.layout.group_size, spec.layout.column_ranks),
+        spec.layout.grid,
         (groups.pp.rank(), groups.dp_cp.rank(), groups.tp.rank()),
         spec.timeout,
         holds and spec.pool == "shared",
@@ -32,7 +32,7 @@ def memory_group(spec: MemorySpec, groups: ProcessGroupCollection, holds: bool) 
 @functools.cache
 def _formed(
     world: ProcessGroup,
-    shape: tuple[int, int],
+    grid: Grid,
     coordinates: tuple[int, int, int],
     timeout: timedelta,
     shares: bool,
@@ -49,7 +49,7 @@ def _formed(
         sharing[stage] = shares
     joined = [index for index, stage in enumerate(stages) if sharing[stage]]
     return form(
-        partition(list(stages.values()), *shape, joined),
+        partition(list(stages.values()), grid, joined),
         token_ranks=[tensor_rank for (_, _, tensor_rank), _ in found],
         timeout=timeout,
     )
