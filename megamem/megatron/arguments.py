@@ -48,7 +48,7 @@ def spec_from_args(args: argparse.Namespace) -> MemorySpec | None:
         args.hidden_size,
         tensor_ranks=args.tensor_model_parallel_size,
         stage_ranks=args.world_size // args.pipeline_model_parallel_size,
-        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", GPUS_PER_NODE)),
+        ranks_per_node=ranks_of_node(),
         number_bytes=args.params_dtype.itemsize,
         seed=args.seed,
         tokens_vary=tokens_vary(args),
@@ -58,6 +58,11 @@ def spec_from_args(args: argparse.Namespace) -> MemorySpec | None:
     )
     setattr(args, SAVED, settings_of(spec))
     return spec
+
+
+def ranks_of_node() -> int:
+    """The number of ranks on this node, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", GPUS_PER_NODE))
 
 
 def yaml_error(path: str) -> ConfigurationError:

@@ -160,8 +160,11 @@ class TableOptimizer(torch.optim.Optimizer):
     def reduce(self) -> None:
         """Start to sum gradients and lookups of the batch over the replicas."""
         for name, table in self.tables.items():
-            self.gradients[name].reduce(table.group.replicas, only_touched=self.only_touched)
-            self.reads[name].reduce(table.group.replicas)
+            group = table.group
+            self.gradients[name].reduce(
+                group.replicas, group.replica_nodes, only_touched=self.only_touched
+            )
+            self.reads[name].reduce(group.replicas)
 
     @torch.no_grad()
     def choose(self) -> None:

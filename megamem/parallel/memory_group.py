@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megamem.parallel.collectives import group_rank, group_size
+from megamem.parallel.replica_groups import NodeGroups, all_by_node
 from megamem.spec import Grid
 
 
@@ -47,6 +48,9 @@ class MemoryGroup:
 
     replicas: ProcessGroup | None = None
     """The ranks that hold the same shard in other memory groups."""
+
+    replica_nodes: NodeGroups | None = None
+    """The replicas by node, where they are summed inside nodes first."""
 
     local_rows: ProcessGroup | None = None
     """The ranks of this node that hold the same columns of other rows."""
@@ -173,6 +177,7 @@ def form(
     groups: Partition,
     token_ranks: list[int] | None = None,
     timeout: timedelta | None = None,
+    nodes: Sequence[int] | None = None,
 ) -> MemoryGroup:
     """Create the process groups of a partition. Every rank of the world must call this.
 
@@ -182,6 +187,7 @@ def form(
         groups: the groups of the world.
         token_ranks: for every rank of the world, its rank in the group that splits its tokens.
         timeout: time-out of every collective; None is the default of the backend.
+        nodes: the node of every rank of the world; None sums over replicas in one step.
 
     Returns:
         The groups of which this rank is a member.
@@ -199,9 +205,11 @@ def form(
                 formed[key] = group if rank in ranks else formed[key]
         return formed[key]
 
+    near, far = (own(lists) for lists in all_by_node(groups.groups["replicas"], nodes))
     own_members = next(ranks for ranks in groups.groups["members"] if rank in ranks)
     return MemoryGroup(
         **{kind: own(lists) for kind, lists in groups.groups.items()},
+        replica_nodes=NodeGroups(near, far) if near and far else None,
         token_ranks=tuple(token_ranks[member] for member in own_members) if token_ranks else None,
         grid=groups.grid,
     )

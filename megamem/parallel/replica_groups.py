@@ -77,6 +77,21 @@ def replicas_by_node(
     return inside, [list(ranks) for ranks in zip(*inside, strict=True)]
 
 
+def all_by_node(
+    shards: Sequence[Sequence[int]], nodes: Sequence[int] | None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the groups of replicas_by_node() of all shards; none if the nodes are not known."""
+    inside: list[list[int]] = []
+    across: list[list[int]] = []
+    if nodes is None:
+        return inside, across
+    for replicas in shards:
+        near, far = replicas_by_node(replicas, nodes)
+        inside += near
+        across += far
+    return inside, across
+
+
 def reduction_bytes(
     bytes_held: float, replicas: Sequence[int], nodes: Sequence[int]
 ) -> tuple[float, float]:

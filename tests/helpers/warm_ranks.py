@@ -167,7 +167,8 @@ def _become(request: Request, rank: int, port: int) -> None:
             RANK=str(rank),
             LOCAL_RANK=str(rank),
             WORLD_SIZE=str(request.ranks),
-            LOCAL_WORLD_SIZE=str(request.ranks),
+            # a run may pretend that its ranks are on several nodes
+            LOCAL_WORLD_SIZE=request.environment.get("LOCAL_WORLD_SIZE", str(request.ranks)),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )

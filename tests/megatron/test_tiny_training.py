@@ -94,6 +94,22 @@ def test_new_forms_take_the_same_steps(alone: TrainingLog, flags: tuple) -> None
     _same_steps(log, alone)
 
 
+@pytest.mark.parametrize("rows", ["all", "touched"])
+def test_replicas_on_two_nodes_take_the_same_steps(alone: TrainingLog, rows: str) -> None:
+    """Two replicas on each of two emulated nodes are summed inside the nodes first."""
+    log = run_training(
+        "two nodes",
+        4,
+        *(*MEMORY, "--micro-batch-size", 1),
+        *("--memory-reduce-rows", rows, "--memory-group-size", 1),
+        module="tests.helpers.counted_replica_sums",
+        environment={"LOCAL_WORLD_SIZE": "2"},
+    )
+    _same_steps(log, alone)
+    # each of five steps sums the flags of the rows, and one block of rows
+    assert log.stdout.count("replica sums: 10 all-reduces, 10 reduce-scatters") == 4
+
+
 def test_a_pool_inside_one_stage_trains_under_pipeline_parallelism(alone: TrainingLog) -> None:
     """Stages draw other dense weights than one process, so only the fall of the loss is checked."""
     log = run_training("pp", 2, *MEMORY, *PP2)

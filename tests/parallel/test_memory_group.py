@@ -121,6 +121,25 @@ def _formed() -> None:
     assert MemoryGroup.of_rows(dist.group.WORLD).split_counts([1, 2, 3, 4]) == [1, 2, 3, 4]
 
 
+def _replicas_by_node() -> None:
+    rank = dist.get_rank()
+    replicated = partition([[0, 1, 2, 3]], Grid())
+    group = form(replicated, nodes=[0, 0, 1, 1])
+    assert group.replica_nodes is not None and _ranks(group.replicas) == [0, 1, 2, 3]
+    assert _ranks(group.replica_nodes.inside) == [rank // 2 * 2, rank // 2 * 2 + 1]
+    assert _ranks(group.replica_nodes.across) == [rank % 2, rank % 2 + 2]
+    # one on each node, all on one, another number on each, nodes that are not known
+    pairs = partition([[0, 1, 2, 3]], Grid(local_rows=2))
+    assert form(pairs, nodes=[0, 0, 1, 1]).replica_nodes is None
+    for nodes in ([0, 0, 0, 0], [0, 0, 0, 1], None):
+        assert form(replicated, nodes=nodes).replica_nodes is None
+
+
 @pytest.mark.gloo
 def test_process_groups_hold_the_ranks_they_should() -> None:
     run_distributed(_formed, 4)
+
+
+@pytest.mark.gloo
+def test_replicas_are_grouped_by_node() -> None:
+    run_distributed(_replicas_by_node, 4)

@@ -44,10 +44,10 @@ def test_nodes_are_told_apart_by_the_launcher_or_by_their_hosts() -> None:
     assert node_lists([2, 2, None, None], ["a", "a", "b", "b"]) == [[0, 1], [2, 3]]
 
 
-def test_the_layout_is_named_by_its_flags() -> None:
+def test_a_slow_network_gets_another_layout() -> None:
     table = TableSize()
-    slow = suitable_layout(Rates(350e9, 10e9), 16, 8, table)
-    assert slow.group_size == 128
+    fast, slow = (suitable_layout(Rates(350e9, across), 16, 8, table) for across in (3.5e12, 10e9))
+    assert fast != slow and fast.group_size == slow.group_size == 128
     said = advice(Rates(350e9, 10e9), 16, 8, table)
     assert said.is_line and said.found.startswith(slow.flags)
     assert "suits 350 GB/s inside a node and 10 GB/s between nodes" in said.found

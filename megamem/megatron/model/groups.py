@@ -7,7 +7,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
+from megamem.megatron.arguments import ranks_of_node
 from megamem.parallel.memory_group import MemoryGroup, form, partition
+from megamem.parallel.replica_groups import nodes_of_ranks
 from megamem.spec import Grid, MemorySpec
 
 
@@ -26,6 +28,7 @@ def memory_group(spec: MemorySpec, groups: ProcessGroupCollection, holds: bool) 
         (groups.pp.rank(), groups.dp_cp.rank(), groups.tp.rank()),
         spec.timeout,
         holds and spec.pool == "shared",
+        ranks_of_node(),
     )
 
 
@@ -36,20 +39,23 @@ def _formed(
     coordinates: tuple[int, int, int],
     timeout: timedelta,
     shares: bool,
+    node_size: int,
 ) -> MemoryGroup:
     """Form the groups once per process, because communicators are expensive."""
-    found = [(coordinates, shares)] * dist.get_world_size(world)
-    dist.all_gather_object(found, (coordinates, shares), group=world)
+    own = coordinates, shares, node_size
+    found = [own] * dist.get_world_size(world)
+    dist.all_gather_object(found, own, group=world)
     ranks = sorted(range(len(found)), key=lambda rank: found[rank])
     stages: dict[int, list[int]] = {}
     sharing: dict[int, bool] = {}
     for rank in ranks:
-        (stage, _, _), shares = found[rank]
+        (stage, _, _), shares, _ = found[rank]
         stages.setdefault(stage, []).append(rank)
         sharing[stage] = shares
     joined = [index for index, stage in enumerate(stages) if sharing[stage]]
     return form(
         partition(list(stages.values()), grid, joined),
-        token_ranks=[tensor_rank for (_, _, tensor_rank), _ in found],
+        token_ranks=[tensor_rank for (_, _, tensor_rank), _, _ in found],
         timeout=timeout,
+        nodes=nodes_of_ranks([size for _, _, size in found]),
     )
