@@ -25,8 +25,9 @@ from megamem.metrics import (
     _spreading_multiplier,
     kl_from_uniform,
 )
-from megamem.parallel.memory_group import MemoryGroup
+from megamem.parallel.memory_group import MemoryGroup, form, partition
 from megamem.resolution import resolve
+from megamem.spec import Grid
 from tests.helpers.distributed import run_distributed
 from tests.helpers.pools import on_group, read
 
@@ -207,10 +208,10 @@ TRULY = {
 
 
 def _bytes_are_those_on_the_wire() -> None:
-    world, tokens = dist.group.WORLD, 5 + 2 * dist.get_rank()
+    tokens = 5 + 2 * dist.get_rank()
     groups = {
-        "row": MemoryGroup(members=world, rows=world),
-        "column": MemoryGroup(members=world, columns=world),
+        "row": form(partition([[0, 1]], Grid(local_rows=2))),
+        "column": form(partition([[0, 1]], Grid(local_columns=2))),
     }
     for mode, wire in (("row", "alltoall"), ("row", "allgather"), ("column", "auto")):
         layer, metrics = _model(group=groups[mode], memory_wire=wire, memory_mode=mode)
@@ -235,8 +236,7 @@ def _ranks_report_what_one_process_does() -> None:
         _fill(alone, expected, squares=9.0)
         wanted = expected.report(1)
     for columns in (False, True):
-        world = dist.group.WORLD
-        group = MemoryGroup(members=world, **{"columns" if columns else "rows": world})
+        group = form(partition([[0, 1]], Grid(1, 1, 1, 2) if columns else Grid(1, 1, 2, 1)))
         layer, metrics = _model(group=group)
         layer(x.split([5, 7])[rank])
         _fill(layer, metrics, squares=4.5)

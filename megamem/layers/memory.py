@@ -12,6 +12,8 @@ Tensor names end in one letter per axis. Letters, for all files of the package:
 A lower-case letter is this rank's part of the upper-case one, and a digit is an axis of that size.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -89,13 +91,19 @@ class MemoryLayer(nn.Module):
         for table in pool:
             table.readers += 1
 
-    def forward(self, hidden_SBD: Tensor, token_counts: list[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_SBD: Tensor,
+        token_counts: list[int] | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Tensor:
         """Return the memory's output for each token, [S, B, D].
 
         Args:
             hidden_SBD: hidden states after the norm of the transformer block.
             token_counts: number of tokens of every rank that shares the tables, where the caller
                 knows it; by default it is derived or exchanged.
+            meanwhile: called while the lookups are sent.
         """
         x_TD = hidden_SBD.flatten(0, 1)
         split = even_counts(len(x_TD), group_size(self.group))
@@ -110,8 +118,12 @@ class MemoryLayer(nn.Module):
         gate_TV = self.output.compute_gate(x_TD)
         if self.metrics is not None and torch.is_grad_enabled():
             self.metrics.record(row_ids_TL, weights_TL, gate_TV)
+        if meanwhile is not None:
+            meanwhile()
+        # weights whose gradients are computed after the gradients of read-outs have left
+        late = self.output.late_weights() if self.pool.group.world_size > 1 else None
         out_TV = self.pool.collect(lookups)
-        y_TD = self.output(out_TV, gate_TV)
+        y_TD = self.output(out_TV, gate_TV, late)
 
         if not self.tokens_sharded:
             y_TD = gather_tokens(y_TD, split, self.group)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megamem.layers.init import WeightFactory
-from megamem.layers.linear import ReplicatedLinear
+from megamem.layers.linear import LateWeights, ReplicatedLinear
 from megamem.spec import MemorySpec
 
 
@@ -21,8 +21,18 @@ class Output(nn.Module):
         """
         return None
 
-    def forward(self, out_TV: Tensor, gate_TV: Tensor | None) -> Tensor:
-        """Return y_TD from the read-out and the result of compute_gate()."""
+    def late_weights(self) -> LateWeights | None:
+        """Return the weights of forward() such that their gradients are computed late.
+
+        It is called between the departure of lookups and the arrival of read-outs. The backward
+        then sends the gradients of read-outs before it computes those of the weights.
+        """
+        return None
+
+    def forward(
+        self, out_TV: Tensor, gate_TV: Tensor | None, late: LateWeights | None = None
+    ) -> Tensor:
+        """Return y_TD from the read-out and the results of compute_gate() and late_weights()."""
         return out_TV
 
 
@@ -43,7 +53,13 @@ class GatedOutput(Output):
         """Return gate_TV = silu(W1 x)."""
         return F.silu(self.gate(x_TD))
 
-    def forward(self, out_TV: Tensor, gate_TV: Tensor | None) -> Tensor:
+    def late_weights(self) -> LateWeights:
+        """Return W2 and its bias such that their gradients are computed late."""
+        return self.proj.late_weights()
+
+    def forward(
+        self, out_TV: Tensor, gate_TV: Tensor | None, late: LateWeights | None = None
+    ) -> Tensor:
         """Return y_TD = W2 (out_TV * gate_TV)."""
         assert gate_TV is not None
-        return self.proj(out_TV * gate_TV)
+        return self.proj(out_TV * gate_TV, late)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megamem.config import MemoryConfig
 from megamem.layers.init import WeightFactory
+from megamem.layers.linear import LateWeights
 from megamem.layers.output import Output
 from megamem.layers.value_table import ReceivedLookups, ValueTable
 from megamem.layers.variants import VARIANTS
@@ -29,7 +30,9 @@ class Scaled(Output):
         self.gradient_group = make.gradient_group
         self.scale = make.constant(spec.value_dim, value=1)
 
-    def forward(self, out_TV: Tensor, gate_TV: Tensor | None) -> Tensor:
+    def forward(
+        self, out_TV: Tensor, gate_TV: Tensor | None, late: LateWeights | None = None
+    ) -> Tensor:
         return out_TV * reduce_gradient(self.scale, self.gradient_group)
 
 

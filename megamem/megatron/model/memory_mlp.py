@@ -80,10 +80,14 @@ class MemoryMLP(MegatronModule):
 
     def forward(self, hidden_states: Tensor, **how: Any) -> tuple[Tensor, Tensor | None]:
         """The output [S, B, D] and a bias or None; a kept feed-forward also gets `how`."""
-        out = self.memory(hidden_states)
-        if self.ffn is None:
-            return out, None
-        ffn_out, bias = self.ffn(hidden_states, **how)
+        ffn, outputs = self.ffn, []
+        if ffn is None:
+            return self.memory(hidden_states), None
+        # the feed-forward runs while the lookups are sent
+        out = self.memory(
+            hidden_states, meanwhile=lambda: outputs.append(ffn(hidden_states, **how))
+        )
+        ffn_out, bias = outputs.pop()
         return out + ffn_out, bias
 
     def sharded_state_dict(

@@ -55,6 +55,7 @@ def _settings(spec: MemorySpec, args: argparse.Namespace) -> dict[str, Any]:
         "memory_mode": layout.mode,
         "memory_group_size": layout.group_size,
         "memory_column_ranks": layout.column_ranks,
+        "memory_grid": str(layout.grid),
     }
 
 
