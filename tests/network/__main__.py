@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measures the exchange of memory layers between four hosts of two ranks on an "
         "emulated network, and compares it with a prediction.",
     )
-    parser.add_argument("--mbit", type=int, default=200, help="rate of a host's link, in Mbit/s")
+    parser.add_argument("--mbit", type=int, default=100, help="rate of a host's link, in Mbit/s")
     parser.add_argument("--repetitions", type=int, default=5, help="repetitions of each case")
     parser.add_argument("--sizes", default="{}", help="JSON of other sizes, as in cases.Sizes")
     parser.add_argument("--no-training", action="store_true", help="only measure the exchange")

@@ -45,7 +45,7 @@ class Sizes:
     """Bytes of a number of a row; 2 is bf16."""
     num_keys: int = 128
     """The table has num_keys**2 rows."""
-    bag_seconds: float = 0.2
+    bag_seconds: float = 0.4
     """The time that reading the rows of all tokens takes, forward and backward each. The ranks
     sleep instead, as they share few cores; shares of the tokens take shares of the time."""
 
@@ -57,6 +57,7 @@ LAYOUTS = {
 }
 CASES = [
     *(Case(name, grid, pieces) for name, grid in LAYOUTS.items() for pieces in (1, 4)),
+    Case("mixed", (2, 2, 2, 1)),
     Case("A", LAYOUTS["A"], wire="allgather"),
 ]
 TRAINED = [Case("A", LAYOUTS["A"], 2), Case("B", LAYOUTS["B"], 2), Case("C2", LAYOUTS["C2"])]

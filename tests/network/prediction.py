@@ -36,6 +36,8 @@ class Hop:
     """Collectives that are started together, and waited for together."""
 
     link: Link
+    ranks: int
+    """Ranks of each group."""
     forward: tuple[Collective, ...]
     """The collectives of the forward, which share its bytes."""
     backward: tuple[Collective, ...]
@@ -69,43 +71,43 @@ def way(case: Case, sizes: Sizes) -> Way:
     count = 1 if m < 2**8 else 4
     assert sizes.num_keys**2 / classes <= 2**24, "ids would take 4 bytes across nodes"
 
-    def lookups(link: Link, kind: Collective, number: float) -> Hop:
+    def lookups(link: Link, ranks: int, kind: Collective, number: float) -> Hop:
         # ids and weights are sent by two collectives, and the gradient of weights by one; the sum
         # that is the way back of an all-gather is taken after an all-to-all
         sent = (NARROW_ID if link == "across" else ID) + WEIGHT
-        return Hop(link, (kind, kind), ("all-to-all",), sent * number, WEIGHT * number)
+        return Hop(link, ranks, (kind, kind), ("all-to-all",), sent * number, WEIGHT * number)
 
-    def counts(link: Link, kind: Collective, number: float) -> Hop:
-        return Hop(link, (kind,), (), count * number, 0)
+    def counts(link: Link, ranks: int, kind: Collective, number: float) -> Hop:
+        return Hop(link, ranks, (kind,), (), count * number, 0)
 
-    def sums(link: Link, back: Collective, number: float) -> Hop:
-        return Hop(link, ("all-to-all",), (back,), number, number)
+    def sums(link: Link, ranks: int, back: Collective, number: float) -> Hop:
+        return Hop(link, ranks, ("all-to-all",), (back,), number, number)
 
     if routed:
         counted = [
-            counts("inside", "all-to-all", nr * (lr - 1)),
-            counts("across", "all-to-all", lr * (nr - 1)),
-            counts("across", "all-gather", classes * (nc - 1)),
-            counts("inside", "all-gather", classes * nc * (lc - 1)),
+            counts("inside", lr, "all-to-all", nr * (lr - 1)),
+            counts("across", nr, "all-to-all", lr * (nr - 1)),
+            counts("across", nc, "all-gather", classes * (nc - 1)),
+            counts("inside", lc, "all-gather", classes * nc * (lc - 1)),
         ]
         out = [
-            lookups("inside", "all-to-all", m * (lr - 1) / lr),
-            lookups("across", "all-to-all", m * (nr - 1) / nr),
-            lookups("across", "all-gather", m * (nc - 1)),
-            lookups("inside", "all-gather", m * nc * (lc - 1)),
+            lookups("inside", lr, "all-to-all", m * (lr - 1) / lr),
+            lookups("across", nr, "all-to-all", m * (nr - 1) / nr),
+            lookups("across", nc, "all-gather", m * (nc - 1)),
+            lookups("inside", lc, "all-gather", m * nc * (lc - 1)),
         ]
     else:
         nodes, local = nr * nc, lr * lc
         counted = []
         out = [
-            lookups("across", "all-gather", m * (nodes - 1)),
-            lookups("inside", "all-gather", m * nodes * (local - 1)),
+            lookups("across", nodes, "all-gather", m * (nodes - 1)),
+            lookups("inside", local, "all-gather", m * nodes * (local - 1)),
         ]
     home = [
-        sums("inside", "all-gather", nr * (lr - 1) * row),
-        sums("across", "all-gather", (nr - 1) * row),
-        sums("across", "all-to-all", (nc - 1) / nc * row),
-        sums("inside", "all-to-all", (lc - 1) / lc * row),
+        sums("inside", lr, "all-gather", nr * (lr - 1) * row),
+        sums("across", nr, "all-gather", (nr - 1) * row),
+        sums("across", nc, "all-to-all", (nc - 1) / nc * row),
+        sums("inside", lc, "all-to-all", (lc - 1) / lc * row),
     ]
     return Way(*(_taken(hops, sizes.tokens) for hops in (counted, out, home)))
 
@@ -113,7 +115,7 @@ def way(case: Case, sizes: Sizes) -> Way:
 def _taken(hops: list[Hop], tokens: int) -> list[Hop]:
     """The hops that send anything, for all tokens."""
     return [
-        Hop(hop.link, hop.forward, hop.backward, *(tokens * sent for sent in _both(hop)))
+        Hop(hop.link, hop.ranks, hop.forward, hop.backward, *(tokens * sent for sent in _both(hop)))
         for hop in hops
         if hop.forward_bytes
     ]
@@ -123,18 +125,19 @@ def _both(hop: Hop) -> tuple[float, float]:
     return hop.forward_bytes, hop.backward_bytes
 
 
+def rate_key(link: Link, collective: Collective, ranks: int) -> str:
+    """Return the name of a rate; few connections do not fill a link as many do."""
+    return f"{collective} {link}, {ranks} ranks"
+
+
 @dataclass(frozen=True)
 class Rates:
     """What the links do, as measured with plain collectives."""
 
     bytes_per_second: dict[str, float]
-    """"LINK COLLECTIVE" -> bytes that a host sends in a second."""
+    """rate_key() -> bytes that a host sends in a second."""
     latency: dict[str, float]
-    """"LINK COLLECTIVE" -> seconds of a collective of a few bytes."""
-
-    def seconds(self, link: Link, collective: Collective, rank_bytes: float) -> float:
-        """Return how long collectives occupy a link in which every rank sends these bytes."""
-        return RANKS_PER_HOST * rank_bytes / self.bytes_per_second[f"{link} {collective}"]
+    """rate_key() -> seconds of a collective of a few bytes."""
 
 
 class _Clock:
@@ -152,12 +155,14 @@ class _Clock:
     def send(self, hop: Hop, share: float, back: bool = False) -> float:
         """Start a hop, and return when it will end."""
         kinds = hop.backward if back else hop.forward
-        sent = share * (hop.backward_bytes if back else hop.forward_bytes)
-        start, rates = max(self.now, self._free.get(hop.link, 0.0)), self._rates
-        end = start + sum(rates.seconds(hop.link, kind, sent / len(kinds)) for kind in kinds)
+        keys = [rate_key(hop.link, kind, hop.ranks) for kind in kinds]
+        rank_bytes = share * (hop.backward_bytes if back else hop.forward_bytes)
+        host_bytes = RANKS_PER_HOST * rank_bytes / len(keys)
+        end = max(self.now, self._free.get(hop.link, 0.0))
+        end += sum(host_bytes / self._rates.bytes_per_second[key] for key in keys)
         self._free[hop.link] = end
         # what is next on the link does not wait until the last rank knows of the end
-        return end + max(rates.latency[f"{hop.link} {kind}"] for kind in kinds)
+        return end + max(self._rates.latency[key] for key in keys)
 
     def wait(self, end: float) -> None:
         """Wait until then."""

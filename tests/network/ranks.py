@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from megamem.parallel.memory_group import form, partition
 from megamem.resolution import resolve
 from tests.network.cases import CASES, HOSTS, RANKS_PER_HOST, WORLD, Case, Sizes
 from tests.network.hosts import DEVICE, LOOPBACK, host_of, sent_bytes
+from tests.network.prediction import Collective, Link, rate_key
 
 RATE_BYTES, FEW_BYTES = 4_000_000, 64
 """Bytes that a rank sends in a collective that measures a rate, and in one for the latency."""
@@ -105,35 +106,47 @@ def measured(run: Callable[[], Any]) -> dict[str, Any]:
 
 def _rates(repetitions: int) -> dict[str, dict[str, float]]:
     """Bytes per second of a host, and seconds of a small collective, of each kind and link."""
-    rank, found = dist.get_rank(), {"bytes_per_second": {}, "latency": {}}
-    columns = [list(range(local, WORLD, RANKS_PER_HOST)) for local in range(RANKS_PER_HOST)]
-    rows = [list(range(at, at + RANKS_PER_HOST)) for at in range(0, WORLD, RANKS_PER_HOST)]
-    for link, lists in (("across", columns), ("inside", rows)):
+    found: dict[str, dict[str, float]] = {"bytes_per_second": {}, "latency": {}}
+    for link, lists in _groups():
         groups = [(ranks, dist.new_group(ranks)) for ranks in lists]
-        group = next(group for ranks, group in groups if rank in ranks)
+        group = next(group for ranks, group in groups if dist.get_rank() in ranks)
         size = dist.get_world_size(group)
         for kind in ("all-to-all", "all-gather"):
             times = {}
             for sent in (FEW_BYTES, RATE_BYTES):
-                part = torch.zeros(sent // (size - 1), dtype=torch.uint8)
-                whole = torch.zeros(len(part) * size, dtype=torch.uint8)
-                out = torch.empty_like(whole)
-
-                def run(kind=kind, out=out, whole=whole, part=part, group=group) -> None:
-                    if kind == "all-to-all":
-                        dist.all_to_all_single(out, whole, group=group)
-                    else:
-                        dist.all_gather_into_tensor(out, part, group=group)
-
                 # a small collective takes so little time that any other work on its core shows
-                times_each = repetitions + 1 if sent == RATE_BYTES else 5 * repetitions
-                results = [measured(run)["seconds"] for _ in range(times_each)]
+                count = repetitions if sent == RATE_BYTES else 5 * repetitions
+                run = _plain(kind, sent, group)
+                results = [measured(run)["seconds"] for _ in range(count + 1)]
                 times[sent] = statistics.median(results[1:])
-            key = f"{link} {kind}"
+            key = rate_key(link, kind, size)
             found["latency"][key] = times[FEW_BYTES]
             took = times[RATE_BYTES] - times[FEW_BYTES]
             found["bytes_per_second"][key] = RANKS_PER_HOST * RATE_BYTES / took
     return found
+
+
+def _groups() -> Iterator[tuple[Link, list[list[int]]]]:
+    """For each link and number of ranks, groups that take up the links of all hosts alike."""
+    for hosts in (2, HOSTS):
+        lists = [
+            [host * RANKS_PER_HOST + local for host in range(first, first + hosts)]
+            for first in range(0, HOSTS, hosts)
+            for local in range(RANKS_PER_HOST)
+        ]
+        yield "across", lists
+    yield "inside", [[*range(at, at + RANKS_PER_HOST)] for at in range(0, WORLD, RANKS_PER_HOST)]
+
+
+def _plain(kind: Collective, sent: int, group: Any) -> Callable[[], Any]:
+    """A collective in which a rank sends these bytes to others."""
+    size = dist.get_world_size(group)
+    part = torch.zeros(sent // (size - 1), dtype=torch.uint8)
+    whole = torch.zeros(len(part) * size, dtype=torch.uint8)
+    out = torch.empty_like(whole)
+    if kind == "all-to-all":
+        return lambda: dist.all_to_all_single(out, whole, group=group)
+    return lambda: dist.all_gather_into_tensor(out, part, group=group)
 
 
 class Exchange:

@@ -94,8 +94,8 @@ def table(content: dict[str, Any], rows: list[Row], trainings: list[Training], m
         "MB that a host sends in a forward and a backward: by the counters of its devices / by the "
         "formula",
         f"seconds of both without the {2 * sizes.bag_seconds:g} that reading rows takes: measured "
-        "/ predicted from MB/s of a host: "
-        + ", ".join(f"{key} {rate / 1e6:.0f}" for key, rate in rates.items()),
+        "/ predicted from these MB/s of a host:",
+        "; ".join(f"{key} {rate / 1e6:.1f}" for key, rate in rates.items()),
         "",
         f"{'layout':<8}{'grid':<10}{'pieces':>6}  {'lookups':<10}{'MB to other hosts':^22}"
         f"{'MB inside a host':^22}{'seconds':^20}{'of the first row':^22}",
