@@ -31,6 +31,7 @@ FULL = (
     *("--recompute-method", "uniform"),
     *("--recompute-num-layers", 1),
 )
+ROUTED = ("--memory-wire", "alltoall", "--memory-pieces", 3)
 SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "mlp", "core_attn")
 
 pytestmark = pytest.mark.gloo
@@ -158,6 +159,30 @@ def test_bf16_with_the_distributed_optimizer(alone: TrainingLog) -> None:
 def test_rows_across_and_columns_within_on_four_ranks(alone: TrainingLog) -> None:
     both = ("--memory-mode", "2d", "--memory-group-size", 4)
     _same_steps(run_training("2d", 4, *MEMORY, *TP2, *SP, *both), alone)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(("--memory-grid", "1x2x2x1", *ROUTED, *FULL), id="recompute"),
+        pytest.param(("--memory-grid", "2x1x2x1", *ROUTED, *TP2, *SP, *DO), id="rows, sp"),
+        pytest.param(("--memory-grid", "1x2x1x2", *TP2, "--memory-pieces", 2), id="columns, tp"),
+        pytest.param(("--memory-mode", "row", "--memory-group-size", 4, *ROUTED), id="row"),
+    ],
+)
+def test_two_nodes_take_the_steps_of_one_process(alone: TrainingLog, flags: tuple) -> None:
+    flags = (*flags, "--micro-batch-size", 1)
+    nodes = {"LOCAL_WORLD_SIZE": "2"}
+    _same_steps(run_training("nodes", 4, *MEMORY, *flags, environment=nodes), alone)
+
+
+def test_weights_are_rounded_alike_in_every_layout(alone: TrainingLog) -> None:
+    rounded = ("--memory-lookup-weights", "bf16")
+    one = run_training("one process", 1, *MEMORY, *rounded)
+    # 8 significant bits of the weights
+    assert one.losses != alone.losses and one.losses == pytest.approx(alone.losses, rel=2e-3)
+    flags = ("--memory-grid", "1x2x1x1", *rounded)
+    _same_steps(run_training("columns of nodes", 2, *MEMORY, *flags), one)
 
 
 @pytest.mark.parametrize("kind", ["lazy_adamw", "rowwise_adamw", "sgd"])
