@@ -43,7 +43,7 @@ from megatron_releases import initialize
 from saved_models import described_model, missing_checkpoint
 from torch.nn import Module
 
-from megamem.config import ConfigurationError
+from megamem.config import ConfigurationError, MemoryConfig
 
 UNSUPPORTED = {
     "context_parallel_size": "--context-parallel-size",
@@ -252,8 +252,9 @@ def announce(args: argparse.Namespace, asked: int, sequence_parallel: bool) -> N
     said = f"generate: {asked} prompts, {args.inference_max_requests} at a time"
     if replicas > 1:
         said += f" on each of {replicas} data-parallel replicas, which share the prompts"
-        if (args.memory_group_size or 1) > args.tensor_model_parallel_size:
-            said += f"; a table is spread over {args.memory_group_size} ranks, so replicas wait for"
+        ranks = MemoryConfig.from_args(args).asked_group_size or 1
+        if ranks > args.tensor_model_parallel_size:
+            said += f"; a table is spread over {ranks} ranks, so replicas wait for"
             said += " each other in every layer with a memory, and one that has finished joins in"
     if sequence_parallel:
         said += "; --sequence-parallel is off, which changes no weight"

@@ -146,7 +146,8 @@ class MemoryConfig:
     """Collective that sends lookups to the ranks that own their rows. alltoall: each lookup is sent
     to the owner of its row only, after the ranks have exchanged their counts (one host sync).
     allgather: every lookup is sent to all ranks, in messages of fixed size, without a host sync.
-    auto: allgather for up to 8 ranks that rows are divided over, alltoall for more."""
+    auto: the one that is estimated to be faster from the layout, the tokens of a microbatch, the
+    width of a row and the links; usually allgather on up to 8 ranks, and alltoall on more."""
 
     memory_reduce_rows: Literal["auto", "all", "touched"] = "auto"
     """Rows of a table whose gradients are summed over its replicas in each step. all: every row.
@@ -273,10 +274,15 @@ class MemoryConfig:
             )
         if self.memory_group_size not in (None, size):
             found.append(
-                f"--memory-grid {text} has {size} ranks, but --memory-group-size is "
-                f"{self.memory_group_size}; drop --memory-group-size or use {size}."
+                f"--memory-grid {text} has {size} ranks, which --memory-group-size "
+                f"{self.memory_group_size} contradicts; drop --memory-group-size or use {size}."
             )
         return found
+
+    @property
+    def asked_group_size(self) -> int | None:
+        """Number of ranks that a table is to be sharded over; None for the default."""
+        return Grid.parse(self.memory_grid).size if self.memory_grid else self.memory_group_size
 
     @property
     def enabled(self) -> bool:

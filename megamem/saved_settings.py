@@ -52,6 +52,7 @@ def _from_flags(args: argparse.Namespace | None) -> dict[str, Any] | None:
             memory_mode="row",
             memory_group_size=1,
             memory_column_ranks=None,
+            memory_grid=None,
         )
         return settings_of(resolve(alone, args.hidden_size))
     except ConfigurationError:

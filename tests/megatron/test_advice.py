@@ -161,6 +161,22 @@ FLAGS_OF_CONFIG = {
     "a background without finetuning, dropped": Case(
         "--memory-background DIR", "drop --memory-background", ""
     ),
+    "no grid": Case(
+        "--memory-grid 2x2", "must be four positive numbers", "--memory-grid 1x1x1x1", own="1x1x1x1"
+    ),
+    "a grid and a mode": Case(
+        "--memory-mode column",
+        "both name a layout; drop one",
+        "",
+        beside="--memory-grid 1x1x1x1",
+    ),
+    "a grid and another size": Case(
+        "--memory-group-size 2",
+        "drop --memory-group-size or use 1",
+        "--memory-group-size 1",
+        beside="--memory-grid 1x1x1x1",
+    ),
+    "no piece": Case("--memory-pieces 0", "must be at least 1", "--memory-pieces 1"),
     "a seed out of range": Case(
         "--memory-placement-seed -1", "must be from 0 to", "--memory-placement-seed 0"
     ),
@@ -198,6 +214,30 @@ FLAGS_OF_A_MODEL = {
         "--memory-column-ranks 2",
         beside="--memory-mode 2d --memory-group-size 4",
         ranks=4,
+    ),
+    "a grid that does not divide the ranks": Case(
+        "--memory-grid 1x3x1x1",
+        "which do not divide the 4 ranks of a pipeline stage",
+        "--memory-grid 1x2x1x1",
+        own="1x2x1x1",
+        ranks=4,
+    ),
+    "a grid with more column ranks than blocks": Case(
+        "--memory-grid 1x2x1x2",
+        "each rank needs a block of 8 columns",
+        "--memory-grid 2x1x2x1",
+        beside="--memory-value-dim 16",
+        ranks=4,
+    ),
+    "rows of peer are not cut by a grid": Case(
+        "--memory-grid 1x2x1x1",
+        "splits rows, but --memory-variant peer needs complete rows",
+        "--memory-grid 2x1x1x1",
+        beside="--memory-variant peer --memory-topk 2",
+        ranks=2,
+    ),
+    "more pieces than tokens": Case(
+        "--memory-pieces 4096", "is more than the 64 tokens of a microbatch", "--memory-pieces 64"
     ),
     "a hidden size that is no width": Case(
         "--hidden-size 60",

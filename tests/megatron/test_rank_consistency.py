@@ -1,16 +1,23 @@
 """Ranks with different memory flags are found at start."""
 
 import argparse
+import os
 from dataclasses import replace
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
 from megamem.config import MemoryConfig
-from megamem.megatron.startup.rank_consistency import describe, differing_flags
+from megamem.megatron.startup.rank_consistency import (
+    _settings,
+    describe,
+    differing_flags,
+    node_problems,
+)
 from megamem.resolution import resolve
-from megamem.spec import Layout, MemorySpec
+from megamem.spec import Grid, Layout, MemorySpec
 from tests.helpers.distributed import run_distributed
 from tests.helpers.megatron_runs import run_training
 from tests.megatron.test_tiny_training import MEMORY
@@ -72,6 +79,28 @@ def test_a_rank_without_memory_layers_is_found_by_its_silence(silent_rank: int) 
 @pytest.mark.gloo
 def test_what_auto_came_to_is_compared() -> None:
     run_distributed(_disagree_about_the_mode, 3)
+
+
+def test_nodes_of_different_sizes_are_told_by_the_ranks_on_them() -> None:
+    """Ranks 0 and 1 are on one node, rank 2 is on another."""
+
+    def told(grid: Grid, *node_ranks: int) -> list[str]:
+        layout = Layout.of_grid(grid)
+        found = []
+        for ranks in node_ranks:
+            spec, args = _spec_and_args(timedelta(seconds=60))
+            with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(ranks)}):
+                found.append(_settings(replace(spec, layout=layout), args))
+        problems = node_problems(found)
+        # what is left are flags
+        assert problems or describe(found) == []
+        return problems
+
+    (said,) = told(Grid(node_rows=2), 2, 2, 1)
+    assert "2 on the node of ranks 0, 1, 1 on the node of rank 2" in said
+    assert said.endswith("such as --memory-grid 1x1x2x1.")
+    # a group inside one node, and nodes of one size
+    assert told(Grid(local_rows=2), 2, 2, 1) == told(Grid(node_rows=2), 2, 2, 2) == []
 
 
 @pytest.mark.gloo

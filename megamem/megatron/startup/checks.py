@@ -69,6 +69,19 @@ def optimizer_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
     return problems
 
 
+def piece_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
+    """A sentence if a microbatch has fewer tokens on a rank than there are pieces."""
+    shares = args.tensor_model_parallel_size * args.context_parallel_size
+    tokens = max(1, args.micro_batch_size * args.seq_length // shares)
+    if spec.pieces <= tokens:
+        return []
+    return [
+        f"--memory-pieces {spec.pieces} is more than the {tokens} tokens of a microbatch on a rank "
+        f"(--micro-batch-size x --seq-length / tensor and context parallel sizes); use at most "
+        f"{tokens}, usually 2 to 4."
+    ]
+
+
 def form_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
     """A sentence if the environment selects a form of a kernel that does not exist."""
     try:
@@ -84,6 +97,7 @@ CHECKS: tuple[Callable[[MemorySpec, argparse.Namespace], list[str]], ...] = (
     depth_problems,
     pattern_problems,
     optimizer_problems,
+    piece_problems,
     form_problems,
 )
 """Functions of (spec, validated args) that return a sentence for each thing that cannot work."""

@@ -10,10 +10,13 @@ import torch
 import torch.distributed as dist
 
 from megamem.config import MemoryConfig, flag
-from megamem.spec import MemorySpec
+from megamem.megatron.arguments import ranks_of_node
+from megamem.spec import Grid, MemorySpec
 
 FLAGS, VERDICT = "megamem/flags/{}", "megamem/flags/verdict"
 """Keys in the store of torch.distributed."""
+NODE_RANKS = "ranks of a node"
+"""Key of a rank's LOCAL_WORLD_SIZE among its settings."""
 GRACE = timedelta(seconds=10)
 """How much longer the other ranks wait, as the first may have begun to wait later than they."""
 
@@ -43,7 +46,8 @@ def differing_flags(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
     except RuntimeError:  # a subclass of RuntimeError that depends on the kind of store
         found = [silent([n for n, key in enumerate(keys) if not store.check([key])], patience)]
     else:
-        found = describe([json.loads(text) for text in store.multi_get(keys)])
+        by_rank = [json.loads(text) for text in store.multi_get(keys)]
+        found = node_problems(by_rank) or describe(by_rank)
     store.set(VERDICT, json.dumps(found))
     return found
 
@@ -52,6 +56,7 @@ def _settings(spec: MemorySpec, args: argparse.Namespace) -> dict[str, Any]:
     """Name of each field -> its value; the layout is the one that this rank has resolved."""
     layout = spec.layout
     return MemoryConfig.from_args(args).to_dict() | {
+        NODE_RANKS: ranks_of_node(),
         "memory_mode": layout.mode,
         "memory_group_size": layout.group_size,
         "memory_column_ranks": layout.column_ranks,
@@ -79,6 +84,24 @@ def broadcast_from_rank0(look: Callable[[], Any]) -> Any:
     return found[0]
 
 
+def node_problems(by_rank: list[dict[str, Any]]) -> list[str]:
+    """A sentence if a memory group spans nodes that do not have the same number of ranks.
+
+    Args:
+        by_rank: the settings of each rank, in the order of ranks.
+    """
+    grids = [Grid.parse(settings["memory_grid"]) for settings in by_rank]
+    by_size = _ranks_by_value([settings.pop(NODE_RANKS) for settings in by_rank])
+    if len(by_size) == 1 or all(grid.nodes == 1 for grid in grids):
+        return []
+    shown = ", ".join(f"{size} on the node of {who}" for size, who in by_size.items())
+    return [
+        f"Nodes have different numbers of ranks: {shown}. A memory group of several nodes needs "
+        "nodes of one size: start as many ranks on each, or use a grid that does not depend on "
+        f"nodes, such as --memory-grid {Grid(local_rows=grids[0].size)}."
+    ]
+
+
 def describe(by_rank: list[dict[str, Any]]) -> list[str]:
     """A sentence for each setting that is not the same for all ranks.
 
@@ -87,13 +110,19 @@ def describe(by_rank: list[dict[str, Any]]) -> list[str]:
     """
     found = []
     for name in by_rank[0]:
-        values: dict[str, list[int]] = {}
-        for rank, settings in enumerate(by_rank):
-            values.setdefault(_shown(settings[name]), []).append(rank)
-        if len(values) > 1:
-            shown = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in values.items())
+        by_value = _ranks_by_value([_shown(settings[name]) for settings in by_rank])
+        if len(by_value) > 1:
+            shown = ", ".join(f"{value} on {who}" for value, who in by_value.items())
             found.append(f"{flag(name)} differs: {shown}; start every rank with the same flags.")
     return found
+
+
+def _ranks_by_value(values: list[Any]) -> dict[Any, str]:
+    """Each value that ranks have -> words for the ranks that have it."""
+    found: dict[Any, list[int]] = {}
+    for rank, value in enumerate(values):
+        found.setdefault(value, []).append(rank)
+    return {value: _ranks(ranks) for value, ranks in found.items()}
 
 
 def _shown(value: Any) -> str:
