@@ -4,13 +4,10 @@ from typing import Literal
 
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.layers.variants import VARIANTS, Variant
-from megamem.parallel.routing import choose_wire
-from megamem.parallel.traffic import (
-    choose_layout,
-    choose_reduced_rows,
-    divisors,
-    mode_problem,
-)
+from megamem.parallel.choices import choose_layout, choose_wire
+from megamem.parallel.exchange_cost import USUAL_TOKENS, Exchange
+from megamem.parallel.row_shard import COLUMN_BLOCK
+from megamem.parallel.traffic import choose_reduced_rows, divisors, mode_problem
 from megamem.spec import Grid, Layout, MemorySpec, Mode, ReducedRows
 
 
@@ -27,6 +24,7 @@ def resolve(
     seed: int = 1234,
     tokens_vary: bool = False,
     batch_tokens: int | None = None,
+    microbatch_tokens: float = USUAL_TOKENS,
     timeout_minutes: float = 10,
 ) -> MemorySpec:
     """The spec of a model of this hidden size: all widths, and the layout of its tables.
@@ -43,6 +41,8 @@ def resolve(
         seed: the seed of the run.
         tokens_vary: whether ranks that share a table may get sequences of different lengths.
         batch_tokens: tokens of a batch, of all ranks; None if they are not known.
+        microbatch_tokens: tokens of a microbatch for which a rank makes the lookups, on which
+            `auto` depends.
         timeout_minutes: how long a collective of a memory group waits for a rank.
 
     Raises:
@@ -50,9 +50,8 @@ def resolve(
     """
     variant = VARIANTS[config.memory_variant]
     value_dim = _value_dim(config, hidden_size, variant)
-    lookups = config.memory_heads * config.memory_topk
     grid = Grid.parse(config.memory_grid) if config.memory_grid else None
-    size = grid.size if grid else config.memory_group_size or tensor_ranks
+    size = config.asked_group_size or tensor_ranks
     stage = stage_ranks or size
     if stage % size:
         named = (
@@ -62,21 +61,33 @@ def resolve(
         )
         raise ConfigurationError(
             f"{named} not divide the {stage} ranks of a pipeline stage "
-            "(tensor x context x data parallel); use one of "
-            f"{', '.join(map(str, divisors(stage)))}."
+            f"(tensor x context x data parallel); use {'a grid of ' if grid else ''}one of "
+            f"{', '.join(map(str, divisors(stage)))}{' ranks' if grid else ''}."
         )
+    if grid and grid.column_ranks > value_dim // COLUMN_BLOCK:
+        raise ConfigurationError(
+            f"--memory-grid {grid} divides the columns of --memory-value-dim {value_dim} over "
+            f"{grid.column_ranks} ranks, but each rank needs a block of {COLUMN_BLOCK} columns; "
+            f"use a grid with at most {value_dim // COLUMN_BLOCK} node columns x local columns, "
+            f"such as {Grid(grid.nodes, 1, grid.local, 1)}."
+        )
+    exchange = Exchange(
+        width=value_dim,
+        lookups=config.memory_heads * config.memory_topk,
+        tokens=microbatch_tokens,
+        number_bytes=number_bytes,
+        num_rows=config.memory_num_keys**2,
+        weight_bytes=2 if config.memory_lookup_weights == "bf16" else 4,
+        sends_tokens=variant.reads_tokens,
+        pieces=config.memory_pieces,
+        link=link,
+        network=network,
+    )
     if grid:
         layout = Layout.of_grid(grid)
     elif config.memory_mode == "auto" and variant.cuts_rows:
         layout = choose_layout(
-            value_dim,
-            lookups,
-            size,
-            ranks_per_node=ranks_per_node,
-            wire=config.memory_wire,
-            e=number_bytes,
-            link=link,
-            network=network,
+            exchange, size, ranks_per_node=ranks_per_node, wire=config.memory_wire
         )
     else:
         neighbours = config.memory_column_ranks or min(tensor_ranks, size)
@@ -87,7 +98,12 @@ def resolve(
         named = f"--memory-grid {grid}" if grid else f"--memory-mode {layout.mode}"
         raise ConfigurationError(
             f"{named} splits rows, but --memory-variant "
-            f"{config.memory_variant} needs complete rows on a rank; use --memory-mode row."
+            f"{config.memory_variant} needs complete rows on a rank; use "
+            + (
+                f"--memory-grid {Grid(grid.nodes, 1, grid.local, 1)}."
+                if grid
+                else "--memory-mode row."
+            )
         )
     if problem := mode_problem(layout, value_dim):
         raise ConfigurationError(problem)
@@ -106,7 +122,7 @@ def resolve(
         keep_ffn=config.memory_keep_ffn,
         value_init_std=value_dim**-0.5 if std is None else std,
         layout=layout,
-        wire=choose_wire(config.memory_wire, layout.row_ranks),
+        wire=choose_wire(config.memory_wire, layout.grid, exchange),
         pieces=config.memory_pieces,
         lookup_weights=config.memory_lookup_weights,
         placement_seed=config.memory_placement_seed,

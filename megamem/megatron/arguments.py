@@ -53,6 +53,9 @@ def spec_from_args(args: argparse.Namespace) -> MemorySpec | None:
         seed=args.seed,
         tokens_vary=tokens_vary(args),
         batch_tokens=args.global_batch_size * args.seq_length,
+        microbatch_tokens=args.micro_batch_size
+        * args.seq_length
+        / (args.tensor_model_parallel_size * args.context_parallel_size),
         # Megatron's own collectives wait as long
         timeout_minutes=args.distributed_timeout_minutes,
     )
@@ -86,7 +89,8 @@ def run_spec(args: argparse.Namespace) -> MemorySpec | None:
 
 def tokens_vary(args: argparse.Namespace) -> bool:
     """Whether ranks that share a table may get sequences of different lengths."""
-    wide = (args.memory_group_size or 1) > args.tensor_model_parallel_size
+    ranks = MemoryConfig.from_args(args).asked_group_size
+    wide = (ranks or 1) > args.tensor_model_parallel_size
     packs = ("variable_seq_lengths", "sft", "use_packed_sequence", "sequence_packing_scheduler")
     return wide and any(bool(getattr(args, name, None)) for name in packs)
 

@@ -28,9 +28,8 @@ of p shards that hold rows of a token where rows are distributed at random.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from megamem.parallel.routing import NARROW_ROWS, choose_wire, count_dtype
+from megamem.parallel.routing import NARROW_ROWS, count_dtype
 from megamem.parallel.row_shard import COLUMN_BLOCK
 from megamem.spec import Grid, Layout, ReducedRows, Wire
 
@@ -127,8 +126,17 @@ class Traffic:
             network: bytes per second between nodes.
             pieces: N, the pieces in which the tokens pass.
         """
-        inside, across = self.inside / link, self.across / network
-        return tokens * (max(inside, across) + min(inside, across) / pieces)
+        return tokens * overlapped((self.inside / link, self.across / network), pieces)
+
+
+def overlapped(parts: Sequence[float], pieces: int) -> float:
+    """Return the seconds that parts of an exchange take which work at the same time.
+
+    The parts of one piece follow each other, so their seconds add up. Of N pieces, all but one hide
+    what the other parts do behind the part that takes longest.
+    """
+    longest = max(parts)
+    return longest + (sum(parts) - longest) / pieces
 
 
 def owners_per_token(lookups: int, ranks: int) -> float:
@@ -208,50 +216,6 @@ def mode_problem(layout: Layout, width: int) -> str | None:
 def widest_slice(width: int, column_ranks: int) -> int:
     """Return the number of columns on the rank that holds the most."""
     return -(-(width // COLUMN_BLOCK) // column_ranks) * COLUMN_BLOCK
-
-
-def choose_layout(
-    width: int,
-    lookups: int,
-    ranks: int,
-    *,
-    ranks_per_node: int = 8,
-    column_ranks: int | None = None,
-    wire: Literal["auto", "alltoall", "allgather"] = "auto",
-    e: int = 2,
-    link: float = 350e9,
-    network: float = 45e9,
-) -> Layout:
-    """Return the layout of `--memory-mode auto`: the one whose exchange is estimated to be fastest.
-
-    Inside one node, column mode is faster than row mode with alltoall where V e exceeds about 6 L:
-    the ids and weights sent to every rank then take fewer bytes than the partial sums returned by
-    every rank. It is always faster than row mode with allgather, which sends both. Layouts whose
-    slices of a row are narrower than 128 bytes are left out.
-
-    Args:
-        width: V, the row width.
-        lookups: L, lookups per token.
-        ranks: P, ranks of the memory group.
-        ranks_per_node: consecutive ranks of the group that share a node.
-        column_ranks: ranks that the columns of a row are divided over; by default any number.
-        wire: the collective of row mode.
-        e: bytes per number of a row.
-        link: bytes per second and rank inside a node.
-        network: bytes per second and rank between nodes.
-    """
-    if ranks == 1:
-        return Layout()
-    times: dict[Layout, float] = {}
-    for grid in grids(ranks, ranks_per_node):
-        option = Layout.of_grid(grid)
-        narrow = grid.column_ranks > 1 and width * e / grid.column_ranks < NARROWEST_SLICE_BYTES
-        other = column_ranks is not None and grid.column_ranks != column_ranks
-        if narrow or other or mode_problem(option, width):
-            continue
-        sent = traffic(grid, width, lookups, wire=choose_wire(wire, grid.row_ranks), e=e)
-        times[option] = sent.seconds(1, link, network)
-    return min(times, key=lambda option: times[option])
 
 
 def grids(ranks: int, ranks_per_node: int) -> list[Grid]:

@@ -8,12 +8,14 @@ import math
 from megamem.layers.variants import variant_of
 from megamem.ops import forms
 from megamem.ops.sizes import chunks_and_room, column_block, padded_topk, tokens_of_a_piece
+from megamem.parallel import exchange_cost
+from megamem.parallel.exchange_cost import ROUTING_BYTES, home_work, live_share, routes
 from megamem.parallel.traffic import widest_slice
 from megamem.planner.job import Job, Layout, layout_wire
 
 # int64 pairs of sub-keys, int32 rows of a table, int64 offsets of bags, fp32 weights
 PAIR_BYTES, ROW_ID_BYTES, OFFSET_BYTES, WEIGHT_BYTES = 8, 4, 8, 4
-# alltoall saves one int32 position per lookup, to return the gradient of the lookup's weight
+# alltoall saves one int32 position per lookup of this rank, to return the gradient of its weight
 ORDER_BYTES = 4
 # a sorted lookup: int32 row, position (int64 by torch), int32 bag, fp32 weight; and its weight's
 # gradient
@@ -71,8 +73,8 @@ def kept_bytes(job: Job, layout: Layout) -> float:
     if variant.reads_tokens and not alone:
         # on a single rank the tokens are the layer's input, which is counted already
         kept += layout.group_size * tokens * spec.value_dim * e
-    if layout.row_ranks > 1 and layout_wire(job, layout) == "alltoall":
-        kept += lookups * layout.column_ranks * ORDER_BYTES
+    if routes(layout.grid, layout_wire(job, layout)):
+        kept += lookups * ORDER_BYTES
     return kept
 
 
@@ -80,23 +82,30 @@ def passing_bytes(job: Job, layout: Layout) -> float:
     """The largest number of bytes that is allocated and freed again within one step of a layer.
 
     In the forward pass these are the scores and candidates of the tokens that are scored at once,
-    with a copy of the sub-keys; later the partial sums of all tokens that are read here, as sent
-    and as received, and their total in fp32. In the backward pass they are the gradients of
-    read-out, gate and partial sums, and the lookups sorted by row. The tables of a pool are
-    processed one after the other.
+    with a copy of the sub-keys; with alltoall the order of the lookups by owner; later the partial
+    sums of all tokens that are read here, in the order of the first hop, as sent and as received,
+    and their total in fp32. In the backward pass they are the gradients of read-out, gate and
+    partial sums, and the lookups sorted by row. The tables of a pool are processed one after the
+    other. Of N pieces, one is sorted at a time, and the sums of two are held.
     """
     spec, tokens, e = job.spec, job.microbatch_tokens, job.number_bytes
+    wire, live = layout_wire(job, layout), live_share(spec.pieces)
     width = widest_slice(spec.value_dim, layout.column_ranks)
-    sums = layout.group_size * tokens * width * e
-    total = layout.column_ranks * tokens * width * (4 + e)
+    home = home_work(layout.grid, wire)
+    own = layout.column_ranks * tokens * width
+    sums = live * home.largest * own * e
+    # where nothing is summed, columns are joined
+    total = live * max(1.0, home.largest_sum) * own * (4 + e)
     read_out = tokens * spec.value_dim * e
     gradients = variant_of(spec).gradient_widths * read_out
     lookups = spec.lookups_per_token * tokens
     half = spec.key_dim // 2
-    arrived, share = arrived_lookups(job, layout), present_share(job, layout)
+    arrived = arrived_lookups(job, layout) / spec.pieces
+    share = present_share(job, layout)
     return max(
         scored_bytes(job),
-        2 * sums + total,
+        ROUTING_BYTES * lookups if routes(layout.grid, wire) else 0.0,
+        (2 + home.copies_first) * sums + total,
         gradients + sums + sorted_bytes(arrived, width, weights=True, share=share),
         RANKED_BYTES * lookups + sorted_bytes(2 * lookups, half, weights=False),
     )
@@ -122,9 +131,7 @@ def arrived_lookups(job: Job, layout: Layout) -> float:
 
     At fixed sizes (allgather) these include the lookups of rows that other ranks hold.
     """
-    fixed = layout_wire(job, layout) == "allgather"
-    senders = layout.group_size if fixed else layout.column_ranks
-    return job.spec.lookups_per_token * job.microbatch_tokens * senders
+    return exchange_cost.received_lookups(layout.grid, layout_wire(job, layout), job.exchange)
 
 
 def present_share(job: Job, layout: Layout) -> float | None:

@@ -2,18 +2,20 @@
 
 from dataclasses import dataclass
 
+from megamem.parallel.exchange_cost import hidden
 from megamem.parallel.replica_groups import reduction_bytes
 from megamem.parallel.traffic import Traffic
 from megamem.planner.buffers import lookup_buffers
 from megamem.planner.hardware import HARDWARE
-from megamem.planner.job import Job, Layout, layout_traffic
+from megamem.planner.job import Job, Layout, layout_traffic, layout_wire
 from megamem.planner.sizes import (
     dense_flops_per_token,
     memory_flops_per_token,
     score_flops_per_token,
     stage_parameters,
 )
-from megamem.planner.stages import Share, Stage, rank_share, stages
+from megamem.planner.stages import PIECED, Share, Stage, rank_share, stages
+from megamem.spec import Wire
 
 MOMENTS_BYTES = 8
 MASTER_BYTES = 4
@@ -52,11 +54,23 @@ class StepSeconds:
     """Matrix multiplications of the complete model, but the scores of sub-keys."""
     stages: list[Stage]
     """What memory layers and tables take beside that, stage by stage."""
-    exchange: float
-    """Sending lookups to the ranks that own the rows and sums back, forward and backward."""
+    inside: float
+    """Sending lookups to the ranks that own the rows and sums back, forward and backward: to ranks
+    of the same node."""
+    across: float
+    """The same, to ranks of other nodes."""
+    hidden: float
+    """What pieces hide of it, or hide behind it. Of N pieces, all but one hide what the links and
+    the stages of reading and summing take behind the one of the three that takes longest, in the
+    forward and in the backward."""
     replicas: float
     """The sum of the gradients over the replicas of the table: its time on the slower link, as one
     block of rows is sent inside nodes while another crosses the network."""
+
+    @property
+    def exchange(self) -> float:
+        """What the exchange adds to a step: the times on both links, without what pieces hide."""
+        return self.inside + self.across - self.hidden
 
     @property
     def lookup(self) -> float:
@@ -84,6 +98,10 @@ class LayoutCost:
     """One layout and what it costs."""
 
     layout: Layout
+    wire: Wire
+    """The collective that sends lookups."""
+    pieces: int
+    """The pieces in which the tokens of a layer pass."""
     replicas: int
     bytes: RankBytes
     sent: Traffic
@@ -115,6 +133,8 @@ def layout_cost(job: Job, layout: Layout) -> LayoutCost:
     inside, across = _replica_bytes(job, layout, held)
     return LayoutCost(
         layout=layout,
+        wire=layout_wire(job, layout),
+        pieces=job.spec.pieces,
         replicas=replicas,
         bytes=rank_bytes(job, layout),
         sent=sent,
@@ -127,11 +147,17 @@ def layout_cost(job: Job, layout: Layout) -> LayoutCost:
     )
 
 
-def rank_bytes(job: Job, layout: Layout) -> RankBytes:
-    """Bytes of one layout on the rank that holds most."""
+def rank_bytes(job: Job, layout: Layout, dense: float | None = None) -> RankBytes:
+    """Bytes of one layout on the rank that holds most.
+
+    Args:
+        job: the job.
+        layout: the layout.
+        dense: dense_bytes(job), if it is known.
+    """
     state, share = job.state, rank_share(job, layout)
     return RankBytes(
-        dense=dense_bytes(job),
+        dense=dense_bytes(job) if dense is None else dense,
         weights=share.numbers * state.weights,
         gradients=share.numbers * state.gradient,
         optimizer=share.numbers * state.optimizer + share.tables * share.rows * state.per_row,
@@ -190,13 +216,25 @@ def _step_seconds(
     replica_bytes: tuple[float, float],
     gpu: str,
 ) -> StepSeconds:
-    hardware = HARDWARE[gpu]
+    hardware = job.on(gpu)
     inside, across = replica_bytes
     tokens = share.calls * job.microbatch_tokens
+    found = stages(job, layout, share, hardware)
+    directions = (
+        ("forward", sent.forward_inside, sent.forward_across),
+        ("backward", sent.backward_inside, sent.backward_across),
+    )
+    saved = 0.0
+    for phase, near, far in directions:
+        work = sum(s.per_step for s in found if s.phase == phase and s.name in PIECED)
+        parts = (tokens * near / hardware.link, tokens * far / hardware.network, work)
+        saved += hidden(parts, job.spec.pieces)
     return StepSeconds(
         dense=step_flops(job) / hardware.flops,
-        stages=stages(job, layout, share, hardware),
-        exchange=sent.seconds(tokens, hardware.link, hardware.network),
+        stages=found,
+        inside=tokens * sent.inside / hardware.link,
+        across=tokens * sent.across / hardware.network,
+        hidden=saved,
         replicas=max(inside / hardware.link, across / hardware.network),
     )
 

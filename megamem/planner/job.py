@@ -5,19 +5,14 @@ from typing import Literal
 
 from megamem.config import ConfigurationError
 from megamem.layers.variants import variant_of
-from megamem.parallel.routing import choose_wire
-from megamem.parallel.traffic import (
-    Traffic,
-    divisors,
-    grids,
-    mode_problem,
-    sent_packing,
-    traffic,
-)
+from megamem.parallel import exchange_cost
+from megamem.parallel.choices import choose_wire
+from megamem.parallel.exchange_cost import Exchange
+from megamem.parallel.traffic import Traffic, divisors, grids, mode_problem
 from megamem.planner.hardware import HARDWARE, Hardware
 from megamem.planner.sizes import ModelShape, Placement, even_placement
 from megamem.planner.states import FP32_BYTES, TableState, table_state
-from megamem.spec import Layout, MemorySpec, Mode, Optimizer, Wire
+from megamem.spec import Layout, MemorySpec, Optimizer, Wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +120,10 @@ class Job:
     gpu: str = "h100"
     wire: Literal["auto", "alltoall", "allgather"] = "auto"
     """The value of --memory-wire."""
+    link: float | None = None
+    """Bytes per second that a GPU sends inside a node. Default: those of the kind of GPU."""
+    network: float | None = None
+    """Bytes per second that a GPU sends to other nodes. Default: those of the kind of GPU."""
     fill: float = 0.6
     """Share of a GPU's memory that model and optimizer may take; activations get the rest."""
 
@@ -144,7 +143,30 @@ class Job:
 
     @property
     def hardware(self) -> Hardware:
-        return HARDWARE[self.gpu]
+        return self.on(self.gpu)
+
+    def on(self, gpu: str) -> Hardware:
+        """A kind of GPU, with the links of the job."""
+        known = HARDWARE[gpu]
+        link, network = self.link or known.link, self.network or known.network
+        return replace(known, link=link, network=network)
+
+    @property
+    def exchange(self) -> Exchange:
+        """What the cost of an exchange depends on."""
+        spec, hardware = self.spec, self.hardware
+        return Exchange(
+            width=spec.value_dim,
+            lookups=spec.lookups_per_token,
+            tokens=self.microbatch_tokens,
+            number_bytes=self.number_bytes,
+            num_rows=spec.num_rows,
+            weight_bytes=2 if spec.lookup_weights == "bf16" else 4,
+            sends_tokens=variant_of(spec).reads_tokens,
+            pieces=spec.pieces,
+            link=hardware.link,
+            network=hardware.network,
+        )
 
     @property
     def room(self) -> float:
@@ -197,47 +219,23 @@ def group_sizes(cluster: Cluster) -> list[int]:
 
 
 def layouts(job: Job) -> list[Layout]:
-    """Every possible layout of the job's table.
-
-    These are all group sizes in every mode that the variant and the width allow, each with the grid
-    whose exchange is fastest.
-    """
+    """Every possible layout of the job's table: all group sizes, each in every grid that the
+    variant and the width allow."""
     found: list[Layout] = []
     for size in group_sizes(job.cluster):
-        best: dict[Mode, Layout] = {}
         for option in map(Layout.of_grid, grids(size, job.cluster.gpus_per_node)):
             if option.mode != "row" and not variant_of(job.spec).cuts_rows:
                 continue
-            if mode_problem(option, job.spec.value_dim):
-                continue
-            known = best.get(option.mode)
-            if known is None or _exchange_seconds(job, option) < _exchange_seconds(job, known):
-                best[option.mode] = option
-        found.extend(best.values())
+            if not mode_problem(option, job.spec.value_dim):
+                found.append(option)
     return found
 
 
 def layout_wire(job: Job, layout: Layout) -> Wire:
     """The collective that takes lookups to the ranks that own their rows."""
-    return choose_wire(job.wire, layout.row_ranks)
+    return choose_wire(job.wire, layout.grid, job.exchange)
 
 
 def layout_traffic(job: Job, layout: Layout) -> Traffic:
     """Bytes that a layout sends per token and memory layer."""
-    spec, wire = job.spec, layout_wire(job, layout)
-    grid, weight_bytes = layout.grid, 2 if spec.lookup_weights == "bf16" else 4
-    return traffic(
-        grid,
-        spec.value_dim,
-        spec.lookups_per_token,
-        wire=wire,
-        tokens=variant_of(spec).reads_tokens,
-        e=job.number_bytes,
-        packing=sent_packing(
-            spec.num_rows, spec.lookups_per_token, grid.row_ranks, wire, weight_bytes
-        ),
-    )
-
-
-def _exchange_seconds(job: Job, layout: Layout) -> float:
-    return layout_traffic(job, layout).seconds(1, job.hardware.link, job.hardware.network)
+    return exchange_cost.sent(layout.grid, layout_wire(job, layout), job.exchange)

@@ -12,7 +12,14 @@ from dataclasses import astuple, dataclass
 from typing import Literal
 
 from megamem.layers.variants import variant_of
-from megamem.parallel.traffic import expected_unique, forward_bytes, widest_slice
+from megamem.parallel import exchange_cost
+from megamem.parallel.exchange_cost import HOST_WAIT, PIECE_SECONDS, home_work, routes
+from megamem.parallel.traffic import (
+    NARROWEST_SLICE_BYTES,
+    expected_unique,
+    forward_bytes,
+    widest_slice,
+)
 from megamem.planner.buffers import arrived_lookups
 from megamem.planner.hardware import HARDWARE, Hardware
 from megamem.planner.job import Job, Layout, layout_wire
@@ -89,8 +96,13 @@ class Rate:
 TOPK, TOPK_TORCH = "product keys: top-k", "product keys: top-k (form torch)"
 INDEX, ROWS, DOTS = "softmax, placement, marks", "rows: bags", "rows: dot products"
 SUMS, GATE, GATE_BACK = "partial sums", "gate", "gate, backward"
+SUMS_BACK, ROUTE = "partial sums, backward", "routing: lookups by owner"
+WAIT, PIECES = "routing: the host waits", "further pieces"
 TOPK_BACK, SORT, ROW_GRADIENT = "product keys, backward", "sort of the lookups", "row gradient"
 NORM, UPDATE = "gradient norm", "update"
+
+# what the pieces of a pass do one after the other, beside the exchange of other pieces
+PIECED = (INDEX, ROWS, DOTS, SUMS, SUMS_BACK, SORT, ROW_GRADIENT)
 
 RATES = {
     # 0.22 ms for the sorts and pairs of a million lookups, scores through memory, and their GEMM:
@@ -100,17 +112,31 @@ RATES = {
         phase="forward", moved=0.33, flops=0.435, per_lookup=1.3e-9, record=STAGES_RECORD
     ),
     # the marks of touched rows took 0.24 ms for 8.4 million lookups; the rest was not measured
-    INDEX: Rate(phase="forward", per_lookup=0.029e-9),
+    INDEX: Rate(phase="forward", per_lookup=exchange_cost.MARK_LOOKUP),
+    # a sort as that of the backward; the bytes are an estimate, and so is the wait
+    ROUTE: Rate(
+        phase="forward",
+        per_launch=exchange_cost.SORT_LAUNCH,
+        per_lookup=exchange_cost.SORT_LOOKUP,
+    ),
+    WAIT: Rate(phase="forward", per_launch=HOST_WAIT),
     ROWS: Rate(phase="forward", moved=0.98, record=BENCH_RECORD),
     # 1.08 ms for the gradients of the weights alone, which are the same dot products
     DOTS: Rate(phase="forward", moved=0.83),
     SUMS: Rate(phase="forward"),
+    PIECES: Rate(phase="forward", per_launch=PIECE_SECONDS),
     GATE: Rate(phase="forward"),
     GATE_BACK: Rate(phase="backward"),
+    SUMS_BACK: Rate(phase="backward"),
     # two gathers of sub-keys, or of queries, and a sort with keys of 16 bits
     TOPK_BACK: Rate(phase="backward", cached=1.4, per_lookup=0.072e-9, record=STAGES_RECORD),
     # 0.28 ms for 1.05 million lookups, 0.74 for 8.4 million
-    SORT: Rate(phase="backward", per_launch=0.21e-3, per_lookup=0.063e-9, record=STAGES_RECORD),
+    SORT: Rate(
+        phase="backward",
+        per_launch=exchange_cost.SORT_LAUNCH,
+        per_lookup=exchange_cost.SORT_LOOKUP,
+        record=STAGES_RECORD,
+    ),
     ROW_GRADIENT: Rate(phase="backward", record=STAGES_RECORD),
     # torch makes an fp64 copy
     NORM: Rate(phase="step", moved=0.82, record=STAGES_RECORD),
@@ -216,7 +242,9 @@ def _layer_works(job: Job, layout: Layout, share: Share) -> dict[str, Work]:
     spec, tokens, e = job.spec, job.microbatch_tokens, job.number_bytes
     variant = variant_of(spec)
     lookups, arrived = spec.lookups_per_token * tokens, arrived_lookups(job, layout)
-    fixed_sizes = layout.row_ranks > 1 and layout_wire(job, layout) == "allgather"
+    grid, wire = layout.grid, layout_wire(job, layout)
+    routed = routes(grid, wire)
+    fixed_sizes = grid.row_ranks > 1 and not routed
     two_looks = job.cluster.half_precision and spec.topk <= TWO_LOOKS_TOPK
 
     half, reads = spec.key_dim // 2, spec.heads * tokens
@@ -229,26 +257,39 @@ def _layer_works(job: Job, layout: Layout, share: Share) -> dict[str, Work]:
     # softmax in fp32; ids are placed as int32. At fixed sizes ids of other ranks' rows are found
     index = Work(moved=20 * lookups + (32 * arrived if fixed_sizes else 0), lookups=arrived)
     read = Work(moved=forward_bytes(spec.value_dim, spec.lookups_per_token, tokens, e=e))
+    if (slice_bytes := share.width * e) < NARROWEST_SLICE_BYTES:
+        # memory is read in larger parts than the slice of a row
+        read += Work(moved=share.picks * (NARROWEST_SLICE_BYTES - slice_bytes))
     if fixed_sizes:
         # lookups of other ranks' rows are left out first
         read += Work(moved=8 * arrived)
     # of the sums, a microbatch's own are counted with the bags that are written
-    own = tokens * layout.column_ranks * share.width
-    sums = Work()
-    if layout.row_ranks > 1:
-        sums = Work(moved=own * ((2 * layout.row_ranks - 1) * e + 4 + 4 + e))
+    own, home = tokens * layout.column_ranks * share.width, home_work(grid, wire)
+    sums = Work(moved=own * ((home.largest - 1) * e + home.forward_bytes(e)))
+    sums_back = Work(moved=own * home.backward_bytes(e))
+    route, wait = Work(), Work()
+    if routed:
+        moved = exchange_cost.ROUTED_BYTES
+        if grid.node_rows > 1 and grid.local_rows > 1:
+            moved += exchange_cost.PASSED_ON_BYTES
+        route = Work(moved=moved * lookups, lookups=lookups, launches=1)
+        wait = Work(launches=1)
 
     gradients = tokens * layout.group_size * min(GATHERED_COLUMNS, share.width) * e
     gather = _gathers(share.picks * share.width * e, gradients)
-    sort = Work(lookups=arrived, launches=1)
+    sort = Work(lookups=arrived, launches=spec.pieces)
     found = {
         (TOPK if two_looks else TOPK_TORCH): topk,
         TOPK_BACK: topk_back,
         INDEX: index,
         GATE: Work(moved=variant.kept_widths * tokens * spec.value_dim * e),
         GATE_BACK: Work(moved=2 * variant.kept_widths * tokens * spec.value_dim * e),
+        SUMS: sums,
         # where tokens are sent to the rows, so are the gradients of the tokens
-        SUMS: sums + sums if variant.reads_tokens else sums,
+        SUMS_BACK: sums_back + sums if variant.reads_tokens else sums_back,
+        ROUTE: route,
+        WAIT: wait,
+        PIECES: Work(launches=spec.pieces - 1),
         **dict.fromkeys((ROWS, DOTS, SORT, ROW_GRADIENT), Work()),
     }
     for use in variant.tables:

@@ -24,8 +24,9 @@ from torch.distributed import ProcessGroup
 
 from megamem.config import MemoryConfig
 from megamem.layers.variants import VARIANTS
+from megamem.parallel.choices import choose_layout
+from megamem.parallel.exchange_cost import Exchange
 from megamem.parallel.replica_groups import nodes_of_ranks
-from megamem.parallel.traffic import choose_layout
 from megamem.spec import Layout
 from megamem.tools.doctor_collectives import MIB, WRONG, measured_rate
 from megamem.tools.doctor_finding import Finding
@@ -157,16 +158,20 @@ def suitable_layout(rates: Rates, nodes: int, ranks_per_node: int, table: TableS
         return Layout("row", size)
     # a link that is missing carries nothing
     inside = rates.inside or rates.across or 1.0
-    return choose_layout(
-        table.width,
-        table.lookups,
-        size,
-        ranks_per_node=ranks_per_node,
-        wire=table.wire,
-        e=table.number_bytes,
+    exchange = Exchange(
+        width=table.width,
+        lookups=table.lookups,
+        number_bytes=table.number_bytes,
         link=inside,
         network=rates.across or inside,
     )
+    return choose_layout(exchange, size, ranks_per_node=ranks_per_node, wire=table.wire)
+
+
+def plan_flags(rates: Rates) -> str:
+    """The flags of `megamem plan` that stand for these rates."""
+    named = (("--link-gbytes", rates.inside), ("--network-gbytes", rates.across))
+    return " ".join(f"{name} {rate / 1e9:.3g}" for name, rate in named if rate is not None)
 
 
 def advice(rates: Rates, nodes: int, ranks_per_node: int, table: TableSize) -> Finding:
@@ -180,6 +185,6 @@ def advice(rates: Rates, nodes: int, ranks_per_node: int, table: TableSize) -> F
     text = (
         f"{layout.flags} suits {' and '.join(measured)}, for a table with rows of {table.width} "
         f"numbers of {table.number_bytes} bytes and {table.lookups} lookups per token, over "
-        f"{layout.group_size} ranks."
+        f"{layout.group_size} ranks. megamem plan takes these rates as {plan_flags(rates)}."
     )
     return Finding("layout", text, is_line=True)

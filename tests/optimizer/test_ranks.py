@@ -1,7 +1,6 @@
 """Every optimizer steps a table that is spread over ranks as it steps the table of one process."""
 
 import os
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -12,7 +11,6 @@ from megamem.layers.memory_pool import MemoryPool
 from megamem.ops.forms import ENVIRONMENT
 from megamem.optimizer import TableOptimizer
 from megamem.parallel.memory_group import MemoryGroup, form, partition
-from megamem.parallel.routing import choose_wire
 from megamem.spec import Layout
 from tests.helpers.distributed import run_distributed
 from tests.helpers.pools import pool_of, read
@@ -53,7 +51,7 @@ def _matches(kind: str, size: int, columns: int, wire: str, dtype: torch.dtype, 
     expected = _run(alone_pool, alone_optimizer, list(range(world)), [world * TOKENS])
 
     group = form(partition([list(range(world))], Layout("2d", size, columns).grid))
-    pool = pool_of(replace(spec, wire=choose_wire(wire, size // columns)), dtype, group)
+    pool = pool_of(spec, dtype, group)
     optimizer = _optimizer(pool)
     norm = _run(pool, optimizer, [rank], [TOKENS] * size)
     alone, many = alone_pool.values, pool.values

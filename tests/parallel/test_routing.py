@@ -14,19 +14,13 @@ from torch.utils._pytree import tree_leaves
 from megamem.parallel import collectives
 from megamem.parallel.homeward import send_home
 from megamem.parallel.memory_group import MemoryGroup, form, partition
-from megamem.parallel.routing import SentBytes, choose_wire, plan_routing, send_lookups, send_tokens
+from megamem.parallel.routing import SentBytes, plan_routing, send_lookups, send_tokens
 from megamem.parallel.row_shard import RowShard
 from megamem.spec import Grid, Wire
 from tests.helpers.distributed import run_distributed
 
 WIRES = ("alltoall", "allgather")
 NUM_ROWS, LOOKUPS = 37, 6
-
-
-def test_choice_of_wire() -> None:
-    assert [choose_wire("auto", size) for size in (1, 8, 9)] == ["allgather"] * 2 + ["alltoall"]
-    assert choose_wire("alltoall", 2) == "alltoall"
-    assert choose_wire("allgather", 64) == "allgather"
 
 
 def _run[T](generator: Generator[None, None, T]) -> T:

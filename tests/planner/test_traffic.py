@@ -10,7 +10,6 @@ from megamem.parallel.traffic import (
     LEAST,
     Packing,
     Traffic,
-    choose_layout,
     grids,
     sent_packing,
     traffic,
@@ -137,28 +136,3 @@ def test_grids_of_a_cluster() -> None:
     assert all(grid.size == 16 and grid.local == 8 for grid in found)
     # nodes that do not divide the group, and a group within a node
     assert {grid.nodes for grid in grids(12, 8)} == {grid.nodes for grid in grids(4, 8)} == {1}
-
-
-@pytest.mark.parametrize(
-    ("width", "lookups", "ranks", "wire", "mode"),
-    [
-        (2048, 128, 1, "auto", "row"),
-        (2048, 128, 8, "auto", "column"),
-        # the mode depends on bytes per row compared with 6 bytes per lookup
-        (400, 128, 2, "alltoall", "column"),
-        (256, 128, 2, "alltoall", "row"),
-        (128, 32, 2, "alltoall", "column"),
-        (64, 32, 2, "alltoall", "row"),
-        # at fixed sizes every rank sends every sum
-        (256, 128, 2, "auto", "column"),
-        # rows inside the nodes and columns over them
-        (2048, 128, 64, "auto", "2d"),
-        # there are two blocks of 8 columns for three ranks
-        (16, 2, 3, "auto", "row"),
-    ],
-)
-def test_choose_layout(width: int, lookups: int, ranks: int, wire: str, mode: str) -> None:
-    choice = choose_layout(width, lookups, ranks, wire=wire)
-    assert choice.mode == mode, choice
-    cut = choice.column_ranks
-    assert {"row": cut == 1, "column": cut == ranks, "2d": 1 < cut < ranks}[mode]
