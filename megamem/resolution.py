@@ -95,15 +95,13 @@ def resolve(
         columns = {"row": 1, "column": size, "2d": neighbours}[mode]
         layout = Layout.of_mode(mode, size, columns, ranks_per_node)
     if layout.mode != "row" and not variant.cuts_rows:
-        named = f"--memory-grid {grid}" if grid else f"--memory-mode {layout.mode}"
+        named, rows = f"--memory-mode {layout.mode}", "--memory-mode row"
+        if grid:
+            named = f"--memory-grid {grid}"
+            rows = f"--memory-grid {Grid(grid.nodes, 1, grid.local, 1)}"
         raise ConfigurationError(
-            f"{named} splits rows, but --memory-variant "
-            f"{config.memory_variant} needs complete rows on a rank; use "
-            + (
-                f"--memory-grid {Grid(grid.nodes, 1, grid.local, 1)}."
-                if grid
-                else "--memory-mode row."
-            )
+            f"{named} splits rows, but --memory-variant {config.memory_variant} needs complete "
+            f"rows on a rank; use {rows}."
         )
     if problem := mode_problem(layout, value_dim):
         raise ConfigurationError(problem)
