@@ -15,15 +15,18 @@ from megamem.optimizer.state import SLOTS
 from megamem.parallel.collectives import group_rank
 from megamem.parallel.memory_group import form, partition
 from megamem.parallel.row_shard import TableShard
-from megamem.spec import Layout
+from megamem.spec import Grid
 
 ROWS, WIDTH = 81, 40  # uneven over 2, 3 and 4 ranks, either way
-# ranks -> (ranks of a group, ranks that share a row)
-SHAPES = {
-    1: [(1, 1)],
-    2: [(2, 1), (2, 2), (1, 1)],
-    3: [(3, 1), (3, 3)],
-    4: [(4, 1), (4, 4), (4, 2), (2, 1), (2, 2)],
+# ranks -> grids, of one node and of two
+GRIDS = {
+    world: [Grid.parse(text) for text in texts.split()]
+    for world, texts in {
+        1: "1x1x1x1",
+        2: "1x1x2x1 1x1x1x2 1x1x1x1",
+        3: "1x1x3x1 1x1x1x3",
+        4: "1x1x4x1 1x1x1x4 1x1x2x2 1x1x2x1 1x1x1x2 1x2x2x1 2x2x1x1",
+    }.items()
 }
 
 
@@ -38,11 +41,11 @@ def whole() -> dict[str, Tensor]:
     return tensors
 
 
-def _pieces(name: str, shape: tuple[int, int], empty: bool) -> tuple[dict, TableShard]:
-    """This rank's pieces of a table called `name`, cut in this shape."""
+def _pieces(name: str, grid: Grid, empty: bool) -> tuple[dict, TableShard]:
+    """This rank's pieces of a table called `name`, cut by this grid."""
     from megamem.checkpoint import same_everywhere, sharded_piece
 
-    group = form(partition([list(range(dist.get_world_size()))], Layout("2d", *shape).grid))
+    group = form(partition([list(range(dist.get_world_size()))], grid))
     shard = TableShard.cut(
         (ROWS, WIDTH),
         (group_rank(group.rows), group.row_ranks),
@@ -64,17 +67,13 @@ def _cut(tensor: Tensor, shard: TableShard) -> Tensor:
     return rows if tensor.dim() == 1 else rows[:, shard.columns]
 
 
-def _name(shape: tuple[int, int]) -> str:
-    return f"cut_{shape[0]}_{shape[1]}"
-
-
 def save_all(folder: Path) -> None:
-    """One checkpoint of this many ranks, with a table for each shape."""
+    """One checkpoint of this many ranks, with a table for each grid."""
     cpu_runtime.install()
     from megatron.core import dist_checkpointing
 
     world = dist.get_world_size()
-    tables = {_name(shape): _pieces(_name(shape), shape, False)[0] for shape in SHAPES[world]}
+    tables = {str(grid): _pieces(str(grid), grid, False)[0] for grid in GRIDS[world]}
     path = folder / str(world)
     if dist.get_rank() == 0:
         path.mkdir(parents=True)
@@ -83,16 +82,16 @@ def save_all(folder: Path) -> None:
 
 
 def load_all(folder: Path) -> None:
-    """Every table of every checkpoint, in every shape that these ranks can be cut in."""
+    """Every table of every checkpoint, by every grid of these ranks."""
     cpu_runtime.install()
     from megatron.core import dist_checkpointing
 
-    for shape, (world, saved) in product(SHAPES[dist.get_world_size()], SHAPES.items()):
-        wanted = {_name(other): _pieces(_name(other), shape, True) for other in saved}
+    for grid, (world, saved) in product(GRIDS[dist.get_world_size()], GRIDS.items()):
+        wanted = {str(other): _pieces(str(other), grid, True) for other in saved}
         tables = {name: pieces for name, (pieces, _) in wanted.items()}
         found = dist_checkpointing.load(tables, str(folder / str(world)))
         for name, (_, shard) in wanted.items():
             for key, tensor in whole().items():
                 same = torch.equal(found[name][key], _cut(tensor, shard))
-                assert same, f"{key} of {name} of {world} ranks, read in shape {shape}"
+                assert same, f"{key} of {name} of {world} ranks, read by grid {grid}"
             assert found[name]["placement"].tolist() == [7]
