@@ -7,6 +7,7 @@ Tensor-parallel ranks have exactly the losses of one process. Data-parallel rank
 another order, which may decide a lookup with nearly equal scores differently. Losses may then
 differ by 1e-5 at the fourth step and 7e-4 at the sixth, as they do between a CPU and a GPU.
 Pipeline stages draw other initial weights than one process, so they start from a checkpoint.
+Runs that round the weights of lookups to bf16 are compared with one process that rounds them, too.
 """
 
 import math
@@ -39,6 +40,7 @@ PP2 = ("--pipeline-model-parallel-size", 2)
 WIDE = ("--memory-group-size", 2)
 COLUMN = ("--memory-mode", "column")
 ALLTOALL = ("--memory-wire", "alltoall")
+ROUNDED = ("--memory-lookup-weights", "bf16")
 DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce")
 
 
@@ -54,7 +56,12 @@ class Check:
     forms: str = ""
     """Selects forms of ops, as MEGAMEM_FORMS does."""
 
+    like: str = "one process"
+    """Name of the run with the same losses."""
 
+
+ALONE = Check("one process", 1, ())
+ALONE_ROUNDED = Check("one process, lookup weights in bf16", 1, ROUNDED)
 LAYOUTS = (
     Check("TP2, allgather", 2, TP2),
     Check("TP2, alltoall", 2, (*TP2, *ALLTOALL)),
@@ -62,6 +69,18 @@ LAYOUTS = (
     Check("DP2, rows over both, distributed optimizer", 2, (*WIDE, *DISTRIBUTED)),
     Check("DP2, rows over both, alltoall", 2, (*WIDE, *ALLTOALL)),
     Check("DP2, columns over both", 2, (*WIDE, *COLUMN)),
+    # each rank is a node of its own
+    Check(
+        "DP2, rows over both nodes, alltoall in 4 pieces",
+        2,
+        ("--memory-grid", "2x1x1x1", *ALLTOALL, "--memory-pieces", 4),
+    ),
+    Check(
+        "DP2, columns over both nodes, 2 pieces, lookup weights in bf16",
+        2,
+        ("--memory-grid", "1x2x1x1", "--memory-pieces", 2, *ROUNDED),
+        like=ALONE_ROUNDED.name,
+    ),
     Check("DP2, replicas", 2, ("--memory-group-size", 1)),
     Check(
         "DP2, replicas of touched rows, untried forms",
@@ -104,9 +123,9 @@ def run(found: report.Report) -> None:
     checks = [*LAYOUTS, *([] if found.dry_run else [ON_THE_CPU])]
     saving = ("--save", saved, "--save-interval", SAVED_AT, "--exit-interval", SAVED_AT)
     with ThreadPoolExecutor(at_once) as pool:
-        # these two are first, as others need their results
+        # these are first, as others need their results
         save = pool.submit(go, Check("TP2, saved", 2, TP2), *saving)
-        alone = pool.submit(go, Check("one process", 1, ()))
+        bases = {check.name: pool.submit(go, check) for check in (ALONE, ALONE_ROUNDED)}
         logs = {check.name: pool.submit(go, check) for check in checks}
         killed = pool.submit(
             go,
@@ -115,15 +134,20 @@ def run(found: report.Report) -> None:
             environment={"FAULT": "kill 1 3"},
             may_fail=True,
         )
-        problems = [*_add_base(found, alone.result()), *_add_base(found, save.result())]
-        truth = alone.result().losses
+        problems = [
+            problem
+            for base in (*bases.values(), save)
+            for problem in _add_base(found, base.result())
+        ]
+        truth = {name: base.result().losses for name, base in bases.items()}
         resumed = {}
         if not save.result().failure:
             resumed = {c.name: pool.submit(go, c, "--load", saved) for c in RESUMED}
         for check in checks:
-            problems += _add(found, check, logs[check.name].result(), truth, first=1)
+            problems += _add(found, check, logs[check.name].result(), truth[check.like], first=1)
         for check in RESUMED if resumed else ():
-            problems += _add(found, check, resumed[check.name].result(), truth, first=SAVED_AT + 1)
+            log = resumed[check.name].result()
+            problems += _add(found, check, log, truth[check.like], first=SAVED_AT + 1)
         problems += _add_killed(found, killed.result())
     shutil.rmtree(saved, ignore_errors=True)
     done = len(found.rows)
@@ -198,7 +222,7 @@ def _add(
     failure = log.failure
     if not failure and not right:
         ours = list(log.losses.values())
-        failure = f"{check.name}: losses are {ours}, but those of one process are {truth}"
+        failure = f"{check.name}: losses are {ours}, but those of {check.like} are {truth}"
     found.add(
         **_row(
             log,

@@ -54,12 +54,12 @@ PEAK = re.compile(r"max allocated: ([\d.]+)")
 
 @dataclass(frozen=True)
 class Run:
-    """A training run that can be started."""
+    """A run of several ranks that can be started."""
 
     name: str
     ranks: int
     words: Sequence[object]
-    """Flags of Megatron and megamem."""
+    """Flags of Megatron and megamem, or of the module."""
 
     module: str = "megamem.run"
     environment: dict[str, str] = field(default_factory=dict)
@@ -67,7 +67,9 @@ class Run:
     """Whether it runs on the CPU, over gloo."""
 
     may_fail: bool = False
-    script: Path = SCRIPT
+    script: Path | None = SCRIPT
+    """None: the module does not train with Megatron, and gets no flags but `words`."""
+
     engines: Sequence[object] = WITHOUT_ENGINES
     """Flags that select Megatron's kernels."""
 
@@ -163,6 +165,8 @@ def launch(run: Run, folder: Path, timeout: float) -> Log:
 
 
 def _command(run: Run) -> list[str]:
+    if run.script is None:
+        return [sys.executable, "-u", "-m", run.module, *map(str, run.words)]
     # force runs on the CPU even if there is a GPU
     launcher = [run.module, *(["--cpu=force"] if run.cpu else [])]
     return [
