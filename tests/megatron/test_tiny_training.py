@@ -176,6 +176,13 @@ def test_two_nodes_take_the_steps_of_one_process(alone: TrainingLog, flags: tupl
     _same_steps(run_training("nodes", 4, *MEMORY, *flags, environment=nodes), alone)
 
 
+def test_pieces_under_virtual_stages() -> None:
+    virtual = (*PP2, "--num-layers-per-virtual-pipeline-stage", 1, "--micro-batch-size", 1)
+    rows = run_training("rows", 4, *MEMORY, *virtual, *WIDE)
+    grid = ("--memory-grid", "1x2x1x1", "--memory-pieces", 3)
+    _same_steps(run_training("columns of nodes", 4, *MEMORY, *virtual, *grid), rows)
+
+
 def test_weights_are_rounded_alike_in_every_layout(alone: TrainingLog) -> None:
     rounded = ("--memory-lookup-weights", "bf16")
     one = run_training("one process", 1, *MEMORY, *rounded)
