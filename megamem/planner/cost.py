@@ -117,13 +117,30 @@ class LayoutCost:
     """Name of the GPU -> estimate."""
 
     @property
+    def name(self) -> str:
+        """The layout, and its pieces if there are several."""
+        return str(self.layout) + (f" in {self.pieces} pieces" if self.pieces > 1 else "")
+
+    @property
+    def flags(self) -> str:
+        """The command-line flags that select the layout and the pieces."""
+        pieces = f" --memory-pieces {self.pieces}" if self.pieces > 1 else ""
+        return self.layout.flags + pieces
+
+    @property
     def replicas_per_step(self) -> float:
         """Bytes that a rank sends in a step to sum the gradients of the table's replicas."""
         return self.replicas_inside + self.replicas_across
 
 
-def layout_cost(job: Job, layout: Layout) -> LayoutCost:
-    """What one layout costs: bytes on the rank that holds most, bytes sent and time per step."""
+def layout_cost(job: Job, layout: Layout, dense: float | None = None) -> LayoutCost:
+    """What one layout costs: bytes on the rank that holds most, bytes sent and time per step.
+
+    Args:
+        job: the job.
+        layout: the layout.
+        dense: dense_bytes(job), if it is known.
+    """
     share, sent = rank_share(job, layout), layout_traffic(job, layout)
     replicas = job.replicas(layout)
     tokens = job.microbatch_tokens * share.calls
@@ -136,7 +153,7 @@ def layout_cost(job: Job, layout: Layout) -> LayoutCost:
         wire=layout_wire(job, layout),
         pieces=job.spec.pieces,
         replicas=replicas,
-        bytes=rank_bytes(job, layout),
+        bytes=rank_bytes(job, layout, dense),
         sent=sent,
         exchange_per_step=tokens * sent.total,
         replicas_inside=inside,

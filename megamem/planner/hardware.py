@@ -35,7 +35,9 @@ ASSUMPTIONS = (
     "Times are estimates. Stages that were measured on an H100 are scaled from there by bytes and "
     "lookups, and for other GPUs by the copy rate; all else is bytes and FLOPs divided by assumed "
     "rates of H100, H200 and B200 (memory copy 3.0, 4.3 and 7.2 TB/s; bf16 790, 790 and 1800 "
-    "TFLOP/s; NVLink 350, 350 and 700 GB/s; InfiniBand 45 GB/s). Rows are read at random. No "
-    "overlap is assumed, and no other traffic of the model is counted. A lookup is sent as 8 "
-    "bytes: 4 for the row id and 4 for the weight."
+    "TFLOP/s; NVLink 350, 350 and 700 GB/s; InfiniBand 45 GB/s, or --link-gbytes and "
+    "--network-gbytes). Rows are read at random. The times on both links and of the stages add up; "
+    "of N pieces, all but one hide the others behind the longest of inside, across and reading. No "
+    "other overlap is assumed, and no other traffic of the model is counted. The wait of the host, "
+    "the work of routing and the cost of a further piece are estimates that were not measured."
 )

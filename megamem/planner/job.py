@@ -100,6 +100,11 @@ class Cluster:
     def data_parallel(self) -> int:
         return self.stage_ranks // self.tensor_model_parallel_size // self.context_parallel_size
 
+    def microbatch_tokens(self, seq_length: int) -> float:
+        """Tokens of a microbatch for which one rank makes the lookups."""
+        ranks = self.tensor_model_parallel_size * self.context_parallel_size
+        return self.micro_batch_size * seq_length / ranks
+
     @property
     def batch(self) -> int:
         return self.global_batch_size or self.micro_batch_size * self.data_parallel
@@ -131,6 +136,10 @@ class Job:
         """The same job with another optimizer for the table."""
         spec = replace(self.spec, optimizer=name, stochastic_rounding=stochastic_rounding)
         return replace(self, spec=spec)
+
+    def in_pieces(self, pieces: int) -> "Job":
+        """The same job with the tokens of a layer in so many pieces."""
+        return replace(self, spec=replace(self.spec, pieces=pieces))
 
     @property
     def state(self) -> TableState:
@@ -181,8 +190,7 @@ class Job:
     @property
     def microbatch_tokens(self) -> float:
         """Tokens of a microbatch for which one rank makes the lookups."""
-        ranks = self.cluster.tensor_model_parallel_size * self.cluster.context_parallel_size
-        return self.cluster.micro_batch_size * self.shape.seq_length / ranks
+        return self.cluster.microbatch_tokens(self.shape.seq_length)
 
     @property
     def placement(self) -> Placement:

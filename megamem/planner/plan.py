@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from megamem.config import ConfigurationError
-from megamem.planner.cost import LayoutCost, layout_cost, rank_bytes
+from megamem.planner.cost import LayoutCost, dense_bytes, layout_cost, rank_bytes
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.job import Job, layouts
 from megamem.planner.sizes import (
@@ -20,6 +20,8 @@ from megamem.spec import Optimizer
 GB = 1e9
 KIB = 1024
 MOST_GPUS = 2**15
+PIECES = (1, 2, 4)
+"""The numbers of pieces that are compared, beside that of --memory-pieces."""
 FEED_FORWARDS = FEED_FORWARD + EXPERTS
 
 
@@ -33,7 +35,7 @@ class Plan:
     active: int
     """Parameters that one token meets."""
     costs: list[LayoutCost]
-    """Every possible layout."""
+    """Every possible layout, each in the number of pieces that is fastest of those that fit."""
     asked: LayoutCost
     """The layout that the --memory-* flags select; it may not fit."""
     recommended: LayoutCost | None
@@ -57,9 +59,8 @@ def make_plan(job: Job) -> Plan:
     """
     check_layers(job)
     asked = layout_cost(job, job.spec.layout)
-    costs = [layout_cost(job, layout) for layout in layouts(job)]
-    fitting = [cost for cost in costs if fits(job, cost)]
-    best = min(fitting, key=lambda c: (c.seconds[job.gpu].table, c.layout.group_size), default=None)
+    costs = all_costs(job)
+    best = fastest(job, costs)
     if best is None:
         why = _nothing_fits(job, min(costs, key=lambda c: c.bytes.total))
     else:
@@ -82,6 +83,32 @@ def make_plan(job: Job) -> Plan:
             for name in OPTIMIZERS
         },
     )
+
+
+def all_costs(job: Job) -> list[LayoutCost]:
+    """The cost of every possible layout, in the number of pieces that is fastest of those that fit,
+    or else takes the least memory."""
+    dense, cut = dense_bytes(job), {pieces: job.in_pieces(pieces) for pieces in _pieces(job)}
+    found = []
+    for layout in layouts(job):
+        # one rank exchanges nothing
+        tried = cut if layout.group_size > 1 else [job.spec.pieces]
+        costs = [layout_cost(cut[pieces], layout, dense) for pieces in tried]
+        found.append(fastest(job, costs) or min(costs, key=lambda cost: cost.bytes.total))
+    return found
+
+
+def fastest(job: Job, costs: list[LayoutCost]) -> LayoutCost | None:
+    """The cost with the least time of those that fit; None if none does."""
+
+    def rank(cost: LayoutCost) -> tuple[float, int, int]:
+        return cost.seconds[job.gpu].table, cost.layout.group_size, cost.pieces
+
+    return min((cost for cost in costs if fits(job, cost)), key=rank, default=None)
+
+
+def _pieces(job: Job) -> list[int]:
+    return sorted({*PIECES, job.spec.pieces})
 
 
 def fits(job: Job, cost: LayoutCost) -> bool:
@@ -161,18 +188,29 @@ def gpus_needed(job: Job) -> int | None:
 def _why(job: Job, best: LayoutCost, costs: list[LayoutCost]) -> str:
     step, hardware = best.seconds[job.gpu], job.hardware
     sentences = [
-        f"{best.layout} is the fastest layout that fits: the table takes {step.table * 1e3:.1f} ms "
+        f"{best.name} is the fastest layout that fits: the table takes {step.table * 1e3:.1f} ms "
         f"of a step of {(step.table + step.dense) * 1e3:.0f} ms ({100 * step.share:.0f} %) on "
         f"{hardware.name}.",
         f"It needs {best.bytes.total / GB:.1f} GB per rank; --fill {job.fill:g} allows "
         f"{job.room / GB:.0f} of {hardware.memory / GB:.0f} GB.",
     ]
-    same = [c for c in costs if c.layout.group_size == best.layout.group_size and c is not best]
-    sent = f"It sends {best.sent.total / KIB:.1f} KiB per token and memory layer"
-    if same:
-        others = ", ".join(f"{c.layout.mode} {c.sent.total / KIB:.1f}" for c in same)
-        sent += f" (other modes over as many ranks: {others})"
+    others = {}
+    for cost in sorted(costs, key=lambda cost: -cost.seconds[job.gpu].exchange):
+        if (
+            cost.layout.group_size == best.layout.group_size
+            and cost.layout.mode != best.layout.mode
+        ):
+            others[cost.layout.mode] = _sends(cost)
+    sent = f"It sends {_sends(best)} KiB per token and memory layer inside nodes + between them"
+    if others:
+        listed = ", ".join(f"{mode} {kib}" for mode, kib in sorted(others.items()))
+        sent += f" (other modes over as many ranks: {listed})"
     sentences.append(f"{sent}.")
+    if best.pieces > 1:
+        sentences.append(
+            f"{best.pieces} pieces save {step.hidden * 1e3:.0f} of the "
+            f"{(step.inside + step.across) * 1e3:.0f} ms that the links take."
+        )
     if best.replicas > 1:
         sentences.append(
             f"To sum the gradients of {job.spec.reduce_rows} rows over the {best.replicas} "
@@ -187,16 +225,20 @@ def _why(job: Job, best: LayoutCost, costs: list[LayoutCost]) -> str:
         smallest = min(too_big, key=lambda c: c.bytes.total)
         sentences.append(
             f"{len(too_big)} of {len(costs)} layouts do not fit; the smallest of these "
-            f"({smallest.layout}) needs {smallest.bytes.total / GB:.0f} GB per rank."
+            f"({smallest.name}) needs {smallest.bytes.total / GB:.0f} GB per rank."
         )
     return " ".join(sentences)
+
+
+def _sends(cost: LayoutCost) -> str:
+    return f"{cost.sent.inside / KIB:.1f} + {cost.sent.across / KIB:.1f}"
 
 
 def _nothing_fits(job: Job, smallest: LayoutCost) -> str:
     need, world = smallest.bytes, job.cluster.world_size
     problem = (
         f"No layout fits: {world} x {job.hardware.name} with --fill {job.fill:g} leave "
-        f"{job.room / GB:.0f} GB per rank, but the smallest layout ({smallest.layout}) needs "
+        f"{job.room / GB:.0f} GB per rank, but the smallest layout ({smallest.name}) needs "
         f"{need.total / GB:.0f} GB: {need.table / GB:.0f} for the table, {need.dense / GB:.0f} for "
         f"the dense model and {need.buffers / GB:.0f} for lookup buffers."
     )
@@ -222,4 +264,9 @@ def _nothing_fits(job: Job, smallest: LayoutCost) -> str:
 
 
 def _some_layout_fits(job: Job) -> bool:
-    return any(rank_bytes(job, layout).total <= job.room for layout in layouts(job))
+    # buffers shrink with the pieces
+    cut, dense = job.in_pieces(_pieces(job)[-1]), dense_bytes(job)
+    return any(
+        rank_bytes(cut if layout.group_size > 1 else job, layout, dense).total <= job.room
+        for layout in layouts(job)
+    )

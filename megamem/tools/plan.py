@@ -45,7 +45,7 @@ UNPLANNED = {
 # tokens of a step of a preset: those of examples/cluster
 PRESET_TOKENS = 2048 * 4096
 PRESET_MICROBATCH_TOKENS = 8192
-LAYOUT_FLAGS = ("memory_mode", "memory_group_size", "memory_column_ranks")
+LAYOUT_FLAGS = ("memory_mode", "memory_grid", "memory_group_size", "memory_column_ranks")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -157,6 +157,9 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
         help="share of a GPU's memory that weights, gradients, optimizer state and lookup buffers "
         "may take; the rest is for activations (default: %(default)s)",
     )
+    links = "GB/s that a GPU sends to {}, as megamem doctor measures it (default: that of --gpu)"
+    add("--link-gbytes", type=float, help=links.format("GPUs of its node"))
+    add("--network-gbytes", type=float, help=links.format("other nodes"))
     add("--json", metavar="FILE", help="also write the plan to this file")
 
 
@@ -202,6 +205,7 @@ def job_from_args(args: argparse.Namespace) -> Job:
     )
     if not 0 < args.fill <= 1:
         raise ConfigurationError(f"--fill {args.fill} must be greater than 0 and at most 1.")
+    link, network = _rate(args, "link_gbytes"), _rate(args, "network_gbytes")
     shape = plan_model.shape_from_args(args)
     tp, half = args.tensor_model_parallel_size, bool(args.bf16 or args.fp16)
     gradient_bytes, optimizer_bytes = plan_model.state_bytes(args, half)
@@ -237,9 +241,10 @@ def job_from_args(args: argparse.Namespace) -> Job:
         stage_ranks=cluster.stage_ranks,
         ranks_per_node=args.gpus_per_node,
         number_bytes=2 if cluster.half_precision else 4,
-        link=hardware.link,
-        network=hardware.network,
+        link=link or hardware.link,
+        network=network or hardware.network,
         batch_tokens=cluster.batch * shape.seq_length,
+        microbatch_tokens=cluster.microbatch_tokens(shape.seq_length),
     )
     return Job(
         shape=shape,
@@ -247,8 +252,19 @@ def job_from_args(args: argparse.Namespace) -> Job:
         cluster=cluster,
         gpu=args.gpu,
         wire=args.memory_wire,
+        link=link,
+        network=network,
         fill=args.fill,
     )
+
+
+def _rate(args: argparse.Namespace, name: str) -> float | None:
+    """A rate in bytes per second from a flag in GB/s; None if it is not given."""
+    # other commands that read a run have no such flag
+    gbytes: float | None = getattr(args, name, None)
+    if gbytes is not None and gbytes <= 0:
+        raise ConfigurationError(f"--{name.replace('_', '-')} {gbytes:g} must be greater than 0.")
+    return gbytes * 1e9 if gbytes else None
 
 
 def choices_from_args(args: argparse.Namespace) -> tuning.Choices:
@@ -279,14 +295,16 @@ def as_json(plan: Plan) -> dict[str, Any]:
         record = asdict(replace(cost, seconds={}))
         record["bytes"] |= {"table": cost.bytes.table, "total": cost.bytes.total}
         record["sent"] |= {"forward": cost.sent.forward, "backward": cost.sent.backward}
+        record["sent"] |= {"inside": cost.sent.inside, "across": cost.sent.across}
         record["fits"] = cost.bytes.total <= plan.job.room
-        record["flags"] = cost.layout.flags
+        record["flags"] = cost.flags
         record["seconds"] = {
             gpu: asdict(step)
-            | {"lookup": step.lookup, "optimizer": step.optimizer, "share": step.share}
+            | {"lookup": step.lookup, "exchange": step.exchange, "optimizer": step.optimizer}
+            | {"share": step.share}
             for gpu, step in cost.seconds.items()
         }
-        costs[str(cost.layout)] = record
+        costs[cost.name] = record
     return {
         "model": asdict(plan.job.shape),
         "memory": asdict(plan.job.spec),
@@ -297,8 +315,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "bytes_per_table_parameter": asdict(plan.job.state),
         "layouts": costs,
         "active_parameters": plan.active,
-        "asked": str(plan.asked.layout),
-        "recommended": str(plan.recommended.layout) if plan.recommended else None,
+        "asked": plan.asked.name,
+        "recommended": plan.recommended.name if plan.recommended else None,
         "why": plan.why,
         "gpus_needed": plan.gpus_needed,
     }

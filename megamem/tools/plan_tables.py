@@ -6,7 +6,7 @@ from rich.table import Table
 from megamem.planner.cost import LayoutCost
 from megamem.planner.hardware import ASSUMPTIONS, HARDWARE
 from megamem.planner.job import Job
-from megamem.planner.plan import GB, KIB, Plan, fits
+from megamem.planner.plan import GB, KIB, Plan, fastest, fits
 
 
 def show_plan(plan: Plan, console: Console, *, asks: bool) -> None:
@@ -37,17 +37,17 @@ def show_plan(plan: Plan, console: Console, *, asks: bool) -> None:
     )
     show(ASSUMPTIONS, style="dim", highlight=False)
     if best is not None:
-        show(f"\nRecommended: {best.layout.flags}", style="bold", highlight=False)
+        show(f"\nRecommended: {best.flags}", style="bold", highlight=False)
         show(plan.why, highlight=False)
     else:
         show(f"\n{plan.why}", style="bold red", highlight=False)
-    if best is None or plan.asked.layout != best.layout:
+    if best is None or plan.asked.name != best.name:
         verdict = "fits" if fits(job, plan.asked) else "does not fit"
         chosen = "Your flags select" if asks else "Without these flags the layout is"
         if best is None and not asks:
             chosen = "The default layout is"
         show(
-            f"{chosen} {plan.asked.layout}, which {verdict}: "
+            f"{chosen} {plan.asked.name}, which {verdict}: "
             f"{plan.asked.bytes.total / GB:.1f} GB per rank, and "
             f"{plan.asked.seconds[job.gpu].table * 1e3:.1f} ms per step for the table.",
             highlight=False,
@@ -78,44 +78,65 @@ def _parameters(plan: Plan) -> Table:
 
 def _layouts(plan: Plan) -> Table:
     table = _table(
-        "All layouts. The columns from table to total are GB per rank (table = weights + optimizer "
-        "+ grads);\nfwd and bwd are KiB sent per token and memory layer; lookups and all-reduce "
-        "(gradients of replicas) are\nGB that a rank sends per step."
+        "The best grid of every mode and number of ranks. The columns from table to total are GB "
+        "per rank (table = weights,\ngradients and optimizer state); inside and across are KiB "
+        "sent per token and memory layer, forward and backward,\ninside nodes and between them; "
+        "all-reduce (gradients of replicas) is GB that a rank sends per step; ms is the\ntable's "
+        "time per step."
     )
-    for title in ("layout", "replicas", "table", "optimizer", "grads"):
-        table.add_column(title, justify="left" if title == "layout" else "right", no_wrap=True)
-    for title in ("buffers", "dense", "total", "fits", "fwd", "bwd", "lookups", "all-reduce"):
+    table.add_column("layout", no_wrap=True)
+    table.add_column("wire", no_wrap=True)
+    for title in ("pieces", "replicas", "table", "buffers", "dense"):
         table.add_column(title, justify="right", no_wrap=True)
-    for cost in plan.costs:
+    for title in ("total", "fits", "inside", "across", "all-reduce", "ms"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for cost in _best_grids(plan):
         parts, fit = cost.bytes, fits(plan.job, cost)
         table.add_row(
             str(cost.layout),
+            cost.wire if cost.layout.row_ranks > 1 else "",
+            str(cost.pieces),
             str(cost.replicas),
             f"{parts.table / GB:.1f}",
-            f"{parts.optimizer / GB:.1f}",
-            f"{parts.gradients / GB:.1f}",
             f"{parts.buffers / GB:.1f}",
             f"{parts.dense / GB:.1f}",
             f"{parts.total / GB:.1f}",
             "yes" if fit else "no",
-            f"{cost.sent.forward / KIB:.1f}",
-            f"{cost.sent.backward / KIB:.1f}",
-            f"{cost.exchange_per_step / GB:.2f}",
+            f"{cost.sent.inside / KIB:.1f}",
+            f"{cost.sent.across / KIB:.1f}",
             f"{cost.replicas_per_step / GB:.2f}",
+            f"{cost.seconds[plan.job.gpu].table * 1e3:.0f}",
             style=_style(plan, cost, fit),
         )
     return table
 
 
+def _best_grids(plan: Plan) -> list[LayoutCost]:
+    """Of the grids of each mode and number of ranks, the fastest that fits or else the smallest."""
+    same: dict[tuple[int, str], list[LayoutCost]] = {}
+    for cost in plan.costs:
+        same.setdefault((cost.layout.group_size, cost.layout.mode), []).append(cost)
+    order = ("row", "column", "2d")
+    return [
+        fastest(plan.job, costs) or min(costs, key=lambda cost: cost.bytes.total)
+        for (_, _), costs in sorted(same.items(), key=lambda x: (x[0][0], order.index(x[0][1])))
+    ]
+
+
 def _times(plan: Plan) -> Table:
-    table = _table(f"Estimated time of a step with {plan.shown.layout}, in ms")
-    columns = ("lookup", "exchange", "all-reduce", "optimizer", "table", "dense", "table's share")
+    table = _table(
+        f"Estimated time of a step with {plan.shown.name}, in ms;\ninside and across are the "
+        "exchange, of which pieces hide a part"
+    )
+    columns = ("lookup", "inside", "across", "hidden", "all-reduce", "optimizer", "table", "dense")
     table.add_column("GPU")
-    for title in columns:
+    for title in (*columns, "table's share"):
         table.add_column(title, justify="right")
     for gpu, hardware in HARDWARE.items():
         step = plan.shown.seconds[gpu]
-        parts = (step.lookup, step.exchange, step.replicas, step.optimizer, step.table, step.dense)
+        exchange = (step.inside, step.across, step.hidden)
+        others = (step.replicas, step.optimizer, step.table, step.dense)
+        parts = (step.lookup, *exchange, *others)
         table.add_row(
             hardware.name, *(f"{part * 1e3:.1f}" for part in parts), f"{100 * step.share:.0f} %"
         )
@@ -125,7 +146,7 @@ def _times(plan: Plan) -> Table:
 def _stages(plan: Plan) -> Table:
     """The stages of the recommended layout on the job's GPU, and their sums."""
     gpu, step = plan.job.hardware.name, plan.shown.seconds[plan.job.gpu]
-    table = _table(f"Estimated stages of memory layers with {plan.shown.layout} on {gpu}, in ms")
+    table = _table(f"Estimated stages of memory layers with {plan.shown.name} on {gpu}, in ms")
     table.add_column("stage")
     for title in ("", "per layer and microbatch", "per step"):
         table.add_column(title, justify="right")
@@ -136,7 +157,7 @@ def _stages(plan: Plan) -> Table:
             stage.phase,
             "" if stage.phase == "step" else f"{stage.seconds * 1e3:.2f}",
             f"{stage.per_step * 1e3:.1f}",
-            "on an H100" if stage.record else "no, from bytes",
+            "on an H100" if stage.record else "no, estimated",
         )
     passes = [stage for stage in step.stages if stage.phase != "step"]
     table.add_row(

@@ -28,6 +28,7 @@ def job_of(base: str = "1.3b", num_keys: int = 1024, world: int = 64, **settings
         ranks_per_node=cluster.gpus_per_node,
         link=HARDWARE[gpu].link,
         network=HARDWARE[gpu].network,
+        microbatch_tokens=cluster.microbatch_tokens(shape.seq_length),
     )
     return Job(shape=shape, spec=spec, cluster=cluster, gpu=gpu, wire=config.memory_wire)
 

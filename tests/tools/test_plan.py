@@ -15,6 +15,7 @@ from megamem.megatron import compat
 from megamem.ops import tuning
 from megamem.planner import PRESETS
 from megamem.planner.sizes import total_parameters
+from megamem.spec import Grid
 from megamem.tools.plan import job_from_args
 from megamem.tools.plan_model import shape_from_args
 from tests.helpers.commands import command
@@ -41,7 +42,7 @@ def test_the_plan_follows_the_choices_of_a_tuning_file(
     for more in ((), ("--memory-tuning", "off"), ("--memory-tuning", file)):
         assert main([*words, *more]) == 0
         plan = json.loads((tmp_path / "plan.json").read_text())
-        buffers[more[-1:]] = plan["layouts"]["row over 128"]["bytes"]["buffers"]
+        buffers[more[-1:]] = plan["layouts"][plan["asked"]]["bytes"]["buffers"]
     assert buffers[()] == buffers[("off",)] < buffers[(file,)]
     assert tuning.current() is tuning.GENERAL
     capsys.readouterr()
@@ -59,9 +60,12 @@ def _shape(*words: object):
 def test_the_tables_and_the_advice(capsys: pytest.CaptureFixture) -> None:
     assert main(BIG) == 0
     said = capsys.readouterr().out
-    for words in ("138,747.7", "137,439.0", "row over 128", "2d 16 x 8", "H200", "KiB", "estimate"):
+    for words in ("138,747.7", "137,439.0", "grid 16x1x8x1", "2d 2 x 4", "H200", "KiB", "estimate"):
         assert words in said, words
-    assert "Recommended: --memory-mode 2d --memory-group-size 128 --memory-column-ranks" in said
+    grid, pieces = re.findall(
+        r"^Recommended: --memory-grid (\S+) --memory-pieces (\d)", said, re.M
+    )[0]
+    assert Grid.parse(grid).size == 128 and Grid.parse(grid).node_columns > 1 and int(pieces) > 1
     assert "Without these flags the layout is row over 1, which does not fit: 24" in said
     assert main([*BIG, "--memory-group-size", "2"]) == 0
     assert "Your flags select row over 2, which does not fit: 12" in capsys.readouterr().out
@@ -111,9 +115,26 @@ def test_every_stage_says_whether_it_was_measured(capsys: pytest.CaptureFixture)
     assert (phase, measured) == ("backward", "on an H100")
     # three layers and two microbatches
     assert float(numbers[1]) == pytest.approx(6 * float(numbers[0]), abs=0.1)
-    assert stages["gate"][2] == "no, from bytes" and len(stages["gradient norm"][1]) == 1
+    assert stages["gate"][2] == "no, estimated" and len(stages["gradient norm"][1]) == 1
     (each, step), *_ = re.findall(r"^ sum +([\d.]+) +([\d.]+) *$", said, re.M)
     assert float(each) > float(numbers[0]) and float(step) > 6 * float(each)
+
+
+def test_rates_of_links_are_flags(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Half the rate takes twice the time; the layout is the one asked for, and in one piece."""
+    path, took = tmp_path / "plan.json", {}
+    words = [*BIG, "--memory-group-size", "128", "--json", str(path)]
+    for more in ((), ("--link-gbytes", "175"), ("--network-gbytes", "22.5")):
+        assert main([*words, *more]) == 0
+        plan = json.loads(path.read_text())
+        took[more[:1]] = plan["layouts"][plan["asked"]]["seconds"]["h100"]
+    usual, slow, far = took.values()
+    assert slow["inside"] == pytest.approx(2 * usual["inside"])
+    assert far["across"] == pytest.approx(2 * usual["across"])
+    assert (slow["across"], far["inside"]) == (usual["across"], usual["inside"])
+    capsys.readouterr()
+    assert main([*words, "--link-gbytes", "0"]) == 2
+    assert "--link-gbytes 0 must be greater than 0" in capsys.readouterr().err
 
 
 def test_the_written_plan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -122,13 +143,21 @@ def test_the_written_plan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     plan = json.loads(path.read_text())
     assert plan["parameters"]["value table"] == 137_438_953_472
     asked = plan["layouts"][plan["asked"]]
-    assert asked["layout"] == {"mode": "row", "group_size": 128, "column_ranks": 1}
+    assert plan["asked"] == "grid 16x1x8x1" and asked["flags"] == "--memory-grid 16x1x8x1"
+    assert asked["layout"] == {
+        **{"mode": "row", "group_size": 128, "column_ranks": 1},
+        **{"node_rows": 16, "node_columns": 1},
+    }
     assert asked["bytes"]["weights"] == 2 * 137_438_953_472 / 128
     kinds = ("dense", "weights", "gradients", "optimizer", "buffers")
     assert asked["bytes"]["total"] == pytest.approx(sum(asked["bytes"][kind] for kind in kinds))
     assert plan["layouts"][plan["recommended"]]["fits"]
     assert plan["layouts"]["row over 1"]["fits"] is False
-    assert set(plan["layouts"]["row over 8"]["seconds"]) == {"h100", "h200", "b200"}
+    best = plan["layouts"][plan["recommended"]]
+    assert set(best["seconds"]) == {"h100", "h200", "b200"}
+    assert best["flags"].endswith("--memory-pieces 4") and best["pieces"] == 4
+    step = best["seconds"]["h100"]
+    assert step["exchange"] == pytest.approx(step["inside"] + step["across"] - step["hidden"])
     assert plan["gpus_needed"]["adamw"]["h100"] > plan["gpus_needed"]["adamw"]["b200"]
 
 
@@ -377,4 +406,4 @@ def test_help_is_the_planners_own() -> None:
     words = [sys.executable, "-m", "megamem", "plan", "--help"]
     page = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert "--preset" in page and "--memory-num-keys" in page and "--gpus-per-node" in page
-    assert "--lr-warmup-iters" not in page and len(page.splitlines()) < 210
+    assert "--lr-warmup-iters" not in page and len(page.splitlines()) < 250
