@@ -91,7 +91,10 @@ def _counted() -> tuple[int, int]:
 def measured(run: Callable[[], Any]) -> dict[str, Any]:
     """Seconds until the last rank has ended, and the bytes of every host."""
     dist.barrier()
-    before, started = _counted(), time.perf_counter()
+    before = _counted()
+    # no rank sends before the counters of its host are read
+    dist.barrier()
+    started = time.perf_counter()
     run()
     took = torch.tensor(time.perf_counter() - started)
     dist.all_reduce(took, op=dist.ReduceOp.MAX)
