@@ -78,6 +78,11 @@ PARTS = (
         needs=MEGATRON,
     ),
     Part(
+        "pieces",
+        "compare passes in pieces with passes in one, on two NCCL ranks, and time both",
+        80,
+    ),
+    Part(
         "tune",
         "measure the candidates of every op with megamem tune, at one real size",
         90,
