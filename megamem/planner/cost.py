@@ -93,6 +93,21 @@ class StepSeconds:
         return self.table / (self.table + self.dense)
 
 
+@dataclass(frozen=True)
+class DenseModel:
+    """What everything but the table takes, which no layout changes."""
+
+    bytes: float
+    """Weights, gradients and optimizer state per rank."""
+    flops: float
+    """Matrix FLOPs of a step on one rank."""
+
+    @classmethod
+    def of(cls, job: Job) -> "DenseModel":
+        """That of a job."""
+        return cls(dense_bytes(job), step_flops(job))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayoutCost:
     """One layout and what it costs."""
@@ -133,14 +148,15 @@ class LayoutCost:
         return self.replicas_inside + self.replicas_across
 
 
-def layout_cost(job: Job, layout: Layout, dense: float | None = None) -> LayoutCost:
+def layout_cost(job: Job, layout: Layout, dense: DenseModel | None = None) -> LayoutCost:
     """What one layout costs: bytes on the rank that holds most, bytes sent and time per step.
 
     Args:
         job: the job.
         layout: the layout.
-        dense: dense_bytes(job), if it is known.
+        dense: DenseModel.of(job), if it is known.
     """
+    dense = dense or DenseModel.of(job)
     share, sent = rank_share(job, layout), layout_traffic(job, layout)
     replicas = job.replicas(layout)
     tokens = job.microbatch_tokens * share.calls
@@ -153,13 +169,14 @@ def layout_cost(job: Job, layout: Layout, dense: float | None = None) -> LayoutC
         wire=layout_wire(job, layout),
         pieces=job.spec.pieces,
         replicas=replicas,
-        bytes=rank_bytes(job, layout, dense),
+        bytes=rank_bytes(job, layout, dense.bytes),
         sent=sent,
         exchange_per_step=tokens * sent.total,
         replicas_inside=inside,
         replicas_across=across,
         seconds={
-            gpu: _step_seconds(job, layout, share, sent, (inside, across), gpu) for gpu in HARDWARE
+            gpu: _step_seconds(job, layout, share, sent, (inside, across), dense, gpu)
+            for gpu in HARDWARE
         },
     )
 
@@ -231,6 +248,7 @@ def _step_seconds(
     share: Share,
     sent: Traffic,
     replica_bytes: tuple[float, float],
+    dense: DenseModel,
     gpu: str,
 ) -> StepSeconds:
     hardware = job.on(gpu)
@@ -247,7 +265,7 @@ def _step_seconds(
         parts = (tokens * near / hardware.link, tokens * far / hardware.network, work)
         saved += hidden(parts, job.spec.pieces)
     return StepSeconds(
-        dense=step_flops(job) / hardware.flops,
+        dense=dense.flops / hardware.flops,
         stages=found,
         inside=tokens * sent.inside / hardware.link,
         across=tokens * sent.across / hardware.network,

@@ -4,7 +4,13 @@ import math
 from dataclasses import dataclass, replace
 
 from megamem.config import ConfigurationError
-from megamem.planner.cost import LayoutCost, dense_bytes, layout_cost, rank_bytes
+from megamem.planner.cost import (
+    DenseModel,
+    LayoutCost,
+    dense_bytes,
+    layout_cost,
+    rank_bytes,
+)
 from megamem.planner.hardware import HARDWARE
 from megamem.planner.job import Job, layouts
 from megamem.planner.sizes import (
@@ -88,7 +94,7 @@ def make_plan(job: Job) -> Plan:
 def all_costs(job: Job) -> list[LayoutCost]:
     """The cost of every possible layout, in the number of pieces that is fastest of those that fit,
     or else takes the least memory."""
-    dense, cut = dense_bytes(job), {pieces: job.in_pieces(pieces) for pieces in _pieces(job)}
+    dense, cut = DenseModel.of(job), {pieces: job.in_pieces(pieces) for pieces in _pieces(job)}
     found = []
     for layout in layouts(job):
         # one rank exchanges nothing

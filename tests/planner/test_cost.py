@@ -22,9 +22,10 @@ from megamem.planner.buffers import (
 )
 from megamem.planner.cost import layout_cost, rank_bytes
 from megamem.planner.hardware import HARDWARE
+from megamem.planner.job import layout_wire
 from megamem.planner.plan import gpus_for_bytes
-from megamem.planner.stages import backward_bytes, rank_share
-from megamem.spec import Layout
+from megamem.planner.stages import ROW_GRADIENT, ROWS, SORT, backward_bytes, rank_share
+from megamem.spec import Grid, Layout
 from tests.planner.jobs import LOOKUPS, MILLION_ROWS, TOKENS, WIDTH, job_of
 
 
@@ -185,6 +186,61 @@ def test_stages_that_share_a_table_are_replicas_of_it() -> None:
     assert rank_share(both, wide).touched_by_step == rank_share(one, wide).touched_by_step
 
 
+def test_pieces_hide_all_but_the_longest() -> None:
+    """The links and the reads of a piece follow each other; of four, three hide the rest."""
+    job, layout = job_of(world=16, memory_layers=[3]), Layout.of_grid(Grid(1, 2, 8, 1))
+    one, four = (layout_cost(job.in_pieces(pieces), layout) for pieces in (1, 4))
+    assert one.sent == four.sent and (one.pieces, four.pieces) == (1, 4)
+    alone, cut = one.seconds["h100"], four.seconds["h100"]
+    assert alone.hidden == 0 and alone.exchange == alone.inside + alone.across
+    assert (cut.inside, cut.across) == (alone.inside, alone.across)
+    hidden, read = 0.0, {"softmax, placement, marks", ROWS, SORT, ROW_GRADIENT}
+    read |= {"partial sums", "partial sums, backward"}
+    for phase in ("forward", "backward"):
+        inside = getattr(four.sent, f"{phase}_inside") * TOKENS / 350e9
+        across = getattr(four.sent, f"{phase}_across") * TOKENS / 45e9
+        work = sum(s.seconds for s in cut.stages if s.phase == phase and s.name in read)
+        hidden += (inside + across + work - max(inside, across, work)) * 3 / 4
+    assert cut.hidden == pytest.approx(hidden)
+    # each further piece is sorted and launched
+    assert cut.lookup - alone.lookup == pytest.approx(3 * (0.21e-3 + 0.1e-3))
+
+
+def test_routing_is_priced_where_lookups_are_routed() -> None:
+    def found(grid: Grid, wire: str = "alltoall") -> dict[str, float]:
+        job = job_of(world=64, memory_wire=wire)
+        stages = layout_cost(job, Layout.of_grid(grid)).seconds["h100"].stages
+        return {stage.name: stage.seconds for stage in stages}
+
+    lookups = TOKENS * LOOKUPS
+    routed = found(Grid(1, 8, 8, 1))
+    source = 0.21e-3 + lookups * (0.063e-9 + 200 / 3e12)
+    assert routed["routing: lookups by owner"] == pytest.approx(source)
+    assert routed["routing: the host waits"] == 0.25e-3
+    # the lookups of eight ranks are sorted, and not those of 64
+    assert routed[SORT] == pytest.approx(0.21e-3 + 8 * lookups * 0.063e-9)
+    assert found(Grid(1, 8, 8, 1), "allgather")[SORT] > 6 * routed[SORT]
+    # where rows are divided twice, lookups are put in the order of nodes
+    twice = found(Grid(2, 4, 4, 2))["routing: lookups by owner"]
+    assert twice == pytest.approx(source + lookups * 24 / 3e12)
+    for grid, wire in ((Grid(1, 8, 1, 8), "alltoall"), (Grid(1, 8, 8, 1), "allgather")):
+        assert not {name for name in found(grid, wire) if name.startswith("routing")}
+
+
+def test_narrow_slices_are_read_as_128_bytes() -> None:
+    """Slices of 32 numbers are 64 bytes wide, so twice as many bytes are read."""
+    job = job_of(world=32)
+    seconds = {}
+    for ranks in (16, 32):
+        grid = Grid(32 // ranks, 1, 1, ranks)
+        stages = layout_cost(job, Layout.of_grid(grid)).seconds["h100"].stages
+        seconds[ranks] = sum(stage.seconds for stage in stages if stage.name == ROWS)
+    assert seconds[16] == seconds[32]
+    narrow = layout_cost(job_of(world=64), Layout.of_grid(Grid(1, 8, 1, 8))).seconds["h100"].stages
+    (rows,) = (stage.seconds for stage in narrow if stage.name == ROWS)
+    assert rows / seconds[32] == pytest.approx(2, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("size", "inside", "across"),
     [
@@ -234,6 +290,25 @@ def test_temporary_peak_of_one_exchange() -> None:
     assert lookup_buffers(job, Layout("row", 8, 1)) == peak + 3 * kept_bytes(
         job, Layout("row", 8, 1)
     )
+
+
+def test_buffers_of_two_nodes() -> None:
+    """Columns between two nodes, rows inside: bags are brought into the order of the sources."""
+    job, layout = job_of(world=16), Layout.of_grid(Grid(1, 2, 8, 1))
+    assert layout_wire(job, layout) == "alltoall"
+    lookups, half = TOKENS * LOOKUPS, WIDTH // 2
+    bags, sums = 16 * TOKENS * half * 2, 2 * TOKENS * half * (4 + 2)
+    # the backward holds the gradient of the bags, and the lookups of two ranks sorted
+    partials = 2 * lookups / 512 * 2 * half * 4
+    back = 2 * TOKENS * WIDTH * 2 + bags + 2 * lookups * (24 + 4 * 4) + partials
+    assert passing_bytes(job, layout) == max(3 * bags + sums, back)
+    # of four pieces, the sums of two are held, and one is sorted
+    four = job.in_pieces(4)
+    assert passing_bytes(four, layout) == (3 * bags + sums) / 2
+    assert kept_bytes(four, layout) == kept_bytes(job, layout)
+    # ids and weights of two ranks' lookups, and the order of the rank's own
+    one = kept_bytes(job, Layout())
+    assert kept_bytes(job, layout) == one + lookups * (2 * 8 - 4 + 4) + 15 * 8 * TOKENS
 
 
 def test_scores_are_computed_in_chunks_of_tokens() -> None:
