@@ -2,11 +2,11 @@
 
 Tables of 4,096 rows of 256 bf16 numbers, over both ranks by rows (with either wire) and by columns,
 take turns in 200 steps on random lookups. There are not 200 steps of each, as ranks that share a
-GPU take turns on it: a collective takes milliseconds, and a step of four pieces beside one piece
-needs about 25. Four pieces must read the bits that one piece reads, with the same gradients of weights,
-and gradients of the table that differ by rounding only. All bits, those of the gradients of tables
-included, must be the same with CUDA_LAUNCH_BLOCKING on, where nothing overlaps, and off. Pieces
-must not let the host wait for the device more often. In a dry run the ranks use gloo.
+GPU take turns on it: a collective may take milliseconds, and a step of four pieces beside one piece
+needs about 25. Four pieces must read the bits that one piece reads, with the same gradients of
+weights, and gradients of the table that differ by rounding only. All bits, those of the gradients
+of tables included, must be the same with CUDA_LAUNCH_BLOCKING on, where nothing overlaps, and off.
+Pieces must not let the host wait for the device more often. In a dry run the ranks use gloo.
 
 Then the cost of pieces: milliseconds of a forward and a backward of 8192 tokens a rank with 128
 lookups each, in a table of 1 M rows of width 1024. One rank exchanges nothing, so that pieces can
