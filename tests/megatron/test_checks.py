@@ -21,6 +21,8 @@ def _check(memory: dict | None = None, **given) -> None:
         "hidden_size": 64,
         "seq_length": 32,
         "global_batch_size": 4,
+        "micro_batch_size": 1,
+        "context_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
         "num_experts": None,
