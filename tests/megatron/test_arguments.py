@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+import torch
 
 from megamem.config import ConfigurationError, MemoryConfig, flag
 from megamem.megatron import patches
@@ -43,18 +44,67 @@ def test_every_field_is_a_flag_and_comes_back() -> None:
         memory_placement_seed=7,
         memory_check_row_ids=True,
         memory_wire="alltoall",
+        memory_pieces=2,
+        memory_lookup_weights="bf16",
         memory_reduce_rows="touched",
         memory_metrics="on",
         memory_tuning="elsewhere.json",
     )
+    # a grid stands in place of a mode
+    grid = MemoryConfig(memory_grid="1x2x2x1")
+    words, of_grid = _words(other), _words(grid)
+    assert {word for word in words + of_grid if word.startswith("--")} == {
+        flag(field.name) for field in dataclasses.fields(MemoryConfig)
+    }
+    assert MemoryConfig.from_args(_parser().parse_args(words)) == other
+    assert MemoryConfig.from_args(_parser().parse_args(of_grid)) == grid
+
+
+def _words(config: MemoryConfig) -> list[str]:
+    """The command line of all settings that differ from the default."""
     words = []
     for field in dataclasses.fields(MemoryConfig):
-        value = getattr(other, field.name)
-        assert value != getattr(MemoryConfig(), field.name), f"{field.name}: choose another value"
+        value = getattr(config, field.name)
+        if value == getattr(MemoryConfig(), field.name):
+            continue
         words.append(flag(field.name))
         if value is not True:
             words += [str(v) for v in (value if isinstance(value, list) else [value])]
-    assert MemoryConfig.from_args(_parser().parse_args(words)) == other
+    return words
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "tensor", "context", "wire"),
+    [
+        (1, 8192, 1, 1, "allgather"),
+        (4, 8192, 1, 1, "alltoall"),
+        (1, 32768, 1, 1, "alltoall"),
+        # each rank makes the lookups of a quarter of the tokens
+        (4, 8192, 4, 1, "allgather"),
+        (1, 32768, 2, 2, "allgather"),
+    ],
+)
+def test_the_wire_depends_on_the_tokens_of_a_microbatch(
+    batch: int, length: int, tensor: int, context: int, wire: str
+) -> None:
+    """8 row ranks of a node: 8192 tokens a rank are few, 32768 are many."""
+    args = argparse.Namespace(
+        hidden_size=2048,
+        seq_length=length,
+        micro_batch_size=batch,
+        global_batch_size=64,
+        tensor_model_parallel_size=tensor,
+        context_parallel_size=context,
+        pipeline_model_parallel_size=1,
+        world_size=8,
+        params_dtype=torch.bfloat16,
+        seed=1,
+        distributed_timeout_minutes=10,
+        memory_layers=[1],
+        memory_group_size=8,
+    )
+    spec = spec_from_args(args)
+    assert spec is not None and spec.wire == wire
 
 
 def test_help_shows_every_flag_with_its_sentence() -> None:
