@@ -71,6 +71,8 @@ def optimizer_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
 
 def piece_problems(spec: MemorySpec, args: argparse.Namespace) -> list[str]:
     """A sentence if a microbatch has fewer tokens on a rank than there are pieces."""
+    if args.micro_batch_size is None or args.seq_length is None:
+        return []
     shares = args.tensor_model_parallel_size * args.context_parallel_size
     tokens = max(1, args.micro_batch_size * args.seq_length // shares)
     if spec.pieces <= tokens:
