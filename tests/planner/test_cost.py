@@ -287,8 +287,9 @@ def test_temporary_peak_of_one_exchange() -> None:
     partials = arrived / 512 * 2 * WIDTH * 4
     peak = 2 * TOKENS * WIDTH * 2 + sums + arrived * (24 + 4 * 8) + partials
     assert passing_bytes(job, Layout("row", 8, 1)) == peak
-    # of four pieces one is sorted at a time, and the sums of two are held
-    cut = 2 * TOKENS * WIDTH * 2 + sums / 2 + (arrived * (24 + 4 * 8) + partials) / 4
+    # of four pieces one is sorted at a time, in chunks of 256, and the sums of two are held
+    piece = arrived / 4
+    cut = 2 * TOKENS * WIDTH * 2 + sums / 2 + piece * (24 + 4 * 8) + piece / 256 * 2 * WIDTH * 4
     assert passing_bytes(job.in_pieces(4), Layout("row", 8, 1)) == cut
     assert lookup_buffers(job, Layout("row", 8, 1)) == peak + 3 * kept_bytes(
         job, Layout("row", 8, 1)
