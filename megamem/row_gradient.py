@@ -59,7 +59,7 @@ class RowGradient:
         weight: Tensor,
         dtype: torch.dtype = torch.float32,
         *,
-        readers: int = 1,
+        passes: int = 1,
         form: str | None = None,
     ) -> None:
         """Allocate a zero gradient for a weight of shape [r, v], with a buffer in `dtype`.
@@ -67,12 +67,13 @@ class RowGradient:
         Args:
             weight: this rank's shard of the table.
             dtype: dtype of the buffer.
-            readers: number of passes of each microbatch that read the table on this rank.
+            passes: number of passes of each microbatch that read the table on this rank; form
+                `merged` adds their gradients at once.
             form: of op `row_gradient`; by default the one that is selected.
         """
         form = form or forms.pick("row_gradient")
         overwrites = form != "add"
-        deferred = Deferred(readers) if form == "merged" and readers > 1 else None
+        deferred = Deferred(passes) if form == "merged" and passes > 1 else None
         allocate = torch.empty_like if overwrites else torch.zeros_like
         flags = torch.zeros(len(weight) + 1, dtype=torch.bool, device=weight.device)
         self._rows = RowBuffer(allocate(weight, dtype=dtype), flags, overwrites, deferred)

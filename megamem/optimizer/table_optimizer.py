@@ -134,7 +134,9 @@ class TableOptimizer(torch.optim.Optimizer):
             dtype = options.buffer_dtype or torch.float32
             if weight.dtype == torch.float64:
                 dtype = torch.float64
-            self.gradients[name] = RowGradient(weight, dtype, readers=table.readers)
+            # each piece of each layer is a pass of its own; one layer alone has nothing to wait for
+            passes = table.readers * spec.pieces if table.readers > 1 else 1
+            self.gradients[name] = RowGradient(weight, dtype, passes=passes)
             self.reads[name] = ReadCounter(weight, per_batch=self.finetunes)
             table.accumulate_into(self.gradients[name], self.reads[name])
             self.state[weight] = allocate(weight, self.slots_of(table))

@@ -13,10 +13,16 @@ from megamem.resolution import resolve
 WIDTH, LAYERS, MICROBATCHES = 16, (0, 1, 2), 2
 
 
-def _gradients(form: str, variant: str, backwards: int, dtype: torch.dtype, device: str):
+def _gradients(
+    form: str, variant: str, backwards: int, dtype: torch.dtype, device: str, pieces: int = 1
+):
     """Gradient of each table, and of each layer's weights, after some backward passes."""
     config = MemoryConfig(
-        memory_layers=list(LAYERS), memory_num_keys=5, memory_topk=3, memory_variant=variant
+        memory_layers=list(LAYERS),
+        memory_num_keys=5,
+        memory_topk=3,
+        memory_variant=variant,
+        memory_pieces=pieces,
     )
     spec = resolve(config, WIDTH, seed=1)
     pool = MemoryPool(spec, device=device, dtype=dtype)
@@ -74,6 +80,16 @@ def test_layers_wait_for_each_other_and_not_for_a_step(select, device):
     (gradient,) = optimizer.gradients.values()
     # of four passes, one was left for whoever reads the gradient
     assert gradient.touched.any() and not gradient.rows.deferred.passes
+
+
+def test_pieces_of_all_layers_are_added_at_once(select, device):
+    select("merged")
+    found, optimizer = _gradients("merged", "memory+", 3, torch.float64, device, pieces=2)
+    (gradient,) = optimizer.gradients.values()
+    assert gradient.rows.deferred.every == 6 and not gradient.rows.deferred.passes
+    whole, _ = _gradients("merged", "memory+", 3, torch.float64, device)
+    for name, wanted in whole.items():
+        torch.testing.assert_close(found[name], wanted, msg=name)
 
 
 def test_a_batch_that_is_dropped_drops_what_was_held_back(select, device):
