@@ -1,6 +1,6 @@
 """How fast an exported model writes with its table in memory and on disk, and what memory it takes.
 
-    python examples/table_devices.py --num-keys 512 --width 1024 --output table_devices.json
+    python examples/table_devices.py --num-keys 512 --width 1024 --tokens 32 --output devices.json
 
 A model with random weights is written to a temporary folder, and each row of the result is a
 process of its own that loads it and writes tokens: with the table in memory, and on disk after its

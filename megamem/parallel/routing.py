@@ -242,29 +242,32 @@ def _plan_alltoall(
 
     # 1. send how many lookups of each token are of each shard of rows: the sizes of the bags
     tokens_T1 = torch.arange(num_tokens, device=device).unsqueeze(1)
-    bags_J = (class_TL * num_tokens + tokens_T1).flatten()
     sizes = torch.zeros(classes * num_tokens, dtype=torch.int32, device=device)
+    bags_J = (class_TL * num_tokens).add_(tokens_T1).flatten()
     sizes.scatter_add_(0, bags_J, sizes.new_ones(()).expand_as(bags_J))
+    del bags_J
     counts = _Counts(sizes.to(count_dtype(lookups)), group, starts, sent)
     host = HostCopy(counts.sums)
 
     # 2. sort by piece and owner; stable, so that lookups stay in token order and bags are
     # contiguous there. Narrow keys take fewer passes of the sort
-    key_TL = class_TL
     if len(own) > 1:
         piece_T1 = torch.cat(
             [tokens_T1.new_full((count, 1), piece) for piece, count in enumerate(own)]
         )
-        key_TL = class_TL + piece_T1 * classes
+        class_TL += piece_T1 * classes
     keys = classes * len(own)
     dtype = torch.uint8 if keys <= 2**8 else torch.int16 if keys <= 2**15 else torch.int32
-    order_J = key_TL.flatten().to(dtype).argsort(stable=True)
+    key_J = class_TL.flatten().to(dtype)
+    del class_TL
+    order_J = key_J.argsort(stable=True)
     step = -(-shard.num_rows // classes)
     local_TL = shard.local_on(owners_TL, row_ids_TL)
     if node_rows > 1 and grid.local_rows > 1:
         # the rank that passes them on finds the node by its rows
         local_TL += owners_TL // grid.local_rows * step
     local_J = local_TL.flatten().to(row_ids_TL.dtype).index_select(0, order_J)
+    del owners_TL, key_J, local_TL
 
     # 3. the hops of every piece
     stages = counts.stages(host.numbers())

@@ -98,6 +98,9 @@ def passing_bytes(job: Job, layout: Layout) -> float:
     total = live * max(1.0, home.largest_sum) * own * (4 + e)
     read_out = tokens * spec.value_dim * e
     gradients = variant_of(spec).gradient_widths * read_out
+    if variant_of(spec).projects and layout.group_size > 1:
+        # the projection's input and gradient wait until the read-outs' gradients have left
+        gradients += read_out + tokens * spec.hidden_size * e
     lookups = spec.lookups_per_token * tokens
     half = spec.key_dim // 2
     arrived = arrived_lookups(job, layout) / spec.pieces

@@ -281,15 +281,16 @@ def test_buffers_of_one_layer() -> None:
 
 
 def test_temporary_peak_of_one_exchange() -> None:
-    """In backward: gradients of read-out and gate, of the sums of 8 ranks, sorted lookups."""
+    """In backward: gradients of read-out and gate, of the sums of 8 ranks, sorted lookups, and the
+    projection's input and gradient, which wait until the read-outs' gradients have left."""
     job, arrived = job_of(world=8), 8 * TOKENS * LOOKUPS
     sums = 8 * TOKENS * WIDTH * 2
     partials = arrived / 512 * 2 * WIDTH * 4
-    peak = 2 * TOKENS * WIDTH * 2 + sums + arrived * (24 + 4 * 8) + partials
+    peak = 4 * TOKENS * WIDTH * 2 + sums + arrived * (24 + 4 * 8) + partials
     assert passing_bytes(job, Layout("row", 8, 1)) == peak
     # of four pieces one is sorted at a time, in chunks of 256, and the sums of two are held
     piece = arrived / 4
-    cut = 2 * TOKENS * WIDTH * 2 + sums / 2 + piece * (24 + 4 * 8) + piece / 256 * 2 * WIDTH * 4
+    cut = 4 * TOKENS * WIDTH * 2 + sums / 2 + piece * (24 + 4 * 8) + piece / 256 * 2 * WIDTH * 4
     assert passing_bytes(job.in_pieces(4), Layout("row", 8, 1)) == cut
     assert lookup_buffers(job, Layout("row", 8, 1)) == peak + 3 * kept_bytes(
         job, Layout("row", 8, 1)
@@ -304,7 +305,7 @@ def test_buffers_of_two_nodes() -> None:
     bags, sums = 16 * TOKENS * half * 2, 2 * TOKENS * half * (4 + 2)
     # the backward holds the gradient of the bags, and the lookups of two ranks sorted
     partials = 2 * lookups / 512 * 2 * half * 4
-    back = 2 * TOKENS * WIDTH * 2 + bags + 2 * lookups * (24 + 4 * 4) + partials
+    back = 4 * TOKENS * WIDTH * 2 + bags + 2 * lookups * (24 + 4 * 4) + partials
     assert passing_bytes(job, layout) == max(3 * bags + sums, back)
     # of four pieces, the sums of two are held, and one is sorted
     four = job.in_pieces(4)
