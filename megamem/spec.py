@@ -70,6 +70,15 @@ class Grid:
         """Number of shards that the columns of a row are divided into."""
         return self.node_columns * self.local_columns
 
+    @property
+    def sides(self) -> tuple[int, int, int, int]:
+        """Ranks along each axis, in the order of coordinates()."""
+        return self.node_rows, self.node_columns, self.local_rows, self.local_columns
+
+    def routes(self, wire: Wire) -> bool:
+        """Whether a wire sends each lookup to the owner of its row alone."""
+        return wire == "alltoall" and self.row_ranks > 1
+
     def coordinates(self, member: int) -> tuple[int, int, int, int]:
         """Return the node row, node column, local row and local column of a member."""
         node, local = divmod(member, self.local)

@@ -4,7 +4,6 @@ A hop over an axis replaces one coordinate of the members: what this rank holds 
 tokens it then holds of all members along the axis, or the reverse.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megamem.spec import Grid
@@ -15,7 +14,7 @@ class Blocks:
     """Members whose tokens follow each other, in order."""
 
     grid: Grid
-    tokens: Sequence[int]
+    tokens: tuple[int, ...]
     """Number of tokens of every member of the group."""
     members: tuple[int, ...]
 
@@ -29,19 +28,14 @@ class Blocks:
         """Number of tokens of all blocks."""
         return sum(self.counts)
 
-    def at(self, place: dict[int, int]) -> "Blocks":
-        """Return the same blocks of the members with these coordinates, by axis."""
-        members = []
-        for member in self.members:
-            coordinates = list(self.grid.coordinates(member))
-            for axis, where in place.items():
-                coordinates[axis] = where
-            members.append(self.grid.member(coordinates))
-        return replace(self, members=tuple(members))
-
-    def along(self, axis: int, ranks: int) -> "Blocks":
+    def along(self, axis: int) -> "Blocks":
         """Return the blocks after a hop that brings those of all ranks of an axis, rank by rank."""
-        members = [m for where in range(ranks) for m in self.at({axis: where}).members]
+        places = [list(self.grid.coordinates(member)) for member in self.members]
+        members = []
+        for where in range(self.grid.sides[axis]):
+            for place in places:
+                place[axis] = where
+                members.append(self.grid.member(place))
         return replace(self, members=tuple(members))
 
     def order_by(self, axis: int) -> list[int]:
@@ -49,16 +43,14 @@ class Blocks:
         places = [self.grid.coordinates(member)[axis] for member in self.members]
         return sorted(range(len(places)), key=places.__getitem__)
 
-    def ordered(self, order: Sequence[int]) -> "Blocks":
-        """Return the blocks in another order."""
-        return replace(self, members=tuple(self.members[block] for block in order))
-
     def order_like(self, other: "Blocks") -> list[int]:
         """Return the order in which these blocks are those of another value."""
         place = {member: block for block, member in enumerate(self.members)}
         return [place[member] for member in other.members]
 
-    def with_coordinate(self, axis: int, where: int) -> "Blocks":
-        """Return the blocks of the members with one coordinate along an axis."""
-        members = [m for m in self.members if self.grid.coordinates(m)[axis] == where]
-        return replace(self, members=tuple(members))
+    def by_coordinate(self, axis: int) -> list["Blocks"]:
+        """Return the blocks of the members with each coordinate along an axis."""
+        members: list[list[int]] = [[] for _ in range(self.grid.sides[axis])]
+        for member in self.members:
+            members[self.grid.coordinates(member)[axis]].append(member)
+        return [replace(self, members=tuple(those)) for those in members]

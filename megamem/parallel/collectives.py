@@ -74,9 +74,7 @@ def start_exchange(
     return _waits(work, out, x)
 
 
-def start_gather(
-    x: Tensor, size: int, group: ProcessGroup, fill: float = 0
-) -> Callable[[], Tensor]:
+def start_gather(x: Tensor, size: int, group: ProcessGroup) -> Callable[[], Tensor]:
     """Start an all-gather, with every rank's x padded to `size` rows, without a gradient.
 
     Returns:
@@ -84,7 +82,7 @@ def start_gather(
     """
     padded = x.contiguous()
     if len(x) < size:
-        padded = x.new_full((size, *x.shape[1:]), fill)
+        padded = x.new_zeros(size, *x.shape[1:])
         padded[: len(x)] = x
     out = x.new_empty(group_size(group), size, *x.shape[1:])
     work = dist.all_gather_into_tensor(out.flatten(0, 1), padded, group=group, async_op=True)

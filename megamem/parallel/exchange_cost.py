@@ -70,11 +70,6 @@ class Exchange:
     """Bytes per second that a rank sends to other nodes."""
 
 
-def routes(grid: Grid, wire: Wire) -> bool:
-    """Whether each lookup is sent to the owner of its row alone."""
-    return wire == "alltoall" and grid.row_ranks > 1
-
-
 def sent(grid: Grid, wire: Wire, of: Exchange) -> Traffic:
     """Return the bytes that a rank sends for a token and memory layer."""
     packing = sent_packing(of.num_rows, of.lookups, grid.row_ranks, wire, of.weight_bytes)
@@ -92,12 +87,12 @@ def sent(grid: Grid, wire: Wire, of: Exchange) -> Traffic:
 def received_lookups(grid: Grid, wire: Wire, of: Exchange) -> float:
     """Return the lookups that arrive at a rank: W T L by allgather, and W T L / P by alltoall."""
     arrived = of.tokens * of.lookups * grid.size
-    return arrived / grid.row_ranks if routes(grid, wire) else arrived
+    return arrived / grid.row_ranks if grid.routes(wire) else arrived
 
 
 def routing_seconds(grid: Grid, wire: Wire, of: Exchange, copy: float = COPY_RATE) -> float:
     """Return the seconds that alltoall takes at the source, without the wait of the host."""
-    if not routes(grid, wire):
+    if not grid.routes(wire):
         return 0.0
     lookups, nodes = of.tokens * of.lookups, grid.node_rows > 1 and grid.local_rows > 1
     moved = ROUTED_BYTES + (PASSED_ON_BYTES if nodes else 0)
@@ -108,7 +103,7 @@ def index_seconds(grid: Grid, wire: Wire, of: Exchange) -> float:
     """Return the seconds of a layer's work on the indices of lookups, with the wait of the host."""
     arrived = received_lookups(grid, wire, of)
     seconds = of.pieces * SORT_LAUNCH + arrived * (SORT_LOOKUP + MARK_LOOKUP)
-    if routes(grid, wire):
+    if grid.routes(wire):
         return seconds + HOST_WAIT + routing_seconds(grid, wire, of)
     if grid.row_ranks > 1:
         seconds += arrived * ABSENT_BYTES / COPY_RATE
@@ -160,7 +155,7 @@ def home_work(grid: Grid, wire: Wire) -> HomeWork:
     }
     by_routing = ("local columns", "node columns", "node rows", "local rows")
     by_gather = ("local rows", "local columns", "node rows", "node columns")
-    left = [axis for axis in (by_routing if routes(grid, wire) else by_gather) if axes[axis] > 1]
+    left = [axis for axis in (by_routing if grid.routes(wire) else by_gather) if axes[axis] > 1]
     size = float(grid.row_ranks)
     copied = summed = sums = joined = first = 0.0
     copies_first = False

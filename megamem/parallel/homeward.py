@@ -9,9 +9,11 @@ Letters: G bags (the tokens of all ranks), T tokens on this rank, V row width, v
 """
 
 from collections.abc import Generator, Sequence
+from functools import lru_cache
 
 from torch import Tensor
 
+from megamem.parallel.blocks import Blocks
 from megamem.parallel.hops import Hop, Join, Reduce, depart, reorder
 from megamem.parallel.memory_group import (
     LOCAL_COLUMN,
@@ -38,14 +40,31 @@ def send_home(
     Returns:
         out_TV, the sums over all ranks.
     """
-    grid, here, x = group.grid, plan.bags, bags_Gv
-    places = group.coordinates
-    local_columns = range(grid.local_columns)
+    x = bags_Gv
+    for counts, order, hop in _steps(plan.bags, group, tuple(widths)):
+        x = reorder(x, counts, order)
+        transfer = depart(x, hop)
+        plan.sent.add(hop, x.shape[1], x.element_size(), x.element_size())
+        yield
+        x = transfer.arrive()
+    return x
+
+
+@lru_cache(maxsize=256)
+def _steps(
+    bags: Blocks, group: MemoryGroup, widths: tuple[int, ...]
+) -> list[tuple[list[int], list[int], Hop]]:
+    """Return rows of blocks, the order to bring them into, and the hop that follows, for each hop.
+
+    They depend on the numbers of tokens alone, which are mostly the same in every pass.
+    """
+    grid, here, places = group.grid, bags, group.coordinates
     # the columns of the rank at each place of a node that columns were joined over
     by_node = [
         [widths[node * grid.local_columns + local] for node in range(grid.node_columns)]
-        for local in local_columns
+        for local in range(grid.local_columns)
     ]
+    found: list[tuple[list[int], list[int], Hop]] = []
     for axis, axis_group in (
         (LOCAL_ROW, group.local_rows),
         (NODE_ROW, group.node_rows),
@@ -54,19 +73,16 @@ def send_home(
     ):
         if axis_group is None:
             continue
-        order = here.order_by(axis)
-        x, here = reorder(x, here.counts, order), here.ordered(order)
-        ranks = (grid.node_rows, grid.node_columns, grid.local_rows, grid.local_columns)[axis]
-        counts = [here.with_coordinate(axis, place).total for place in range(ranks)]
+        counts, order = here.counts, here.order_by(axis)
+        by_rank = here.by_coordinate(axis)
+        sent = [blocks.total for blocks in by_rank]
         hop: Hop
         if axis in (LOCAL_ROW, NODE_ROW):
-            hop = Reduce(axis_group, counts)
+            hop = Reduce(axis_group, sent)
         elif axis == NODE_COLUMN:
-            hop = Join(axis_group, counts, [[width] for width in by_node[places[LOCAL_COLUMN]]])
+            hop = Join(axis_group, sent, [[width] for width in by_node[places[LOCAL_COLUMN]]])
         else:
-            hop = Join(axis_group, counts, by_node)
-        transfer = depart(x, hop)
-        plan.sent.add(hop, x.shape[1], x.element_size(), x.element_size())
-        yield
-        x, here = transfer.arrive(), here.with_coordinate(axis, places[axis])
-    return x
+            hop = Join(axis_group, sent, by_node)
+        found.append((counts, order, hop))
+        here = by_rank[places[axis]]
+    return found

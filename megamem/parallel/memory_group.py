@@ -101,7 +101,12 @@ class MemoryGroup:
     @property
     def coordinates(self) -> tuple[int, int, int, int]:
         """Node row, node column, local row and local column of this rank."""
-        return self.grid.coordinates(group_rank(self.members))
+        return self.grid.coordinates(self.member)
+
+    @property
+    def member(self) -> int:
+        """This rank's number among the members."""
+        return group_rank(self.members)
 
     @property
     def replica(self) -> int:

@@ -92,6 +92,11 @@ def all_by_node(
     return inside, across
 
 
+def all_reduce_bytes(bytes_held: float, ranks: int) -> float:
+    """Return the bytes that each rank sends in an all-reduce: reduce-scatter, then all-gather."""
+    return 2 * bytes_held * (ranks - 1) / ranks
+
+
 def reduction_bytes(
     bytes_held: float, replicas: Sequence[int], nodes: Sequence[int]
 ) -> tuple[float, float]:
@@ -107,9 +112,9 @@ def reduction_bytes(
     """
     inside, across = replicas_by_node(replicas, nodes)
     if not inside:
-        sent = 2 * bytes_held * (len(replicas) - 1) / len(replicas)
+        sent = all_reduce_bytes(bytes_held, len(replicas))
         one_node = len({nodes[rank] for rank in replicas}) <= 1
         return (sent, 0.0) if one_node else (0.0, sent)
     near, far = len(inside[0]), len(inside)
-    part = bytes_held / near
-    return 2 * part * (near - 1), 2 * part * (far - 1) / far
+    # reduce-scatter and all-gather inside, around an all-reduce of the parts
+    return all_reduce_bytes(bytes_held, near), all_reduce_bytes(bytes_held / near, far)

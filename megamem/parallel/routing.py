@@ -50,6 +50,7 @@ this rank, N pieces.
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -119,8 +120,6 @@ class RoutingPlan:
     """L, lookups per token."""
     routed: bool
     """Whether every lookup was sent to the owner of its row alone."""
-    num_tokens: int
-    """Number of tokens of this rank in this piece."""
     sent: SentBytes
     """Counts the bytes of all pieces."""
 
@@ -197,8 +196,8 @@ def plan_routing(
     """
     grid = group.grid
     by_piece = list(zip(*(even_counts(count, pieces) for count in token_counts), strict=True))
-    starts = [Blocks(grid, tokens, (grid.member(group.coordinates),)) for tokens in by_piece]
-    plan = _plan_alltoall if wire == "alltoall" and grid.row_ranks > 1 else _plan_allgather
+    starts = [Blocks(grid, tokens, (group.member,)) for tokens in by_piece]
+    plan = _plan_alltoall if grid.routes(wire) else _plan_allgather
     return plan(row_ids_TL, shard, group, starts)
 
 
@@ -212,18 +211,19 @@ def _plan_allgather(
         narrow = shard.num_rows <= NARROW_ROWS
         hops = [LookupHop(hop, narrow and hop.group is group.across) for hop in gathers]
         lookups = ids.shape[1]
-        plans.append(RoutingPlan(ids, hops, shard, bags, None, lookups, False, start.total, sent))
+        plans.append(RoutingPlan(ids, hops, shard, bags, None, lookups, False, sent))
     return Routing(plans, own, None, sent)
 
 
+@lru_cache(maxsize=256)
 def gather_hops(group: MemoryGroup, start: Blocks) -> tuple[list[Hop], Blocks]:
     """Return the hops that bring the rows of all members to all, and the blocks in their order."""
     grid = group.grid
     hops: list[Hop] = []
-    nodes = start.along(NODE_COLUMN, grid.node_columns).along(NODE_ROW, grid.node_rows)
+    nodes = start.along(NODE_COLUMN).along(NODE_ROW)
     if group.across is not None:
         hops.append(Gather(group.across, nodes.counts))
-    bags = nodes.along(LOCAL_COLUMN, grid.local_columns).along(LOCAL_ROW, grid.local_rows)
+    bags = nodes.along(LOCAL_COLUMN).along(LOCAL_ROW)
     if group.inside is not None:
         hops.append(Gather(group.inside, _sums(bags.counts, grid.nodes)))
     return hops, bags
@@ -273,12 +273,10 @@ def _plan_alltoall(
     stages = counts.stages(host.numbers())
     ids = cut(local_J, [tokens * lookups for tokens in own])
     plans = []
-    for piece, start in enumerate(starts):
+    for piece in range(len(starts)):
         hops = _routed_hops(group, [stage[piece] for stage in stages], step)
         bags, sizes_G = counts.bags[piece], counts.sizes_of(piece)
-        plans.append(
-            RoutingPlan(ids[piece], hops, shard, bags, sizes_G, lookups, True, start.total, sent)
-        )
+        plans.append(RoutingPlan(ids[piece], hops, shard, bags, sizes_G, lookups, True, sent))
     return Routing(plans, own, order_J, sent)
 
 
@@ -306,7 +304,7 @@ class _Counts:
         rows, node_rows = grid.local_rows, grid.node_rows
         self._splits = [start.tokens for start in starts]
         self._sums: list[Tensor] = []
-        tokens = [sum(counts) for counts in zip(*self._splits, strict=True)]
+        tokens = tuple(sum(counts) for counts in zip(*self._splits, strict=True))
         me = Blocks(grid, tokens, starts[0].members)
 
         def moved(hop: Hop) -> Tensor:
@@ -318,28 +316,27 @@ class _Counts:
         self._note(sizes, here)
         if group.local_rows is not None:
             # blocks: local row of the source, node row of the shard
-            here = replace(me, members=me.members * node_rows).along(LOCAL_ROW, rows)
+            here = replace(me, members=me.members * node_rows).along(LOCAL_ROW)
             own, counts = me.total * node_rows, _sums(here.counts, node_rows)
             sizes = moved(AllToAll(group.local_rows, [own] * rows, counts))
             self._note(sizes, here)
         if group.node_rows is not None:
-            order = [row * node_rows + node for node in range(node_rows) for row in range(rows)]
-            sizes = move_blocks(sizes, here.counts, order)
+            sizes = move_blocks(sizes, here.counts, _by_node(rows, node_rows))
             # blocks: node row of the source, local row of the source
             own, here = (
                 here.total // node_rows,
-                me.along(LOCAL_ROW, rows).along(NODE_ROW, node_rows),
+                me.along(LOCAL_ROW).along(NODE_ROW),
             )
             hop = AllToAll(group.node_rows, [own] * node_rows, _sums(here.counts, rows))
             sizes = moved(hop)
             self._note(sizes, here)
-        for axis, ranks, axis_group in (
-            (NODE_COLUMN, grid.node_columns, group.node_columns),
-            (LOCAL_COLUMN, grid.local_columns, group.local_columns),
+        for axis, axis_group in (
+            (NODE_COLUMN, group.node_columns),
+            (LOCAL_COLUMN, group.local_columns),
         ):
             if axis_group is not None:
                 size = len(here.members)
-                here = here.along(axis, ranks)
+                here = here.along(axis)
                 sizes = moved(Gather(axis_group, _sums(here.counts, size)))
                 self._note(sizes, here)
         self.bags = [Blocks(grid, counts, here.members) for counts in self._splits]
@@ -384,9 +381,9 @@ def _routed_hops(group: MemoryGroup, stages: list[list[int]], step: int) -> list
     if group.local_rows is not None:
         by_rank, arrived = _sums(numbers, node_rows), next(left)
         # the lookups of every source come by node, and leave by node for all sources
-        order = [row * node_rows + node for node in range(node_rows) for row in range(rows)]
+        order = _by_node(rows, node_rows)
         hop = AllToAll(group.local_rows, by_rank, _sums(arrived, node_rows))
-        hops.append(LookupHop(hop, False, (arrived, order)))
+        hops.append(LookupHop(hop, False, (arrived, order) if node_rows > 1 else None))
         numbers = [arrived[block] for block in order]
     if group.node_rows is not None:
         arrived = next(left)
@@ -400,6 +397,11 @@ def _routed_hops(group: MemoryGroup, stages: list[list[int]], step: int) -> list
         size, numbers = len(numbers), next(left)
         hops.append(LookupHop(Gather(group.local_columns, _sums(numbers, size)), False))
     return hops
+
+
+def _by_node(rows: int, node_rows: int) -> list[int]:
+    """Return the order that makes blocks of (local row, node row) ones of (node row, local row)."""
+    return [row * node_rows + node for node in range(node_rows) for row in range(rows)]
 
 
 def _sums(numbers: list[int], size: int) -> list[int]:
@@ -451,7 +453,7 @@ def send_lookups(
         ids, weights = finish_ids(), transfer.arrive()
         if step.narrow:
             ids = _widen(ids, dtype)
-        if step.after is not None and step.after[1] != sorted(step.after[1]):
+        if step.after is not None:
             ids, weights = move_blocks(ids, *step.after), reorder(weights, *step.after)
     ids, weights_M = ids.flatten(), weights.flatten()
     if plan.all_present:
@@ -475,7 +477,7 @@ def send_tokens(
     Returns:
         x_GD, the token of every bag.
     """
-    start = replace(plan.bags, members=(group.grid.member(group.coordinates),))
+    start = replace(plan.bags, members=(group.member,))
     hops, blocks = gather_hops(group, start)
     for hop in hops:
         transfer = depart(x, hop)

@@ -169,7 +169,7 @@ def traffic(
     a, b, c, d = grid.node_rows, grid.node_columns, grid.local_rows, grid.local_columns
     nodes, local, row_bytes = grid.nodes, grid.local, width * e
     counts_inside = counts_across = 0
-    if wire == "alltoall" and grid.row_ranks > 1:
+    if grid.routes(wire):
         lookups_inside = lookups * ((c - 1) / c + b * (d - 1))
         lookups_across = lookups * ((a - 1) / a + b - 1)
         counts_inside = a * (c - 1) + a * b * c * (d - 1)
@@ -255,11 +255,6 @@ def choose_reduced_rows(rows: int, lookups: int, batch_tokens: int | None) -> Re
 def forward_bytes(width: int, lookups: int, tokens: float, *, e: int = 2) -> float:
     """Return the bytes that embedding_bag reads and writes for these tokens, without cache hits."""
     return tokens * (lookups * width * e + width * e + LEAST_LOOKUP_BYTES * lookups)
-
-
-def all_reduce_bytes(bytes_held: float, ranks: int) -> float:
-    """Return the bytes that each rank sends in an all-reduce: reduce-scatter, then all-gather."""
-    return 2 * bytes_held * (ranks - 1) / ranks
 
 
 def divisors(number: int) -> list[int]:

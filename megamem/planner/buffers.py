@@ -9,7 +9,7 @@ from megamem.layers.variants import variant_of
 from megamem.ops import forms
 from megamem.ops.sizes import chunks_and_room, column_block, padded_topk, tokens_of_a_piece
 from megamem.parallel import exchange_cost
-from megamem.parallel.exchange_cost import ROUTING_BYTES, home_work, live_share, routes
+from megamem.parallel.exchange_cost import ROUTING_BYTES, home_work, live_share
 from megamem.parallel.traffic import widest_slice
 from megamem.planner.job import Job, Layout, layout_wire
 
@@ -73,7 +73,7 @@ def kept_bytes(job: Job, layout: Layout) -> float:
     if variant.reads_tokens and not alone:
         # on a single rank the tokens are the layer's input, which is counted already
         kept += layout.group_size * tokens * spec.value_dim * e
-    if routes(layout.grid, layout_wire(job, layout)):
+    if layout.grid.routes(layout_wire(job, layout)):
         kept += lookups * ORDER_BYTES
     return kept
 
@@ -107,7 +107,7 @@ def passing_bytes(job: Job, layout: Layout) -> float:
     share = present_share(job, layout)
     return max(
         scored_bytes(job),
-        ROUTING_BYTES * lookups if routes(layout.grid, wire) else 0.0,
+        ROUTING_BYTES * lookups if layout.grid.routes(wire) else 0.0,
         (2 + home.copies_first) * sums + total,
         gradients + sums + sorted_bytes(arrived, width, weights=True, share=share),
         RANKED_BYTES * lookups + sorted_bytes(2 * lookups, half, weights=False),

@@ -13,7 +13,7 @@ from typing import Literal
 
 from megamem.layers.variants import variant_of
 from megamem.parallel import exchange_cost
-from megamem.parallel.exchange_cost import HOST_WAIT, PIECE_SECONDS, home_work, routes
+from megamem.parallel.exchange_cost import HOST_WAIT, PIECE_SECONDS, home_work
 from megamem.parallel.traffic import (
     NARROWEST_SLICE_BYTES,
     expected_unique,
@@ -243,7 +243,7 @@ def _layer_works(job: Job, layout: Layout, share: Share) -> dict[str, Work]:
     variant = variant_of(spec)
     lookups, arrived = spec.lookups_per_token * tokens, arrived_lookups(job, layout)
     grid, wire = layout.grid, layout_wire(job, layout)
-    routed = routes(grid, wire)
+    routed = grid.routes(wire)
     fixed_sizes = grid.row_ranks > 1 and not routed
     two_looks = job.cluster.half_precision and spec.topk <= TWO_LOOKS_TOPK
 

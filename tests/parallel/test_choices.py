@@ -92,13 +92,13 @@ def test_memory_by_hand() -> None:
 
 def _walk(grid: Grid, routed: bool) -> HomeWork:
     """The work of send_home, with the blocks that it brings into order."""
-    start = Blocks(grid, [1] * grid.size, (0,))
+    start = Blocks(grid, (1,) * grid.size, (0,))
     ranks = (grid.node_rows, grid.node_columns, grid.local_rows, grid.local_columns)
     to_owners = (LOCAL_ROW, NODE_ROW, NODE_COLUMN, LOCAL_COLUMN)
     to_all = (NODE_COLUMN, NODE_ROW, LOCAL_COLUMN, LOCAL_ROW)
     here = start
     for axis in to_owners if routed else to_all:
-        here = here.along(axis, ranks[axis])
+        here = here.along(axis)
     unit = grid.row_ranks / grid.size
     size, copied, summed, sums, joined, first = unit * grid.size, 0.0, 0.0, 0.0, 0.0, None
     copies_first = False
@@ -109,7 +109,7 @@ def _walk(grid: Grid, routed: bool) -> HomeWork:
         if order != sorted(order):
             copied += size
             copies_first |= first is None
-        here = here.ordered(order).with_coordinate(axis, 0)
+        here = here.by_coordinate(axis)[0]
         if axis in (LOCAL_ROW, NODE_ROW):
             summed += size
             size /= ranks[axis]

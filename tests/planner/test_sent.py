@@ -16,7 +16,8 @@ from megamem.layers.memory_pool import MemoryPool
 from megamem.metrics import TABLE_SUMS, TableMetrics
 from megamem.optimizer import StepOptions, TableOptimizer
 from megamem.parallel.memory_group import form, partition
-from megamem.parallel.traffic import all_reduce_bytes, sent_packing, traffic
+from megamem.parallel.replica_groups import all_reduce_bytes
+from megamem.parallel.traffic import sent_packing, traffic
 from megamem.resolution import resolve
 from megamem.spec import Grid, Layout, Wire
 from tests.helpers.distributed import run_distributed
