@@ -14,6 +14,7 @@ from megamem.ops.row_adam import (
 from megamem.ops.row_dot import row_dot
 from megamem.ops.sort_lookups import Known, sort_lookups
 from megamem.ops.squared_norm import squared_norm
+from megamem.ops.tucker_topk import leading_directions, tucker_topk
 from megamem.ops.value_gradient import add_value_gradient_, sparse_gradients
 from megamem.reference.philox import random_rows
 
@@ -23,6 +24,7 @@ __all__ = [
     "adamw_",
     "add_value_gradient_",
     "embedding_bag",
+    "leading_directions",
     "place_rows",
     "product_topk",
     "random_rows",
@@ -34,5 +36,6 @@ __all__ = [
     "squared_norm",
     "touched_adamw_",
     "touched_sgd_",
+    "tucker_topk",
     "unplace_rows",
 ]
