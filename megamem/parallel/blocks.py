@@ -28,6 +28,12 @@ class Blocks:
         """Number of tokens of all blocks."""
         return sum(self.counts)
 
+    def times(self, rows: int) -> "Blocks":
+        """Return the blocks in which every token has so many rows."""
+        if rows == 1:
+            return self
+        return replace(self, tokens=tuple(count * rows for count in self.tokens))
+
     def along(self, axis: int) -> "Blocks":
         """Return the blocks after a hop that brings those of all ranks of an axis, rank by rank."""
         places = [list(self.grid.coordinates(member)) for member in self.members]

@@ -5,7 +5,7 @@
     3. node columns     columns from the nodes that hold others
     4. local columns    columns from the ranks of the node that hold others
 
-Letters: G bags (the tokens of all ranks), T tokens on this rank, V row width, v on this rank.
+Letters: G bags (of the tokens of all ranks), T tokens on this rank, V row width, v on this rank.
 """
 
 from collections.abc import Generator, Sequence
@@ -38,7 +38,7 @@ def send_home(
         widths: number of columns of every column rank; their sum is V.
 
     Returns:
-        out_TV, the sums over all ranks.
+        out_TV, the sums over all ranks; [T * Y, V], if a token has Y bags.
     """
     x = bags_Gv
     for counts, order, hop in _steps(plan.bags, group, tuple(widths)):

@@ -5,6 +5,9 @@
     bags_Gv           = embedding_bag(values_rv, ...)       sum the rows of this rank
     out_TV            = yield from send_home(plan, bags_Gv) (megamem.parallel.homeward)
 
+A token has one bag, or a bag for each of Y virtual blocks over the R rows: an id g of Y R then
+stands for row g % R, of block g // R, and the read-outs that come home are those of [T * Y] bags.
+
 The functions with a `yield` are generators that yield whenever something is on its way, so that
 their caller can do other work, such as another piece (megamem.parallel.pieces). One of two
 collectives (`--memory-wire`) sends the lookups:
@@ -44,8 +47,9 @@ exchange, and the host waits to learn whether they do, as it waits for numbers o
 would win if the device alone dealt with overflow, in a fixed number of rounds.
 
 Letters: T tokens on this rank, L lookups per token, J = T * L local lookups, M lookups received
-here, W ranks of the group, G bags (the tokens of all ranks), D hidden size, V row width, r rows on
-this rank, N pieces.
+here, W ranks of the group, G bags (of the tokens of all ranks), D hidden size, V row width, R rows
+of the table, r on this rank, N pieces, O cores (weights of a lookup), Y blocks, E tokens of all
+ranks.
 """
 
 from collections.abc import Generator, Sequence
@@ -67,7 +71,7 @@ from megamem.parallel.memory_group import (
     NODE_ROW,
     MemoryGroup,
 )
-from megamem.parallel.row_shard import RowShard, even_counts
+from megamem.parallel.row_shard import RowShard, even_counts, id_dtype
 from megamem.spec import Wire
 
 NARROW_ROWS = 2**24
@@ -103,6 +107,31 @@ class SentBytes:
         self.total += numbers[0] * forward + numbers[1] * backward
 
 
+@dataclass
+class ArrivedBlocks:
+    """Where the bags of virtual blocks start, which allgather's receivers find in the ids."""
+
+    offsets: Tensor | None = None
+    """[G + 1], once the lookups have arrived."""
+
+    def find(self, ids_EL: Tensor, num_rows: int, blocks: int) -> Tensor:
+        """Note where the bags start, and return the rows of the ids.
+
+        Args:
+            ids_EL: ids of the tokens of all ranks, those of a token in the order of blocks.
+            num_rows: R, the rows of each block.
+            blocks: Y.
+        """
+        tokens, lookups = ids_EL.shape
+        # the ids of a token are not in order, but those below the first of a block come first
+        firsts_Y = torch.arange(blocks, dtype=ids_EL.dtype, device=ids_EL.device) * num_rows
+        starts_EY = torch.searchsorted(ids_EL, firsts_Y.repeat(tokens, 1))
+        token_E1 = torch.arange(tokens, device=ids_EL.device).unsqueeze(1)
+        self.offsets = starts_EY.new_full((tokens * blocks + 1,), tokens * lookups)
+        self.offsets[:-1] = (starts_EY + token_E1 * lookups).flatten()
+        return ids_EL % num_rows
+
+
 @dataclass(frozen=True)
 class RoutingPlan:
     """The exchange of one piece of the lookups: what is sent where, and the bags that arrive."""
@@ -112,16 +141,25 @@ class RoutingPlan:
     hops: Sequence[LookupHop]
     shard: RowShard
     """The rows of this rank."""
-    bags: Blocks
-    """Whose tokens the received bags are."""
+    tokens: Blocks
+    """Whose tokens the received lookups are of."""
+    blocks: int
+    """Y, bags per token."""
     sizes_G: Tensor | None
-    """Number of lookups of each bag; None if it is `lookups` for all."""
+    """alltoall: number of lookups of each bag."""
     lookups: int
     """L, lookups per token."""
     routed: bool
     """Whether every lookup was sent to the owner of its row alone."""
     sent: SentBytes
     """Counts the bytes of all pieces."""
+    arrived: ArrivedBlocks
+    """allgather, with several blocks: where the bags start."""
+
+    @property
+    def bags(self) -> Blocks:
+        """Whose the received bags are; those of a token follow each other."""
+        return self.tokens.times(self.blocks)
 
     @property
     def all_present(self) -> bool:
@@ -131,13 +169,19 @@ class RoutingPlan:
     @property
     def equal_bags(self) -> bool:
         """Whether all bags have the same number of lookups."""
-        return self.sizes_G is None
+        return self.sizes_G is None and self.blocks == 1
 
     def offsets(self) -> Tensor:
-        """Return [G + 1], where the lookups of each bag start; the last entry is M."""
-        if self.sizes_G is None:
+        """Return [G + 1], where the lookups of each bag start; the last entry is M.
+
+        With several blocks, allgather has to have brought the lookups before.
+        """
+        if self.equal_bags:
             end = self.bags.total * self.lookups
             return torch.arange(0, end + 1, self.lookups, device=self.ids.device)
+        if self.sizes_G is None:
+            assert self.arrived.offsets is not None
+            return self.arrived.offsets
         offsets = torch.zeros(len(self.sizes_G) + 1, dtype=torch.int64, device=self.ids.device)
         torch.cumsum(self.sizes_G, 0, out=offsets[1:])
         return offsets
@@ -162,11 +206,15 @@ class Routing:
     """The bytes of lookups, numbers of lookups and sums."""
 
     def cut(self, weights_TL: Tensor) -> Sequence[Tensor]:
-        """Return the weights of the lookups of each piece, in the order of its ids."""
+        """Return the weights of the lookups of each piece, in the order of its ids.
+
+        Args:
+            weights_TL: a weight of each lookup, or [T, L, O], O of them.
+        """
         if self.order_J is None:
             return cut(weights_TL, self.tokens)
         lookups = weights_TL.shape[1]
-        weights_J = _Permute.apply(weights_TL.flatten(), self.order_J)
+        weights_J = _Permute.apply(weights_TL.flatten(0, 1), self.order_J)
         return cut(weights_J, [tokens * lookups for tokens in self.tokens])
 
 
@@ -182,36 +230,42 @@ def plan_routing(
     token_counts: Sequence[int],
     wire: Wire,
     pieces: int = 1,
+    blocks: int = 1,
 ) -> Routing:
     """Return the plans of an exchange. The host waits once if lookups are routed.
 
     Args:
-        row_ids_TL: row ids of the unsharded table, none negative.
+        row_ids_TL: row ids of the unsharded table, none negative; with Y blocks, ids below Y R,
+            those of each token in the order of their blocks.
         shard: the rows of this rank.
         group: the ranks that share the table.
         token_counts: T of every member of the group; the counts may differ, and may be 0.
         wire: the collective that sends the lookups.
         pieces: N, the number of pieces of the tokens; the piece of a token depends on its place
             among those of its rank.
+        blocks: Y, the virtual blocks over the rows, each with a bag of every token.
     """
     grid = group.grid
     by_piece = list(zip(*(even_counts(count, pieces) for count in token_counts), strict=True))
     starts = [Blocks(grid, tokens, (group.member,)) for tokens in by_piece]
     plan = _plan_alltoall if grid.routes(wire) else _plan_allgather
-    return plan(row_ids_TL, shard, group, starts)
+    return plan(row_ids_TL, shard, group, starts, blocks)
 
 
 def _plan_allgather(
-    row_ids_TL: Tensor, shard: RowShard, group: MemoryGroup, starts: list[Blocks]
+    row_ids_TL: Tensor, shard: RowShard, group: MemoryGroup, starts: list[Blocks], blocks: int
 ) -> Routing:
     own, sent = [start.total for start in starts], SentBytes()
     plans = []
     for ids, start in zip(cut(row_ids_TL, own), starts, strict=True):
-        gathers, bags = gather_hops(group, start)
-        narrow = shard.num_rows <= NARROW_ROWS
+        gathers, tokens = gather_hops(group, start)
+        narrow = blocks * shard.num_rows <= NARROW_ROWS
         hops = [LookupHop(hop, narrow and hop.group is group.across) for hop in gathers]
-        lookups = ids.shape[1]
-        plans.append(RoutingPlan(ids, hops, shard, bags, None, lookups, False, sent))
+        plans.append(
+            RoutingPlan(
+                ids, hops, shard, tokens, blocks, None, ids.shape[1], False, sent, ArrivedBlocks()
+            )
+        )
     return Routing(plans, own, None, sent)
 
 
@@ -230,23 +284,31 @@ def gather_hops(group: MemoryGroup, start: Blocks) -> tuple[list[Hop], Blocks]:
 
 
 def _plan_alltoall(
-    row_ids_TL: Tensor, shard: RowShard, group: MemoryGroup, starts: list[Blocks]
+    row_ids_TL: Tensor, shard: RowShard, group: MemoryGroup, starts: list[Blocks], blocks: int
 ) -> Routing:
     grid, device, lookups = group.grid, row_ids_TL.device, row_ids_TL.shape[1]
     node_rows, classes = grid.node_rows, grid.row_ranks
     own, sent = [start.total for start in starts], SentBytes()
-    num_tokens = sum(own)
-    owners_TL = shard.owner(row_ids_TL)
+    num_tokens, num_bags = sum(own), sum(own) * blocks
+    rows_TL = row_ids_TL
+    if blocks > 1:
+        # the table, and so its row ids, may be narrower than the ids of all blocks
+        rows_TL = (row_ids_TL % shard.num_rows).to(id_dtype(shard.num_rows))
+    owners_TL = shard.owner(rows_TL)
     # local rows first, as the first hop is inside the node
     class_TL = owners_TL % grid.local_rows * node_rows + owners_TL // grid.local_rows
 
-    # 1. send how many lookups of each token are of each shard of rows: the sizes of the bags
+    # 1. send how many lookups of each bag are of each shard of rows: the sizes of the bags
     tokens_T1 = torch.arange(num_tokens, device=device).unsqueeze(1)
-    sizes = torch.zeros(classes * num_tokens, dtype=torch.int32, device=device)
-    bags_J = (class_TL * num_tokens).add_(tokens_T1).flatten()
+    sizes = torch.zeros(classes * num_bags, dtype=torch.int32, device=device)
+    bags_TL = (class_TL * num_bags).add_(tokens_T1 * blocks)
+    if blocks > 1:
+        bags_TL += row_ids_TL // shard.num_rows
+    bags_J = bags_TL.flatten()
     sizes.scatter_add_(0, bags_J, sizes.new_ones(()).expand_as(bags_J))
-    del bags_J
-    counts = _Counts(sizes.to(count_dtype(lookups)), group, starts, sent)
+    del bags_TL, bags_J
+    bags = [start.times(blocks) for start in starts]
+    counts = _Counts(sizes.to(count_dtype(lookups)), group, bags, sent)
     host = HostCopy(counts.sums)
 
     # 2. sort by piece and owner; stable, so that lookups stay in token order and bags are
@@ -262,11 +324,11 @@ def _plan_alltoall(
     del class_TL
     order_J = key_J.argsort(stable=True)
     step = -(-shard.num_rows // classes)
-    local_TL = shard.local_on(owners_TL, row_ids_TL)
+    local_TL = shard.local_on(owners_TL, rows_TL)
     if node_rows > 1 and grid.local_rows > 1:
         # the rank that passes them on finds the node by its rows
         local_TL += owners_TL // grid.local_rows * step
-    local_J = local_TL.flatten().to(row_ids_TL.dtype).index_select(0, order_J)
+    local_J = local_TL.flatten().to(rows_TL.dtype).index_select(0, order_J)
     del owners_TL, key_J, local_TL
 
     # 3. the hops of every piece
@@ -275,17 +337,31 @@ def _plan_alltoall(
     plans = []
     for piece in range(len(starts)):
         hops = _routed_hops(group, [stage[piece] for stage in stages], step)
-        bags, sizes_G = counts.bags[piece], counts.sizes_of(piece)
-        plans.append(RoutingPlan(ids[piece], hops, shard, bags, sizes_G, lookups, True, sent))
+        tokens = replace(starts[piece], members=counts.members)
+        sizes_G = counts.sizes_of(piece)
+        plans.append(
+            RoutingPlan(
+                ids[piece],
+                hops,
+                shard,
+                tokens,
+                blocks,
+                sizes_G,
+                lookups,
+                True,
+                sent,
+                ArrivedBlocks(),
+            )
+        )
     return Routing(plans, own, order_J, sent)
 
 
 class _Counts:
-    """Sends the numbers of lookups of each token along the hops that the lookups will take.
+    """Sends the numbers of lookups of each bag along the hops that the lookups will take.
 
     sums     how many lookups there are in each block, of each piece, at each stage of the way, all
              in one tensor
-    bags     whose tokens the bags are that arrive, piece by piece
+    members  whose the bags are that arrive
     """
 
     def __init__(
@@ -294,10 +370,9 @@ class _Counts:
         """Send the sizes.
 
         Args:
-            sizes: the number of lookups of each shard of rows and token: local row, node row,
-                token.
+            sizes: the number of lookups of each shard of rows and bag: local row, node row, bag.
             group: the ranks that share the table.
-            starts: this rank's tokens of each piece.
+            starts: this rank's bags of each piece.
             sent: counts the bytes.
         """
         grid, itemsize = group.grid, sizes.element_size()
@@ -339,7 +414,7 @@ class _Counts:
                 here = here.along(axis)
                 sizes = moved(Gather(axis_group, _sums(here.counts, size)))
                 self._note(sizes, here)
-        self.bags = [Blocks(grid, counts, here.members) for counts in self._splits]
+        self.members = here.members
         self._sizes = sizes
         self.sums = torch.cat(self._sums)
 
@@ -357,10 +432,10 @@ class _Counts:
 
     def sizes_of(self, piece: int) -> Tensor:
         """Return the size of each bag of a piece."""
-        pieces, members = len(self._splits), self.bags[0].members
+        pieces = len(self._splits)
         if pieces == 1:
             return self._sizes
-        lengths = [counts[member] for member in members for counts in self._splits]
+        lengths = [counts[member] for member in self.members for counts in self._splits]
         return torch.cat(self._sizes.split(lengths)[piece::pieces])
 
 
@@ -438,24 +513,28 @@ def send_lookups(
 
     Returns:
         row_ids_M: rows of this rank's shard or -1 for none.
-        weights_M: the weight of each lookup.
+        weights_M: the weight of each lookup; [M, O], if it has O of them.
     """
     ids, width = plan.ids, plan.lookups if plan.ids.dim() > 1 else 1
+    cores = weights.shape[ids.dim()] if weights.dim() > ids.dim() else 1
     for step in plan.hops:
         dtype = ids.dtype
         if step.modulo:
             ids = ids % step.modulo
         finish_ids = step.hop.send(_narrow(ids) if step.narrow else ids)
         transfer = depart(weights, step.hop, wire)
-        forward = (3 if step.narrow else ids.element_size()) + transfer.wire.itemsize
-        plan.sent.add(step.hop, width, forward, weights.element_size())
+        forward = (3 if step.narrow else ids.element_size()) + cores * transfer.wire.itemsize
+        plan.sent.add(step.hop, width, forward, cores * weights.element_size())
         yield
         ids, weights = finish_ids(), transfer.arrive()
         if step.narrow:
             ids = _widen(ids, dtype)
         if step.after is not None:
             ids, weights = move_blocks(ids, *step.after), reorder(weights, *step.after)
-    ids, weights_M = ids.flatten(), weights.flatten()
+    weights_M = weights.flatten(0, ids.dim() - 1)
+    if plan.blocks > 1 and not plan.routed:
+        ids = plan.arrived.find(ids, plan.shard.num_rows, plan.blocks)
+    ids = ids.flatten()
     if plan.all_present:
         return ids, weights_M
     # rows of ranks before this one get negative ids
@@ -475,16 +554,16 @@ def send_tokens(
         sent: counts the bytes.
 
     Returns:
-        x_GD, the token of every bag.
+        x_ED, the tokens of all ranks, in the order of their bags.
     """
-    start = replace(plan.bags, members=(group.member,))
+    start = replace(plan.tokens, members=(group.member,))
     hops, blocks = gather_hops(group, start)
     for hop in hops:
         transfer = depart(x, hop)
         sent.add(hop, x.shape[1], x.element_size(), x.element_size())
         yield
         x = transfer.arrive()
-    return reorder(x, blocks.counts, blocks.order_like(plan.bags))
+    return reorder(x, blocks.counts, blocks.order_like(plan.tokens))
 
 
 def _narrow(ids: Tensor) -> Tensor:
