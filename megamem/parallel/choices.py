@@ -44,7 +44,7 @@ def choose_wire(wanted: WantedWire, grid: Grid, of: Exchange) -> Wire:
     if grid.row_ranks == 1:
         return "allgather"
     arrived = exchange_cost.received_lookups(grid, "allgather", of)
-    if arrived * exchange_cost.LOOKUP_BYTES > LOOKUPS_ROOM:
+    if arrived * sum(exchange_cost.lookup_bytes(of)) > LOOKUPS_ROOM:
         return "alltoall"
     routed, gathered = (exchange_cost.seconds(grid, wire, of) for wire in ("alltoall", "allgather"))
     share = CLEARLY if grid.size <= CLEARLY_UP_TO else 1.0
@@ -61,8 +61,9 @@ def choose_layout(
     with the smallest buffers. Layouts whose slices of a row are narrower than 128 bytes are left
     out.
 
-    Inside one node, columns are faster than rows with alltoall where V e exceeds about 6 L: the
-    lookups sent to every rank then take fewer bytes than the partial sums returned by every rank.
+    Inside one node, columns are faster than rows with alltoall where V e exceeds about 6 L (with Y
+    read-outs of a token and O weights of a lookup, where Y V e exceeds (2 + 4 O) L): the lookups
+    sent to every rank then take fewer bytes than the partial sums returned by every rank.
     Over nodes, columns between them and rows inside send the fewest bytes to other nodes.
 
     Args:

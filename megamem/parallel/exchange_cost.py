@@ -4,7 +4,7 @@ Rates of memory are those of an H100 if no other is given. The times of the sort
 were measured there; those whose comment says so are estimates that nobody has measured.
 
 Letters: T tokens on this rank, L lookups per token, W ranks of the group, V row width, P shards of
-rows, C shards of columns.
+rows, C shards of columns, O weights of a lookup, Y bags of a token.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,10 @@ ROUTED_BYTES = 200
 find owners, count the lookups of each bag, and permute ids, weights and gradients of weights."""
 PASSED_ON_BYTES = 24
 """alltoall: bytes per lookup to put ids, weights and gradients of weights in the order of nodes."""
+FURTHER_WEIGHT_BYTES = 16
+"""alltoall: bytes to permute a further weight of a lookup, and its gradient, once."""
+BLOCK_BYTES = 8
+"""Bytes that are read and written per id, to tell its row from its block."""
 HOST_WAIT = 0.25e-3
 """alltoall, an estimate: seconds in which a GPU idles, as the host waits for the numbers of lookups
 and only then launches what follows. It does not depend on the number of tokens."""
@@ -37,9 +41,10 @@ PIECE_SECONDS = 0.1e-3
 """An estimate: what launches and starts of collectives take for a further piece, beside its sort.
 """
 
-LOOKUP_BYTES = 40
-"""Memory of a received lookup: 8 bytes of id and weight are kept for the backward, and 32 hold it
-sorted."""
+KEPT_BYTES, SORTED_BYTES = 8, 32
+"""Memory of a received lookup: of id and weight, which are kept for the backward, and sorted."""
+KEPT_WEIGHT_BYTES = 4
+"""Memory of a further weight of a received lookup; as much where it is sorted."""
 ROUTING_BYTES = 56
 """alltoall: memory of a lookup at its source, while owners are found, counted and sorted."""
 
@@ -64,6 +69,12 @@ class Exchange:
     """Whether tokens are sent to the owners of their rows, as for PEER."""
     pieces: int = 1
     """N, the pieces in which the tokens pass."""
+    cores: int = 1
+    """O, weights of a lookup."""
+    blocks: int = 1
+    """Y, virtual blocks over the rows, each of which has a read-out of every token."""
+    token_width: int | None = None
+    """Width of the tokens that are sent, if it is not V."""
     link: float = 350e9
     """Bytes per second that a rank sends inside a node."""
     network: float = 45e9
@@ -72,13 +83,22 @@ class Exchange:
 
 def sent(grid: Grid, wire: Wire, of: Exchange) -> Traffic:
     """Return the bytes that a rank sends for a token and memory layer."""
-    packing = sent_packing(of.num_rows, of.lookups, grid.row_ranks, wire, of.weight_bytes)
+    packing = sent_packing(
+        of.num_rows,
+        of.lookups,
+        grid.row_ranks,
+        wire,
+        of.weight_bytes,
+        cores=of.cores,
+        blocks=of.blocks,
+    )
     return traffic(
         grid,
         of.width,
         of.lookups,
         wire=wire,
         tokens=of.sends_tokens,
+        token_width=of.token_width,
         e=of.number_bytes,
         packing=packing,
     )
@@ -90,12 +110,25 @@ def received_lookups(grid: Grid, wire: Wire, of: Exchange) -> float:
     return arrived / grid.row_ranks if grid.routes(wire) else arrived
 
 
+def lookup_bytes(of: Exchange) -> tuple[int, int]:
+    """Return the memory of a received lookup as it is kept, and as it is sorted."""
+    further = (of.cores - 1) * KEPT_WEIGHT_BYTES
+    return KEPT_BYTES + further, SORTED_BYTES + further
+
+
+def routed_bytes(grid: Grid, of: Exchange) -> int:
+    """Return the bytes that alltoall reads and writes per lookup at its source, beside the sort."""
+    passed_on = grid.node_rows > 1 and grid.local_rows > 1
+    moved = ROUTED_BYTES + (PASSED_ON_BYTES if passed_on else 0)
+    moved += (of.cores - 1) * FURTHER_WEIGHT_BYTES * (2 if passed_on else 1)
+    return moved + (BLOCK_BYTES if of.blocks > 1 else 0)
+
+
 def routing_seconds(grid: Grid, wire: Wire, of: Exchange, copy: float = COPY_RATE) -> float:
     """Return the seconds that alltoall takes at the source, without the wait of the host."""
     if not grid.routes(wire):
         return 0.0
-    lookups, nodes = of.tokens * of.lookups, grid.node_rows > 1 and grid.local_rows > 1
-    moved = ROUTED_BYTES + (PASSED_ON_BYTES if nodes else 0)
+    lookups, moved = of.tokens * of.lookups, routed_bytes(grid, of)
     return SORT_LAUNCH + lookups * (SORT_LOOKUP * COPY_RATE + moved) / copy
 
 
@@ -107,12 +140,14 @@ def index_seconds(grid: Grid, wire: Wire, of: Exchange) -> float:
         return seconds + HOST_WAIT + routing_seconds(grid, wire, of)
     if grid.row_ranks > 1:
         seconds += arrived * ABSENT_BYTES / COPY_RATE
+    if of.blocks > 1:
+        seconds += arrived * BLOCK_BYTES / COPY_RATE
     return seconds
 
 
 @dataclass(frozen=True)
 class HomeWork:
-    """What a rank does with partial sums on their way home, in sizes of the read-outs T V."""
+    """What a rank does with partial sums on their way home, in sizes of the read-outs T Y V."""
 
     copied: float = 0.0
     """Numbers that are brought into the order of a hop; the backward brings them back."""
@@ -189,7 +224,7 @@ def seconds(grid: Grid, wire: Wire, of: Exchange) -> float:
     moved += 2 * e * (home.largest - 1)
     both = bytes_sent.seconds(of.tokens, of.link, of.network, of.pieces)
     both += index_seconds(grid, wire, of) + (of.pieces - 1) * PIECE_SECONDS
-    return both + of.tokens * of.width * moved / COPY_RATE
+    return both + of.tokens * of.blocks * of.width * moved / COPY_RATE
 
 
 def memory(grid: Grid, wire: Wire, of: Exchange) -> float:
@@ -199,9 +234,10 @@ def memory(grid: Grid, wire: Wire, of: Exchange) -> float:
     sent and received. What is sorted or sent at one time shrinks with the pieces.
     """
     home, live = home_work(grid, wire), live_share(of.pieces)
-    sums = of.tokens * of.width * of.number_bytes * home.largest * (2 + home.copies_first)
-    kept, passing = 8, LOOKUP_BYTES - 8
-    return received_lookups(grid, wire, of) * (kept + passing / of.pieces) + sums * live
+    read_out = of.tokens * of.blocks * of.width * of.number_bytes
+    sums = read_out * home.largest * (2 + home.copies_first)
+    kept, in_order = lookup_bytes(of)
+    return received_lookups(grid, wire, of) * (kept + in_order / of.pieces) + sums * live
 
 
 def live_share(pieces: int) -> float:

@@ -1,10 +1,12 @@
 """Bytes that memory layers send and read in each layout, in closed form.
 
 All formulas count the bytes that a rank sends for one of its tokens and one memory layer. Letters:
-m lookups per token, V row width, e bytes per number of a row; a grid of a x b nodes (rows x
-columns) with c x d ranks each (rows x columns), n = a b and g = c d. A lookup (id and weight) takes
-l bytes inside a node and k between nodes, the gradient of its weight 4, and the number of lookups
-of a token q. Every hop is one line of megamem.parallel.routing and of megamem.parallel.homeward:
+m lookups per token, V row width, e bytes per number of a row, D width of a token that is sent; a
+grid of a x b nodes (rows x columns) with c x d ranks each (rows x columns), n = a b and g = c d. A
+lookup (id and weights) takes l bytes inside a node and k between nodes, the gradients of its
+weights 4 for each, and the number of lookups of a bag q. A token has one bag; with y bags, of as
+many virtual blocks, q and V count y times. Every hop is one line of megamem.parallel.routing and of
+megamem.parallel.homeward:
 
     alltoall                inside a node                       between nodes
     local rows              l m (c-1)/c + q a (c-1)
@@ -12,17 +14,17 @@ of a token q. Every hop is one line of megamem.parallel.routing and of megamem.p
     node columns                                                k m (b-1) + q a c (b-1)
     local columns           l m b (d-1) + q a b c (d-1)
     allgather               l m n (g-1)                         k m (n-1)
-    tokens of PEER          V e n (g-1)                         V e (n-1)
+    tokens of PEER          D e n (g-1)                         D e (n-1)
     sums: local rows        V e a (c-1)
     sums: node rows                                             V e (a-1)
     sums: node columns                                          V e (b-1)/b
     sums: local columns     V e (d-1)/d
 
-The backward sends the same without q, with 4 for l and k. Where one rank holds all rows, lookups
-are sent as allgather does. Packing holds l, k and q, and whether ranks return a sum for tokens of
-which they hold no row: megamem.parallel does. If they did not, the factor a (c-1) would be
-E(a c) (c-1)/c, and a-1 would be E(a) (a-1)/a, with E(p) = p (1 - (1 - 1/p)^m), the expected number
-of p shards that hold rows of a token where rows are distributed at random.
+The backward sends the same without q, with 4 per weight for l and k. Where one rank holds all rows,
+lookups are sent as allgather does. Packing holds l, k, q and y, and whether ranks return a sum for
+bags of which they hold no row: megamem.parallel does. If they did not, the factor a (c-1) would be
+E(a c) (c-1)/c, and a-1 would be E(a) (a-1)/a, with E(p) = p (1 - (1 - 1/p)^(m/y)), the expected
+number of p shards that hold rows of a bag where rows are distributed at random.
 """
 
 import math
@@ -30,7 +32,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megamem.parallel.routing import NARROW_ROWS, count_dtype
-from megamem.parallel.row_shard import COLUMN_BLOCK
+from megamem.parallel.row_shard import COLUMN_BLOCK, id_dtype
 from megamem.spec import Grid, Layout, ReducedRows, Wire
 
 # the minimum for a lookup: an id of 4 bytes and a weight of 2
@@ -42,16 +44,20 @@ NARROWEST_SLICE_BYTES = 128
 
 @dataclass(frozen=True)
 class Packing:
-    """Bytes of what is sent for a lookup."""
+    """Bytes of what is sent for a lookup, and of the bags that it is of."""
 
     inside: int = 8
-    """Bytes of an id and a weight inside a node."""
+    """Bytes of an id and its weights inside a node."""
     across: int = 8
-    """Bytes of an id and a weight between nodes."""
+    """Bytes of an id and its weights between nodes."""
     count: int = 1
-    """alltoall: bytes of the number of lookups of a token of one shard of rows."""
+    """alltoall: bytes of the number of lookups of a bag of one shard of rows."""
+    gradient: int = WEIGHT_GRADIENT_BYTES
+    """Bytes of the gradients of the weights of a lookup."""
+    bags: int = 1
+    """Bags of a token."""
     empty_bags: bool = True
-    """Whether ranks that hold no row of a token return a sum for it as well."""
+    """Whether ranks that hold no row of a bag return a sum for it as well."""
 
 
 # what a lookup has to take at least
@@ -59,7 +65,14 @@ LEAST = Packing(LEAST_LOOKUP_BYTES, LEAST_LOOKUP_BYTES, count=0, empty_bags=Fals
 
 
 def sent_packing(
-    num_rows: int, lookups: int, row_ranks: int, wire: Wire, weight_bytes: int = 4
+    num_rows: int,
+    lookups: int,
+    row_ranks: int,
+    wire: Wire,
+    weight_bytes: int = 4,
+    *,
+    cores: int = 1,
+    blocks: int = 1,
 ) -> Packing:
     """Return the bytes that megamem.parallel sends.
 
@@ -69,11 +82,22 @@ def sent_packing(
         row_ranks: number of shards that the rows are divided into.
         wire: the collective that sends lookups.
         weight_bytes: bytes of a weight: 4, or 2 with `--memory-lookup-weights bf16`.
+        cores: weights of a lookup.
+        blocks: virtual blocks over the rows, each of which has a bag of every token.
     """
-    # ids are those of a shard where a lookup is sent to its owner alone
-    ids = -(-num_rows // row_ranks) if wire == "alltoall" else num_rows
-    narrow = 3 if ids <= NARROW_ROWS else 4
-    return Packing(4 + weight_bytes, narrow + weight_bytes, count_dtype(lookups).itemsize)
+    # ids are those of rows of a shard where a lookup is sent to its owner alone
+    routed = wire == "alltoall" and row_ranks > 1
+    ids = num_rows if routed else num_rows * blocks
+    wide = id_dtype(ids).itemsize
+    narrow = 3 if -(-ids // (row_ranks if routed else 1)) <= NARROW_ROWS else wide
+    weights = cores * weight_bytes
+    return Packing(
+        wide + weights,
+        narrow + weights,
+        count_dtype(lookups).itemsize,
+        gradient=cores * WEIGHT_GRADIENT_BYTES,
+        bags=blocks,
+    )
 
 
 @dataclass(frozen=True)
@@ -139,8 +163,8 @@ def overlapped(parts: Sequence[float], pieces: int) -> float:
     return longest + (sum(parts) - longest) / pieces
 
 
-def owners_per_token(lookups: int, ranks: int) -> float:
-    """Return E, the expected number of ranks that hold a row of a token, for rows at random."""
+def owners_per_bag(lookups: float, ranks: int) -> float:
+    """Return E, the expected number of ranks that hold a row of a bag, for rows at random."""
     return ranks * (1 - (1 - 1 / ranks) ** lookups)
 
 
@@ -151,6 +175,7 @@ def traffic(
     *,
     wire: Wire = "alltoall",
     tokens: bool = False,
+    token_width: int | None = None,
     e: int = 2,
     packing: Packing | None = None,
 ) -> Traffic:
@@ -162,12 +187,14 @@ def traffic(
         lookups: m, lookups per token.
         wire: the collective that sends lookups among the ranks that hold different rows.
         tokens: whether tokens are sent to the owners of their rows, as for PEER.
+        token_width: D, the width of such a token, if it is not V.
         e: bytes per number of a row.
         packing: bytes of what is sent for a lookup; by default those of a table of 1M rows.
     """
     packing = packing or sent_packing(2**20, lookups, grid.row_ranks, wire)
     a, b, c, d = grid.node_rows, grid.node_columns, grid.local_rows, grid.local_columns
-    nodes, local, row_bytes = grid.nodes, grid.local, width * e
+    nodes, local, bags = grid.nodes, grid.local, packing.bags
+    sum_bytes, token_bytes = bags * width * e, (token_width or width) * e
     counts_inside = counts_across = 0
     if grid.routes(wire):
         lookups_inside = lookups * ((c - 1) / c + b * (d - 1))
@@ -178,19 +205,23 @@ def traffic(
         lookups_inside, lookups_across = lookups * nodes * (local - 1), lookups * (nodes - 1)
     sums_inside, sums_across = float(a * (c - 1)), float(a - 1)
     if not packing.empty_bags:
-        sums_inside = owners_per_token(lookups, a * c) * (c - 1) / c
-        sums_across = owners_per_token(lookups, a) * (a - 1) / a
-    bags_inside = row_bytes * (sums_inside + (d - 1) / d)
-    bags_across = row_bytes * (sums_across + (b - 1) / b)
+        sums_inside = owners_per_bag(lookups / bags, a * c) * (c - 1) / c
+        sums_across = owners_per_bag(lookups / bags, a) * (a - 1) / a
+    bags_inside = sum_bytes * (sums_inside + (d - 1) / d)
+    bags_across = sum_bytes * (sums_across + (b - 1) / b)
     if tokens:
-        everybody = packing.empty_bags
-        bags_inside += row_bytes * (nodes * (local - 1) if everybody else sums_inside)
-        bags_across += row_bytes * (nodes - 1 if everybody else sums_across)
+        tokens_inside, tokens_across = float(nodes * (local - 1)), float(nodes - 1)
+        if not packing.empty_bags:
+            tokens_inside = owners_per_bag(lookups, a * c) * (c - 1) / c
+            tokens_across = owners_per_bag(lookups, a) * (a - 1) / a
+        bags_inside += token_bytes * tokens_inside
+        bags_across += token_bytes * tokens_across
+    count = packing.count * bags
     return Traffic(
-        packing.inside * lookups_inside + packing.count * counts_inside + bags_inside,
-        packing.across * lookups_across + packing.count * counts_across + bags_across,
-        WEIGHT_GRADIENT_BYTES * lookups_inside + bags_inside,
-        WEIGHT_GRADIENT_BYTES * lookups_across + bags_across,
+        packing.inside * lookups_inside + count * counts_inside + bags_inside,
+        packing.across * lookups_across + count * counts_across + bags_across,
+        packing.gradient * lookups_inside + bags_inside,
+        packing.gradient * lookups_across + bags_across,
     )
 
 

@@ -9,7 +9,7 @@ from megamem.parallel.blocks import Blocks
 from megamem.parallel.choices import EXCHANGE_ROOM, choose_layout, choose_wire
 from megamem.parallel.exchange_cost import Exchange, HomeWork, home_work, received_lookups
 from megamem.parallel.memory_group import LOCAL_COLUMN, LOCAL_ROW, NODE_COLUMN, NODE_ROW
-from megamem.parallel.traffic import grids
+from megamem.parallel.traffic import grids, sent_packing, traffic
 from megamem.spec import Grid, Layout, Wire
 
 PAPER = Exchange(width=2048, lookups=128)
@@ -88,6 +88,57 @@ def test_memory_by_hand() -> None:
     assert taken == pytest.approx(2 * lookups * 40 + 3 * bags)
     four = exchange_cost.memory(grid, "alltoall", replace(PAPER, pieces=4))
     assert four == pytest.approx(2 * lookups * (8 + 32 / 4) + 3 * bags / 2)
+
+
+def test_seconds_of_blocks_and_cores() -> None:
+    """What 4 read-outs of 2 cores add to one of one core."""
+    tokens, lookups, sums = 8192, 8192 * 128, 2048 * 2
+    ultra = replace(PAPER, cores=2, blocks=4)
+    for grid, wire in (
+        (Grid(2, 1, 4, 1), "alltoall"),
+        (Grid(local_rows=8), "allgather"),
+        (Grid(local_columns=8), "allgather"),
+    ):
+        packing = sent_packing(2**20, 128, grid.row_ranks, wire, cores=2, blocks=4)
+        more = traffic(grid, 2048, 128, wire=wire, packing=packing)
+        base = exchange_cost.sent(grid, wire, PAPER)
+        assert exchange_cost.sent(grid, wire, ultra) == more
+        wanted = more.seconds(tokens, 350e9, 45e9) - base.seconds(tokens, 350e9, 45e9)
+        home = home_work(grid, wire)
+        moved = home.forward_bytes(2) + home.backward_bytes(2) + 4 * (home.largest - 1)
+        wanted += 3 * tokens * sums / 2 * moved / 3e12
+        # ids are divided into blocks and rows; a weight more is permuted by owner and by node
+        of_ids = 8 + 2 * 16 if wire == "alltoall" else 0
+        wanted += lookups * of_ids / 3e12
+        wanted += received_lookups(grid, wire, PAPER) * 8 / 3e12 if wire == "allgather" else 0
+        found = exchange_cost.seconds(grid, wire, ultra) - exchange_cost.seconds(grid, wire, PAPER)
+        assert found == pytest.approx(wanted), grid
+
+
+def test_memory_of_blocks_and_cores() -> None:
+    grid, lookups, bags = Grid(1, 2, 8, 1), 8192 * 128, 16 * 8192 * 1024 * 2
+    taken = exchange_cost.memory(grid, "alltoall", replace(PAPER, cores=2, blocks=4))
+    assert taken == pytest.approx(2 * lookups * 48 + 4 * 3 * bags)
+
+
+def test_choices_depend_on_blocks_and_cores() -> None:
+    # lookups of 40 bytes more are 6.4 GB, where those of one core are 3.4 GB
+    few, grid = Exchange(width=2**16, lookups=80, tokens=2**17), Grid(local_rows=8)
+    assert choose_wire("auto", grid, few) == "allgather"
+    assert choose_wire("auto", grid, replace(few, cores=6)) == "alltoall"
+    # 512 x 2 bytes are less than 6 x 256, four times as many are more, but not than 34 x 256
+    rows = Exchange(width=512, lookups=256)
+    assert choose_layout(rows, 8, wire="alltoall").column_ranks == 1
+    assert choose_layout(replace(rows, blocks=4), 8, wire="alltoall").column_ranks == 8
+    many = replace(rows, blocks=4, cores=8)
+    assert choose_layout(many, 8, wire="alltoall").column_ranks == 2
+
+
+def test_the_width_of_tokens_that_are_sent() -> None:
+    peer = replace(PAPER, sends_tokens=True)
+    narrow = exchange_cost.sent(Grid(local_rows=8), "alltoall", replace(peer, token_width=256))
+    full = exchange_cost.sent(Grid(local_rows=8), "alltoall", peer)
+    assert full.total - narrow.total == 2 * 7 * (2048 - 256) * 2
 
 
 def _walk(grid: Grid, routed: bool) -> HomeWork:

@@ -15,12 +15,15 @@ from megamem.config import MemoryConfig
 from megamem.layers.memory_pool import MemoryPool
 from megamem.metrics import TABLE_SUMS, TableMetrics
 from megamem.optimizer import StepOptions, TableOptimizer
+from megamem.parallel.exchange_cost import Exchange
+from megamem.parallel.exchange_cost import sent as sent_of
 from megamem.parallel.memory_group import form, partition
 from megamem.parallel.replica_groups import all_reduce_bytes
 from megamem.parallel.traffic import sent_packing, traffic
 from megamem.resolution import resolve
 from megamem.spec import Grid, Layout, Wire
 from tests.helpers.distributed import run_distributed
+from tests.parallel.bags import BlockReads, by_block
 
 NUM_KEYS, TOKENS, LOOKUPS, WIDTH = 32, 64, 16, 64
 
@@ -112,6 +115,60 @@ def _all_as_planned(size: int) -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_lookups_send_what_is_planned(world_size: int) -> None:
     run_distributed(_all_as_planned, world_size, world_size)
+
+
+def _blocks_as_planned(grid: Grid, wire: Wire, cores: int, blocks: int, pieces: int) -> None:
+    """Several read-outs of a token, several weights of a lookup, and a narrow token."""
+    size, case = grid.size, (str(grid), wire, cores, blocks, pieces)
+    num_rows, token_width = TOKENS * LOOKUPS // blocks, 24
+    group = form(partition([list(range(size))], grid))
+    bf16 = torch.bfloat16 if pieces > 1 else None
+    reads = BlockReads(num_rows, WIDTH, blocks, wire, pieces, bf16)
+    # every row is read once by each block, so that ranks own the same shares of all bags' lookups
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    ids = torch.randperm(blocks * num_rows, generator=generator, dtype=torch.int32)
+    ids_TL = by_block(ids.view(TOKENS, LOOKUPS), num_rows)
+    weights = torch.rand(TOKENS, LOOKUPS, cores, requires_grad=True)
+    x_TD = torch.rand(TOKENS, token_width, requires_grad=True)
+    values = torch.rand(reads.shard_of(group).shape)
+    of = Exchange(
+        width=WIDTH,
+        lookups=LOOKUPS,
+        number_bytes=4,
+        num_rows=num_rows,
+        weight_bytes=2 if bf16 else 4,
+        sends_tokens=True,
+        cores=cores,
+        blocks=blocks,
+        token_width=token_width,
+    )
+    planned = sent_of(grid, wire, of)
+    near = 1e-6 if pieces == 1 or wire == "allgather" else 0.02
+    with _sent(grid.local) as sent:
+        out, counted = reads.over_ranks(values, ids_TL, weights, x_TD, group, [TOKENS] * size)
+    assert sent["inside"] / TOKENS == pytest.approx(planned.forward_inside, rel=near), case
+    assert sent["across"] / TOKENS == pytest.approx(planned.forward_across, rel=near), case
+    total = sum(sent.values())
+    with _sent(grid.local) as sent:
+        out.sum().backward()
+    assert sent["inside"] / TOKENS == pytest.approx(planned.backward_inside, rel=near), case
+    assert sent["across"] / TOKENS == pytest.approx(planned.backward_across, rel=near), case
+    assert counted == pytest.approx(total + sum(sent.values())), case
+
+
+def _all_blocks_as_planned(size: int) -> None:
+    sides = [side for side in range(1, size + 1) if size % side == 0]
+    grids = [Grid(*sizes) for sizes in itertools.product(sides, repeat=4)]
+    for grid in (grid for grid in grids if grid.size == size):
+        for wire in ("alltoall", "allgather"):
+            _blocks_as_planned(grid, wire, cores=2, blocks=4, pieces=1)
+            _blocks_as_planned(grid, wire, cores=1, blocks=4, pieces=4)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_blocks_and_cores_send_what_is_planned(world_size: int) -> None:
+    run_distributed(_all_blocks_as_planned, world_size, world_size)
 
 
 def _replicas_as_planned() -> None:

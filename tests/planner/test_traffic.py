@@ -4,6 +4,8 @@ Unless stated otherwise, rows are bf16, with 128 lookups per token of the minima
 test_sent.py counts the bytes that ranks send.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from megamem.parallel.traffic import (
@@ -107,6 +109,45 @@ def test_small_lookups_between_nodes() -> None:
     assert sent_packing(2**26, LOOKUPS, 8, "allgather").across == 8
     assert sent_packing(2**26, LOOKUPS, 8, "alltoall").across == 7
     assert sent_packing(2**26, 300, 8, "alltoall").count == 4
+
+
+def test_blocks_and_cores() -> None:
+    """2 x 1 nodes of 2 x 2 ranks, every part by hand, with 4 read-outs of 2 cores per token."""
+    packing = sent_packing(2**20, 84, 4, "alltoall", cores=2, blocks=4)
+    assert (packing.inside, packing.across, packing.count) == (12, 11, 1)
+    assert (packing.gradient, packing.bags) == (8, 4)
+    options = {"wire": "alltoall", "tokens": True, "token_width": 384, "packing": packing}
+    sent = traffic(Grid(2, 1, 2, 2), 512, 84, **options)
+    sums, tokens, counts = 4 * 512 * 2, 384 * 2, 4
+    # half of the lookups to another local row, all of them to another local column; to both nodes
+    lookups, sizes = 84 * (1 / 2 + 1), 2 * 1 + 2 * 2 * 1
+    home = sums * (2 * 1 + 1 / 2) + tokens * 2 * 3
+    assert sent.forward_inside == pytest.approx(12 * lookups + counts * sizes + home)
+    assert sent.backward_inside == pytest.approx(8 * lookups + home)
+    assert sent.forward_across == pytest.approx(11 * 84 / 2 + counts * 2 + sums + tokens)
+    assert sent.backward_across == pytest.approx(8 * 84 / 2 + sums + tokens)
+
+
+def test_ids_of_blocks() -> None:
+    """Ids of all blocks are sent to all; an owner gets those of rows, however many blocks."""
+
+    def packing(rows: int, wire: str) -> tuple[int, int]:
+        found = sent_packing(rows, LOOKUPS, 2, wire, blocks=4)
+        return found.inside - 4, found.across - 4
+
+    assert packing(2**22, "allgather") == (4, 3)
+    assert packing(2**22 + 1, "allgather") == (4, 4)
+    assert packing(2**29, "allgather") == (8, 8)
+    assert packing(2**25, "alltoall") == (4, 3)
+    assert packing(2**29, "alltoall") == (4, 4)
+
+
+def test_the_least_of_a_bag() -> None:
+    """A bag of 21 lookups has rows on fewer of 64 ranks than a token of 84 has."""
+    least = replace(LEAST, bags=4)
+    sent = traffic(Grid(local_rows=64), 512, 84, packing=least)
+    owners = 64 * (1 - (63 / 64) ** 21)
+    assert sent.backward == pytest.approx(4 * 84 * 63 / 64 + 4 * 1024 * owners * 63 / 64)
 
 
 def test_sums_inside_the_node_come_first() -> None:
