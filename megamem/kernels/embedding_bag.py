@@ -23,6 +23,7 @@ from megamem.kernels import choices
 
 # a multiplication and an addition may be fused, independently of Triton's default
 OPTIONS = {"enable_fp_fusion": True}
+WHOLE = slice(None)
 
 
 @triton.jit
@@ -60,6 +61,7 @@ def _bag_kernel(
     ends,  # [G]
     out,  # [G, V]
     V: tl.constexpr,
+    ROW: tl.constexpr,  # from a row of values or out to the next
     BLOCK_V: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -81,12 +83,12 @@ def _bag_kernel(
         b_weight_next = tl.load(weights + o_m, mask=o_m < i_end, other=0.0)
         # [UNROLL, BLOCK_V]
         b_values = tl.load(
-            values + b_row[:, None] * V + o_v[None, :],
+            values + b_row[:, None] * ROW + o_v[None, :],
             mask=m_m[:, None] & m_v[None, :],
             other=0.0,
         ).to(tl.float32)
         b_sum += tl.sum(b_values * b_weight.to(tl.float32)[:, None], axis=0)
-    tl.store(out + i_g * V + o_v, b_sum.to(out.dtype.element_ty), mask=m_v)
+    tl.store(out + i_g * ROW + o_v, b_sum.to(out.dtype.element_ty), mask=m_v)
 
 
 def sum_bags(
@@ -95,6 +97,8 @@ def sum_bags(
     weights_M: Tensor,
     offsets: Tensor,
     may_skip: bool = True,
+    out_GV: Tensor | None = None,
+    columns: slice = WHOLE,
 ) -> Tensor:
     """Return bags_GV in the dtype of the table, the weighted sum of the rows of each bag.
 
@@ -104,11 +108,16 @@ def sum_bags(
         weights_M: weight of each lookup.
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
         may_skip: whether row ids may be negative.
+        out_GV: receives the bags; None for a new tensor.
+        columns: the columns to compute.
     """
-    num_bags, width = len(offsets) - 1, values_rV.shape[1]
-    out_GV = torch.empty(num_bags, width, dtype=values_rV.dtype, device=values_rV.device)
+    num_bags, row = len(offsets) - 1, values_rV.shape[1]
+    if out_GV is None:
+        out_GV = torch.empty(num_bags, row, dtype=values_rV.dtype, device=values_rV.device)
     if num_bags == 0:
         return out_GV
+    values_rV = values_rV[:, columns]
+    width = values_rV.shape[1]
     starts, ends = offsets[:-1], offsets[1:]
     if may_skip:
         row_ids_M, weights_M, ends = _close_gaps(row_ids_M, weights_M, offsets)
@@ -120,8 +129,9 @@ def sum_bags(
         weights_M,
         starts,
         ends,
-        out_GV,
+        out_GV[:, columns],
         V=width,
+        ROW=row,
         BLOCK_V=block,
         UNROLL=chosen.unroll,
         num_warps=num_warps(block, values_rV.element_size()),

@@ -46,7 +46,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megamem.kernels import choices
-from megamem.kernels.embedding_bag import OPTIONS, block_width, num_warps
+from megamem.kernels.embedding_bag import OPTIONS, WHOLE, block_width, num_warps
 from megamem.kernels.sort_lookups import SortedLookups, number_of_lookups
 
 ROOM = 2
@@ -165,6 +165,7 @@ def _row_pass_kernel(  # noqa: C901
     chunk,
     MIN_CHUNK: tl.constexpr,
     V: tl.constexpr,
+    ROW: tl.constexpr,  # from a row of values, grads or out to the next
     BLOCK_V: tl.constexpr,
     UNROLL: tl.constexpr,
     ADD: tl.constexpr,
@@ -202,16 +203,16 @@ def _row_pass_kernel(  # noqa: C901
             i_m = i + u
             m_u = _is_read(i_m, i_end, i_rows[u], count, num_rows)
             i_bag = tl.load(bags + i_m, mask=m_u, other=0).to(tl.int64)
-            b_grads += (tl.load(grads + i_bag * V + o_v, mask=_only_if(m_u, m_v), other=0.0),)
+            b_grads += (tl.load(grads + i_bag * ROW + o_v, mask=_only_if(m_u, m_v), other=0.0),)
             if WEIGHT_GRAD:
-                o_value = values + i_rows[u].to(tl.int64) * V + o_v
+                o_value = values + i_rows[u].to(tl.int64) * ROW + o_v
                 b_values += (
                     tl.load(o_value, _only_if(m_u, m_v), other=0.0, eviction_policy="evict_first"),
                 )
             if VALUE_GRAD:
                 b_weights += (tl.load(weights + i_m, mask=m_u, other=0.0).to(tl.float32),)
                 m_whole = m_u & (i_rows[u] != i_rows[u + 1]) & (i_rows[u] != row_before)
-                o_outs += (out + _slot(slots, i_m, i_rows[u], m_whole) * V + o_v,)
+                o_outs += (out + _slot(slots, i_m, i_rows[u], m_whole) * ROW + o_v,)
                 if ADD and touched is None:
                     b_outs += (tl.load(o_outs[u], mask=_only_if(m_whole, m_v), other=0.0),)
         if ADD and touched is not None:
@@ -261,6 +262,7 @@ def _merge_kernel(
     chunk,
     MIN_CHUNK: tl.constexpr,
     V: tl.constexpr,
+    ROW: tl.constexpr,  # from a row of values, grads or out to the next
     BLOCK_V: tl.constexpr,
     TILE: tl.constexpr,
     ADD: tl.constexpr,
@@ -295,7 +297,7 @@ def _merge_kernel(
         b_sum += tl.sum(b_heads, axis=0)
         go_on = tl.min(m_k.to(tl.int32), axis=0) > 0
         i_k += TILE
-    o_out = out + _slot(slots, i_next - 1, i_row, True) * V + o_v
+    o_out = out + _slot(slots, i_next - 1, i_row, True) * ROW + o_v
     if ADD:
         m_add = m_v
         if touched is not None:
@@ -339,6 +341,7 @@ def _late_dots_kernel(
     count,  # [1] how many lookups are present
     num_dots,
     V: tl.constexpr,
+    ROW: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     for i_m in range(num_dots + tl.program_id(0), tl.load(count), tl.num_programs(0)):
@@ -347,8 +350,8 @@ def _late_dots_kernel(
         dot = 0.0
         for i_v in range(0, V, BLOCK_V):
             o_v = i_v + tl.arange(0, BLOCK_V)
-            b_value = tl.load(values + i_row * V + o_v, mask=o_v < V, other=0.0)
-            b_grad = tl.load(grads + i_bag * V + o_v, mask=o_v < V, other=0.0)
+            b_value = tl.load(values + i_row * ROW + o_v, mask=o_v < V, other=0.0)
+            b_grad = tl.load(grads + i_bag * ROW + o_v, mask=o_v < V, other=0.0)
             dot += tl.sum(b_value.to(tl.float32) * b_grad.to(tl.float32), axis=0)
         tl.store(out + tl.load(order + i_m), dot)
 
@@ -378,6 +381,8 @@ def row_gradient(
     slots_M: Tensor | None = None,
     add: bool = False,
     touched_r: Tensor | None = None,
+    columns: slice = WHOLE,
+    mark: bool = True,
 ) -> Tensor | None:
     """Write the value gradient to `out`, and return the weight gradient.
 
@@ -390,12 +395,18 @@ def row_gradient(
         add: whether to add to `out` instead of overwriting the touched rows.
         touched_r: bool; with `add`, the rows of `out` that are added to. All other rows that are
             written are overwritten, and marked.
+        columns: the columns to compute.
+        mark: whether to mark; False where further columns of these rows follow.
 
     Returns:
         The weight gradient in the original order of the lookups, [M] in fp32; None without values.
     """
-    num_lookups, width = len(lookups.rows_M), grad_GV.shape[1]
+    num_lookups, row = len(lookups.rows_M), grad_GV.shape[1]
     count, num_rows, device = lookups.count, lookups.num_rows, grad_GV.device
+    grad_GV = grad_GV[:, columns]
+    values_rV = None if values_rV is None else values_rV[:, columns]
+    out = None if out is None else out[:, columns]
+    width = grad_GV.shape[1]
     want_weights, want_values = values_rV is not None, out is not None
     if num_lookups == 0:
         return torch.empty(0, dtype=torch.float32, device=device) if want_weights else None
@@ -414,6 +425,7 @@ def row_gradient(
         "chunk": chunk_length(num_lookups),
         "MIN_CHUNK": chosen.min_chunk,
         "V": width,
+        "ROW": row,
         "BLOCK_V": block,
         "ADD": add,
         **OPTIONS,
@@ -448,14 +460,16 @@ def row_gradient(
             num_warps=num_warps(block, 4),
             **sizes,
         )
-    if touched_r is not None:
+    if touched_r is not None and mark:
         mark_rows_(lookups, touched_r)
     if values_rV is None or dots is None:
         return None
-    return _unsorted(dots, lookups, values_rV, grad_GV)
+    return _unsorted(dots, lookups, values_rV, grad_GV, row)
 
 
-def _unsorted(dots: Tensor, lookups: SortedLookups, values_rV: Tensor, grad_GV: Tensor) -> Tensor:
+def _unsorted(
+    dots: Tensor, lookups: SortedLookups, values_rV: Tensor, grad_GV: Tensor, row: int
+) -> Tensor:
     """Return the weight gradient, from products that have room for some or all of the lookups."""
     num_lookups, count = len(lookups.rows_M), lookups.count
     (num_blocks, num_dots), block_m = dots.shape, choices.current().row_gradient.block_m
@@ -487,6 +501,7 @@ def _unsorted(dots: Tensor, lookups: SortedLookups, values_rV: Tensor, grad_GV: 
             count,
             num_dots,
             V=width,
+            ROW=row,
             BLOCK_V=column_block(width),
             num_warps=1,
             **OPTIONS,

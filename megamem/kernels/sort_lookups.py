@@ -47,7 +47,7 @@ class SortedLookups:
     bags_M: Tensor
     """Bag of each lookup."""
     weights_M: Tensor
-    """Weight of each lookup."""
+    """Weight of each lookup; [M, O] where each has a weight for each of O cores."""
     num_rows: int
     """r, the rows of the shard."""
     count: Tensor | None = None
@@ -60,8 +60,17 @@ class SortedLookups:
         """Return rows_M with num_rows, which is no row, in the entries that are undefined."""
         if self.count is None:
             return self.rows_M
+        return torch.where(self._defined(self.count), self.rows_M, self.num_rows)
+
+    def order_or_first(self) -> Tensor:
+        """Return order_M with 0 in the entries that are undefined."""
+        if self.count is None:
+            return self.order_M
+        return torch.where(self._defined(self.count), self.order_M, 0)
+
+    def _defined(self, count: Tensor) -> Tensor:
         entries = torch.arange(len(self.rows_M), dtype=torch.int32, device=self.rows_M.device)
-        return torch.where(entries < self.count, self.rows_M, self.num_rows)
+        return entries < count
 
 
 def digits_of(num_rows: int, radix: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_inputs(values_rV: Tensor, row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor) -> None:
+def check_inputs(values_rV: Tensor, row_ids_M: Tensor, weights: Tensor, offsets: Tensor) -> None:
     """Raise a ValueError where shapes, dtypes or devices do not fit."""
     if values_rV.dim() != 2 or values_rV.shape[1] % 8:
         raise ValueError(
@@ -18,19 +18,19 @@ def check_inputs(values_rV: Tensor, row_ids_M: Tensor, weights_M: Tensor, offset
         )
     if values_rV.dtype not in TABLE_DTYPES:
         raise ValueError(f"values must be fp32, bf16, fp16 or fp64, not {values_rV.dtype}.")
-    if not weights_M.is_floating_point():
-        raise ValueError(f"weights must be floating point, not {weights_M.dtype}.")
+    if not weights.is_floating_point():
+        raise ValueError(f"weights must be floating point, not {weights.dtype}.")
     for name, ids in (("row_ids", row_ids_M), ("offsets", offsets)):
         if ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"{name} must be int64 or int32, not {ids.dtype}.")
-    if row_ids_M.dim() != 1 or row_ids_M.shape != weights_M.shape:
+    if weights.dim() not in (1, 2) or row_ids_M.shape != weights.shape[:1]:
         raise ValueError(
             f"row_ids have shape {tuple(row_ids_M.shape)} and weights have shape "
-            f"{tuple(weights_M.shape)}, but both must be [lookups]."
+            f"{tuple(weights.shape)}, but both must be [lookups], or the weights [lookups, cores]."
         )
     if offsets.dim() != 1 or len(offsets) == 0:
         raise ValueError(f"offsets have shape {tuple(offsets.shape)}, but they must be [bags + 1].")
-    devices = {x.device for x in (values_rV, row_ids_M, weights_M, offsets)}
+    devices = {x.device for x in (values_rV, row_ids_M, weights, offsets)}
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"values, row_ids, weights and offsets are on {names}; use one device.")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megamem.ops.checks import check_buffer
 from megamem.ops.sort_lookups import Known
+from megamem.reference.embedding_bag import Cores
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,10 @@ class Pass:
 
     grad_GV: Tensor
     row_ids_M: Tensor
-    weights_M: Tensor
+    weights: Tensor
     offsets: Tensor
     known: Known
+    cores: Cores | None = None
 
 
 @dataclass

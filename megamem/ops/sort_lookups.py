@@ -3,10 +3,10 @@
     torch    all lookups; those that read no row come last
     radix    Triton kernels; lookups that read no row are left out
 
-Letters: M lookups, r rows on this rank.
+Letters: M lookups, O cores, r rows on this rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ NOTHING = Known()
 
 def sort_lookups(
     row_ids_M: Tensor,
-    weights_M: Tensor,
+    weights: Tensor,
     offsets: Tensor,
     num_rows: int,
     known: Known = NOTHING,
@@ -47,7 +47,7 @@ def sort_lookups(
 
     Args:
         row_ids_M: row of the shard that each lookup reads, or a negative number for none.
-        weights_M: weight of each lookup.
+        weights: [M] or [M, O], weight of each lookup, or of each of its cores.
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
         num_rows: r, the rows of the shard.
         known: what is known of the lookups.
@@ -55,5 +55,8 @@ def sort_lookups(
             a GPU or Triton's interpreter.
     """
     if (form or forms.pick("sort_lookups")) == "torch":
-        return sort_by_torch(row_ids_M, weights_M, offsets, num_rows, known.may_skip)
-    return sort_by_radix(row_ids_M, weights_M, offsets, num_rows, **vars(known))
+        return sort_by_torch(row_ids_M, weights, offsets, num_rows, known.may_skip)
+    if weights.dim() == 1:
+        return sort_by_radix(row_ids_M, weights, offsets, num_rows, **vars(known))
+    lookups = sort_by_radix(row_ids_M, weights[:, 0], offsets, num_rows, **vars(known))
+    return replace(lookups, weights_M=weights[lookups.order_or_first()])

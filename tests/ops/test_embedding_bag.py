@@ -213,9 +213,9 @@ def test_a_cpu_trains_on_the_twin(monkeypatch):
         ({"row_ids_M": torch.tensor([0, 5])}, "row id 5 is out of range for a table of 5 rows"),
         ({"row_ids_M": torch.tensor([0.0, 1.0])}, "int64 or int32"),
         ({"row_ids_M": torch.tensor([0, 1, 2])}, r"\[lookups\]"),
-        ({"weights_M": torch.tensor([1, 2])}, "floating point"),
+        ({"weights": torch.tensor([1, 2])}, "floating point"),
         ({"offsets": torch.tensor([], dtype=torch.int64)}, r"\[bags \+ 1\]"),
-        ({"weights_M": torch.zeros(2, device="meta")}, "use one device"),
+        ({"weights": torch.zeros(2, device="meta")}, "use one device"),
         ({"add_value_grad_to": torch.zeros(4, 8)}, "shape of the table"),
         ({"add_value_grad_to": torch.zeros(5, 8, dtype=torch.int64)}, "must be fp32 or bf16, not"),
         (
@@ -239,7 +239,7 @@ def test_errors_for_people(change, message):
     good = {
         "values_rV": torch.zeros(5, 8),
         "row_ids_M": torch.tensor([0, 4]),
-        "weights_M": torch.ones(2),
+        "weights": torch.ones(2),
         "offsets": torch.tensor([0, 2]),
     }
     embedding_bag(**good)
@@ -266,7 +266,7 @@ def test_the_check_can_be_turned_off(device, monkeypatch):
     ("change", "message"),
     [
         ({"row_ids_M": torch.tensor([0, 1, 2])}, r"\[lookups\]"),
-        ({"weights_M": torch.zeros(2, device="meta")}, "use one device"),
+        ({"weights": torch.zeros(2, device="meta")}, "use one device"),
         ({"grad_GV": torch.zeros(2, 8)}, "the gradient has shape"),
         ({"grad_GV": torch.zeros(1, 8, device="meta")}, "the gradient must be on cpu"),
         ({"buffer_rV": torch.zeros(5, 12), "grad_GV": torch.zeros(1, 12)}, "multiple of 8"),
@@ -277,7 +277,7 @@ def test_errors_of_the_gradient_forms(change, message):
         "buffer_rV": torch.zeros(5, 8),
         "grad_GV": torch.zeros(1, 8),
         "row_ids_M": torch.tensor([0, 4]),
-        "weights_M": torch.ones(2),
+        "weights": torch.ones(2),
         "offsets": torch.tensor([0, 2]),
     }
     for op in (add_value_gradient_, sparse_gradients):
