@@ -47,6 +47,8 @@ FORMS: dict[str, dict[str, Form]] = {
         "bags": Form("h100-a4677c2.jsonl"),
         "dense": Form(None),
     },
+    "tucker_topk": {"torch": Form(None), "triton": Form(None)},
+    "tucker_topk_backward": {"torch": Form(None), "triton": Form(None)},
     "embedding_bag": {"triton": Form("h100-a4677c2.jsonl")},
     "row_gradient": {
         "add": Form("h100-a4677c2.jsonl"),

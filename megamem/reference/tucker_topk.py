@@ -83,29 +83,54 @@ def _of_some_tokens(
     topk: int,
     final_topk: int,
 ) -> tuple[Tensor, Tensor]:
-    rank, num_keys = keys_2HNAC.shape[3], keys_2HNAC.shape[2]
+    kept_2THK, scores_2THKA = kept_sides(query_T2AC, keys_2HNAC, directions_2HA, topk)
+    pairs_THF = best_pairs(scores_2THKA, cores_OHAA, final_topk)
+    row_ids_THF = ids_of_pairs(kept_2THK, pairs_THF, keys_2HNAC.shape[2])
+    return weights_of_pairs(scores_2THKA, cores_OHAA, pairs_THF), row_ids_THF
+
+
+def kept_sides(
+    query_T2AC: Tensor, keys_2HNAC: Tensor, directions_2HA: Tensor, topk: int
+) -> tuple[Tensor, Tensor]:
+    """Return the K rows and columns of the first stage in the order of their indices.
+
+    With this order, pairs of places among them are in the order of their ids.
+
+    Returns:
+        kept_2THK: their indices.
+        scores_2THKA: S_row and S_col of these.
+    """
     scores_2THNA = torch.einsum("tzac,zhnac->zthna", query_T2AC, keys_2HNAC)
     with torch.no_grad():
         sides_2THN = torch.einsum("zthna,zha->zthn", scores_2THNA, directions_2HA)
-        # by index, so that the pairs below are in the order of their ids
         kept_2THK = first_of_sorted(sides_2THN, topk)[1].sort(dim=-1).values
-    row_THKA, column_THKA = scores_2THNA.gather(3, _of_ranks(kept_2THK, rank))
-    with torch.no_grad():
-        core_HAA = cores_OHAA.sum(0)
-        pairs_THP = torch.einsum(
-            "thib,thjb->thij", torch.einsum("thia,hab->thib", row_THKA, core_HAA), column_THKA
-        ).flatten(-2)
-        chosen_THF = first_of_sorted(pairs_THP, final_topk)[1]
-        row_of_THF, column_of_THF = chosen_THF // topk, chosen_THF % topk
-        ids_of_rows, ids_of_columns = kept_2THK
-        row_ids_THF = ids_of_rows.gather(-1, row_of_THF) * num_keys
-        row_ids_THF += ids_of_columns.gather(-1, column_of_THF)
-    row_THFA = row_THKA.gather(2, _of_ranks(row_of_THF, rank))
-    column_THFA = column_THKA.gather(2, _of_ranks(column_of_THF, rank))
-    weights_OTHF = torch.einsum(
-        "othfb,thfb->othf", torch.einsum("thfa,ohab->othfb", row_THFA, cores_OHAA), column_THFA
-    )
-    return weights_OTHF.movedim(0, -1), row_ids_THF
+    return kept_2THK, scores_2THNA.gather(3, _of_ranks(kept_2THK, keys_2HNAC.shape[3]))
+
+
+@torch.no_grad()
+def best_pairs(scores_2THKA: Tensor, cores_OHAA: Tensor, final_topk: int) -> Tensor:
+    """Return pairs_THF, i * K + j for the best pairs of the kept row i and the kept column j."""
+    row_THKA, column_THKA = scores_2THKA
+    left_THKA = torch.einsum("thia,hab->thib", row_THKA, cores_OHAA.sum(0))
+    pairs_THP = torch.einsum("thib,thjb->thij", left_THKA, column_THKA).flatten(-2)
+    return first_of_sorted(pairs_THP, final_topk)[1]
+
+
+def ids_of_pairs(kept_2THK: Tensor, pairs_THF: Tensor, num_keys: int) -> Tensor:
+    """Return row_ids_THF of pairs of kept rows and columns."""
+    rows_THK, columns_THK = kept_2THK
+    topk = rows_THK.shape[-1]
+    row_ids_THF = rows_THK.gather(-1, pairs_THF // topk) * num_keys
+    return row_ids_THF + columns_THK.gather(-1, pairs_THF % topk)
+
+
+def weights_of_pairs(scores_2THKA: Tensor, cores_OHAA: Tensor, pairs_THF: Tensor) -> Tensor:
+    """Return weights_THFO, the score of each single core for pairs of kept rows and columns."""
+    (row_THKA, column_THKA), (topk, rank) = scores_2THKA, scores_2THKA.shape[-2:]
+    row_THFA = row_THKA.gather(2, _of_ranks(pairs_THF // topk, rank))
+    column_THFA = column_THKA.gather(2, _of_ranks(pairs_THF % topk, rank))
+    left_OTHFA = torch.einsum("thfa,ohab->othfb", row_THFA, cores_OHAA)
+    return torch.einsum("othfb,thfb->thfo", left_OTHFA, column_THFA)
 
 
 def _of_ranks(index: Tensor, rank: int) -> Tensor:

@@ -39,6 +39,9 @@ def problems(table: dict[str, dict[str, Form]]) -> list[str]:
     for op, choices in table.items():
         default, *others = choices
         record = choices[default].record
+        # torch's own ops need no run to be the default of an op without any
+        if default == "torch" and not any(form.record for form in choices.values()):
+            continue
         if record is None:
             found.append(f"{op}: {default} is the default on GPUs and has never run on one")
             continue
