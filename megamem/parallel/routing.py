@@ -329,7 +329,7 @@ def _plan_alltoall(
         # the rank that passes them on finds the node by its rows
         local_TL += owners_TL // grid.local_rows * step
     local_J = local_TL.flatten().to(rows_TL.dtype).index_select(0, order_J)
-    del owners_TL, key_J, local_TL
+    del owners_TL, rows_TL, key_J, local_TL
 
     # 3. the hops of every piece
     stages = counts.stages(host.numbers())
