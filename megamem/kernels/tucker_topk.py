@@ -267,6 +267,8 @@ def _best_pairs_kernel(
         b_order, b_pair = _pair_order(row, column, core, i, 0, A, K, KP, BLOCK_I)
         m_reach = (b_order >= i_low) & (b_pair >= 0)
         b_place = i_used + tl.cumsum(m_reach.to(tl.int32), axis=0) - 1
+        # no two have one place; the barriers let a check of the compiled kernel see that
+        tl.debug_barrier()
         tl.store(candidates + b_place, pack(b_order, b_pair), mask=m_reach & (b_place < FB))
         i_used += tl.sum(m_reach.to(tl.int32), axis=0)
 
@@ -287,14 +289,14 @@ def _best_pairs_kernel(
             i_above += tl.sum((b_order > i_low).to(tl.int32), axis=0)
         i_equal = 0
         i_used = 0
-        # the candidates that the second pass stored are overwritten
-        tl.debug_barrier()
+        # the barriers also come before the candidates of the second pass are overwritten
         for i in range(0, K, BLOCK_I):
             b_order, b_pair = _pair_order(row, column, core, i, 0, A, K, KP, BLOCK_I)
             m_equal = (b_order == i_low) & (b_pair >= 0)
             b_nth = i_equal + tl.cumsum(m_equal.to(tl.int32), axis=0)
             m_keep = (b_order > i_low) | (m_equal & (b_nth <= F - i_above))
             b_place = i_used + tl.cumsum(m_keep.to(tl.int32), axis=0) - 1
+            tl.debug_barrier()
             tl.store(candidates + b_place, pack(b_order, b_pair), mask=m_keep)
             i_used += tl.sum(m_keep.to(tl.int32), axis=0)
             i_equal += tl.sum(m_equal.to(tl.int32), axis=0)
@@ -321,6 +323,7 @@ def _best_pairs_kernel(
                 b_row = tl.load(row + a * K + b_i, mask=m_f, other=0.0)
                 b_left += b_row * tl.load(one + a * A + b)
             b_weight += b_left * tl.load(column + b * K + b_j, mask=m_f, other=0.0)
+        tl.debug_barrier()
         tl.store(weights + o_out * O + o, b_weight, mask=m_f)
 
 
@@ -411,7 +414,7 @@ def tucker_topk(
             FP=padded_final,
             FB=2 * padded_final,
             BLOCK_I=block_i,
-            num_warps=max(1, min(8, tile // 512)),
+            num_warps=max(1, min(4, tile // 512)),
             **sizes,
             **OPTIONS,
         )

@@ -159,6 +159,41 @@ def _topk(
     return KnownAnswer(name, "product_topk", checked, needs)
 
 
+def _tucker(
+    case: str,
+    look: Callable[..., str | None],
+    num_keys: int = 1138,
+    tokens: int = 4096,
+    heads: int = 1,
+    topk: int = 32,
+    final_topk: int = 32,
+    queries: int = 1,
+    **form: str,
+) -> KnownAnswer:
+    """A check of tucker_topk in bf16, of rank 2. The scale divides the tokens, not the keys.
+
+    Args:
+        form: `form` or `backward_form`, where it is not the one in use.
+    """
+    width = 192
+    sizes = (heads, num_keys, width, queries)
+
+    def checked(device: torch.device, scale: int) -> str | None:
+        return look(device, max(4, tokens // scale), sizes, topk, final_topk, **form)
+
+    def needs(scale: int) -> float:
+        # what each read keeps, keys and their gradients, and chunks in float64 with theirs
+        reads_here = max(4, tokens // scale) * heads
+        kept = 200 * (final_topk + 2 * topk) + 64 * width
+        chunk = min(reads_here, reads.TUCKER_TOKENS * heads)
+        dense = 24 * 4 * num_keys + 32 * min(topk**2, 2**14)
+        return reads_here * kept + 160 * heads * num_keys * width + chunk * dense + 1e9 / scale
+
+    shape = f"N={num_keys}, C={width}, K={topk}, F={final_topk}"
+    name = ", ".join((f"tucker_topk, {shape}, {case}", *form.values()))
+    return KnownAnswer(name, "tucker_topk", checked, needs)
+
+
 def _bag(
     op: str, case: str, look: Callable[..., str | None], rows: int, per_number: int
 ) -> KnownAnswer:
@@ -248,6 +283,27 @@ ANSWERS: tuple[KnownAnswer, ...] = (
     _topk("all scores equal", reads.topk_breaks_ties, tokens=1024, form="fused"),
     _topk("one sub-key NaN", reads.topk_shows_nan, tokens=1024, form="fused"),
     _topk("gradients", reads.topk_has_gradients, backward_form="dense"),
+    *(
+        answer
+        for form in ("torch", "triton")
+        for answer in (
+            _tucker("whole numbers", reads.tucker_is_exact, form=form),
+            _tucker("heads", reads.tucker_is_exact, 808, 2048, 2, 42, 80, form=form),
+            _tucker("whole numbers", reads.tucker_is_exact, 960, 1024, 1, 128, 768, 2, form=form),
+            _tucker("all scores equal", reads.tucker_breaks_ties, tokens=512, form=form),
+            _tucker("one key NaN", reads.tucker_shows_nan, tokens=512, form=form),
+            _tucker("gradients", reads.tucker_has_gradients, tokens=2048, backward_form=form),
+            _tucker(
+                "gradients", reads.tucker_has_gradients, 808, 512, 2, 64, 256, 2, backward_form=form
+            ),
+        )
+    ),
+    KnownAnswer(
+        "leading_directions, ranks 1 to 4",
+        "leading_directions",
+        lambda device, scale: reads.directions_are_leading(device, max(8, 1024 // scale)),
+        lambda scale: 2**20,
+    ),
     _bag("embedding_bag", "forward", reads.bags_are_exact, 2**20, 3),
     _bag("embedding_bag", "backward into fp32", reads.bag_gradients_are_exact, 2**18, 14),
     _bag("embedding_bag", "first touch of fp32", reads.first_gradients_are_exact, 2**18, 22),

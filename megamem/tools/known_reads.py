@@ -18,6 +18,7 @@ from megamem.ops.forms import FORMS
 from megamem.ops.row_buffer import Deferred, RowBuffer
 from megamem.reference.product_topk import product_topk as topk_reference
 from megamem.reference.sort_lookups import sort_lookups as sort_reference
+from megamem.reference.tucker_topk import tucker_topk as tucker_reference
 
 PERIOD = 1021
 """Number of rows after which a table repeats. It is prime, so that an offset that is wrong by a
@@ -211,6 +212,143 @@ def _impossible_rows(rows: Tensor, num_keys: int) -> str | None:
         return f"{outside:,} of {rows.numel():,} row ids do not exist"
     twice = int((rows.sort(dim=-1).values.diff(dim=-1) == 0).sum())
     return f"{twice:,} of {rows.numel():,} row ids occur twice in one read" if twice else None
+
+
+# tucker_topk --------------------------------------------------------------------------------------
+
+TUCKER_TOKENS = 512
+"""Tokens of which the reference computes gradients in float64 at once."""
+
+
+def _tucker_inputs(
+    device: torch.device, tokens: int, heads: int, num_keys: int, width: int, queries: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Whole numbers of rank 2 with two cores, so small that all scores are exact in fp32."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    return (
+        whole_numbers((tokens, 2, queries, width), 1, bf16, device, 11),
+        whole_numbers((2, heads, num_keys, 2, width), 1, bf16, device, 12),
+        whole_numbers((2, heads, 2, 2), 2, fp32, device, 13),
+        whole_numbers((2, heads, 2), 2, fp32, device, 14),
+    )
+
+
+def tucker_is_exact(
+    device: torch.device,
+    tokens: int,
+    sizes: tuple[int, int, int, int],
+    topk: int,
+    final_topk: int,
+    **form: str,
+) -> str | None:
+    """tucker_topk with scores that are whole numbers: row ids and their order are exact.
+
+    Args:
+        sizes: heads, keys per side, their width, and queries of a side.
+    """
+    inputs = _tucker_inputs(device, tokens, *sizes)
+    weights, rows = _tucker(inputs, topk, final_topk, form)
+    true_weights, true_rows = _true_tucker(inputs, topk, final_topk)
+    return unlike(rows, true_rows, "row ids of pairs") or unlike(weights, true_weights, "weights")
+
+
+def tucker_breaks_ties(
+    device: torch.device,
+    tokens: int,
+    sizes: tuple[int, int, int, int],
+    topk: int,
+    final_topk: int,
+    **form: str,
+) -> str | None:
+    """tucker_topk of queries of zeros: the first pairs of the first rows and columns are returned.
+
+    Args:
+        sizes: as for tucker_is_exact.
+    """
+    query, *others = _tucker_inputs(device, tokens, *sizes)
+    weights, rows = _tucker((query * 0, *others), topk, final_topk, form)
+    pairs = torch.arange(final_topk, device=device)
+    true_rows = (pairs // topk * sizes[1] + pairs % topk).expand_as(rows)
+    wrong = unlike(rows, true_rows, "row ids of pairs of equal scores")
+    return wrong or unlike(weights, torch.zeros_like(weights), "weights of queries of zeros")
+
+
+def tucker_shows_nan(
+    device: torch.device,
+    tokens: int,
+    sizes: tuple[int, int, int, int],
+    topk: int,
+    final_topk: int,
+    **form: str,
+) -> str | None:
+    """tucker_topk with a NaN in one key of a row: its pairs are ranked first, by their ids.
+
+    Args:
+        sizes: as for tucker_is_exact.
+    """
+    inputs = _tucker_inputs(device, tokens, *sizes)
+    inputs[1][0, 0, sizes[1] * 2 // 3, 1, -1] = torch.nan
+    weights, rows = _tucker(inputs, topk, final_topk, form)
+    true_weights, true_rows = _true_tucker(inputs, topk, final_topk)
+    wrong = unlike(weights.isnan(), true_weights.isnan(), "weights of a key with a NaN")
+    return wrong or unlike(rows, true_rows, "row ids of pairs beside a NaN")
+
+
+def tucker_has_gradients(
+    device: torch.device,
+    tokens: int,
+    sizes: tuple[int, int, int, int],
+    topk: int,
+    final_topk: int,
+    **form: str,
+) -> str | None:
+    """Gradients of tucker_topk: exact sums for queries, keys and cores.
+
+    Args:
+        sizes: as for tucker_is_exact.
+    """
+    *inputs, directions = _tucker_inputs(device, tokens, *sizes)
+    leaves = [x.requires_grad_() for x in inputs]
+    weights, _ = _tucker((*leaves, directions), topk, final_topk, form)
+    grad = whole_numbers(tuple(weights.shape), 1, weights.dtype, device, 15)
+    found = torch.autograd.grad(weights, leaves, grad)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    parts = []
+    for chunk in torch.arange(tokens, device=device).split(TUCKER_TOKENS):
+        query, keys, cores = exact[0][chunk], exact[1], exact[2]
+        weights, _ = tucker_reference(query, keys, cores, directions.double(), topk, final_topk)
+        parts.append(torch.autograd.grad(weights, exact, grad[chunk].double()))
+    for name, x, *true_parts in zip(("queries", "keys", "cores"), found, *parts, strict=True):
+        truth = torch.stack(true_parts).sum(0).float()
+        if wrong := unlike(x, truth, f"numbers of the gradient of the {name}"):
+            return wrong
+    return None
+
+
+def _true_tucker(inputs: tuple[Tensor, ...], topk: int, final_topk: int) -> tuple[Tensor, Tensor]:
+    """Weights and row ids of the reference in float64, in which whole numbers are exact."""
+    weights, rows = tucker_reference(*(x.double() for x in inputs), topk, final_topk)
+    return weights.float(), rows
+
+
+def directions_are_leading(device: torch.device, heads: int) -> str | None:
+    """leading_directions against torch's singular value decomposition, for ranks 1 to 4."""
+    for rank in range(1, 5):
+        generator = torch.Generator(device).manual_seed(16)
+        options: dict[str, Any] = {"generator": generator, "device": device}
+        core = torch.randn(heads, rank, rank, **options, dtype=torch.float64)
+        first = ops.leading_directions(core, torch.zeros(2, heads, rank, device=device).double())
+        u, t = first
+        reached = torch.einsum("ha,hab,hb->h", u, core, t)
+        lost = (reached / torch.linalg.svdvals(core)[:, 0] - 1).abs() > 1e-12
+        lost |= (first.norm(dim=-1) - 1).abs().amax(0) > 1e-12
+        other = ops.leading_directions(core, -first)
+        signs = ((other + first).abs() > 1e-12).flatten(2).any(2).any(0)
+        signs |= first.sum((0, 2)) < 0
+        for name, wrong in (("leading directions", lost), ("signs of directions", signs)):
+            if count := int(wrong.sum()):
+                return f"{count:,} of {heads:,} {name} of rank {rank} are wrong"
+    return None
 
 
 # embedding_bag and row_dot ------------------------------------------------------------------------

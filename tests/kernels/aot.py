@@ -37,6 +37,8 @@ from megamem.kernels.row_adam import update_rows_
 from megamem.kernels.row_gradient import row_gradient
 from megamem.kernels.sort_lookups import SortedLookups, sort_by_radix, sort_by_torch
 from megamem.kernels.squared_norm import squared_norm
+from megamem.kernels.tucker_topk import tucker_topk
+from megamem.kernels.tucker_topk_backward import tucker_topk_backward
 from tests.kernels.races import Race, find_races
 
 TRITON = ".".join(triton.__version__.split(".")[:2])
@@ -211,6 +213,37 @@ def _topk_backward(
     return run
 
 
+def _tucker(
+    dtype: torch.dtype,
+    num_keys: int,
+    width: int,
+    topk: int,
+    final_topk: int,
+    heads: int = 1,
+    rank: int = 2,
+    cores: int = 2,
+    queries: int = 1,
+) -> Callable[[int], None]:
+    def run(tokens: int) -> None:
+        query = _meta(tokens, 2, queries, width, dtype=dtype)
+        keys = _meta(2, heads, num_keys, rank, width, dtype=dtype)
+        all_cores, directions = _meta(cores, heads, rank, rank), _meta(2, heads, rank)
+        tucker_topk(query, keys, all_cores, directions, topk, final_topk)
+
+    return run
+
+
+def _tucker_backward(
+    topk: int, final_topk: int, heads: int = 1, rank: int = 2, cores: int = 2
+) -> Callable[[int], None]:
+    def run(tokens: int) -> None:
+        grad, sides = _meta(tokens, heads, final_topk, cores), _meta(2, tokens, heads, rank, topk)
+        pairs = _meta(tokens, heads, final_topk, dtype=torch.int32)
+        tucker_topk_backward(grad, pairs, sides, _meta(cores, heads, rank, rank))
+
+    return run
+
+
 def _adam(
     dtype: torch.dtype,
     touched: bool,
@@ -283,6 +316,8 @@ CASES: dict[str, Callable[[int], None]] = {
     "top-k bf16 N=1024 C=512 K=32": _topk(BF16, 1024, 512, 32),
     "fused top-k bf16 N=1024 C=512 K=32": _fused(BF16, 1024, 512, 32),
     "top-k backward bf16 N=1024 K=32": _topk_backward(BF16, 1024, 512, 32),
+    "Tucker bf16 N=1138 K=42 F=256": _tucker(BF16, 1138, 192, 42, 256),
+    "Tucker backward K=42 F=256": _tucker_backward(42, 256),
     "adam fp32, gradients of few rows": _adam(FP32, touched=False, few=True),
     "adam bf16 random, touched": _adam(BF16, touched=True),
     "norm fp32 V=2048": _norm(FP32, 2048),
@@ -331,6 +366,15 @@ MORE_CASES: dict[str, Callable[[int], None]] = {
     "top-k backward bf16 N=100 K=8": _topk_backward(BF16, 100, 24, 8),
     "top-k backward bf16 N=2048 K=64": _topk_backward(BF16, 2048, 512, 64),
     "top-k backward fp32 N=1000 K=33": _topk_backward(FP32, 1000, 64, 33),
+    "Tucker bf16 N=1138 K=32 F=32": _tucker(BF16, 1138, 192, 32, 32),
+    "Tucker bf16 N=3578 K=42 F=42 H=2": _tucker(BF16, 3578, 512, 42, 42, heads=2),
+    "Tucker bf16 N=964 K=128 F=768": _tucker(BF16, 964, 524, 128, 768, queries=2),
+    "Tucker fp32 N=100 K=5 F=7 A=4": _tucker(FP32, 100, 24, 5, 7, rank=4, cores=1, queries=4),
+    "Tucker bf16 N=10 K=1 F=1 A=1": _tucker(BF16, 10, 24, 1, 1, rank=1, cores=4),
+    "Tucker backward K=32 F=32": _tucker_backward(32, 32),
+    "Tucker backward K=42 F=42 H=2": _tucker_backward(42, 42, heads=2),
+    "Tucker backward K=128 F=768": _tucker_backward(128, 768),
+    "Tucker backward K=5 F=7 A=4": _tucker_backward(5, 7, rank=4, cores=3),
     "adam fp32 + bf16 copy": _adam(FP32, touched=False),
     "adam fp32 + bf16 copy V=1024, few": _adam(FP32, touched=False, width=1024, few=True),
     "adam bf16 random": _adam(BF16, touched=False),

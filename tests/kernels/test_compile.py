@@ -22,6 +22,8 @@ from tests.kernels.aot import (
 
 KERNELS = {
     "_bag_kernel",
+    "_best_pairs_kernel",
+    "_best_sides_kernel",
     "_candidates_kernel",
     "_compact_kernel",
     "_count_kernel",
@@ -29,6 +31,7 @@ KERNELS = {
     "_late_dots_kernel",
     "_mark_kernel",
     "_merge_kernel",
+    "_pair_gradient_kernel",
     "_pairs_kernel",
     "_place_kernel",
     "_squared_norm_kernel",

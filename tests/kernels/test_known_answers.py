@@ -21,6 +21,7 @@ SMALL, SMALLEST = 4096, 16384
 INTERPRETED = (
     "product_topk, N=128, C=512, K=32, whole numbers",
     "product_topk, N=128, C=512, K=32, whole numbers, fused",
+    "tucker_topk, N=1138, C=192, K=32, F=32, whole numbers, triton",
     "embedding_bag, R=1048576, V=2048, forward",
     "embedding_bag, R=262144, V=2048, backward into fp32",
     "embedding_bag, R=262144, V=2048, first touch of fp32",
@@ -155,6 +156,38 @@ def halves_a_gradient(right: Callable[..., Any]) -> Callable[..., Any]:
     return topk
 
 
+def takes_the_other_sign(right: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda query, keys, cores, directions, *sizes, **form: right(
+        query, keys, cores, -directions, *sizes, **form
+    )
+
+
+def gives_the_sum_of_cores(right: Callable[..., Any]) -> Callable[..., Any]:
+    def topk(*given: Any, **form: str) -> Any:
+        weights, rows = right(*given, **form)
+        return weights.sum(-1, keepdim=True).expand_as(weights), rows
+
+    return topk
+
+
+def forgets_the_last_core(right: Callable[..., Any]) -> Callable[..., Any]:
+    def topk(*given: Any, **form: str) -> Any:
+        weights, rows = right(*given, **form)
+        if weights.requires_grad:
+            weights.register_hook(lambda grad: torch.cat((grad[..., :1], grad[..., 1:] * 0), -1))
+        return weights, rows
+
+    return topk
+
+
+def keeps_no_sign(right: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda core, previous: right(core, previous * 0)
+
+
+def is_off_by_a_little(right: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda core, previous: right(core, previous) + 1e-5
+
+
 def misreads_the_last_lookup(right: Callable[..., Any]) -> Callable[..., Any]:
     def bag(*inputs: Tensor, **options: Any) -> Any:
         # the row ids come second or third, before the offsets
@@ -204,6 +237,12 @@ WRONG = [
     ("product_topk", prefers_the_larger_row_of_a_tie, "row ids of equal scores"),
     ("product_topk", puts_nan_last, "scores of a sub-key with a NaN are not NaN"),
     ("product_topk", halves_a_gradient, "numbers of the gradient of the queries"),
+    ("tucker_topk", takes_the_other_sign, "row ids of pairs"),
+    ("tucker_topk", gives_the_sum_of_cores, "weights"),
+    ("tucker_topk", puts_nan_last, "weights of a key with a NaN"),
+    ("tucker_topk", forgets_the_last_core, "numbers of the gradient of the queries"),
+    ("leading_directions", keeps_no_sign, "signs of directions"),
+    ("leading_directions", is_off_by_a_little, "leading directions"),
     ("embedding_bag", misreads_the_last_lookup, "numbers of the bags"),
     ("embedding_bag", overwrites_a_buffer, "numbers of the gradient buffer"),
     ("sparse_gradients", misreads_the_last_lookup, "touched rows are wrong"),
