@@ -325,9 +325,17 @@ def tucker_has_gradients(
     return None
 
 
+def _tucker(
+    inputs: tuple[Tensor, ...], topk: int, final_topk: int, form: dict[str, str]
+) -> tuple[Tensor, Tensor]:
+    query, keys, cores, directions = inputs
+    return ops.tucker_topk(query, keys, cores, directions, topk, final_topk, **form)
+
+
 def _true_tucker(inputs: tuple[Tensor, ...], topk: int, final_topk: int) -> tuple[Tensor, Tensor]:
     """Weights and row ids of the reference in float64, in which whole numbers are exact."""
-    weights, rows = tucker_reference(*(x.double() for x in inputs), topk, final_topk)
+    query, keys, cores, directions = (x.double() for x in inputs)
+    weights, rows = tucker_reference(query, keys, cores, directions, topk, final_topk)
     return weights.float(), rows
 
 
