@@ -153,24 +153,27 @@ def test_half_precision_is_scored_in_fp32():
 
 
 def test_one_sign_finds_half_of_the_best():
-    """At initialisation a sign finds 0.48 to 0.52 of the exhaustive top 32, the two about all."""
+    """At initialisation a sign finds 0.48 to 0.52 of the exhaustive top 32; both find about all.
+
+    Of heads the shares differ more, between 0.38 and 0.61, so this is a mean of eight.
+    """
     torch.manual_seed(0)
-    tokens, num_keys, width, topk = 64, 1138, 192, 32
-    query, keys = torch.randn(tokens, 2, 1, width), torch.randn(2, 1, num_keys, 2, width)
+    tokens, heads, num_keys, width, topk = 12, 8, 1138, 192, 32
+    query, keys = torch.randn(tokens, 2, 1, width), torch.randn(2, heads, num_keys, 2, width)
     query /= query.square().mean(-1, keepdim=True).sqrt() * width**0.5
-    cores = torch.rand(2, 1, 2, 2)
-    directions = leading_directions(cores.sum(0), torch.zeros(2, 1, 2))
-    row_TNA, column_TNA = torch.einsum("tzac,znac->ztna", query.expand(-1, -1, 2, -1), keys[:, 0])
-    found = {1: 0, -1: 0}
-    ids = {s: tucker_topk(query, keys, cores, s * directions, topk, topk)[1][:, 0] for s in found}
-    for t in range(tokens):
-        best = (row_TNA[t] @ cores.sum((0, 1)) @ column_TNA[t].T).flatten().topk(topk).indices
-        for sign in found:
-            found[sign] += int(torch.isin(best, ids[sign][t]).sum())
-    shares = [count / (tokens * topk) for count in found.values()]
+    cores = torch.rand(2, heads, 2, 2)
+    directions = leading_directions(cores.sum(0), torch.zeros(2, heads, 2))
+    row_THNA, column_THNA = torch.einsum("tzac,zhnac->zthna", query.expand(-1, -1, 2, -1), keys)
+    scores_THR = (row_THNA @ cores.sum(0) @ column_THNA.mT).flatten(2)
+    best_THK = scores_THR.topk(topk).indices
+    shares = []
+    for sign in (1, -1):
+        _, row_ids_THK = tucker_topk(query, keys, cores, sign * directions, topk, topk)
+        found_THKK = best_THK.unsqueeze(-1) == row_ids_THK.unsqueeze(-2)
+        shares.append(found_THKK.any(-1).double().mean().item())
     assert all(0.45 < share < 0.55 for share in shares), shares
     # what one finds, the other does not
-    assert 0.93 < sum(shares) <= 1.0, shares
+    assert 0.98 < sum(shares) <= 1.0, shares
 
 
 CORES = {
