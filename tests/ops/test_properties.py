@@ -13,9 +13,11 @@ from megamem.ops import (
     product_topk,
     sparse_gradients,
     touched_adamw_,
+    tucker_topk,
 )
 from megamem.reference.embedding_bag import embedding_bag as bag_reference
 from megamem.reference.product_topk import product_topk as topk_reference
+from megamem.reference.tucker_topk import tucker_topk as tucker_reference
 from tests.ops.batches import Batch
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -104,6 +106,49 @@ def test_product_topk_is_the_twin_id_for_id(tokens, heads, num_keys, key_dim, sp
     scores, rows = product_topk(query, sub_keys, topk)
     true_scores, true_rows = topk_reference(query, sub_keys, topk)
     assert torch.equal(rows, true_rows) and torch.equal(scores, true_scores)
+
+
+@st.composite
+def tucker_inputs(draw) -> tuple[list[Tensor], int, int]:
+    tokens, heads, num_keys, width = (
+        draw(st.integers(*s)) for s in ((0, 3), (1, 2), (1, 30), (1, 5))
+    )
+    rank, cores, spread = (draw(st.integers(*s)) for s in ((1, 4), (1, 4), (0, 3)))
+    topk = draw(st.integers(1, min(num_keys, 12)))
+    final_topk = draw(st.integers(1, topk**2))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-spread, spread + 1, shape, generator=generator).float().to(DEVICE)
+
+    query = integers(tokens, 2, draw(st.sampled_from([1, rank])), width)
+    keys = integers(2, heads, num_keys, rank, width)
+    # in some a key that is NaN or infinite
+    keys[0, 0, draw(st.integers(0, num_keys - 1)), 0, 0] = draw(
+        st.sampled_from([0.0, 1.0, torch.nan, torch.inf, -torch.inf])
+    )
+    return (
+        [query, keys, integers(cores, heads, rank, rank), integers(2, heads, rank)],
+        topk,
+        final_topk,
+    )
+
+
+@FEW
+@given(tucker_inputs(), st.sampled_from(["torch", "triton"]))
+def test_tucker_topk_is_the_twin_id_for_id(drawn, form):
+    inputs, topk, final_topk = drawn
+    leaves = [x.requires_grad_() for x in inputs[:3]]
+    found = []
+    for op, forms in ((tucker_topk, {"form": form, "backward_form": form}), (tucker_reference, {})):
+        weights, row_ids = op(*inputs, topk, final_topk, **forms)
+        grad = (torch.arange(weights.numel(), device=DEVICE) % 5 - 2.0).view_as(weights)
+        gradients = torch.autograd.grad(weights, leaves, grad)
+        # zeros times infinity add nothing in the reference, which leaves out what is not chosen
+        found.append((row_ids, weights, *(gradients if inputs[1].isfinite().all() else ())))
+    for ours, truth in zip(*found, strict=True):
+        assert torch.equal(ours.isnan(), truth.isnan())
+        assert torch.equal(ours.nan_to_num(), truth.nan_to_num())
 
 
 @FEW
