@@ -29,6 +29,12 @@ SETTINGS = (
 )
 """What settings_of() takes from a spec beside the hidden size; each has a flag --memory-NAME."""
 
+TUCKER_SETTINGS = (
+    *("final_topk", "tucker_rank", "cores", "expansion", "expansion_proj", "rank_queries"),
+    *("pre_value_dim", "skip", "query_conv", "share_layers"),
+)
+"""What it takes besides where scores are those of UltraMem; the flags have the same names."""
+
 TABLES = "memory_values"
 """Name of the submodule of the model that holds the value tables; keys start with it."""
 
@@ -69,7 +75,8 @@ def settings_of(spec: MemorySpec) -> dict[str, Any]:
 
     A checkpoint holds it, so that it never loads as something else than it was.
     """
-    found = {name: getattr(spec, name) for name in ("hidden_size", *SETTINGS)}
+    names = SETTINGS + (TUCKER_SETTINGS if spec.tucker_rank else ())
+    found = {name: getattr(spec, name) for name in ("hidden_size", *names)}
     return {"format": FORMAT, **found, "layers": list(spec.layers)}
 
 

@@ -8,7 +8,7 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from megamem.spec import Grid
+from megamem.spec import Grid, next_multiple
 
 MAX_NUM_KEYS = 46340
 """The largest N for which all N * N row ids fit into an int32."""
@@ -35,44 +35,121 @@ class MemoryConfig:
     """Numbers, from 0, of the layers whose feed-forward is replaced by a memory layer. Without this
     flag the model has no memory layers."""
 
-    memory_variant: Literal["memory", "memory+", "peer"] = "memory+"
+    memory_variant: Literal["memory", "memory+", "peer", "ultramem", "ultramem-v2"] = "memory+"
     """memory: the output is the weighted sum of the rows that were read. memory+: this sum is gated
     by silu(W x) and then projected. peer: an expert is a row u of one table and a row v of another,
-    and contributes weight * gelu(u . x) * v."""
+    and contributes weight * gelu(u . x) * v. ultramem: the scores of rows are Tucker products, each
+    core of which weights its own columns, and rows are read through E projections. ultramem-v2: an
+    expert is a row p of the pre-values and a row v, and contributes score * (p . W x) * v. Both
+    keep the feed-forward of their layers."""
 
     memory_num_keys: int = 1024
-    """N, the number of sub-keys per query half; the value table has N*N rows."""
+    """N, the number of sub-keys per query half; the value table has N*N rows. With
+    --memory-expansion E there are sqrt(E)*N sub-keys."""
 
-    memory_heads: int = 4
-    """Number of heads, which read the table independently; their results are summed."""
+    memory_heads: int | None = None
+    """Number of heads, which read the table independently; their results are summed. Default: 4; 2
+    for ultramem, 1 for ultramem-v2."""
 
-    memory_topk: int = 32
-    """Number of rows that each head reads for a token."""
+    memory_topk: int | None = None
+    """Number of rows that each head reads for a token; with ultramem and ultramem-v2, the number of
+    sub-keys of each half that its first stage keeps. Default: 32; 42 for ultramem."""
+
+    memory_final_topk: int | None = None
+    """For ultramem and ultramem-v2: number of rows that each head reads of the pairs of the first
+    stage. Default: --memory-topk."""
 
     memory_key_dim: int | None = None
     """Q, the width of one head's query, both halves together. Default: half of the value width for
-    memory+, 256 for memory and peer."""
+    memory+, 256 for memory and peer, the hidden size for ultramem and ultramem-v2."""
 
     memory_value_dim: int | None = None
-    """V, the width of a row of the value table, a multiple of 8. Default: the hidden size."""
+    """V, the width of a row of the value table, a multiple of 8, and with ultramem and ultramem-v2
+    of 8 times --memory-cores. Default: the hidden size; about a half of it for ultramem, three
+    eighths for ultramem-v2."""
 
-    memory_pool: Literal["shared", "layer"] = "shared"
+    memory_pre_value_dim: int | None = None
+    """For ultramem-v2: width of a row of the pre-values and of the projected token, a multiple of
+    8. Default: about an eighth of the hidden size."""
+
+    memory_tucker_rank: int | None = None
+    """For ultramem and ultramem-v2: numbers per sub-key and query of which a core makes a score.
+    Default: 2."""
+
+    memory_cores: int | None = None
+    """For ultramem and ultramem-v2: number of cores. Rows are chosen by the score of their sum;
+    each weights its own part of the columns. Default: 2."""
+
+    memory_expansion: int | None = None
+    """E, for ultramem and ultramem-v2: number of virtual blocks of rows that read the same N*N
+    rows, a square. Default: 4 for ultramem, 1 for ultramem-v2."""
+
+    memory_expansion_proj: Literal["block", "single"] | None = None
+    """block: the rows of each virtual block are summed and projected by themselves. single: all are
+    summed and projected once. Default: block for ultramem, single for ultramem-v2."""
+
+    memory_rank_queries: Literal["auto", "on", "off"] = "auto"
+    """For ultramem and ultramem-v2, whether each Tucker rank has a query of its own. auto: on for
+    ultramem-v2."""
+
+    memory_query_conv: int = 0
+    """For ultramem and ultramem-v2: number of tokens that a causal depth-wise convolution before
+    the query sees. 0: there is none."""
+
+    memory_skip: int = 0
+    """For ultramem: the output of a memory layer is added this number of layers after the one where
+    it reads, so that the lookups are sent while the layers between are computed."""
+
+    memory_share_layers: int = 1
+    """For ultramem and ultramem-v2: number of neighbouring memory layers that share tables of as
+    many rows as theirs would have together. Each has sub-keys for all of them."""
+
+    memory_pool: Literal["shared", "layer"] | None = None
     """shared: all memory layers read one value table. Every pipeline stage that has memory layers
     holds this table, sharded over the ranks of the stage, and the gradients of these copies are
-    summed once a step. layer: each memory layer has its own."""
+    summed once a step. layer: each memory layer has its own. Default: shared; layer for ultramem
+    and ultramem-v2."""
 
     memory_qk_norm: bool = False
-    """Apply RMSNorm with learnable gains to queries and sub-keys before they are compared."""
+    """Apply RMSNorm with learnable gains to queries and sub-keys before they are compared. ultramem
+    and ultramem-v2 always do."""
 
     memory_keep_ffn: bool = False
-    """Keep the feed-forward of a memory layer and add the memory's output to its output."""
+    """Keep the feed-forward of a memory layer and add the memory's output to its output. ultramem
+    and ultramem-v2 always do."""
+
+    memory_init: Literal["paper", "released"] = "paper"
+    """For ultramem and ultramem-v2: initial weights and gains as their papers derive them, or those
+    of the released code."""
 
     memory_value_init_std: float | None = None
     """Standard deviation of the initial values of a table; with peer, of its rows v only. Default:
-    V**-0.5."""
+    V**-0.5; for ultramem and ultramem-v2 as --memory-init says."""
+
+    memory_dropout: float = 0
+    """For ultramem and ultramem-v2: part of the numbers of a memory's output that are dropped in
+    training."""
+
+    memory_core_aux_weight: float | None = None
+    """For ultramem and ultramem-v2: weight of the loss that keeps all singular values of a head's
+    core but the first below --memory-core-aux-margin. Default: 0.001 for ultramem, 0 for
+    ultramem-v2."""
+
+    memory_core_aux_margin: float = 0.15
+    """Singular values up to this one add nothing to the loss of --memory-core-aux-weight."""
+
+    memory_balance_weight: float = 0
+    """For ultramem and ultramem-v2: weight of the loss that makes all sub-keys chosen alike."""
 
     memory_lr: float | None = None
     """Peak learning rate of the value tables. Default: the model's --lr."""
+
+    memory_lr_times: float | None = None
+    """Factor of the learning rate of the value tables at the start of the training, which decays
+    linearly to 1. Default: 1; 10 for ultramem."""
+
+    memory_lr_times_until: float = 1.0
+    """Part of the training after which the factor of --memory-lr-times is 1."""
 
     memory_lr_schedule: Literal["scheduled", "constant"] = "scheduled"
     """scheduled: the learning rate of the tables decays as the model's does. constant: it stays at
@@ -181,27 +258,18 @@ class MemoryConfig:
                 f"--memory-layers {_words(negative)} is negative: layers are counted from 0; "
                 "use numbers of 0 or more."
             )
-        positive = {
-            "memory_num_keys": self.memory_num_keys,
-            "memory_heads": self.memory_heads,
-            "memory_topk": self.memory_topk,
-            "memory_key_dim": self.memory_key_dim,
-            "memory_value_dim": self.memory_value_dim,
-            "memory_group_size": self.memory_group_size,
-            "memory_column_ranks": self.memory_column_ranks,
-            "memory_pieces": self.memory_pieces,
-            "memory_finetune_rows": self.memory_finetune_rows,
-        }
-        for name, value in positive.items():
+        for name in (
+            *("memory_num_keys", "memory_heads", "memory_topk", "memory_final_topk"),
+            *("memory_key_dim", "memory_value_dim", "memory_pre_value_dim", "memory_tucker_rank"),
+            *("memory_cores", "memory_expansion", "memory_share_layers", "memory_group_size"),
+            *("memory_column_ranks", "memory_pieces", "memory_finetune_rows"),
+        ):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 found.append(f"{flag(name)} {value} must be at least 1.")
-        if self.memory_topk > self.memory_num_keys > 0:
-            found.append(
-                f"--memory-topk {self.memory_topk} is larger than --memory-num-keys "
-                f"{self.memory_num_keys}: a head cannot read more rows than there are sub-keys per "
-                f"query half; use --memory-topk {self.memory_num_keys} or less, or "
-                f"--memory-num-keys {self.memory_topk} or more."
-            )
+        for name in ("memory_skip", "memory_query_conv"):
+            if getattr(self, name) < 0:
+                found.append(f"{flag(name)} {getattr(self, name)} must be zero or more.")
         if self.memory_num_keys > MAX_NUM_KEYS:
             found.append(
                 f"--memory-num-keys {self.memory_num_keys} is larger than {MAX_NUM_KEYS}: row ids, "
@@ -213,12 +281,13 @@ class MemoryConfig:
                 f"--memory-key-dim {self.memory_key_dim} is odd, but a query has two halves; "
                 f"use {self.memory_key_dim + 1}."
             )
-        if self.memory_value_dim is not None and self.memory_value_dim % 8:
-            found.append(
-                f"--memory-value-dim {self.memory_value_dim} is not a multiple of 8, the "
-                "number of elements that kernels load at once; use "
-                f"{_next_multiple(self.memory_value_dim, 8)}."
-            )
+        for name in ("memory_value_dim", "memory_pre_value_dim"):
+            width = getattr(self, name)
+            if width is not None and width % 8:
+                found.append(
+                    f"{flag(name)} {width} is not a multiple of 8, the number of elements that "
+                    f"kernels load at once; use {next_multiple(width, 8)}."
+                )
         if self.memory_column_ranks is not None and self.memory_mode != "2d":
             found.append(
                 f"--memory-column-ranks {self.memory_column_ranks} needs --memory-mode 2d, but "
@@ -248,11 +317,20 @@ class MemoryConfig:
             "memory_lr",
             "memory_weight_decay",
             "memory_clip_grad",
+            "memory_lr_times",
+            "memory_lr_times_until",
+            "memory_core_aux_weight",
+            "memory_core_aux_margin",
+            "memory_balance_weight",
         ):
             value = getattr(self, name)
             # written in this way so that a NaN is refused, too
             if value is not None and not 0 <= value < float("inf"):
                 found.append(f"{flag(name)} {value:g} must be a finite number, zero or more.")
+        if not 0 <= self.memory_dropout < 1:
+            found.append(
+                f"--memory-dropout {self.memory_dropout:g} must be at least 0 and below 1."
+            )
         return found
 
     def _grid_problems(self) -> list[str]:
@@ -311,7 +389,3 @@ def flag(field_name: str) -> str:
 
 def _words(numbers: list[int]) -> str:
     return " ".join(map(str, numbers))
-
-
-def _next_multiple(number: int, of: int) -> int:
-    return max(of, -(-number // of) * of)

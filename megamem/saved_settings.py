@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from megamem.checkpoint import FORMAT, SAVED, SETTINGS, settings_of
+from megamem.checkpoint import FORMAT, SAVED, SETTINGS, TUCKER_SETTINGS, settings_of
 from megamem.config import ConfigurationError, MemoryConfig, flag
 from megamem.resolution import resolve
 from megamem.spec import MemorySpec
@@ -75,8 +75,9 @@ def setting_problems(saved: dict[str, Any], spec: MemorySpec, named: str) -> lis
         return [_difference("--hidden-size", width, spec.hidden_size, named)]
     return [
         _difference(setting_flag(name), saved[name], wanted[name], named)
-        for name in SETTINGS
-        if name in saved and saved[name] != wanted[name]
+        for name in (*SETTINGS, *TUCKER_SETTINGS)
+        # settings that one of both variants does not have follow from the variants
+        if name in saved and name in wanted and saved[name] != wanted[name]
     ]
 
 
@@ -125,7 +126,13 @@ def take_settings(args: argparse.Namespace, common: Mapping[str, Any], named: st
 
 def _as_flags(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a run with these settings."""
-    found = {f"memory_{name}": settings[name] for name in SETTINGS if name in settings}
+    names = (*SETTINGS, *TUCKER_SETTINGS)
+    found = {f"memory_{name}": settings[name] for name in names if name in settings}
+    if "memory_rank_queries" in found:
+        found["memory_rank_queries"] = "on" if found["memory_rank_queries"] else "off"
+    # a variant without pre-values has no flag for their width
+    if not found.get("memory_pre_value_dim"):
+        found.pop("memory_pre_value_dim", None)
     # rows are as wide as the hidden states unless another width is asked for
     if found.get("memory_value_dim") == settings.get("hidden_size"):
         found["memory_value_dim"] = None

@@ -5,6 +5,7 @@ ranks: each width is a number, and the ranks that hold a table are known. `megam
 once, and every layer, optimizer, plan and report takes it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -13,6 +14,7 @@ from typing import Literal
 Mode = Literal["row", "column", "2d"]
 Wire = Literal["alltoall", "allgather"]
 ReducedRows = Literal["all", "touched"]
+ExpansionProj = Literal["block", "single"]
 Optimizer = Literal["adamw", "lazy_adamw", "rowwise_adamw", "sgd"]
 OfModel = Literal["model"]
 """Stands in place of a number where the tables use the model's own setting."""
@@ -180,19 +182,55 @@ class MemorySpec:
     hidden_size: int
     """D, the width of the hidden states."""
     num_keys: int
-    """N, the number of sub-keys per query half."""
+    """N, whose square is the number of rows of a table, for each of the layers that share it."""
     heads: int
     """H, the number of heads."""
     topk: int
-    """K, the number of rows that a head reads."""
+    """K, the number of rows that a head reads; with Tucker scores, the number of sub-keys of each
+    half that the first stage keeps."""
     key_dim: int
-    """Q, the width of one head's query."""
+    """Q, the width of one head's query, both halves together."""
     value_dim: int
-    """V, the width of a row of a table."""
+    """V, the width of a row of the values."""
     pool: Literal["shared", "layer"]
     qk_norm: bool
     keep_ffn: bool
     value_init_std: float
+
+    # of UltraMem alone
+    tucker_rank: int = 0
+    """A, numbers per sub-key and query of which a core makes a score; 0 where scores are sums."""
+    final_topk: int = 0
+    """F, the number of rows that a head reads of the K * K pairs of the first stage."""
+    cores: int = 1
+    """O, the number of cores, each of which weights its own columns of a row."""
+    expansion: int = 1
+    """E, the number of virtual blocks that read the same rows, a square."""
+    expansion_proj: ExpansionProj = "single"
+    """Whether each block has a projection of its own, or all have one."""
+    rank_queries: bool = False
+    """Whether each Tucker rank has a query of its own."""
+    pre_value_dim: int = 0
+    """Width of a row of the pre-values; 0 where there are none."""
+    skip: int = 0
+    """The output of a memory is added this number of layers after the one where it reads."""
+    query_conv: int = 0
+    """Tokens that the convolution before the query sees; 0 for none."""
+    core_aux_weight: float = 0
+    core_aux_margin: float = 0.15
+    balance_weight: float = 0
+    lr_times: float = 1
+    """Factor of the tables' learning rate at the start."""
+    lr_times_until: float = 1
+    """Part of the training after which this factor is 1."""
+    share_layers: int = 1
+    """g, the number of neighbouring memory layers that share their tables."""
+    dropout: float = 0
+    query_gain: float = 1
+    """Initial gain of the norm of queries."""
+    key_gain: float = 1
+    """Initial gain of the norm of sub-keys."""
+    init: Literal["paper", "released"] = "paper"
 
     layout: Layout
     wire: Wire
@@ -228,8 +266,14 @@ class MemorySpec:
 
     @property
     def num_rows(self) -> int:
-        """R = N * N, the number of rows of a table."""
-        return self.num_keys**2
+        """R, the number of rows of a table: N * N for each layer of --memory-share-layers."""
+        return self.share_layers * self.num_keys**2
+
+    @property
+    def keys_per_side(self) -> int:
+        """Number of sub-keys per query half that a layer has: their pairs are the E blocks of R
+        rows, or fewer by the remainder where their number is no square."""
+        return math.isqrt(self.expansion * self.num_rows)
 
     @property
     def timeout(self) -> timedelta:
@@ -237,6 +281,26 @@ class MemorySpec:
         return timedelta(minutes=self.timeout_minutes)
 
     @property
+    def reads_per_head(self) -> int:
+        """The number of rows that a head reads for a token: F with Tucker scores, otherwise K."""
+        return self.final_topk or self.topk
+
+    @property
     def lookups_per_token(self) -> int:
-        """L = H * K, the number of rows read for a token."""
-        return self.heads * self.topk
+        """L, the number of rows read for a token by all heads."""
+        return self.heads * self.reads_per_head
+
+    @property
+    def bags_per_token(self) -> int:
+        """Y, the number of sums that the lookups of a token are split into."""
+        return self.expansion if self.expansion_proj == "block" else 1
+
+    @property
+    def read_width(self) -> int:
+        """Width of a token's read-out: all of its bags."""
+        return self.bags_per_token * self.value_dim
+
+
+def next_multiple(number: int, of: int) -> int:
+    """Return the smallest positive multiple of `of` that is not below a number."""
+    return max(of, -(-number // of) * of)

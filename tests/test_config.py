@@ -14,10 +14,6 @@ from megamem.config import ConfigurationError, MemoryConfig, flag
         ({"memory_heads": 0}, "--memory-heads 0 must be at least 1"),
         ({"memory_topk": 0}, "--memory-topk 0 must be at least 1"),
         ({"memory_num_keys": 46341}, "--memory-num-keys 46341 is larger than 46340"),
-        (
-            {"memory_topk": 33, "memory_num_keys": 32},
-            "--memory-topk 33 is larger than --memory-num-keys 32",
-        ),
         ({"memory_value_dim": 100}, "--memory-value-dim 100 is not a multiple of 8"),
         ({"memory_value_dim": 0}, "--memory-value-dim 0 must be at least 1"),
         ({"memory_key_dim": 7}, "--memory-key-dim 7 is odd"),

@@ -10,6 +10,9 @@ from megamem.layers.variants import VARIANTS
 from megamem.resolution import resolve
 from megamem.spec import Layout, MemorySpec
 
+V1 = {"memory_variant": "ultramem"}
+V2 = {"memory_variant": "ultramem-v2"}
+
 
 @pytest.mark.parametrize(
     ("settings", "hidden_size", "widths"),
@@ -30,6 +33,56 @@ def test_widths_that_cannot_follow_are_refused() -> None:
         resolve(MemoryConfig(), 100)
     with pytest.raises(ConfigurationError, match="--memory-value-dim 64 differs"):
         resolve(MemoryConfig(memory_variant="memory", memory_value_dim=64), 128)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory_topk": 33, "memory_num_keys": 32}, "-topk 33 is larger than --memory-num-keys"),
+        ({"memory_cores": 2}, "--memory-cores 2 needs --memory-variant ultramem or"),
+        ({"memory_dropout": 0.1}, "--memory-dropout 0.1 needs --memory-variant ultramem or"),
+        (V1 | {"memory_expansion": 3}, "--memory-expansion 3 is not a square.* use 1 or 4"),
+        (V1 | {"memory_topk": 4, "memory_final_topk": 17}, "-topk 17 is larger than the 16 pairs"),
+        (V1 | {"memory_num_keys": 16}, "--memory-topk 42 is larger than .* the 32 sub-keys"),
+        (V1 | {"memory_value_dim": 24}, "--memory-value-dim 24 is .* 8 for each .*-cores 2.* 32"),
+        (V1 | {"memory_tucker_rank": 33}, "-rank 33 is larger than the 32 numbers of half a query"),
+        (V1 | {"memory_num_keys": 30_000}, "means 60000 sub-keys per query half"),
+        (V1 | {"memory_pre_value_dim": 8}, "--memory-pre-value-dim 8 needs .*ultramem-v2"),
+        (V2 | {"memory_skip": 1}, "--memory-skip 1 needs --memory-variant ultramem,"),
+        (
+            V2 | {"memory_share_layers": 2, "memory_pool": "shared"},
+            "--memory-share-layers 2 and --memory-pool shared both",
+        ),
+        (V2 | {"memory_mode": "column"}, "--memory-mode column splits rows"),
+        (V2 | {"memory_pre_value_dim": 12}, "--memory-pre-value-dim 12 is not a multiple of 8"),
+    ],
+)
+def test_what_cannot_work_together_is_refused(settings, message) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        resolve(MemoryConfig(memory_layers=[0, 1], **settings), 64)
+
+
+def test_ultramem_has_defaults_of_its_own() -> None:
+    """Those of section 5 of the specification: both papers, and the released code's by name."""
+    one = resolve(MemoryConfig(memory_layers=[0, 1], **V1), 1024, num_layers=12)
+    assert (one.heads, one.topk, one.final_topk, one.tucker_rank, one.cores) == (2, 42, 42, 2, 2)
+    assert (one.key_dim, one.value_dim, one.read_width) == (1024, 512, 2048)
+    assert (one.num_rows, one.keys_per_side, one.pool) == (1024**2, 2048, "layer")
+    assert one.keep_ffn and one.qk_norm and not one.rank_queries
+    assert (one.core_aux_weight, one.core_aux_margin, one.lr_times) == (0.001, 0.15, 10)
+    # the standard deviations that the papers' formulas give for 151M, 1.6B and 227M
+    assert round(one.value_init_std, 4) == 0.0445
+    large = resolve(MemoryConfig(memory_layers=[0], **V1), 2048, num_layers=32)
+    assert round(large.value_init_std, 4) == 0.0273
+    two = resolve(MemoryConfig(memory_layers=[0, 1], **V2), 768)
+    assert (two.heads, two.topk, two.final_topk, two.expansion) == (1, 32, 32, 1)
+    assert (two.value_dim, two.pre_value_dim, two.read_width) == (288, 96, 288)
+    assert two.rank_queries and (two.core_aux_weight, two.lr_times) == (0, 1)
+    released = resolve(MemoryConfig(memory_layers=[0], memory_init="released", **V2), 768)
+    assert (released.value_init_std, released.key_gain) == (0.02, 384**-0.4)
+    # g neighbours share g * N * N rows, of which a layer has sub-keys for all
+    four = resolve(MemoryConfig(memory_layers=[0, 1], memory_share_layers=4, **V2), 768)
+    assert (four.num_rows, four.keys_per_side) == (4 * 1024**2, 2048)
 
 
 def test_derived_numbers() -> None:

@@ -60,9 +60,12 @@ class WeightFactory:
         """
         return self._random(name, shape, std, "normal", shard, drawn_as)
 
-    def uniform(self, name: str, *shape: int, bound: float) -> nn.Parameter:
-        """Return a parameter of the given shape, drawn from U(-bound, bound)."""
-        return self._random(name, shape, bound, "uniform")
+    def uniform(self, name: str, *shape: int, bound: float, center: float = 0) -> nn.Parameter:
+        """Return a parameter of the given shape, drawn from U(center - bound, center + bound)."""
+        drawn = self._random(name, shape, bound, "uniform")
+        if center:
+            drawn.data += center
+        return drawn
 
     def constant(self, *shape: int, value: float) -> nn.Parameter:
         """Return a parameter of the given shape, filled with one value."""

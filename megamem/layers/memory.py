@@ -9,20 +9,24 @@ Tensor names end in one letter per axis. Letters, for all files of the package:
     V row width, v on this rank     W ranks of the memory group     G bags: the tokens of all ranks
     E entries of a list             U distinct rows                 X tokens of all column ranks
 
+and for the Tucker scores of UltraMem
+
+    A Tucker rank                   F rows read by a head           O cores
+    Y bags (blocks) of a token
+
 A lower-case letter is this rank's part of the upper-case one, and a digit is an axis of that size.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megamem.layers.init import WeightFactory
-from megamem.layers.memory_pool import MemoryPool
-from megamem.layers.product_keys import ProductKeys
-from megamem.layers.query import Query
-from megamem.layers.variants import variant_of
+from megamem.layers.memory_pool import Lookups, MemoryPool
+from megamem.layers.variants import placement_of, variant_of
 from megamem.metrics import LayerMetrics
 from megamem.parallel.collectives import (
     GradientGroup,
@@ -33,6 +37,18 @@ from megamem.parallel.collectives import (
 )
 from megamem.parallel.row_shard import even_counts
 from megamem.spec import MemorySpec
+
+
+@dataclass(frozen=True)
+class SentLookups:
+    """What launch() hands to collect()."""
+
+    lookups: Lookups
+    gate_TV: Tensor | None
+    split: list[int]
+    """Number of tokens of each rank that computes a share of them."""
+    shape: torch.Size
+    """S, B and D."""
 
 
 class MemoryLayer(nn.Module):
@@ -84,9 +100,12 @@ class MemoryLayer(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.query = Query(spec, make)
-        self.keys = ProductKeys(spec, make)
-        self.output = variant_of(spec).output(spec, make)
+        variant = variant_of(spec)
+        self.query = variant.query(spec, make)
+        self.keys = variant.keys(spec, make)
+        self.token = variant.token(spec, make)
+        self.output = variant.output(spec, make)
+        self.placement_seed = placement_of(layer, spec)
         self.metrics: LayerMetrics | None = None
         for table in pool:
             table.readers += 1
@@ -105,29 +124,42 @@ class MemoryLayer(nn.Module):
                 knows it; by default it is derived or exchanged.
             meanwhile: called while the lookups are sent.
         """
+        sent = self.launch(hidden_SBD, token_counts)
+        if meanwhile is not None:
+            meanwhile()
+        return self.collect(sent)
+
+    def launch(self, hidden_SBD: Tensor, token_counts: list[int] | None = None) -> "SentLookups":
+        """Choose the rows that each token reads, and start sending the lookups to their owners.
+
+        The arguments are those of forward().
+        """
         x_TD = hidden_SBD.flatten(0, 1)
         split = even_counts(len(x_TD), group_size(self.group))
         if not self.tokens_sharded:
             x_TD = split_tokens(x_TD, split, self.group)
 
-        query_THQ = self.query(x_TD)
-        row_ids_TL, weights_TL = self.keys(query_THQ)
+        row_ids_TL, weights_TL = self.keys(self.query(x_TD))
         counts = token_counts or self._token_counts(len(x_TD), split)
-        lookups = self.pool.launch(row_ids_TL, weights_TL, counts, x_TD)
+        lookups = self.pool.launch(
+            row_ids_TL, weights_TL, counts, self.token(x_TD), self.placement_seed
+        )
         # the gate depends on the token alone, so it is computed while the lookups are sent
         gate_TV = self.output.compute_gate(x_TD)
         if self.metrics is not None and torch.is_grad_enabled():
             self.metrics.record(row_ids_TL, weights_TL, gate_TV)
-        if meanwhile is not None:
-            meanwhile()
+        return SentLookups(lookups, gate_TV, split, hidden_SBD.shape)
+
+    def collect(self, sent: "SentLookups") -> Tensor:
+        """Wait for the lookups of launch(), and return the memory's output, [S, B, D]."""
         # weights whose gradients are computed after the gradients of read-outs have left
         late = self.output.late_weights() if self.pool.group.world_size > 1 else None
-        out_TV = self.pool.collect(lookups)
-        y_TD = self.output(out_TV, gate_TV, late)
+        out_TV = self.pool.collect(sent.lookups)
+        y_TD = self.output(out_TV, sent.gate_TV, late)
 
         if not self.tokens_sharded:
-            y_TD = gather_tokens(y_TD, split, self.group)
-        return y_TD.view_as(hidden_SBD)
+            y_TD = gather_tokens(y_TD, sent.split, self.group)
+        return y_TD.view(sent.shape)
 
     def join(self) -> bool:
         """Take part in one forward of the other ranks that share the tables, without tokens.
@@ -141,8 +173,7 @@ class MemoryLayer(nn.Module):
         counts = self._token_counts(0, [])
         if not any(counts):
             return False
-        weight = self.query.linear.weight
-        self(weight.new_empty(0, 1, weight.shape[1]), counts)
+        self(next(self.query.parameters()).new_empty(0, 1, self.pool.spec.hidden_size), counts)
         return True
 
     def _token_counts(self, tokens: int, split: list[int]) -> list[int]:

@@ -6,8 +6,9 @@ collect    bags_Gv                  are summed there (megamem.layers.variants)
 
 With --memory-pieces, the tokens pass in pieces, whose exchanges overlap.
 
-Letters: T tokens on this rank, t of one piece, L lookups per token, D hidden size, M lookups
-received here, G bags (the tokens of all ranks), V row width, v on this rank.
+Letters: T tokens on this rank, t of one piece, L lookups per token, O cores, D hidden size, M
+lookups received here, G bags (the tokens of all ranks), Y bags of a token, V row width, v on this
+rank.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -68,6 +69,13 @@ class _RoundWeights(torch.autograd.Function):
         return grad
 
 
+def _sort_by_block(rows_TL: Tensor, weights: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Sort the lookups of each token by their virtual block; those of a block keep their order."""
+    order_TL = (rows_TL // num_rows).argsort(dim=1, stable=True)
+    by_lookup = order_TL if weights.dim() == 2 else order_TL.unsqueeze(-1).expand_as(weights)
+    return rows_TL.gather(1, order_TL), weights.gather(1, by_lookup)
+
+
 class MemoryPool:
     """The tables of one pool, sharded over the ranks of a memory group.
 
@@ -105,8 +113,8 @@ class MemoryPool:
         for use in self.variant.tables:
             table = self.variant.table_name(name, use)
             make = WeightFactory(seed=spec.seed, name=table, device=device, dtype=dtype)
-            std = self.variant.init_std(spec, use)
-            self.tables[use.name] = ValueTable(spec, table, std, make, self.group)
+            width, std = self.variant.table_width(spec, use), self.variant.init_std(spec, use)
+            self.tables[use.name] = ValueTable(spec, table, width, std, make, self.group)
 
     def __iter__(self) -> Iterator[ValueTable]:
         """Yield the tables; the values come first."""
@@ -125,26 +133,44 @@ class MemoryPool:
         return self.values.weight.device
 
     def launch(
-        self, row_ids_TL: Tensor, weights_TL: Tensor, token_counts: list[int], x_TD: Tensor
+        self,
+        row_ids_TL: Tensor,
+        weights_TL: Tensor,
+        token_counts: list[int],
+        x_TD: Tensor,
+        placement_seed: int | None = None,
     ) -> Lookups:
         """Start sending lookups to the ranks that hold their rows, and return without waiting.
 
         Args:
             row_ids_TL: pairs of sub-keys, i * N + j.
-            weights_TL: weight of each lookup.
+            weights_TL: weight of each lookup; weights_TLO where each core has one.
             token_counts: T of every member of the group.
-            x_TD: the tokens; they are sent to the owners of rows if the variant reads them.
+            x_TD: what the owners of rows get of the tokens, if the variant reads them.
+            placement_seed: says which row a pair reads; by default that of the pool.
         """
         spec, clock = self.spec, _Clock()
-        rows_TL = place_rows(
-            row_ids_TL, spec.num_keys, spec.placement_seed, id_dtype(spec.num_rows)
-        )
+        seed = spec.placement_seed if placement_seed is None else placement_seed
+        num_ids = spec.keys_per_side**2
+        rows_TL = place_rows(row_ids_TL, spec.keys_per_side, seed, id_dtype(num_ids))
+        blocks = spec.bags_per_token
+        if blocks > 1:
+            rows_TL, weights_TL = _sort_by_block(rows_TL, weights_TL, spec.num_rows)
+        elif num_ids > spec.num_rows:
+            # the virtual blocks of a row are one
+            rows_TL = (rows_TL % spec.num_rows).to(id_dtype(spec.num_rows))
         wire = None
         if spec.lookup_weights == "bf16":
             # rounded before use, so that the result does not depend on where a row is
             weights_TL, wire = _RoundWeights.apply(weights_TL), torch.bfloat16
         routing = plan_routing(
-            rows_TL, self.values.shard.rows, self.group, token_counts, spec.wire, spec.pieces
+            rows_TL,
+            self.values.shard.rows,
+            self.group,
+            token_counts,
+            spec.wire,
+            spec.pieces,
+            blocks,
         )
         weights, tokens = routing.cut(weights_TL), cut(x_TD, routing.tokens)
         sent_tokens = SentBytes()
@@ -163,7 +189,8 @@ class MemoryPool:
         clock: _Clock,
         sent_tokens: SentBytes,
     ) -> Generator[None, None, Tensor]:
-        """Return the read-out of the tokens of one piece, [t, V]; yield while something is sent."""
+        """Return the read-out of the tokens of one piece, [t, Y * V]; yield while something is
+        sent."""
         exchange = send_lookups(plan, weights, wire)
         if self.variant.reads_tokens:
             (rows_M, weights_M), x_GD = yield from together(
@@ -175,18 +202,20 @@ class MemoryPool:
             yield  # nothing is sent, but the rows are read by collect()
         clock.end_of("exchange")
         known = Known(not plan.all_present, plan.equal_bags, plan.expected(len(rows_M)))
-        received = ReceivedLookups(rows_M, weights_M, plan.offsets(), x_GD, known)
+        blocks = self.spec.bags_per_token
+        received = ReceivedLookups(rows_M, weights_M, plan.offsets(), x_GD, known, blocks)
         bags_Gv = self.variant.read_out(self._by_name(), received)
         clock.end_of("lookup")
         out_tV = yield from send_home(plan, bags_Gv, self.group, self.values.shard.widths)
         clock.end_of("exchange")
-        return out_tV
+        return out_tV.view(len(x_tD), blocks * out_tV.shape[1]) if blocks > 1 else out_tV
 
     def collect(self, lookups: Lookups) -> Tensor:
         """Wait for the lookups, read this rank's rows and exchange the partial sums.
 
         Returns:
-            out_TV: the read-out of this rank's tokens.
+            out_TV: the read-out of this rank's tokens; the bags of a token are side by side, so
+                that it has Y * V columns.
         """
         metrics = self.values.metrics if torch.is_grad_enabled() else None
         if metrics:

@@ -63,3 +63,26 @@ class GatedOutput(Output):
         """Return y_TD = W2 (out_TV * gate_TV)."""
         assert gate_TV is not None
         return self.proj(out_TV * gate_TV, late)
+
+
+class Projection(Output):
+    """W read-out, without a bias: one projection of the sums of all blocks side by side.
+
+    It is the sum over the blocks of UltraMem's implicit value expansion of a projection for each
+    (Huang et al. 2024, "Ultra-Sparse Memory Network").
+    """
+
+    def __init__(self, spec: MemorySpec, make: WeightFactory, std: float) -> None:
+        super().__init__()
+        weight = make.normal("proj", spec.hidden_size, spec.read_width, std=std)
+        self.proj = ReplicatedLinear(weight, make, bias=False)
+
+    def late_weights(self) -> LateWeights:
+        """Return W such that its gradient is computed late."""
+        return self.proj.late_weights()
+
+    def forward(
+        self, out_TV: Tensor, gate_TV: Tensor | None, late: LateWeights | None = None
+    ) -> Tensor:
+        """Return y_TD."""
+        return self.proj(out_TV, late)

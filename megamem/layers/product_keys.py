@@ -4,16 +4,17 @@ Letters: T tokens on this rank, H heads, Q = 2C query width of a head, C sub-key
 per half, K top-k, L = H * K lookups per token; 2 halves.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from megamem.layers.init import WeightFactory
+from megamem.layers.keys import Keys
 from megamem.layers.linear import ReplicatedRMSNorm
 from megamem.ops import product_topk
 from megamem.parallel.collectives import reduce_gradient
 from megamem.spec import MemorySpec
 
 
-class ProductKeys(nn.Module):
+class ProductKeys(Keys):
     """Product-key top-k of each head, with a softmax over the K best scores (Lample et al. 2019).
 
     Every head of every layer has its own sub-keys. They start as U(-b, b) with b = Q**-0.5. With
@@ -30,8 +31,11 @@ class ProductKeys(nn.Module):
         )
         self.norm = ReplicatedRMSNorm(half, make, gain=half**-0.5) if spec.qk_norm else None
 
-    def forward(self, query_THQ: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows that each token reads and their weights.
+
+        Args:
+            query: query_THQ.
 
         Returns:
             row_ids_TL: int64 pairs of sub-keys, i * N + j.
@@ -40,7 +44,7 @@ class ProductKeys(nn.Module):
         sub_keys_2HNC = reduce_gradient(self.sub_keys, self.gradient_group)
         if self.norm is not None:
             sub_keys_2HNC = self.norm(sub_keys_2HNC)
-        scores_THK, row_ids_THK = product_topk(query_THQ, sub_keys_2HNC, self.topk)
+        scores_THK, row_ids_THK = product_topk(query, sub_keys_2HNC, self.topk)
         return row_ids_THK.flatten(1), scores_THK.softmax(dim=-1).flatten(1)
 
     def extra_repr(self) -> str:

@@ -29,13 +29,16 @@ class ReceivedLookups:
     rows_M: Tensor
     """Rows of this rank's shard; -1 reads nothing."""
     weights_M: Tensor
-    """Weight of each lookup."""
+    """Weight of each lookup; weights_MO where each core has one."""
     offsets: Tensor
-    """[G + 1], where the lookups of each bag start; the last entry is M."""
+    """[G * Y + 1], where the lookups of each bag start; the last entry is M. The bags of a token,
+    one for each block, come one after the other."""
     x_GD: Tensor | None
-    """The token of every bag, where the variant reads tokens; otherwise None."""
+    """What the variant makes of every token, where it reads tokens; otherwise None."""
     known: Known
     """What is known of the lookups."""
+    blocks: int = 1
+    """Y, bags of a token."""
 
 
 def initial_rows(
@@ -44,8 +47,10 @@ def initial_rows(
     """Return one shard of a table as it is before training, drawn from N(0, std**2).
 
     The initial values of a row belong to its pair of sub-keys: they are the same under every
-    placement seed.
+    placement seed. Where several pairs read a row, they belong to the row.
     """
+    if spec.expansion * spec.share_layers > 1:
+        return make.normal("values", *shard.shape, std=std, shard=shard)
     return make.normal(
         "values",
         *shard.shape,
@@ -96,13 +101,20 @@ class ValueTable(nn.Module):
     """
 
     def __init__(
-        self, spec: MemorySpec, name: str, std: float, make: WeightFactory, group: MemoryGroup
+        self,
+        spec: MemorySpec,
+        name: str,
+        width: int,
+        std: float,
+        make: WeightFactory,
+        group: MemoryGroup,
     ) -> None:
         """Allocate and initialize this rank's shard.
 
         Args:
             spec: the memory layers of the run.
             name: name of the table in the model and in checkpoints.
+            width: V, the width of a row.
             std: standard deviation of the initial rows.
             make: draws the initial rows.
             group: the ranks over which the table is sharded.
@@ -110,10 +122,11 @@ class ValueTable(nn.Module):
         super().__init__()
         self.name, self.group = name, group
         self.shard = TableShard.cut(
-            (spec.num_rows, spec.value_dim),
+            (spec.num_rows, width),
             row=(group_rank(group.rows), group.row_ranks),
             column=(group_rank(group.columns), group.column_ranks),
         )
+        self.core_width = width // spec.cores
         self.check_row_ids = spec.check_row_ids or None
         self.weight = initial_rows(spec, std, make, self.shard)
         self.register_buffer("placement", torch.tensor([spec.placement_seed], device=make.device))
@@ -146,7 +159,10 @@ class ValueTable(nn.Module):
             self.register_buffer(name, count)
 
     def bag(self, received: ReceivedLookups, weights_M: Tensor) -> Tensor:
-        """Return bags_Gv, the weighted sum of the rows of each bag."""
+        """Return bags_Gv, the weighted sum of the rows of each bag.
+
+        With weights_MO each core weights its own columns, of which all have the same number.
+        """
         self._mark(received.rows_M)
         return embedding_bag(
             self.weight,
@@ -156,6 +172,8 @@ class ValueTable(nn.Module):
             received.known,
             check_row_ids=self.check_row_ids,
             add_value_grad_to=self._buffer(),
+            first_column=self.shard.columns.start,
+            core_width=self.core_width,
         )
 
     def dot(self, received: ReceivedLookups) -> Tensor:
@@ -166,7 +184,7 @@ class ValueTable(nn.Module):
             self.weight,
             received.x_GD,
             received.rows_M,
-            received.offsets,
+            received.offsets[:: received.blocks],
             received.known,
             check_row_ids=self.check_row_ids,
             add_value_grad_to=self._buffer(),

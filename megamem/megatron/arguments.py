@@ -58,6 +58,8 @@ def spec_from_args(args: argparse.Namespace) -> MemorySpec | None:
         / (args.tensor_model_parallel_size * args.context_parallel_size),
         # Megatron's own collectives wait as long
         timeout_minutes=args.distributed_timeout_minutes,
+        num_layers=args.num_layers,
+        ffn_width=args.ffn_hidden_size,
     )
     setattr(args, SAVED, settings_of(spec))
     return spec

@@ -64,13 +64,15 @@ class Rates:
 def table_size(args: argparse.Namespace) -> TableSize:
     """The size of the tables of a run, from its arguments, which Megatron need not have checked."""
     config, usual = MemoryConfig.from_args(args), TableSize()
+    variant = VARIANTS[config.memory_variant]
+    topk = config.memory_final_topk or config.memory_topk or variant.topk
     return TableSize(
         width=config.memory_value_dim or args.hidden_size or usual.width,
-        lookups=config.memory_heads * config.memory_topk,
+        lookups=(config.memory_heads or variant.heads) * topk,
         number_bytes=2 if args.bf16 or args.fp16 else 4,
         wire=config.memory_wire,
         group_size=config.memory_group_size,
-        cuts_rows=VARIANTS[config.memory_variant].cuts_rows,
+        cuts_rows=variant.cuts_rows,
     )
 
 

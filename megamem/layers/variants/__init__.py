@@ -8,6 +8,8 @@ from megamem.checkpoint import SHARED, layer_table
 from megamem.layers.variants.memory import Memory
 from megamem.layers.variants.memory_plus import MemoryPlus
 from megamem.layers.variants.peer import Peer
+from megamem.layers.variants.ultramem import UltraMem
+from megamem.layers.variants.ultramem_v2 import UltraMemV2
 from megamem.layers.variants.variant import Variant
 from megamem.spec import MemorySpec
 
@@ -15,6 +17,8 @@ VARIANTS: dict[str, Variant] = {
     "memory": Memory(),
     "memory+": MemoryPlus(),
     "peer": Peer(),
+    "ultramem": UltraMem(),
+    "ultramem-v2": UltraMemV2(),
 }
 """Value of --memory-variant -> the variant."""
 
@@ -26,7 +30,19 @@ def variant_of(spec: MemorySpec) -> Variant:
 
 def pool_of(layer: int, spec: MemorySpec) -> str:
     """Return the name of the pool that a layer reads."""
-    return SHARED if spec.pool == "shared" else layer_table(layer)
+    if spec.pool == "shared":
+        return SHARED
+    # neighbours share the pool of the first of them
+    place = spec.layers.index(layer)
+    return layer_table(spec.layers[place - place % spec.share_layers])
+
+
+def placement_of(layer: int, spec: MemorySpec) -> int:
+    """Return the seed of the placement of a layer's rows.
+
+    Layers that share a table with sub-keys for the rows of all of them have one each.
+    """
+    return spec.placement_seed + spec.layers.index(layer) % spec.share_layers
 
 
 def pool_names(spec: MemorySpec) -> list[str]:

@@ -16,7 +16,7 @@ class MemoryPlus(Memory):
     # the gradients of the read-out and of the gate
     gradient_widths = 2
 
-    def key_dim(self, value_dim: int) -> int:
+    def key_dim(self, hidden_size: int, value_dim: int) -> int:
         """Return half of the value width."""
         return value_dim // 2
 

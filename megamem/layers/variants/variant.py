@@ -16,12 +16,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from megamem.layers.init import WeightFactory
+from megamem.layers.keys import Keys
 from megamem.layers.output import Output
+from megamem.layers.product_keys import ProductKeys
+from megamem.layers.query import Query
 from megamem.layers.value_table import ReceivedLookups, ValueTable
-from megamem.spec import MemorySpec
+from megamem.spec import ExpansionProj, MemorySpec
 
 VALUES = "v"
 """The table that every variant has; in checkpoints it has the name of its pool."""
@@ -39,8 +42,41 @@ class TableUse:
     token of its bag, which the owner of the row therefore needs."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tucker:
+    """What a variant with Tucker scores does where no flag says something else."""
+
+    expansion: int
+    expansion_proj: ExpansionProj
+    rank_queries: bool
+    core_aux_weight: float
+    lr_times: float
+    pre_values: bool = False
+    """Whether there is a table of pre-values."""
+    skips: bool = False
+    """Whether the output may be added behind a later layer."""
+
+
 class Variant(ABC):
     """One variant of memory layers."""
+
+    heads: ClassVar[int] = 4
+    """H for a model that does not set --memory-heads."""
+
+    topk: ClassVar[int] = 32
+    """K for a model that does not set --memory-topk."""
+
+    pool: ClassVar[Literal["shared", "layer"]] = "shared"
+    """The pools of a model that does not set --memory-pool."""
+
+    keeps_ffn: ClassVar[bool] = False
+    """Whether the feed-forward of a memory layer always stays beside it."""
+
+    qk_norm: ClassVar[bool] = False
+    """Whether queries and sub-keys are always normalized."""
+
+    tucker: ClassVar[Tucker | None] = None
+    """The defaults of a variant with Tucker scores; None where scores are sums."""
 
     tables: ClassVar[tuple[TableUse, ...]] = (TableUse(),)
     """The tables of a pool; the values come first."""
@@ -75,13 +111,43 @@ class Variant(ABC):
         """Return the name of a table in the model, in checkpoints and in reports."""
         return pool if use.name == VALUES else f"{pool}.{use.name}"
 
-    def key_dim(self, value_dim: int) -> int:
+    def key_dim(self, hidden_size: int, value_dim: int) -> int:
         """Return Q for a model that does not set --memory-key-dim."""
         return 256
+
+    def value_dim(self, hidden_size: int, cores: int) -> int:
+        """Return V for a model that does not set --memory-value-dim."""
+        return hidden_size
+
+    def table_width(self, spec: MemorySpec, use: TableUse) -> int:
+        """Return the width of the rows of a table."""
+        return spec.value_dim
 
     def init_std(self, spec: MemorySpec, use: TableUse) -> float:
         """Return the standard deviation of a table's initial rows."""
         return spec.value_init_std
+
+    def initial_scales(self, spec: MemorySpec, num_layers: int, ffn_width: int) -> dict[str, float]:
+        """Return the settings of a spec that follow from others and from the model.
+
+        Args:
+            spec: the settings, without those that are returned.
+            num_layers: layers of the model.
+            ffn_width: inner width of a feed-forward.
+        """
+        return {"value_init_std": spec.value_dim**-0.5}
+
+    def query(self, spec: MemorySpec, make: WeightFactory) -> nn.Module:
+        """Return the module that makes queries of tokens [T, D]."""
+        return Query(spec, make)
+
+    def keys(self, spec: MemorySpec, make: WeightFactory) -> Keys:
+        """Return the module that chooses the rows that each query reads."""
+        return ProductKeys(spec, make)
+
+    def token(self, spec: MemorySpec, make: WeightFactory) -> nn.Module:
+        """Return the module that makes of tokens [T, D] what the owners of rows get of them."""
+        return nn.Identity()
 
     @abstractmethod
     def read_out(self, tables: Mapping[str, ValueTable], received: ReceivedLookups) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megamem.config import ConfigurationError, MemoryConfig
+from megamem.layers.variants import VARIANTS
 from megamem.resolution import resolve
 from megamem.spec import MemorySpec
 from megamem.tools.convert.safetensors import read_files
@@ -259,7 +260,7 @@ class ReferenceShape:
             memory_variant=self.variant,
             memory_num_keys=self.num_keys,
             memory_heads=self.memory_heads,
-            memory_topk=min(MemoryConfig().memory_topk, self.num_keys),
+            memory_topk=min(VARIANTS[self.variant].topk, self.num_keys),
             memory_key_dim=self.key_dim,
             memory_value_dim=self.value_dim,
             memory_pool="layer" if separate else "shared",
