@@ -10,7 +10,11 @@ exchange between threads. The row ids of the next tile are loaded while the rows
 A lookup with row id -1 only costs the load of its id: _compact_kernel removes these lookups from
 the bags before _bag_kernel runs.
 
-The backward is in row_gradient.py. Letters: r rows on this rank, V row width, M lookups, G bags.
+Where a lookup has a weight for each of O cores, a block of columns lies within the columns of one
+core, so that a program reads one weight for each lookup.
+
+The backward is in row_gradient.py. Letters: r rows on this rank, V row width, M lookups, O cores,
+G bags.
 Prefixes in kernels: i_ an index, o_ offsets, m_ a mask, b_ a block in registers.
 """
 
@@ -27,14 +31,36 @@ WHOLE = slice(None)
 
 
 @triton.jit
+def block_of_columns(
+    i_v,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    FIRST: tl.constexpr,
+    CORE_WIDTH: tl.constexpr,
+):
+    """Return the columns of block i_v, which of them are computed, and the core of all of them."""
+    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_v = o_v < V
+    i_core = 0
+    if CORE_WIDTH is not None:
+        BLOCKS: tl.constexpr = (CORE_WIDTH + BLOCK_V - 1) // BLOCK_V
+        o_piece = (i_v % BLOCKS) * BLOCK_V + tl.arange(0, BLOCK_V)
+        o_v = (i_v // BLOCKS) * CORE_WIDTH - FIRST % CORE_WIDTH + o_piece
+        m_v = (o_piece < CORE_WIDTH) & (o_v >= 0) & (o_v < V)
+        i_core = i_v // BLOCKS + FIRST // CORE_WIDTH
+    return o_v, m_v, i_core
+
+
+@triton.jit
 def _compact_kernel(
     row_ids,  # [M]
-    weights,  # [M]
+    weights,  # [M, O]
     offsets,  # [G + 1]
     row_ids_out,  # [M] present lookups first, in the range of each bag
-    weights_out,  # [M]
+    weights_out,  # [M, O]
     ends,  # [G] end of the present lookups of each bag
     BLOCK_M: tl.constexpr,
+    CORES: tl.constexpr,
 ):
     i_g = tl.program_id(0).to(tl.int64)
     i_out = tl.load(offsets + i_g)
@@ -43,11 +69,14 @@ def _compact_kernel(
         o_m = i + tl.arange(0, BLOCK_M)
         b_row = tl.load(row_ids + o_m, mask=o_m < i_end, other=-1)
         m_present = b_row >= 0
-        b_weight = tl.load(weights + o_m, mask=m_present, other=0.0)
+        b_weight = tl.load(weights + o_m * CORES, mask=m_present, other=0.0)
         b_count = tl.cumsum(m_present.to(tl.int32), axis=0)
         o_out = i_out + b_count - 1
         tl.store(row_ids_out + o_out, b_row, mask=m_present)
-        tl.store(weights_out + o_out, b_weight, mask=m_present)
+        tl.store(weights_out + o_out * CORES, b_weight, mask=m_present)
+        for i_core in tl.static_range(1, CORES):
+            b_weight = tl.load(weights + o_m * CORES + i_core, mask=m_present, other=0.0)
+            tl.store(weights_out + o_out * CORES + i_core, b_weight, mask=m_present)
         i_out += tl.sum(m_present.to(tl.int32), axis=0)
     tl.store(ends + i_g, i_out)
 
@@ -56,7 +85,7 @@ def _compact_kernel(
 def _bag_kernel(
     values,  # [r, V]
     row_ids,  # [M]
-    weights,  # [M]
+    weights,  # [M, O]
     starts,  # [G]
     ends,  # [G]
     out,  # [G, V]
@@ -64,23 +93,25 @@ def _bag_kernel(
     ROW: tl.constexpr,  # from a row of values or out to the next
     BLOCK_V: tl.constexpr,
     UNROLL: tl.constexpr,
+    CORES: tl.constexpr,
+    FIRST: tl.constexpr,  # column of the whole table with which values begin
+    CORE_WIDTH: tl.constexpr,  # columns of the whole table with one weight; None: all
 ):
     i_g = tl.program_id(0).to(tl.int64)
-    o_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_v = o_v < V
+    o_v, m_v, i_core = block_of_columns(tl.program_id(1), V, BLOCK_V, FIRST, CORE_WIDTH)
     i_start = tl.load(starts + i_g)
     i_end = tl.load(ends + i_g)
 
     b_sum = tl.zeros([BLOCK_V], tl.float32)
     o_m = i_start + tl.arange(0, UNROLL)
     b_row_next = tl.load(row_ids + o_m, mask=o_m < i_end, other=0).to(tl.int64)
-    b_weight_next = tl.load(weights + o_m, mask=o_m < i_end, other=0.0)
+    b_weight_next = tl.load(weights + o_m * CORES + i_core, mask=o_m < i_end, other=0.0)
     for i in range(i_start, i_end, UNROLL):
         b_row, b_weight = b_row_next, b_weight_next
         m_m = i + tl.arange(0, UNROLL) < i_end
         o_m = i + UNROLL + tl.arange(0, UNROLL)
         b_row_next = tl.load(row_ids + o_m, mask=o_m < i_end, other=0).to(tl.int64)
-        b_weight_next = tl.load(weights + o_m, mask=o_m < i_end, other=0.0)
+        b_weight_next = tl.load(weights + o_m * CORES + i_core, mask=o_m < i_end, other=0.0)
         # [UNROLL, BLOCK_V]
         b_values = tl.load(
             values + b_row[:, None] * ROW + o_v[None, :],
@@ -94,22 +125,26 @@ def _bag_kernel(
 def sum_bags(
     values_rV: Tensor,
     row_ids_M: Tensor,
-    weights_M: Tensor,
+    weights: Tensor,
     offsets: Tensor,
     may_skip: bool = True,
     out_GV: Tensor | None = None,
     columns: slice = WHOLE,
+    first_column: int = 0,
+    core_width: int | None = None,
 ) -> Tensor:
     """Return bags_GV in the dtype of the table, the weighted sum of the rows of each bag.
 
     Args:
         values_rV: this rank's shard of the value table.
         row_ids_M: row of the shard that each lookup reads, or a negative number for none.
-        weights_M: weight of each lookup.
+        weights: [M], weight of each lookup; with core_width [M, O], that of each of its cores.
         offsets: [G + 1], where the lookups of each bag start; the last entry is M.
         may_skip: whether row ids may be negative.
         out_GV: receives the bags; None for a new tensor.
         columns: the columns to compute.
+        first_column: column of the whole table with which these columns begin.
+        core_width: columns of the whole table that have the same weight; None for all.
     """
     num_bags, row = len(offsets) - 1, values_rV.shape[1]
     if out_GV is None:
@@ -120,13 +155,13 @@ def sum_bags(
     width = values_rV.shape[1]
     starts, ends = offsets[:-1], offsets[1:]
     if may_skip:
-        row_ids_M, weights_M, ends = _close_gaps(row_ids_M, weights_M, offsets)
+        row_ids_M, weights, ends = _close_gaps(row_ids_M, weights, offsets)
     chosen = choices.current().embedding_bag
-    block = block_width(width, chosen.max_block_v)
-    _bag_kernel[(num_bags, triton.cdiv(width, block))](
+    block, num_blocks, _ = blocks_of_columns(width, chosen.max_block_v, first_column, core_width)
+    _bag_kernel[(num_bags, num_blocks)](
         values_rV,
         row_ids_M,
-        weights_M,
+        weights,
         starts,
         ends,
         out_GV[:, columns],
@@ -134,6 +169,9 @@ def sum_bags(
         ROW=row,
         BLOCK_V=block,
         UNROLL=chosen.unroll,
+        CORES=1 if core_width is None else weights.shape[1],
+        FIRST=first_column,
+        CORE_WIDTH=core_width,
         num_warps=num_warps(block, values_rV.element_size()),
         **OPTIONS,
     )
@@ -141,24 +179,25 @@ def sum_bags(
 
 
 def _close_gaps(
-    row_ids_M: Tensor, weights_M: Tensor, offsets: Tensor
+    row_ids_M: Tensor, weights: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     device, num_lookups = offsets.device, len(row_ids_M)
     present_ids_M = torch.empty(num_lookups, dtype=row_ids_M.dtype, device=device)
-    present_weights_M = torch.empty(num_lookups, dtype=weights_M.dtype, device=device)
+    present_weights = torch.empty(weights.shape, dtype=weights.dtype, device=device)
     ends = torch.empty(len(offsets) - 1, dtype=offsets.dtype, device=device)
     _compact_kernel[(len(ends),)](
         row_ids_M,
-        weights_M,
+        weights,
         offsets,
         present_ids_M,
-        present_weights_M,
+        present_weights,
         ends,
         choices.current().embedding_bag.compact_block,
+        1 if weights.dim() == 1 else weights.shape[1],
         num_warps=1,
         **OPTIONS,
     )
-    return present_ids_M, present_weights_M, ends
+    return present_ids_M, present_weights, ends
 
 
 def block_width(width: int, limit: int) -> int:
@@ -172,6 +211,27 @@ def block_width(width: int, limit: int) -> int:
     while block >= 256 and width % block:
         block //= 2
     return block if width % block == 0 else min(limit, triton.next_power_of_2(width))
+
+
+def blocks_of_columns(
+    width: int, limit: int, first_column: int, core_width: int | None
+) -> tuple[int, int, int]:
+    """Return the columns of a block, the number of blocks, and that of the pieces of one weight.
+
+    A block lies within a piece, and every piece has the blocks of a whole core.
+
+    Args:
+        width: columns of a row.
+        limit: the most columns of a block.
+        first_column: column of the whole table with which the row begins.
+        core_width: columns of the whole table that have the same weight; None for all.
+    """
+    if core_width is None:
+        block = block_width(width, limit)
+        return block, triton.cdiv(width, block), 1
+    block = block_width(core_width, limit)
+    num_pieces = triton.cdiv(first_column % core_width + width, core_width)
+    return block, num_pieces * triton.cdiv(core_width, block), num_pieces
 
 
 def num_warps(block: int, element_size: int) -> int:

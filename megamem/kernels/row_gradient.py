@@ -36,8 +36,11 @@ lookups as are expected. A slower kernel computes those of further lookups, in t
 The lookups are sorted in the backward and not in the forward, which does not need the order: it
 would take 12 bytes per lookup until the backward, and recomputation would compute it twice.
 
-Letters: r rows on this rank, V row width, M lookups, G bags. Prefixes in kernels: i_ an index, o_
-offsets, m_ a mask, b_ a block in registers.
+Where a lookup has a weight for each of O cores, a block of columns lies within the columns of one
+core, and _unsort_kernel adds up the products of the blocks of each.
+
+Letters: r rows on this rank, V row width, M lookups, O cores, G bags. Prefixes in kernels: i_ an
+index, o_ offsets, m_ a mask, b_ a block in registers.
 """
 
 import torch
@@ -46,7 +49,14 @@ import triton.language as tl
 from torch import Tensor
 
 from megamem.kernels import choices
-from megamem.kernels.embedding_bag import OPTIONS, WHOLE, block_width, num_warps
+from megamem.kernels.embedding_bag import (
+    OPTIONS,
+    WHOLE,
+    block_of_columns,
+    block_width,
+    blocks_of_columns,
+    num_warps,
+)
 from megamem.kernels.sort_lookups import SortedLookups, number_of_lookups
 
 ROOM = 2
@@ -150,7 +160,7 @@ def _with_room(mask, i_m, count, num_dots):
 def _row_pass_kernel(  # noqa: C901
     rows,  # [M] sorted
     bags,  # [M]
-    weights,  # [M]
+    weights,  # [M, O]
     slots,  # [M] index in out of each lookup's row; None: the row itself
     values,  # [r, V]; None without WEIGHT_GRAD
     grads,  # [G, V]
@@ -171,11 +181,13 @@ def _row_pass_kernel(  # noqa: C901
     ADD: tl.constexpr,
     VALUE_GRAD: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
+    CORES: tl.constexpr,
+    FIRST: tl.constexpr,  # column of the whole table with which values begin
+    CORE_WIDTH: tl.constexpr,  # columns of the whole table with one weight; None: all
 ):
     i_c = tl.program_id(0).to(tl.int64)
     i_v = tl.program_id(1).to(tl.int64)
-    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_v = o_v < V
+    o_v, m_v, i_core = block_of_columns(i_v, V, BLOCK_V, FIRST, CORE_WIDTH)
     num_present, chunk = _divide(count, num_lookups, chunk, MIN_CHUNK)
     i_first, i_end = _ends(i_c, count, num_present, chunk)
     i_row = _first_row(rows, i_first, count, num_present, num_rows)
@@ -210,7 +222,8 @@ def _row_pass_kernel(  # noqa: C901
                     tl.load(o_value, _only_if(m_u, m_v), other=0.0, eviction_policy="evict_first"),
                 )
             if VALUE_GRAD:
-                b_weights += (tl.load(weights + i_m, mask=m_u, other=0.0).to(tl.float32),)
+                o_weight = weights + i_m * CORES + i_core
+                b_weights += (tl.load(o_weight, mask=m_u, other=0.0).to(tl.float32),)
                 m_whole = m_u & (i_rows[u] != i_rows[u + 1]) & (i_rows[u] != row_before)
                 o_outs += (out + _slot(slots, i_m, i_rows[u], m_whole) * ROW + o_v,)
                 if ADD and touched is None:
@@ -266,10 +279,12 @@ def _merge_kernel(
     BLOCK_V: tl.constexpr,
     TILE: tl.constexpr,
     ADD: tl.constexpr,
+    FIRST: tl.constexpr,
+    CORE_WIDTH: tl.constexpr,
 ):
     i_c = tl.program_id(0).to(tl.int64)
-    o_v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_v = o_v < V
+    i_v = tl.program_id(1).to(tl.int64)
+    o_v, m_v, _ = block_of_columns(i_v, V, BLOCK_V, FIRST, CORE_WIDTH)
     num_present, chunk = _divide(count, num_lookups, chunk, MIN_CHUNK)
     i_first = i_c * chunk
     i_next = i_first + chunk
@@ -310,23 +325,32 @@ def _merge_kernel(
 def _unsort_kernel(
     rows,  # [M] sorted
     order,  # [M]
-    dots,  # [V blocks, num_dots]
-    out,  # [M] zeros if there is a count
+    dots,  # [pieces, V blocks, num_dots]
+    out,  # [M, O] zeros if there is a count
     count,  # [1] how many lookups are present; None: all M
     num_lookups,
     num_dots,
     num_rows,
-    NUM_BLOCKS: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,  # of a piece
     BLOCK_M: tl.constexpr,
+    NUM_PIECES: tl.constexpr,
+    CORES: tl.constexpr,
+    FIRST_CORE: tl.constexpr,
 ):
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = _with_room(o_m < number_of_lookups(count, num_lookups), o_m, count, num_dots)
     m_present = tl.load(rows + o_m, mask=m_m, other=0).to(tl.int32) < num_rows
+    i_piece = 0
+    if NUM_PIECES > 1:
+        i_piece = tl.program_id(1)
     b_dot = tl.zeros([BLOCK_M], tl.float32)
     for i_v in tl.static_range(NUM_BLOCKS):
-        o_dots = dots + tl.full([1], i_v, tl.int64) * num_dots + o_m
+        i_block = tl.full([1], i_v, tl.int64) + i_piece * NUM_BLOCKS
+        o_dots = dots + i_block * num_dots + o_m
         b_dot += tl.load(o_dots, mask=m_m & m_present, other=0.0)
     i_out = tl.load(order + o_m, mask=m_m, other=0)
+    if CORES > 1:
+        i_out = i_out.to(tl.int64) * CORES + FIRST_CORE + i_piece
     tl.store(out + i_out, b_dot.to(out.dtype.element_ty), mask=m_m)
 
 
@@ -337,23 +361,40 @@ def _late_dots_kernel(
     bags,  # [M]
     values,  # [r, V]
     grads,  # [G, V]
-    out,  # [M]
+    out,  # [M, O]
     count,  # [1] how many lookups are present
     num_dots,
     V: tl.constexpr,
     ROW: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,  # of a piece
+    NUM_PIECES: tl.constexpr,
+    CORES: tl.constexpr,
+    FIRST: tl.constexpr,
+    CORE_WIDTH: tl.constexpr,
 ):
     for i_m in range(num_dots + tl.program_id(0), tl.load(count), tl.num_programs(0)):
         i_row = tl.load(rows + i_m).to(tl.int64)
         i_bag = tl.load(bags + i_m).to(tl.int64)
-        dot = 0.0
-        for i_v in range(0, V, BLOCK_V):
-            o_v = i_v + tl.arange(0, BLOCK_V)
-            b_value = tl.load(values + i_row * ROW + o_v, mask=o_v < V, other=0.0)
-            b_grad = tl.load(grads + i_bag * ROW + o_v, mask=o_v < V, other=0.0)
-            dot += tl.sum(b_value.to(tl.float32) * b_grad.to(tl.float32), axis=0)
-        tl.store(out + tl.load(order + i_m), dot)
+        if CORE_WIDTH is None:
+            dot = 0.0
+            for i_v in range(0, V, BLOCK_V):
+                o_v = i_v + tl.arange(0, BLOCK_V)
+                b_value = tl.load(values + i_row * ROW + o_v, mask=o_v < V, other=0.0)
+                b_grad = tl.load(grads + i_bag * ROW + o_v, mask=o_v < V, other=0.0)
+                dot += tl.sum(b_value.to(tl.float32) * b_grad.to(tl.float32), axis=0)
+            tl.store(out + tl.load(order + i_m), dot)
+        else:
+            o_out = out + tl.load(order + i_m).to(tl.int64) * CORES + FIRST // CORE_WIDTH
+            for i_piece in tl.static_range(NUM_PIECES):
+                dot = 0.0
+                for i in range(NUM_BLOCKS):
+                    i_v = i_piece * NUM_BLOCKS + i
+                    o_v, m_v, _ = block_of_columns(i_v, V, BLOCK_V, FIRST, CORE_WIDTH)
+                    b_value = tl.load(values + i_row * ROW + o_v, mask=m_v, other=0.0)
+                    b_grad = tl.load(grads + i_bag * ROW + o_v, mask=m_v, other=0.0)
+                    dot += tl.sum(b_value.to(tl.float32) * b_grad.to(tl.float32), axis=0)
+                tl.store(o_out + i_piece, dot)
 
 
 @triton.jit(do_not_specialize=["count", "num_lookups", "num_rows"])
@@ -383,6 +424,8 @@ def row_gradient(
     touched_r: Tensor | None = None,
     columns: slice = WHOLE,
     mark: bool = True,
+    first_column: int = 0,
+    core_width: int | None = None,
 ) -> Tensor | None:
     """Write the value gradient to `out`, and return the weight gradient.
 
@@ -397,9 +440,13 @@ def row_gradient(
             written are overwritten, and marked.
         columns: the columns to compute.
         mark: whether to mark; False where further columns of these rows follow.
+        first_column: column of the whole table with which these columns begin.
+        core_width: columns of the whole table that have the same weight, of which a lookup then has
+            O; None for all.
 
     Returns:
-        The weight gradient in the original order of the lookups, [M] in fp32; None without values.
+        The weight gradient in the original order of the lookups, [M] in fp32, or with core_width
+        [M, O], where cores without a column have zeros; None without values.
     """
     num_lookups, row = len(lookups.rows_M), grad_GV.shape[1]
     count, num_rows, device = lookups.count, lookups.num_rows, grad_GV.device
@@ -409,9 +456,10 @@ def row_gradient(
     width = grad_GV.shape[1]
     want_weights, want_values = values_rV is not None, out is not None
     if num_lookups == 0:
-        return torch.empty(0, dtype=torch.float32, device=device) if want_weights else None
-    chosen, block = choices.current().row_gradient, column_block(width)
-    num_blocks = triton.cdiv(width, block)
+        none_M = torch.empty_like(lookups.weights_M, dtype=torch.float32)
+        return none_M if want_weights else None
+    chosen = choices.current().row_gradient
+    block, num_blocks, _ = blocks_of_columns(width, chosen.max_block_v, first_column, core_width)
     num_chunks, num_dots = chunks_and_room(num_lookups, count is not None, lookups.expected)
     partials = dots = None
     if want_values:
@@ -428,6 +476,8 @@ def row_gradient(
         "ROW": row,
         "BLOCK_V": block,
         "ADD": add,
+        "FIRST": first_column,
+        "CORE_WIDTH": core_width,
         **OPTIONS,
     }
     _row_pass_kernel[(num_chunks, num_blocks)](
@@ -445,6 +495,7 @@ def row_gradient(
         UNROLL=chosen.unroll,
         VALUE_GRAD=want_values,
         WEIGHT_GRAD=want_weights,
+        CORES=1 if core_width is None else lookups.weights_M.shape[1],
         # several would store the products of rows without a barrier
         num_warps=1,
         **sizes,
@@ -464,49 +515,62 @@ def row_gradient(
         mark_rows_(lookups, touched_r)
     if values_rV is None or dots is None:
         return None
-    return _unsorted(dots, lookups, values_rV, grad_GV, row)
+    return _unsorted(dots, lookups, values_rV, grad_GV, row, (first_column, core_width))
 
 
 def _unsorted(
-    dots: Tensor, lookups: SortedLookups, values_rV: Tensor, grad_GV: Tensor, row: int
+    dots: Tensor,
+    lookups: SortedLookups,
+    values_rV: Tensor,
+    grad_GV: Tensor,
+    row: int,
+    split: tuple[int, int | None],
 ) -> Tensor:
     """Return the weight gradient, from products that have room for some or all of the lookups."""
     num_lookups, count = len(lookups.rows_M), lookups.count
-    (num_blocks, num_dots), block_m = dots.shape, choices.current().row_gradient.block_m
-    # lookups that were left out get a gradient of zero
-    make = torch.empty if count is None else torch.zeros
-    weight_grad_M = make(num_lookups, dtype=torch.float32, device=dots.device)
-    _unsort_kernel[(triton.cdiv(num_dots, block_m),)](
+    (num_blocks, num_dots), chosen = dots.shape, choices.current().row_gradient
+    (first_column, core_width), width, block_m = split, grad_GV.shape[1], chosen.block_m
+    block, _, num_pieces = blocks_of_columns(width, chosen.max_block_v, first_column, core_width)
+    num_cores = 1 if core_width is None else lookups.weights_M.shape[1]
+    # lookups that were left out get a gradient of zero, and so do cores without a column
+    make = torch.empty if count is None and num_pieces == num_cores else torch.zeros
+    shape = (num_lookups,) if core_width is None else (num_lookups, num_cores)
+    weight_grad = make(shape, dtype=torch.float32, device=dots.device)
+    pieces = {"NUM_BLOCKS": num_blocks // num_pieces, "NUM_PIECES": num_pieces, "CORES": num_cores}
+    _unsort_kernel[(triton.cdiv(num_dots, block_m), num_pieces)](
         lookups.rows_M,
         lookups.order_M,
         dots,
-        weight_grad_M,
+        weight_grad,
         count,
         num_lookups,
         num_dots,
         lookups.num_rows,
-        NUM_BLOCKS=num_blocks,
         BLOCK_M=block_m,
+        FIRST_CORE=first_column // (core_width or width),
+        **pieces,
         **OPTIONS,
     )
     if num_dots < num_lookups:
-        width = grad_GV.shape[1]
         _late_dots_kernel[(min(LATE_PROGRAMS, num_lookups - num_dots),)](
             lookups.rows_M,
             lookups.order_M,
             lookups.bags_M,
             values_rV,
             grad_GV,
-            weight_grad_M,
+            weight_grad,
             count,
             num_dots,
             V=width,
             ROW=row,
-            BLOCK_V=column_block(width),
+            BLOCK_V=block,
+            FIRST=first_column,
+            CORE_WIDTH=core_width,
+            **pieces,
             num_warps=1,
             **OPTIONS,
         )
-    return weight_grad_M
+    return weight_grad
 
 
 def mark_rows_(lookups: SortedLookups, touched_r: Tensor) -> None:

@@ -1,5 +1,10 @@
 """Lookups with a weight for each core: each piece of a row's columns has the weight of its core.
 
+The form of op `embedding_bag_cores` that is selected (megamem.ops.forms) computes them:
+
+    pieces    each piece as a table of its own, by the kernels for one weight a lookup
+    triton    all pieces in one launch of each kernel
+
 Letters: r rows on this rank, V row width, M lookups, O cores, G bags.
 """
 
@@ -11,6 +16,7 @@ from torch import Tensor
 from megamem.kernels.embedding_bag import sum_bags
 from megamem.kernels.row_gradient import row_gradient
 from megamem.kernels.sort_lookups import SortedLookups
+from megamem.ops import forms
 from megamem.reference.embedding_bag import Cores
 
 
@@ -57,7 +63,17 @@ def sum_bags_of_cores(
     may_skip: bool,
     cores: Cores,
 ) -> Tensor:
-    """Return bags_GV; each piece is computed as the bags of a table of its own."""
+    """Return bags_GV by the form of op `embedding_bag_cores` that is selected."""
+    if forms.pick("embedding_bag_cores") == "triton":
+        return sum_bags(
+            values_rV,
+            row_ids_M,
+            weights_MO,
+            offsets,
+            may_skip,
+            first_column=cores.first_column,
+            core_width=cores.core_width,
+        )
     num_bags, width = len(offsets) - 1, values_rV.shape[1]
     out_GV = torch.empty(num_bags, width, dtype=values_rV.dtype, device=values_rV.device)
     for core, start, end in cores.pieces(width):
@@ -79,14 +95,27 @@ def row_gradient_of_cores(
 ) -> Tensor | None:
     """Write the value gradient to `out`, and return that of the weights.
 
-    megamem.kernels.row_gradient describes the arguments. With cores, each piece is computed as
-    the gradient of a table of its own, and no row is marked before all pieces were.
+    megamem.kernels.row_gradient describes the arguments. With cores, the form of op
+    `embedding_bag_cores` that is selected computes it; in the form pieces, no row is marked before
+    all pieces were computed, as a row that is marked is added to.
 
     Returns:
         The weight gradient in the shape of the weights, in fp32; None without values.
     """
     if cores is None:
         return row_gradient(lookups, grad_GV, values_rV, out, slots_M, add, touched_r)
+    if forms.pick("embedding_bag_cores") == "triton":
+        return row_gradient(
+            lookups,
+            grad_GV,
+            values_rV,
+            out,
+            slots_M,
+            add,
+            touched_r,
+            first_column=cores.first_column,
+            core_width=cores.core_width,
+        )
     weights_MO = lookups.weights_M
     grad_MO = torch.zeros(weights_MO.shape, dtype=torch.float32, device=grad_GV.device)
     pieces = cores.pieces(grad_GV.shape[1])

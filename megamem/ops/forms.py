@@ -31,6 +31,8 @@ class Form:
     """The file under tests/bench/results with its run on a GPU; None before the first run."""
     changed: str = ""
     """What was changed since that run; empty if nothing was."""
+    kernels_of: str = ""
+    """The op of whose kernels it consists, where it has not run itself."""
 
 
 # op -> name -> form; the first form of an op is the default
@@ -50,6 +52,11 @@ FORMS: dict[str, dict[str, Form]] = {
     "tucker_topk": {"torch": Form(None), "triton": Form(None)},
     "tucker_topk_backward": {"torch": Form(None), "triton": Form(None)},
     "embedding_bag": {"triton": Form("h100-a4677c2.jsonl")},
+    # several weights a lookup
+    "embedding_bag_cores": {
+        "pieces": Form(None, kernels_of="embedding_bag"),
+        "triton": Form(None),
+    },
     "row_gradient": {
         "add": Form("h100-a4677c2.jsonl"),
         # the H100 took 3.46 ms where rows were overwritten and 5.44 where they were added to

@@ -7,12 +7,17 @@ scores of normally distributed queries have an error bound.
 Each check returns None, or a sentence that says how many of which numbers are wrong.
 """
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megamem import ops
+from megamem.ops import tuning
 from megamem.ops.backend import use_triton
 from megamem.ops.forms import FORMS
 from megamem.ops.row_buffer import Deferred, RowBuffer
@@ -23,6 +28,7 @@ from megamem.reference.tucker_topk import tucker_topk as tucker_reference
 PERIOD = 1021
 """Number of rows after which a table repeats. It is prime, so that an offset that is wrong by a
 power of two does not find the expected numbers in another row."""
+CORES = "embedding_bag_cores"
 SORTED = ("rows", "positions", "bags", "weights")
 CHUNK = 2**26
 """Numbers that the plain-torch computation holds at once."""
@@ -399,21 +405,27 @@ class Reads:
         """The weighted sum of the rows of each bag, [bags, width] in fp32."""
         sums = torch.zeros(self.grad.shape, device=self.grad.device)
         for m in self._chunks():
-            sums.index_add_(0, self.bag_ids[m], self._read(m) * self.weights[m].unsqueeze(-1))
+            sums.index_add_(0, self.bag_ids[m], self._read(m) * self._weights_of_columns(m))
         return sums
 
     def dots(self) -> Tensor:
         """The product of each lookup's row and its bag's gradient, fp32; 0 where no row is read."""
-        products = [self._read(m).mul_(self.grad[self.bag_ids[m]]).sum(-1) for m in self._chunks()]
-        return torch.cat(products)
+        products = (self._read(m).mul_(self.grad[self.bag_ids[m]]) for m in self._chunks())
+        return torch.cat([self._sum_of_columns(product) for product in products])
 
     def add_row_gradient_(self, sums: Tensor) -> Tensor:
         """Add weight times gradient of the bag to the sum of each row that is read."""
         for m in self._chunks():
             present = self.row_ids[m] >= 0
-            share = self.grad[self.bag_ids[m]] * self.weights[m].unsqueeze(-1)
+            share = self.grad[self.bag_ids[m]] * self._weights_of_columns(m)
             sums.index_add_(0, self.row_ids[m][present], share[present])
         return sums
+
+    def _weights_of_columns(self, m: slice) -> Tensor:
+        return self.weights[m].unsqueeze(-1)
+
+    def _sum_of_columns(self, product: Tensor) -> Tensor:
+        return product.sum(-1)
 
     def _chunks(self) -> list[slice]:
         step = max(1, CHUNK // self.shape[1])
@@ -422,6 +434,72 @@ class Reads:
     def _read(self, m: slice) -> Tensor:
         present = (self.row_ids[m] >= 0).unsqueeze(-1)
         return self.block[self.row_ids[m] % self.period].float() * present
+
+
+class ReadsOfCores(Reads):
+    """The same with a weight for each core; the columns begin and end within a core, or with one.
+
+    Args:
+        sizes: what Reads takes.
+        whole: whether the columns are those of two whole cores.
+    """
+
+    def __init__(self, *sizes: Any, whole: bool) -> None:
+        super().__init__(*sizes)
+        _, width = self.shape
+        core_width = width // 2 if whole else 8 * (width // 24)
+        self.split: Any = {"first_column": 0 if whole else 8, "core_width": core_width}
+        columns = torch.arange(width, device=self.grad.device) + self.split["first_column"]
+        self.core_of_column = columns // core_width
+        num_cores = int(self.core_of_column[-1]) + 1
+        factors = torch.tensor([1.0, -2.0, 0.5, -1.0], device=self.grad.device)[:num_cores]
+        self.weights = self.weights.unsqueeze(-1) * factors
+
+    def _weights_of_columns(self, m: slice) -> Tensor:
+        return self.weights[m][:, self.core_of_column]
+
+    def _sum_of_columns(self, product: Tensor) -> Tensor:
+        sums = product.new_zeros(len(product), self.weights.shape[1])
+        return sums.index_add_(1, self.core_of_column, product)
+
+
+def bags_of_cores_are_exact(
+    device: torch.device, tokens: int, lookups: int, rows: int, width: int
+) -> str | None:
+    """embedding_bag forward with several weights a lookup, by every form."""
+    for whole in (True, False):
+        reads = ReadsOfCores(device, tokens, lookups, rows, width, whole=whole)
+        truth = reads.bags()
+        for form in FORMS[CORES]:
+            with using_form(CORES, form):
+                bags = ops.embedding_bag(
+                    reads.table(), reads.row_ids, reads.weights, reads.offsets, **reads.split
+                )
+            if wrong := unlike(bags, truth, f"numbers of the bags of cores by the form {form}"):
+                return wrong
+    return None
+
+
+def gradients_of_cores_are_exact(
+    device: torch.device, tokens: int, lookups: int, rows: int, width: int
+) -> str | None:
+    """embedding_bag backward with several weights a lookup, by every form, twice: the first
+    gradient of each row overwrites an undefined buffer, and the second is added to it."""
+    for form, whole in itertools.product(FORMS[CORES], (True, False)):
+        reads = ReadsOfCores(device, tokens, lookups, rows, width, whole=whole)
+        with using_form(CORES, form):
+            wrong = _gradients_of_two_passes(reads, at_once=1, **reads.split)
+        if wrong:
+            return f"by the form {form} of several weights a lookup, {wrong}"
+    return None
+
+
+@contextmanager
+def using_form(op: str, form: str) -> Iterator[None]:
+    """Let an op use a form, unless the environment selects one."""
+    chosen = tuning.current()
+    with tuning.using(replace(chosen, forms={**chosen.forms, op: form})):
+        yield
 
 
 def bags_are_exact(
@@ -462,21 +540,18 @@ def first_gradients_are_exact(
 ) -> str | None:
     """embedding_bag backward, twice: of a buffer that is undefined, the first gradient of each row
     overwrites the numbers, and the second is added to it."""
-    return _gradients_of_two_passes((device, tokens, lookups, rows, width), at_once=1)
+    return _gradients_of_two_passes(Reads(device, tokens, lookups, rows, width), at_once=1)
 
 
 def merged_gradients_are_exact(
     device: torch.device, tokens: int, lookups: int, rows: int, width: int
 ) -> str | None:
     """The same where the gradients of both passes are added at once, after the second."""
-    return _gradients_of_two_passes((device, tokens, lookups, rows, width), at_once=2)
+    return _gradients_of_two_passes(Reads(device, tokens, lookups, rows, width), at_once=2)
 
 
-def _gradients_of_two_passes(
-    sizes: tuple[torch.device, int, int, int, int], at_once: int
-) -> str | None:
-    device, _, _, rows, width = sizes
-    reads = Reads(*sizes)
+def _gradients_of_two_passes(reads: Reads, at_once: int, **split: Any) -> str | None:
+    (rows, width), device = reads.shape, reads.grad.device
     leaf = reads.weights.clone().requires_grad_()
     flags = torch.zeros(rows + 1, dtype=torch.bool, device=device)
     undefined = torch.full((rows, width), torch.nan, device=device)
@@ -487,7 +562,7 @@ def _gradients_of_two_passes(
     truth = torch.zeros(rows, width, device=device)
     for n in (1, 2):
         bags = ops.embedding_bag(
-            reads.table(), reads.row_ids, leaf, reads.offsets, add_value_grad_to=buffer
+            reads.table(), reads.row_ids, leaf, reads.offsets, add_value_grad_to=buffer, **split
         )
         (weight_grad,) = torch.autograd.grad(bags, leaf, reads.grad)
         if wrong := unlike(weight_grad, reads.dots(), "gradients of weights"):

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -137,6 +138,44 @@ def _lookups(tokens: int, ids: torch.dtype = torch.int64) -> tuple[torch.Tensor,
 
 def _bags(dtype: torch.dtype, width: int, ids: torch.dtype = torch.int32) -> Callable[[int], None]:
     return lambda tokens: sum_bags(_meta(2**20, width, dtype=dtype), *_lookups(tokens, ids))
+
+
+def _cores(
+    dtype: torch.dtype,
+    width: int,
+    num_cores: int,
+    core_width: int,
+    first_column: int = 0,
+    sort: Sort = sort_by_torch,
+    first_touch: bool = False,
+) -> Callable[[int], None]:
+    """Bags and gradients of lookups with several weights, all pieces in one launch."""
+
+    def run(tokens: int) -> None:
+        row_ids, weights, offsets = _lookups(tokens)
+        several = _meta(len(weights), num_cores)
+        table, grad = (_meta(n, width, dtype=dtype) for n in (2**20, tokens))
+        split = {"first_column": first_column, "core_width": core_width}
+        sum_bags(table, row_ids, several, offsets, **split)
+        lookups = replace(sort(row_ids, weights, offsets, 2**20), weights_M=several)
+        out = _meta(2**20, width)
+        flags = _meta(2**20, dtype=torch.bool) if first_touch else None
+        row_gradient(lookups, grad, table, out, add=True, touched_r=flags, **split)
+
+    return run
+
+
+def _piece(dtype: torch.dtype, width: int, columns: slice) -> Callable[[int], None]:
+    """Bags and gradients of some columns of a table."""
+
+    def run(tokens: int) -> None:
+        table, grad = (_meta(n, width, dtype=dtype) for n in (2**20, tokens))
+        flags, out = _meta(2**20, dtype=torch.bool), _meta(2**20, width)
+        sum_bags(table, *_lookups(tokens), columns=columns)
+        lookups = sort_by_torch(*_lookups(tokens), 2**20)
+        row_gradient(lookups, grad, table, out, None, True, flags, columns, mark=False)
+
+    return run
 
 
 def _gradient(
@@ -313,6 +352,7 @@ CASES: dict[str, Callable[[int], None]] = {
     "gradient bf16 first touch fp32": _gradient(BF16, 2048, out_dtype=FP32, first_touch=True),
     "sort of rows": _sort(2**20),
     "gradient of those present": _gradient(BF16, 2048, out_dtype=FP32, sort=FEW_EXPECTED),
+    "two cores bf16 V=512": _cores(BF16, 512, 2, 256, first_touch=True),
     "top-k bf16 N=1024 C=512 K=32": _topk(BF16, 1024, 512, 32),
     "fused top-k bf16 N=1024 C=512 K=32": _fused(BF16, 1024, 512, 32),
     "top-k backward bf16 N=1024 K=32": _topk_backward(BF16, 1024, 512, 32),
@@ -349,6 +389,13 @@ MORE_CASES: dict[str, Callable[[int], None]] = {
         BF16, 2048, out_dtype=BF16, first_touch=True, sort=FEW_EXPECTED
     ),
     "products bf16 V=2048, of those present": _products(BF16, 2048, sort=FEW_EXPECTED),
+    "two cores bf16 V=1024, of those present": _cores(BF16, 1024, 2, 512, sort=FEW_EXPECTED),
+    "two cores bf16 V=2048": _cores(BF16, 2048, 2, 1024),
+    "four cores fp32 V=1000": _cores(FP32, 1000, 4, 504, 520, first_touch=True),
+    "four cores bf16 V=24, one column block": _cores(BF16, 24, 4, 8, 8),
+    "a piece, bf16 V=1024": _piece(BF16, 1024, slice(512, 1024)),
+    "a piece, bf16 V=24": _piece(BF16, 24, slice(8, 16)),
+    "a piece, fp32 V=1000": _piece(FP32, 1000, slice(8, 512)),
     "sort of rows, all present": _sort(2**20, may_skip=False),
     "sort of few rows": _sort(100, ids=torch.int64),
     "sort of many rows": _sort(2**31 - 1, ids=torch.int64),

@@ -145,8 +145,8 @@ def test_the_row_gradient_is_launched_with_its_choices(
         ((94, 8), 32, 32, 256, 8),
         ((24, 4), 128, 64, 512, 16),
     ]
-    for name in ("_unsort", "_mark"):
-        assert recorders[name].seen("grid", "BLOCK_M") == [((12,), 256), ((6,), 512)]
+    assert recorders["_unsort"].seen("grid", "BLOCK_M") == [((12, 1), 256), ((6, 1), 512)]
+    assert recorders["_mark"].seen("grid", "BLOCK_M") == [((12,), 256), ((6,), 512)]
 
 
 def test_the_sort_is_launched_with_its_choices(

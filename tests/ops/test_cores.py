@@ -5,11 +5,14 @@ import importlib
 import pytest
 import torch
 
-from megamem.ops import embedding_bag
+from megamem.ops import embedding_bag, forms
 from megamem.ops.row_buffer import Deferred, RowBuffer
 from megamem.reference.embedding_bag import embedding_bag as reference
 from tests.helpers.closeness import assert_as_good_as_torch
 from tests.ops.batches import BATCHES, Batch, make_batch
+from tests.ops.test_sort_lookups import small_tiles
+
+__all__ = ["small_tiles"]
 
 # batch -> number of cores, first column of the shard, width of a core; ragged ends of pieces
 SPLITS = {
@@ -42,7 +45,13 @@ def _run(op, batch, dtype, **options):
     return {"out": out.detach(), "dvalues": values.grad, "dweights": weights.grad}
 
 
-def test_read_out_of_the_unit_oracle(device):
+@pytest.fixture(params=["pieces", "triton"])
+def form(request, monkeypatch):
+    monkeypatch.setenv(forms.ENVIRONMENT, f"embedding_bag_cores={request.param}")
+    return request.param
+
+
+def test_read_out_of_the_unit_oracle(form, device):
     """Two rows of two columns, here of two pieces of eight, and the single cores' scores."""
     values = torch.zeros(5, 16, device=device)
     values[4], values[0, :8], values[0, 8:] = 1, 1, 2
@@ -53,7 +62,7 @@ def test_read_out_of_the_unit_oracle(device):
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_against_twin(name, device, poisoned_memory):
+def test_against_twin(name, form, device, poisoned_memory):
     num_cores, first_column, core_width = SPLITS[name]
     batch = _with_cores(make_batch(**BATCHES[name], device=device), num_cores)
     split = {"first_column": first_column, "core_width": core_width}
@@ -66,18 +75,26 @@ def test_against_twin(name, device, poisoned_memory):
 FORMS_OF_BUFFERS = {"add": (False, None), "first_touch": (True, None), "merged": (True, 2)}
 
 
-@pytest.mark.parametrize("form", FORMS_OF_BUFFERS)
-@pytest.mark.parametrize("triton", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_buffer_over_several_passes(form, triton, dtype, device, poisoned_memory, monkeypatch):
+@pytest.mark.parametrize("buffer_form", FORMS_OF_BUFFERS)
+@pytest.mark.parametrize("path", ["pieces", "triton", "radix", "torch"])
+def test_buffer_over_several_passes(
+    buffer_form, path, device, poisoned_memory, monkeypatch, small_tiles
+):
     """Four passes, of which each reads rows that others have read and rows that none has."""
-    if not triton:
+    path_forms = {
+        "pieces": "embedding_bag_cores=pieces",
+        "triton": "embedding_bag_cores=triton",
+        "radix": "embedding_bag_cores=triton,sort_lookups=radix",
+    }
+    monkeypatch.setenv(forms.ENVIRONMENT, path_forms.get(path, ""))
+    if path == "torch":
         if device != "cpu":
             pytest.skip("a GPU runs the kernels")
         for module in ("embedding_bag", "value_gradient"):
             module = importlib.import_module(f"megamem.ops.{module}")
             monkeypatch.setattr(module, "use_triton", lambda _: False)
-    overwrites, every = FORMS_OF_BUFFERS[form]
+    overwrites, every = FORMS_OF_BUFFERS[buffer_form]
+    dtype = torch.float32 if path == "radix" else torch.bfloat16
     sizes, rows, width, split = [9, 0, 17], 23, 40, {"first_column": 8, "core_width": 16}
     batches = [
         _with_cores(make_batch(sizes, rows, width, absent=0.2, device=device, seed=seed), 3, seed)
