@@ -46,10 +46,11 @@ from megamem.tools.bench_table import (
     read_records,
     rich_table,
 )
+from megamem.tools.bench_tucker import tucker_cases
 from megamem.tools.markers import rewrite
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPS = ("bag", "topk", "adam", "dot", "sort")
+OPS = ("bag", "topk", "tucker", "adam", "dot", "sort")
 MARKER = "bench"
 """Name of the markers around the table in a Markdown page."""
 WRONG_RESULT = 1
@@ -192,7 +193,10 @@ def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         return
     parser.set_defaults(command=" ".join(("python -m megamem bench", *words)))
     add("--device", help="cuda, cuda:1 or cpu (default: the GPU if there is one)")
-    ops = "embedding_bag, product_topk, optimizer steps, row_dot, sort_lookups (default: all)"
+    ops = (
+        "embedding_bag, product_topk, tucker_topk, optimizer steps, row_dot, sort_lookups "
+        "(default: all)"
+    )
     add("--ops", nargs="+", choices=OPS, default=OPS, help=ops)
     quick = "measure each op at one size only, that of a layer of width 2048"
     add("--quick", action="store_true", help=quick)
@@ -249,6 +253,8 @@ def _cases(
         yield from bag_cases(widths, rows, tokens, lookups, dtype, device, published)
     if "topk" in args.ops:
         yield from topk_cases(sizes, tokens, 4, typical // 4, 32, dtype, device)
+    if "tucker" in args.ops:
+        yield from tucker_cases(tokens, 192 if gpu else 24, dtype, device, args.quick)
     if "adam" in args.ops:
         yield from adam_cases(widths, rows, device)
     if "dot" in args.ops:

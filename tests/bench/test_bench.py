@@ -23,6 +23,7 @@ MEASURED = {
     "sort_lookups",
     "embedding_bag",
     "product_topk",
+    "tucker_topk",
     "adamw_",
     "touched_adamw_",
     "row_dot",

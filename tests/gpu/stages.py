@@ -99,6 +99,27 @@ def read_stages(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Itera
         grad = torch.randn_like(scores)
         run = partial(torch.autograd.grad, scores, inputs, grad, retain_graph=True)
         yield "top-k backward" + (f", {form}" if form else ""), run
+    yield from tucker_stages(sizes, device, dtype)
+
+
+def tucker_stages(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Stage]:
+    """tucker_topk in the place of product_topk, of rank 2 with two cores and a head."""
+    width, shape = sizes.key_dim // 2, (sizes.num_keys, 2, sizes.key_dim // 2)
+    query = torch.randn(sizes.tokens, 2, 1, width, device=device).to(dtype).requires_grad_()
+    keys = torch.randn(2, 1, *shape, device=device).to(dtype).requires_grad_()
+    cores = torch.rand(2, 1, 2, 2, device=device).requires_grad_()
+    directions = ops.leading_directions(cores.sum(0), torch.zeros(2, 1, 2, device=device))
+    inputs = (query, keys, cores)
+    for form in FORMS["tucker_topk"]:
+        given = (*(x.detach() for x in inputs), directions, sizes.topk, sizes.topk)
+        yield f"Tucker top-k forward, {form}", partial(ops.tucker_topk, *given, form=form)
+    for form in FORMS["tucker_topk_backward"]:
+        weights, _ = ops.tucker_topk(
+            *inputs, directions, sizes.topk, sizes.topk, backward_form=form
+        )
+        grad = torch.randn_like(weights)
+        run = partial(torch.autograd.grad, weights, inputs, grad, retain_graph=True)
+        yield f"Tucker top-k backward, {form}", run
 
 
 def table_stages(
