@@ -209,6 +209,25 @@ def overwrites_a_buffer(right: Callable[..., Any]) -> Callable[..., Any]:
     return bag
 
 
+def swaps_the_cores(right: Callable[..., Any]) -> Callable[..., Any]:
+    def bag(table: Tensor, row_ids: Tensor, weights: Tensor, *sizes: Any, **options: Any) -> Any:
+        if weights.dim() == 2:
+            weights = weights.flip(1)
+        return right(table, row_ids, weights, *sizes, **options)
+
+    return bag
+
+
+def forgets_the_gradient_of_a_piece(right: Callable[..., Any]) -> Callable[..., Any]:
+    def bag(*inputs: Tensor, **options: Any) -> Any:
+        bags = right(*inputs, **options)
+        if bags.requires_grad and inputs[2].dim() == 2:
+            bags.register_hook(lambda grad: torch.cat((grad[:, :-8], grad[:, -8:] * 0), 1))
+        return bags
+
+    return bag
+
+
 def places_two_in_one_row(right: Callable[..., Any]) -> Callable[..., Any]:
     return lambda rows, num_keys, seed: right(rows // 2 * 2, num_keys, seed)
 
@@ -245,6 +264,8 @@ WRONG = [
     ("leading_directions", is_off_by_a_little, "leading directions"),
     ("embedding_bag", misreads_the_last_lookup, "numbers of the bags"),
     ("embedding_bag", overwrites_a_buffer, "numbers of the gradient buffer"),
+    ("embedding_bag", swaps_the_cores, "numbers of the bags of cores by the form pieces"),
+    ("embedding_bag", forgets_the_gradient_of_a_piece, "several weights a lookup, "),
     ("sparse_gradients", misreads_the_last_lookup, "touched rows are wrong"),
     ("row_dot", misreads_the_last_lookup, "dots"),
     ("row_dot", overwrites_a_buffer, "numbers of the gradient buffer"),
