@@ -1,11 +1,13 @@
 """embedding_bag with a weight for each core, against its twin and float64."""
 
 import importlib
+from itertools import pairwise
 
 import pytest
 import torch
 
-from megamem.ops import embedding_bag, forms
+from megamem.kernels import choices
+from megamem.ops import Known, add_value_gradient_, embedding_bag, forms, sparse_gradients
 from megamem.ops.row_buffer import Deferred, RowBuffer
 from megamem.reference.embedding_bag import embedding_bag as reference
 from tests.helpers.closeness import assert_as_good_as_torch
@@ -124,3 +126,143 @@ def test_buffer_over_several_passes(
     touched = torch.cat([b.row_ids_M[b.row_ids_M >= 0] for b in batches]).unique()
     assert torch.equal(torch.where(buffer.touched_r)[0], touched)
     torch.testing.assert_close(buffer_rV[touched].double(), truth[touched], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_cores", [1, 2, 4])
+def test_gradients_of_the_reference_are_right(num_cores):
+    """gradcheck in float64, for a shard that begins and ends within a piece."""
+    batch = _with_cores(make_batch([3, 0, 4], num_rows=5, width=24, absent=0.2), num_cores)
+    split = {"first_column": 8, "core_width": 32 if num_cores == 1 else 16}
+    values, weights = (
+        x.double().requires_grad_() for x in (batch.values_rV, batch.weights_M.double())
+    )
+
+    def bags(values, weights):
+        return reference(values, batch.row_ids_M, weights, batch.offsets, **split)
+
+    assert torch.autograd.gradcheck(bags, (values, weights))
+
+
+@pytest.mark.parametrize("edges", [(0, 16, 48), (0, 8, 40, 48), (0, 24, 48), (0, 48)])
+def test_slices_of_columns_are_the_whole(edges, form, device, poisoned_memory):
+    """Column ranks get slices that end with a piece, within one, and that lie within one."""
+    batch = _with_cores(make_batch([9, 4], 7, 48, absent=0.2, device=device), 2)
+    whole = _run(embedding_bag, batch, torch.float32, core_width=24)
+    slices = [
+        _run(
+            embedding_bag,
+            batch._replace(
+                values_rV=batch.values_rV[:, start:end].contiguous(),
+                grad_GV=batch.grad_GV[:, start:end].contiguous(),
+            ),
+            torch.float32,
+            first_column=start,
+            core_width=24,
+        )
+        for start, end in pairwise(edges)
+    ]
+    for key in ("out", "dvalues"):
+        assert torch.equal(torch.cat([x[key] for x in slices], 1), whole[key])
+    # ranks sum what the weights get from their columns
+    together = torch.stack([x["dweights"] for x in slices]).sum(0)
+    torch.testing.assert_close(together, whole["dweights"])
+    for piece, (start, end) in zip(slices, pairwise(edges), strict=True):
+        for core in range(2):
+            outside = end <= core * 24 or start >= (core + 1) * 24
+            assert (piece["dweights"][:, core] == 0).all() == outside
+
+
+def test_equal_weights_are_one_weight(form, device, poisoned_memory):
+    """Bit for bit, as every sum has the same terms in the same order."""
+    batch = make_batch([30, 0, 55], num_rows=6, width=48, absent=0.3, device=device)
+    one = _run(embedding_bag, batch, torch.bfloat16)
+    same = batch._replace(weights_M=batch.weights_M.unsqueeze(-1).expand(-1, 3).contiguous())
+    three = _run(embedding_bag, same, torch.bfloat16)
+    assert torch.equal(three["out"], one["out"]) and torch.equal(three["dvalues"], one["dvalues"])
+    torch.testing.assert_close(three["dweights"].sum(1), one["dweights"])
+
+
+def test_both_forms_agree_bit_for_bit(device, monkeypatch, poisoned_memory):
+    batch = _with_cores(make_batch([80, 3], 5, 544, absent=0.1, device=device), 2)
+    found = []
+    for name in ("pieces", "triton", "triton"):
+        monkeypatch.setenv(forms.ENVIRONMENT, f"embedding_bag_cores={name}")
+        found.append(_run(embedding_bag, batch, torch.bfloat16))
+    for other in found[1:]:
+        assert all(torch.equal(other[key], found[0][key]) for key in other)
+
+
+@pytest.mark.parametrize("known", [Known(may_skip=False, equal_bags=True), Known(expected=1)])
+@pytest.mark.parametrize("sort", ["torch", "radix"])
+def test_hints_change_nothing(known, sort, device, monkeypatch, small_tiles, poisoned_memory):
+    """With room for fewer products than there are lookups, the late ones are computed apart."""
+    split = {"first_column": 8, "core_width": 24}
+    absent = 0.5 if known.may_skip else 0.0
+    batch = _with_cores(make_batch([40, 40], 7, 48, absent=absent, device=device), 4)
+    expected = _run(reference, batch, torch.float64, **split)
+    few = choices.current().changed("row_gradient", block_m=2)
+    for name in ("pieces", "triton"):
+        selected = f"embedding_bag_cores={name},sort_lookups={sort}"
+        monkeypatch.setenv(forms.ENVIRONMENT, selected)
+        with choices.using(few):
+            ours = _run(embedding_bag, batch, torch.float32, known=known, **split)
+        for key, x in ours.items():
+            torch.testing.assert_close(x.double(), expected[key], rtol=1e-4, atol=1e-5)
+
+
+def test_sparse_gradients_are_the_dense_ones(form, device, poisoned_memory):
+    split = {"first_column": 16, "core_width": 24}
+    batch = _with_cores(make_batch([20, 9], 31, 40, absent=0.2, device=device), 3)
+    dense = _run(embedding_bag, batch, torch.float32, **split)
+    rows_E, grads_EV, weight_grads = sparse_gradients(
+        batch.values_rV, batch.grad_GV, batch.row_ids_M, batch.weights_M, batch.offsets, **split
+    )
+    scattered = torch.zeros_like(batch.values_rV)
+    scattered[rows_E[rows_E >= 0]] = grads_EV[rows_E >= 0]
+    assert torch.equal(scattered, dense["dvalues"])
+    assert torch.equal(weight_grads, dense["dweights"])
+
+
+@pytest.mark.parametrize("wanted", ["values", "weights"])
+def test_only_wanted_gradients(wanted, form, device, poisoned_memory):
+    batch = _with_cores(make_batch([12, 3], 7, 16, device=device), 2)
+    truth = _run(reference, batch, torch.float32)
+    values = batch.values_rV.clone().requires_grad_(wanted == "values")
+    weights = batch.weights_M.clone().requires_grad_(wanted == "weights")
+    # weights of all cores in one tensor of which every second is ours
+    strided = torch.stack((weights, weights), -1)[..., 0]
+    out = embedding_bag(values, batch.row_ids_M.int(), strided, batch.offsets.int())
+    out.backward(batch.grad_GV)
+    for key, x in (("values", values), ("weights", weights)):
+        if wanted == key:
+            torch.testing.assert_close(x.grad, truth[f"d{key}"])
+        else:
+            assert x.grad is None
+
+
+@pytest.mark.parametrize(
+    ("split", "num_cores", "message"),
+    [
+        ({"core_width": 8}, 2, "columns 0 to 24 .* 2 weights .* 8 columns each cover 16"),
+        ({"first_column": 16, "core_width": 16}, 2, "columns 16 to 40 .* cover 32"),
+        ({"first_column": -8, "core_width": 16}, 2, "columns -8 to 16"),
+        ({"first_column": 4, "core_width": 16}, 2, "begins with column 4, .* multiples of 8"),
+        ({}, 2, "columns of one weight are 12, .* multiples of 8"),
+        ({}, 5, "columns 0 to 24"),
+        ({}, 0, "0 weights a lookup"),
+        ({"first_column": 8, "core_width": 24}, 1, "columns 8 to 32 .* cover 24"),
+    ],
+)
+def test_errors_for_people(split, num_cores, message):
+    lookups = (torch.tensor([0, 4]), torch.ones(2, num_cores), torch.tensor([0, 2]))
+    for op in (
+        lambda **given: embedding_bag(torch.zeros(5, 24), *lookups, **given),
+        lambda **given: sparse_gradients(torch.zeros(5, 24), torch.zeros(1, 24), *lookups, **given),
+        lambda **given: add_value_gradient_(
+            torch.zeros(5, 24), torch.zeros(1, 24), *lookups, **given
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            op(**split)
+    with pytest.raises(ValueError, match="cores"):
+        embedding_bag(torch.zeros(5, 24), lookups[0], torch.ones(2, 2, 2), lookups[2])
