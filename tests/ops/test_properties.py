@@ -1,5 +1,8 @@
 """The ops on inputs that hypothesis thinks up: duplicates, empty bags, extreme weights, k = N."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +17,7 @@ from megamem.ops import (
     sparse_gradients,
     touched_adamw_,
     tucker_topk,
+    tuning,
 )
 from megamem.reference.embedding_bag import embedding_bag as bag_reference
 from megamem.reference.product_topk import product_topk as topk_reference
@@ -80,6 +84,36 @@ def test_embedding_bag_errs_no_more_than_rounding_must(batch):
     dense = torch.zeros_like(batch.values_rV)
     dense[rows_E[rows_E >= 0]] = grads_EV[rows_E >= 0]
     assert torch.equal(dense, ours[1]) and torch.equal(weight_grads_M, ours[2])
+
+
+@st.composite
+def splits(draw) -> tuple[Batch, dict[str, int]]:
+    """Lookups with several weights, and a shard that begins anywhere in the table."""
+    batch = draw(batches())
+    core_width, first_column = 8 * draw(st.integers(1, 7)), 8 * draw(st.integers(0, 9))
+    fewest = -(-(first_column + batch.values_rV.shape[1]) // core_width)
+    num_cores = fewest + draw(st.integers(0, 1))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    factors = torch.randn(len(batch.row_ids_M), num_cores, generator=generator).to(DEVICE)
+    several = batch._replace(weights_M=batch.weights_M.unsqueeze(-1) * factors)
+    return several, {"first_column": first_column, "core_width": core_width}
+
+
+@pytest.mark.parametrize("form", ["pieces", "triton"])
+@FEW
+@given(splits())
+def test_bags_of_cores_err_no_more_than_rounding_must(form, split):
+    batch, columns = split
+    chosen = tuning.current()
+    with tuning.using(replace(chosen, forms={**chosen.forms, "embedding_bag_cores": form})):
+        ours = _gradients(partial(embedding_bag, **columns), batch, torch.float32)
+    twin = partial(bag_reference, **columns)
+    truth = _gradients(twin, batch, torch.float64)
+    positive = Batch(*(x.abs() if x.is_floating_point() else x for x in batch))
+    absolute = _gradients(twin, positive, torch.float64)
+    roundings = len(batch.row_ids_M) + batch.values_rV.shape[1] + 2
+    for a, b, bound in zip(ours, truth, absolute, strict=True):
+        assert ((a.double() - b).abs() <= roundings * EPS * bound + 1e-45).all()
 
 
 @FEW
