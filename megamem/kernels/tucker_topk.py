@@ -17,8 +17,10 @@ pair of these grows with its id, and breaks ties.
 A program of _best_pairs_kernel computes one read. The scores of its pairs are formed in registers,
 a tile of BLOCK_I rows and all columns at a time, anew in each pass, as they take A multiplications
 each and K * K of them would be the largest tensor of the layer. A tile adds to the maximum of
-BLOCK_I * KP groups; the columns of each tile are rotated by BLOCK_I more, as otherwise a column
-with large scores would have all of its pairs in the same BLOCK_I groups.
+BLOCK_I * KP groups. The columns of each tile are rotated by BLOCK_I more, as otherwise a column
+with large scores would have all of its pairs in the same BLOCK_I groups: with normal scores, at
+(K, F) from (32, 32) to (128, 768), at most 0.5 % of reads then need bisection, but up to 95 %
+without rotation.
 
 Multiplications and additions are not fused: each pass must compute the same bits.
 

@@ -5,7 +5,7 @@ import torch
 
 from megamem.kernels import choices
 from megamem.kernels import tucker_topk as kernels
-from megamem.ops import forms, tucker_topk
+from megamem.ops import forms, leading_directions, tucker_topk
 from megamem.reference.tucker_topk import tucker_topk as reference
 from tests.helpers.closeness import assert_as_good_as_torch
 
@@ -31,6 +31,19 @@ def _integers(tokens, heads, num_keys, rank, width, cores, queries, spread, devi
         draw(cores, heads, rank, rank),
         draw(2, heads, rank),
     )
+
+
+def test_the_unit_oracle(form, device, poisoned_memory):
+    """Computed by hand; product_topk's staircase of pairs would return the ids 0 and 1."""
+    scores = torch.tensor([[2.0, 2.0], [4.0, -1.0], [0.0, 1.0]], device=device)
+    cores = torch.tensor([[[[2.0, 0.0], [0.0, 2.0]]], [[[0.0, 1.0], [1.0, 0.0]]]], device=device)
+    directions = leading_directions(cores.sum(0), torch.zeros(2, 1, 2, device=device))
+    query, keys = _with_scores(scores, scores)
+    weights, row_ids = tucker_topk(query, keys, cores, directions, 2, 2)
+    assert row_ids.flatten().tolist() == [4, 0]
+    assert weights.flatten(0, 2).tolist() == [[34, -8], [16, 8]]
+    values = torch.tensor([[1.0, 2.0], [0, 0], [0, 0], [0, 0], [1, 1]], device=device)
+    assert (weights * values[row_ids]).sum(2).flatten().tolist() == [50, 8]
 
 
 @pytest.mark.parametrize(
