@@ -58,6 +58,7 @@ NO_RACE = {
 MAY_APPROXIMATE: dict[tuple[str, str], str] = {}
 # of the release of Triton, kernel, case and architecture: bytes that may spill, and why
 _FEW = "two or four registers, outside of the loops over blocks of sub-keys, or in fp32 alone"
+_LIMITED = "ptxas limits registers to 96 or 128, for more programs at once, and spills a few"
 MAY_SPILL = {
     ("3.6", "_merge_kernel", "gradient fp32 V=1000 += fp32", 80): (
         8,
@@ -70,6 +71,10 @@ MAY_SPILL = {
     ("3.6", "_exact_kernel", "fused top-k fp32 N=4096 C=512 K=32", 90): (8, _FEW),
     ("3.6", "_exact_kernel", "fused top-k fp32 N=4096 C=512 K=32", 120): (8, _FEW),
     ("3.6", "_candidates_kernel", "fused top-k fp32 N=4096 C=512 K=32", 120): (16, _FEW),
+    ("3.6", "_best_pairs_kernel", "Tucker bf16 N=1138 K=42 F=256", 80): (16, _LIMITED),
+    ("3.6", "_best_sides_kernel", "Tucker bf16 N=1138 K=42 F=256", 90): (8, _LIMITED),
+    ("3.6", "_best_sides_kernel", "Tucker bf16 N=1138 K=42 F=256", 100): (8, _LIMITED),
+    ("3.6", "_best_sides_kernel", "Tucker bf16 N=3578 K=42 F=42 H=2", 80): (8, _LIMITED),
 }
 _APPROXIMATE = re.compile(r"\b(?:[a-z0-9]+\.approx|div\.full)[.\w]*")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
