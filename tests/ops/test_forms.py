@@ -74,6 +74,9 @@ def test_the_rule_is_found_broken():
     slow_first = {"product_topk": {"torch": topk["torch"], "two_looks": topk["two_looks"]}}
     assert "torch is no faster than two_looks" in problems(slow_first)[0]
     assert "never run" in problems({"product_topk": {"fused": Form(None), **topk}})[0]
+    new = {"torch": Form(None), "triton": Form(None)}
+    assert problems({"tucker_topk": new}) == []
+    assert "never run" in problems({"tucker_topk": {"triton": Form(None), **new}})[0]
     record = topk["torch"].record
     assert "no run of fused" in problems({"product_topk": {"fused": Form(record)}})[0]
     borrowed = {"product_topk": {"fused": Form(None)}, "x": {"y": Form(None, "", "product_topk")}}

@@ -83,7 +83,7 @@ def _with_scores(row_NA, column_NA):
     return torch.ones(1, 2, 1, 1, device=row_NA.device), keys
 
 
-@pytest.mark.parametrize(("equal", "above"), [(15, 3), (16, 0), (17, 0), (17, 3), (60, 3)])
+@pytest.mark.parametrize(("equal", "above"), [(16, 0), (17, 3), (60, 3)])
 def test_more_equal_scores_than_the_buffer_holds(equal, above, device, poisoned_memory):
     """2 KP = 16 candidates fit; the last score stands among `equal` equals, anywhere."""
     torch.manual_seed(equal)
@@ -131,8 +131,11 @@ def test_pieces_of_tokens_are_the_whole(form, device, monkeypatch, own_choices, 
     assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
 
 
-@pytest.mark.parametrize("queries", [1, 2], ids=["one query", "a query per rank"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "queries"),
+    [(torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 2), (torch.float16, 2)],
+    ids=str,
+)
 def test_weights_and_gradients(dtype, queries, form, device, poisoned_memory):
     torch.manual_seed(1)
     query = torch.randn(5, 2, queries, 12, device=device).to(dtype)
