@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megamem import ops
 from megamem.kernels.row_gradient import row_gradient
@@ -19,6 +19,7 @@ from megamem.ops.forms import FORMS
 from megamem.ops.row_buffer import RowBuffer
 from megamem.ops.sort_lookups import sort_lookups
 from megamem.tools.bench import copy_gbps, median_ms
+from megamem.tools.known_reads import CORES, using_form
 from tests.gpu import report
 from tests.gpu.layer import Sizes, TrainedLayer, build
 
@@ -122,6 +123,13 @@ def tucker_stages(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Ite
         yield f"Tucker top-k backward, {form}", run
 
 
+def _bag_of_cores(form: str, *given: Tensor, grad: Tensor | None = None, **options: Any) -> None:
+    with using_form(CORES, form):
+        bags = ops.embedding_bag(*given, **options)
+        if grad is not None:
+            torch.autograd.grad(bags, given[2], grad)
+
+
 def table_stages(
     sizes: Sizes, device: torch.device, dtype: torch.dtype, rows: int
 ) -> Iterator[Stage]:
@@ -142,6 +150,16 @@ def table_stages(
         "bag backward, += fp32",
         lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True),
     )
+    several = torch.rand(tokens * lookups, 2, device=device).requires_grad_()
+    given = (values, row_ids, several, offsets)
+    for form in FORMS[CORES]:
+        yield f"bag forward, two cores, {form}", partial(_bag_of_cores, form, *given, **options)
+    with_buffer = {"add_value_grad_to": buffer, **options}
+    for form in FORMS[CORES]:
+        yield (
+            f"bag forward and backward, two cores, += fp32, {form}",
+            partial(_bag_of_cores, form, *given, grad=grad, **with_buffer),
+        )
     flags = torch.zeros(rows + 1, dtype=torch.bool, device=device)
     first = RowBuffer(buffer, flags, overwrites=True)
     bags = ops.embedding_bag(values, row_ids, leaf, offsets, add_value_grad_to=first, **options)
