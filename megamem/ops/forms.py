@@ -6,6 +6,8 @@ with an environment variable on every rank:
 
     MEGAMEM_FORMS=product_topk=torch,...
 
+An op without any form that ran on a GPU uses torch's own ops there.
+
 `megamem tune` may select a form that is not the default in the file that it writes: there, it has
 run on the GPU of the user, gave the known answers, and was faster.
 

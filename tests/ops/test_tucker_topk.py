@@ -77,6 +77,30 @@ def test_ids_are_the_twins(
         assert torch.equal(one[1], true_row_ids) and torch.equal(one[0], true_weights)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_keys", "topk", "final", "heads"),
+    [
+        (1138, 32, 32, 1),
+        (808, 42, 80, 2),
+        (3578, 42, 42, 2),
+        (1138, 128, 256, 1),
+        (964, 128, 768, 1),
+    ],
+)
+@pytest.mark.parametrize("queries", [1, 2], ids=["one query", "a query per rank"])
+def test_ids_are_the_twins_at_the_sizes_of_the_papers(
+    num_keys, topk, final, heads, queries, form, device, poisoned_memory
+):
+    """pytest -m slow tests/ops/test_tucker_topk.py"""
+    tokens = 2 if device == "cpu" else 257
+    inputs = _integers(tokens, heads, num_keys, 2, 24, 2, queries, 3, device, seed=num_keys)
+    for ours, truth in zip(
+        tucker_topk(*inputs, topk, final), reference(*inputs, topk, final), strict=True
+    ):
+        assert torch.equal(ours, truth)
+
+
 def _with_scores(row_NA, column_NA):
     """A query and keys of width 1 with these scores."""
     keys = torch.stack((row_NA, column_NA))[:, None, :, :, None]
