@@ -35,7 +35,7 @@ NORM_ROWS = 2**12
 TIMED_PASSES = 64
 """Number of passes over a table that are timed in one window."""
 
-NUM_SUMS = 5
+NUM_SUMS = 6
 TRAINED = ("trained_rows", "trained_lookups", "all_lookups")
 PER_TABLE = ("holders", "bytes", "passes", "lookup", "exchange", "gradient", "rows", "row_squares")
 TABLE_SUMS = (*PER_TABLE, *TRAINED)
@@ -50,15 +50,18 @@ class Watched:
     tables: Sequence[str]
     """Names of all value tables of the model."""
     num_keys: int
-    """N, sub-keys per half."""
+    """N, sub-keys of a layer per half. With virtual blocks of rows they are more than a side of the
+    table, and a row is read by several of their pairs."""
     heads: int
     """H, heads of a layer."""
     topk: int
-    """K, rows per head."""
+    """K, rows that a head reads."""
+    softmax: bool = True
+    """Whether the weights of a head are a softmax; otherwise they are scores of any sign."""
 
     @property
-    def num_rows(self) -> int:
-        """R, rows of a table."""
+    def num_pairs(self) -> int:
+        """Pairs of sub-keys; without virtual blocks, the rows of a table."""
         return self.num_keys**2
 
     @property
@@ -79,16 +82,20 @@ class Report:
     scalars: dict[str, float]
     """memory/<metric>/<layer or table> -> value."""
     usage: dict[int, Tensor]
-    """Layer -> [P, P], the lookups of every cell, on the device."""
+    """Layer -> [P, P], the lookups of every cell of the map, on the device."""
 
 
 class LayerMetrics:
     """The sums of one layer on one rank.
 
     usage      lookups of each cell of the map; sub-key i belongs to line i * P // N
-    sampled    1 for each sampled row that was read; the last entry is for all other rows
+    sampled    1 for each sampled pair that was read; the last entry is for all other pairs
     sums       number of reads (one head of one token) and of gate values; sums of the largest
-               weights, of the entropies of the weights, and of the gate values
+               weights, of the entropies of the weights, of the gate values, and of the means of
+               weights that are no softmax
+
+    The largest weight and the entropy are those of a distribution. Where weights are no softmax, it
+    is the share of each lookup in the absolute weights of its head, summed over cores.
     """
 
     def __init__(self, watched: Watched, sums: Tensor) -> None:
@@ -96,7 +103,7 @@ class LayerMetrics:
         self.watched = watched
         self.usage, self.sampled, self.sums = sums.split(_layer_sizes(watched))
         self.one = torch.ones((), dtype=sums.dtype, device=sums.device)
-        self.multiplier = _spreading_multiplier(watched.num_rows)
+        self.multiplier = _spreading_multiplier(watched.num_pairs)
 
     @torch.no_grad()
     def record(self, row_ids: Tensor, weights: Tensor, gate: Tensor | None) -> None:
@@ -104,7 +111,8 @@ class LayerMetrics:
 
         Args:
             row_ids: [tokens, H * K] pairs of sub-keys, i * N + j.
-            weights: their weights, a softmax over the K of each head.
+            weights: their weights, [tokens, H * K], or [tokens, H * K, O] where each of O cores has
+                one.
             gate: [tokens, V] values of the gate; None for a variant without one.
         """
         watched = self.watched
@@ -113,15 +121,22 @@ class LayerMetrics:
             side, num_keys = watched.side, watched.num_keys
             cells = rows // num_keys * side // num_keys * side
             cells += rows % num_keys * side // num_keys
-            sampled = (rows * self.multiplier).remainder_(watched.num_rows)
+            sampled = (rows * self.multiplier).remainder_(watched.num_pairs)
             self.sampled[sampled.clamp_(max=SAMPLED_ROWS)] = 1.0
         self.usage.scatter_add_(0, cells, self.one.expand_as(cells))
 
+        none = self.one.new_zeros(())
+        mean = none
+        if not watched.softmax:
+            cores = weights.shape[2] if weights.dim() > 2 else 1
+            mean = weights.sum(dtype=torch.float32) / (watched.topk * cores)
+            weights = _absolute_shares(weights, watched.topk)
         by_head = weights.view(len(weights), watched.heads, watched.topk)
         sums = [
             by_head.amax(-1).sum(),
             torch.special.entr(weights).sum(),
-            self.one.new_zeros(()) if gate is None else gate.sum(dtype=torch.float32),
+            none if gate is None else gate.sum(dtype=torch.float32),
+            mean,
         ]
         self.sums[0] += len(weights) * watched.heads
         self.sums[1] += 0 if gate is None else gate.numel()
@@ -314,6 +329,17 @@ def kl_from_uniform(usage: Tensor, num_keys: int) -> Tensor:
     return torch.special.xlogy(shares, shares / uniform).sum()
 
 
+def _absolute_shares(weights: Tensor, topk: int) -> Tensor:
+    """Return the share of each lookup in the absolute weights of its head, [tokens, H * K].
+
+    The shares of a head whose weights are all zero are zero.
+    """
+    sizes = weights.abs().flatten(2).sum(-1) if weights.dim() > 2 else weights.abs()
+    by_head = sizes.unflatten(1, (-1, topk))
+    totals = by_head.sum(-1, keepdim=True).clamp_(min=torch.finfo(sizes.dtype).tiny)
+    return (by_head / totals).flatten(1)
+
+
 def _layer_sizes(watched: Watched) -> list[int]:
     """Return the number of sums of each kind that a layer has: usage, sampled, sums."""
     return [watched.side**2, (SAMPLED_ROWS + 1) * watched.is_sampled, NUM_SUMS]
@@ -334,7 +360,7 @@ def _layer_numbers(
     watched: Watched, counted: Tensor, sampled: Tensor, sums: Tensor
 ) -> dict[str, float]:
     """Return the metrics of a layer; none if it had no lookups."""
-    reads, gates, top, entropy, gate = sums.tolist()
+    reads, gates, top, entropy, gate, weight = sums.tolist()
     if not reads:
         return {}
     used = sampled[:-1] if watched.is_sampled else counted
@@ -345,6 +371,8 @@ def _layer_numbers(
         "top1_weight": top / reads,
         "score_entropy": entropy / reads,
     }
+    if not watched.softmax:
+        numbers["weight_mean"] = weight / reads
     return numbers | ({"gate_mean": gate / gates} if gates else {})
 
 

@@ -3,6 +3,8 @@
 import math
 import time
 from collections import Counter
+from dataclasses import replace
+from statistics import fmean
 from unittest import mock
 
 import pytest
@@ -93,8 +95,38 @@ def test_counts_are_those_of_a_loop(num_keys: int) -> None:
     entropy = -(weights * weights.log()).sum(1).mean().item()
     assert shown["score_entropy"] == pytest.approx(entropy)
     assert shown["gate_mean"] == pytest.approx(gates.mean().item(), abs=1e-6)
+    # the mean of a softmax says nothing
+    assert "weight_mean" not in shown
     if num_keys < MAP_SIDE:
         assert shown["rows_used"] == pytest.approx(100 * len(set(rows)) / num_keys**2)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_scores_of_any_sign_count_by_their_absolute_share(cores: int) -> None:
+    torch.manual_seed(0)
+    watched = replace(_watched(9), softmax=False)
+    metrics = Metrics(watched, "cpu")
+    rows, _, _ = _lookups(9)
+    weights = torch.randn(len(rows), HEADS * TOPK, cores, dtype=torch.float64) * 5 - 2
+    # a head without any weight, and a pass without tokens
+    weights[3, TOPK:] = 0.0
+    given = weights.squeeze(-1)
+    metrics.layers[LAYER].record(rows, given, None)
+    metrics.layers[LAYER].record(rows[:0], given[:0], None)
+    report = metrics.report(1)
+    assert report is not None
+    shown = {name.split("/")[1]: value for name, value in report.scalars.items()}
+    tops, entropies = [], []
+    for token in weights.tolist():
+        for head in (token[:TOPK], token[TOPK:]):
+            sizes = [sum(map(abs, lookup)) for lookup in head]
+            shares = [size / (sum(sizes) or 1) for size in sizes]
+            tops.append(max(shares))
+            entropies.append(-sum(share * math.log(share) for share in shares if share))
+    assert shown["top1_weight"] == pytest.approx(fmean(tops))
+    assert shown["score_entropy"] == pytest.approx(fmean(entropies))
+    assert shown["weight_mean"] == pytest.approx(weights.mean().item(), rel=1e-5)
+    assert "gate_mean" not in shown
 
 
 def test_rows_used_in_a_large_table_is_a_fair_sample() -> None:

@@ -33,6 +33,7 @@ TITLES = {
     "kl_from_uniform": "KL divergence of reads from uniform (nats)",
     "top1_weight": "largest weight of a head (mean)",
     "score_entropy": "entropy of a head's weights (nats)",
+    "weight_mean": "weight of a lookup (mean)",
     "gate_mean": "mean gate",
     "grad_norm": "gradient norm of the table",
     "row_norm": "norm of a row (mean)",
@@ -50,6 +51,7 @@ IN_CONSOLE = {
     "kl_from_uniform": "KL from uniform {:.3f}",
     "top1_weight": "top-1 weight {:.3f}",
     "score_entropy": "entropy {:.3f}",
+    "weight_mean": "mean weight {:.3g}",
     "gate_mean": "gate {:.4f}",
     "grad_norm": "table grad norm {:.3g}",
     "row_norm": "row norm {:.4g}",
@@ -115,9 +117,10 @@ class TrainingMetrics:
         watched = Watched(
             layers=spec.layers,
             tables=table_names(spec),
-            num_keys=spec.num_keys,
+            num_keys=spec.keys_per_side,
             heads=spec.heads,
-            topk=spec.topk,
+            topk=spec.reads_per_head,
+            softmax=not spec.tucker_rank,
         )
         self.metrics, self.optimizer = Metrics(watched, torch.cuda.current_device()), optimizer
         self.iterations = 0
