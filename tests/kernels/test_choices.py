@@ -184,7 +184,14 @@ def test_a_step_is_launched_with_its_choices(monkeypatch: pytest.MonkeyPatch, de
     ]
 
 
-@pytest.mark.parametrize("capability", DEFAULTS)
+# a minute for each card, so one of them is in the quick tests
+@pytest.mark.parametrize(
+    "capability",
+    [
+        pytest.param(capability, marks=[pytest.mark.slow] if place else [])
+        for place, capability in enumerate(DEFAULTS)
+    ],
+)
 def test_the_choices_of_a_card_give_the_known_answers(
     device: str, capability: tuple[int, int]
 ) -> None:

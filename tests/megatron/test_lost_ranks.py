@@ -81,8 +81,12 @@ def test_a_rank_that_dies_ends_the_others_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_two_hosts_train_together_and_survive_a_cut(tmp_path: Path) -> None:
-    """The error comes within the time-out, and the resumed run ends like an uninterrupted one."""
+    """The error comes within the time-out, and the resumed run ends like an uninterrupted one.
+
+    It waits for a minute of time-out: bash tests/run.sh -m slow tests/megatron/test_lost_ranks.py
+    """
     steps = ("--train-iters", 150, "--lr-decay-iters", 150, "--distributed-timeout-minutes", 1)
     saving = ("--save", tmp_path, "--load", tmp_path, "--save-interval", 50)
     words = command_line(*MEMORY, *WIDE, *steps, *saving)
