@@ -31,7 +31,7 @@ SETTINGS = (
 
 TUCKER_SETTINGS = (
     *("final_topk", "tucker_rank", "cores", "expansion", "expansion_proj", "rank_queries"),
-    *("pre_value_dim", "skip", "query_conv", "share_layers"),
+    *("pre_value_dim", "skip", "query_conv", "share_layers", "placement"),
 )
 """What it takes besides where scores are those of UltraMem; the flags have the same names."""
 

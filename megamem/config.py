@@ -215,6 +215,11 @@ class MemoryConfig:
     are often read together lie on different ranks. It is saved in checkpoints and cannot be changed
     later."""
 
+    memory_placement: Literal["seed", "stored"] = "seed"
+    """For ultramem and ultramem-v2. seed: the permutation is that of --memory-placement-seed.
+    stored: it is part of each layer's state, as an imported checkpoint may need, and starts as that
+    of the seed."""
+
     memory_check_row_ids: bool = False
     """For debugging, check before every read that the table has the rows asked for. On a GPU, each
     check makes the host wait for the device."""

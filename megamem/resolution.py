@@ -171,7 +171,7 @@ _TUCKER = (
 """Settings of variants with Tucker scores whose default is the variant's."""
 _TUCKER_DEFAULTS = (
     *("query_conv", "skip", "share_layers", "dropout", "core_aux_margin", "balance_weight"),
-    *("lr_times_until", "init"),
+    *("lr_times_until", "init", "placement"),
 )
 """Their settings with defaults of their own."""
 

@@ -231,6 +231,8 @@ class MemorySpec:
     key_gain: float = 1
     """Initial gain of the norm of sub-keys."""
     init: Literal["paper", "released"] = "paper"
+    placement: Literal["seed", "stored"] = "seed"
+    """Whether the permutation of rows follows from a seed, or is part of a layer's state."""
 
     layout: Layout
     wire: Wire

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megamem.layers.init import WeightFactory
-from megamem.layers.memory_pool import Lookups, MemoryPool
+from megamem.layers.memory_pool import Lookups, MemoryPool, permutation_of
 from megamem.layers.variants import placement_of, variant_of
 from megamem.metrics import LayerMetrics
 from megamem.parallel.collectives import (
@@ -106,6 +106,10 @@ class MemoryLayer(nn.Module):
         self.token = variant.token(spec, make)
         self.output = variant.output(spec, make)
         self.placement_seed = placement_of(layer, spec)
+        stored = spec.placement == "stored"
+        permutation = permutation_of(spec, self.placement_seed, device) if stored else None
+        self.register_buffer("permutation", permutation)
+        self.permutation: Tensor | None
         self.metrics: LayerMetrics | None = None
         for table in pool:
             table.readers += 1
@@ -142,7 +146,11 @@ class MemoryLayer(nn.Module):
         row_ids_TL, weights_TL = self.keys(self.query(x_TD))
         counts = token_counts or self._token_counts(len(x_TD), split)
         lookups = self.pool.launch(
-            row_ids_TL, weights_TL, counts, self.token(x_TD), self.placement_seed
+            row_ids_TL,
+            weights_TL,
+            counts,
+            self.token(x_TD),
+            self.placement_seed if self.permutation is None else self.permutation,
         )
         # the gate depends on the token alone, so it is computed while the lookups are sent
         gate_TV = self.output.compute_gate(x_TD)

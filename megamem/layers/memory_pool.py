@@ -76,6 +76,17 @@ def _sort_by_block(rows_TL: Tensor, weights: Tensor, num_rows: int) -> tuple[Ten
     return rows_TL.gather(1, order_TL), weights.gather(1, by_lookup)
 
 
+def permutation_of(
+    spec: MemorySpec, seed: int, device: torch.device | str | int | None = None
+) -> Tensor:
+    """Return the row that each pair of sub-keys reads, as block * R + row, by a placement seed."""
+    num_ids = spec.keys_per_side**2
+    if torch.device("cpu" if device is None else device).type == "meta":
+        return torch.empty(num_ids, dtype=id_dtype(num_ids), device=device)
+    pairs = torch.arange(num_ids, device=device)
+    return place_rows(pairs, spec.keys_per_side, seed, id_dtype(num_ids))
+
+
 class MemoryPool:
     """The tables of one pool, sharded over the ranks of a memory group.
 
@@ -138,7 +149,7 @@ class MemoryPool:
         weights_TL: Tensor,
         token_counts: list[int],
         x_TD: Tensor,
-        placement_seed: int | None = None,
+        placement: int | Tensor | None = None,
     ) -> Lookups:
         """Start sending lookups to the ranks that hold their rows, and return without waiting.
 
@@ -147,12 +158,16 @@ class MemoryPool:
             weights_TL: weight of each lookup; weights_TLO where each core has one.
             token_counts: T of every member of the group.
             x_TD: what the owners of rows get of the tokens, if the variant reads them.
-            placement_seed: says which row a pair reads; by default that of the pool.
+            placement: says which row a pair reads: a seed, by default that of the pool, or the
+                permutation itself.
         """
         spec, clock = self.spec, _Clock()
-        seed = spec.placement_seed if placement_seed is None else placement_seed
         num_ids = spec.keys_per_side**2
-        rows_TL = place_rows(row_ids_TL, spec.keys_per_side, seed, id_dtype(num_ids))
+        if isinstance(placement, Tensor):
+            rows_TL = placement[row_ids_TL]
+        else:
+            seed = spec.placement_seed if placement is None else placement
+            rows_TL = place_rows(row_ids_TL, spec.keys_per_side, seed, id_dtype(num_ids))
         blocks = spec.bags_per_token
         if blocks > 1:
             rows_TL, weights_TL = _sort_by_block(rows_TL, weights_TL, spec.num_rows)
