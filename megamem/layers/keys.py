@@ -5,11 +5,22 @@ Letters: T tokens on this rank, L lookups per token, O cores.
 
 from torch import Tensor, nn
 
+from megamem.layers.losses import ScoreLosses
+
 
 class Keys(nn.Module):
     """Maps the queries of tokens to the rows that they read and the weights of these."""
 
-    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
+    losses: ScoreLosses | None = None
+    """What joins the gradient of the weights in training."""
+
+    def forward(self, query: Tensor, tokens: int | None = None) -> tuple[Tensor, Tensor]:
         """Return row_ids_TL, int64 pairs of sub-keys, and weights_TL or, for several cores,
-        weights_TLO."""
+        weights_TLO.
+
+        Args:
+            query: the queries of T tokens.
+            tokens: number of tokens of all ranks that share the hidden states, for losses over
+                them; by default T.
+        """
         raise NotImplementedError

@@ -21,11 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megamem.layers.init import WeightFactory
+from megamem.layers.losses import ScoreLosses
 from megamem.layers.memory_pool import Lookups, MemoryPool, permutation_of
+from megamem.layers.query_conv import QueryConv
 from megamem.layers.variants import placement_of, variant_of
 from megamem.metrics import LayerMetrics
 from megamem.parallel.collectives import (
@@ -101,10 +104,13 @@ class MemoryLayer(nn.Module):
             dtype=dtype,
         )
         variant = variant_of(spec)
+        self.query_conv = QueryConv(spec, make, group) if spec.query_conv else None
         self.query = variant.query(spec, make)
         self.keys = variant.keys(spec, make)
+        self.losses = self.keys.losses = ScoreLosses.of(spec, group)
         self.token = variant.token(spec, make)
         self.output = variant.output(spec, make)
+        self.dropout = spec.dropout
         self.placement_seed = placement_of(layer, spec)
         stored = spec.placement == "stored"
         permutation = permutation_of(spec, self.placement_seed, device) if stored else None
@@ -139,11 +145,15 @@ class MemoryLayer(nn.Module):
         The arguments are those of forward().
         """
         x_TD = hidden_SBD.flatten(0, 1)
-        split = even_counts(len(x_TD), group_size(self.group))
+        ranks = group_size(self.group)
+        split = [len(x_TD)] * ranks if self.tokens_sharded else even_counts(len(x_TD), ranks)
         if not self.tokens_sharded:
             x_TD = split_tokens(x_TD, split, self.group)
 
-        row_ids_TL, weights_TL = self.keys(self.query(x_TD))
+        seen_TD = x_TD
+        if self.query_conv is not None:
+            seen_TD = self.query_conv(x_TD, hidden_SBD.shape[1], split)
+        row_ids_TL, weights_TL = self.keys(self.query(seen_TD), sum(split))
         counts = token_counts or self._token_counts(len(x_TD), split)
         lookups = self.pool.launch(
             row_ids_TL,
@@ -167,6 +177,10 @@ class MemoryLayer(nn.Module):
 
         if not self.tokens_sharded:
             y_TD = gather_tokens(y_TD, sent.split, self.group)
+        if self.dropout:
+            # after the gather, so that ranks with equal tokens drop the same numbers of them
+            # wherever their random states are equal, as Megatron keeps those outside its tracker
+            y_TD = F.dropout(y_TD, self.dropout, self.training)
         return y_TD.view(sent.shape)
 
     def join(self) -> bool:

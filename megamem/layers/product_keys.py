@@ -31,11 +31,12 @@ class ProductKeys(Keys):
         )
         self.norm = ReplicatedRMSNorm(half, make, gain=half**-0.5) if spec.qk_norm else None
 
-    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, tokens: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the rows that each token reads and their weights.
 
         Args:
             query: query_THQ.
+            tokens: not used, as there are no losses.
 
         Returns:
             row_ids_TL: int64 pairs of sub-keys, i * N + j.

@@ -73,11 +73,12 @@ class TuckerKeys(Keys):
         directions = torch.zeros(2, heads, ranks, dtype=torch.float32, device=make.device)
         self.register_buffer("directions", directions)
 
-    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, tokens: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the rows that each token reads and their weights.
 
         Args:
             query: query_T2AC.
+            tokens: number of tokens of all ranks that share the hidden states; by default T.
 
         Returns:
             row_ids_TL: int64 pairs of sub-keys, i * N + j.
@@ -90,6 +91,11 @@ class TuckerKeys(Keys):
             query, sub_keys_2HNAC, cores_OHAA, self.directions, self.topk, self.final_topk
         )
         weights_TLO = weights_THFO.flatten(1, 2)
+        if self.losses is not None and self.training and torch.is_grad_enabled():
+            tokens = len(query) if tokens is None else tokens
+            weights_TLO = self.losses.join(
+                weights_TLO, query, sub_keys_2HNAC, cores_OHAA, self.directions, tokens
+            )
         one = weights_TLO.shape[-1] == 1
         return row_ids_THF.flatten(1), weights_TLO.squeeze(-1) if one else weights_TLO
 
@@ -101,6 +107,12 @@ class TuckerKeys(Keys):
         core_HAA = self.cores.double().sum(0)
         self.directions.copy_(leading_directions(core_HAA, self.directions.double()))
         self.stale = False
+
+    def _load_from_state_dict(self, *state: Any, **more: Any) -> None:
+        """Load as any module does; the directions are then those before the cores that are
+        loaded."""
+        super()._load_from_state_dict(*state, **more)
+        self.stale = True
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move or convert the module as any other, but leave the directions in fp32."""

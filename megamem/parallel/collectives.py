@@ -157,6 +157,46 @@ class _ReduceGradient(torch.autograd.Function):
         return total, None
 
 
+class _PreviousTokens(torch.autograd.Function):
+    """Forward: all-to-all of each rank's last rows. Backward: all-to-all of their gradients."""
+
+    @staticmethod
+    def forward(ctx, x, number, counts, group):  # type: ignore[no-untyped-def]
+        ctx.rank, ctx.shape = group_rank(group), x.shape
+        ctx.group, ctx.ranges = group, _wanted_ranges(number, counts)
+        send, recv = _sizes(ctx)
+        rows = [x[start:end] for start, end in ctx.ranges[ctx.rank]]
+        got = start_exchange(torch.cat(rows), send, recv, group)()
+        return torch.cat((got.new_zeros(number - len(got), *got.shape[1:]), got))
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        send, recv = _sizes(ctx)
+        got = start_exchange(grad[len(grad) - sum(recv) :], recv, send, ctx.group)()
+        total = grad.new_zeros(ctx.shape)
+        for (start, end), part in zip(ctx.ranges[ctx.rank], got.split(send), strict=True):
+            total[start:end] += part
+        return total, None, None, None
+
+
+def _sizes(ctx: Any) -> tuple[list[int], list[int]]:
+    """Return the numbers of rows that this rank sends to each rank and gets from it."""
+    of_rank = [[end - start for start, end in parts] for parts in ctx.ranges]
+    return of_rank[ctx.rank], [sizes[ctx.rank] for sizes in of_rank]
+
+
+def _wanted_ranges(number: int, counts: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Return the rows of each rank, numbered within it, that each rank wants of it."""
+    starts = [sum(counts[:rank]) for rank in range(len(counts))]
+    found = []
+    for begin, count in zip(starts, counts, strict=True):
+        # a rank wants the rows from `first - number` up to its first one
+        ends = [max(0, min(first - begin, count)) for first in starts]
+        begins = [max(0, first - number - begin) for first in starts]
+        found.append([(min(a, end), end) for a, end in zip(begins, ends, strict=True)])
+    return found
+
+
 def gather_counts(own: int, group: ProcessGroup | None, device: torch.device) -> list[int]:
     """Return every rank's number, in the order of the ranks. The host waits for the device."""
     if group is None:
@@ -168,6 +208,24 @@ def gather_counts(own: int, group: ProcessGroup | None, device: torch.device) ->
 def split_tokens(x: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
     """Return this rank's `counts[rank]` rows of a replicated x. The gradient is all-gathered."""
     return x if group is None else _SplitTokens.apply(x, counts, group)
+
+
+def previous_tokens(
+    x: Tensor, number: int, counts: Sequence[int], group: ProcessGroup | None
+) -> Tensor:
+    """Return the `number` rows before this rank's, of the ranks before it; zeros where none are.
+
+    Their gradients go back to these ranks, which add them to those of their rows.
+
+    Args:
+        x: this rank's `counts[rank]` rows.
+        number: of the rows that are returned.
+        counts: rows of every rank.
+        group: the ranks, in the order of the rows.
+    """
+    if group is None:
+        return x.new_zeros(number, *x.shape[1:])
+    return _PreviousTokens.apply(x, number, counts, group)
 
 
 def gather_tokens(x: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
