@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from megamem.config import ConfigurationError
 from megamem.layers.init import WeightFactory
-from megamem.layers.variants import table_names, variant_of
+from megamem.layers.variants import pool_names, variant_of
 from megamem.spec import MemorySpec
 
 FORWARD_AND_BACKWARD = 3
@@ -306,26 +306,45 @@ def _state_space(shape: ModelShape, tp: int) -> int:
 
 
 def memory_layer_parameters(spec: MemorySpec) -> int:
-    """Parameters of one memory layer without the value table.
+    """Parameters of one memory layer without the tables.
 
-    They are the query projection, the sub-keys, the gains of the q/k norm and the variant's output.
+    They are those of the query and the convolution before it, the sub-keys with their cores and
+    norms, what the variant makes of a token for the owners of rows, and the output.
     """
-    query = (spec.hidden_size + 1) * spec.heads * spec.key_dim
-    sub_keys = spec.heads * spec.num_keys * spec.key_dim
-    gains = spec.key_dim + spec.key_dim // 2 if spec.qk_norm else 0
-    return query + sub_keys + gains + sum(math.prod(shape) for shape in output_shapes(spec))
+    return sum(math.prod(shape) for shapes in layer_shapes(spec).values() for shape in shapes)
 
 
 @functools.cache
-def output_shapes(spec: MemorySpec) -> list[tuple[int, ...]]:
-    """The shapes of all weights of a memory layer's output; nothing is allocated."""
-    make = WeightFactory(seed=0, name="shapes", device="meta")
-    return [tuple(weight.shape) for weight in variant_of(spec).output(spec, make).parameters()]
+def layer_shapes(spec: MemorySpec) -> dict[str, list[tuple[int, ...]]]:
+    """Part of a memory layer -> the shapes of all of its weights; nothing is allocated."""
+    make, variant = WeightFactory(seed=0, name="shapes", device="meta"), variant_of(spec)
+    parts = {
+        "query": variant.query(spec, make),
+        "keys": variant.keys(spec, make),
+        "token": variant.token(spec, make),
+        "output": variant.output(spec, make),
+    }
+    shapes = {
+        name: [tuple(weight.shape) for weight in part.parameters()] for name, part in parts.items()
+    }
+    shapes["convolution"] = [(spec.hidden_size, spec.query_conv)] if spec.query_conv else []
+    return shapes
+
+
+def table_widths(spec: MemorySpec) -> list[int]:
+    """The width of the rows of each table of a pool."""
+    variant = variant_of(spec)
+    return [variant.table_width(spec, use) for use in variant.tables]
 
 
 def table_parameters(spec: MemorySpec) -> int:
-    """Parameters of all value tables of the model."""
-    return len(table_names(spec)) * spec.num_rows * spec.value_dim
+    """Parameters of all tables of the model."""
+    return len(pool_names(spec)) * spec.num_rows * sum(table_widths(spec))
+
+
+def numbers_read(spec: MemorySpec) -> int:
+    """Numbers of all tables that one memory layer reads for a token."""
+    return spec.lookups_per_token * sum(table_widths(spec))
 
 
 def total_parameters(shape: ModelShape, spec: MemorySpec | None) -> dict[str, int]:
@@ -365,8 +384,7 @@ def active_parameters(shape: ModelShape, spec: MemorySpec) -> int:
         mixtures = sum(layer.count(EXPERTS) for layer in _layers_left(shape, spec))
         mixtures += sum(layer.count(EXPERTS) for layer in shape.prediction)
         idle = mixtures * (shape.experts.count - shape.experts.topk) * dense_parts(shape).expert
-    tables = len(variant_of(spec).tables)
-    read = len(spec.layers) * tables * spec.lookups_per_token * spec.value_dim
+    read = len(spec.layers) * numbers_read(spec)
     return total_parameters(shape, spec)["total"] - idle - table_parameters(spec) + read
 
 
@@ -470,20 +488,32 @@ def even_placement(num_layers: int, stages: int) -> Placement:
 def memory_flops_per_token(spec: MemorySpec) -> int:
     """Matrix FLOPs per token of one memory layer, forward and backward.
 
-    Reading the table counts as none, and so do PEER's products of u with the token: like the sum
-    of a bag they take one multiply-add per number that is read, and their time is that of reading
-    the rows.
+    Reading the table counts as none, and so do the products of a row with the token, those of PEER
+    and of UltraMemV2: like the sum of a bag they take one multiply-add per number that is read, and
+    their time is that of reading the rows.
     """
-    query = spec.hidden_size * spec.heads * spec.key_dim
-    output = sum(math.prod(shape) for shape in output_shapes(spec) if len(shape) == 2)
-    matrices = FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * (query + output)
-    return matrices + score_flops_per_token(spec)
+    shapes = layer_shapes(spec)
+    matrices = sum(
+        math.prod(shape)
+        for part in ("convolution", "query", "token", "output")
+        for shape in shapes[part]
+        if len(shape) > 1
+    )
+    return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * matrices + score_flops_per_token(spec)
 
 
 def score_flops_per_token(spec: MemorySpec) -> int:
-    """The part of memory_flops_per_token() that the scores of sub-keys take."""
-    scores = spec.heads * spec.num_keys * spec.key_dim
-    return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * scores
+    """The part of memory_flops_per_token() that the scores of sub-keys, and of pairs of them by
+    Tucker cores, take."""
+    scores = spec.heads * spec.keys_per_side * spec.key_dim * max(1, spec.tucker_rank)
+    return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * (scores + _pair_products(spec))
+
+
+def _pair_products(spec: MemorySpec) -> int:
+    """Multiply-adds per token of the second stage of Tucker scores, core by core: the K kept rows
+    by the core, and the result by the K kept columns."""
+    rank, topk = spec.tucker_rank, spec.topk
+    return spec.heads * spec.cores * (topk * rank**2 + topk**2 * rank)
 
 
 def dense_flops_per_token(shape: ModelShape, spec: MemorySpec | None) -> int:
