@@ -48,6 +48,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="then save and stop")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: 2 on CPU, 1 on GPU)")
     parser.add_argument("--ablation-seeds", type=int, help="seeds of each ablation (default: 1)")
+    untimed = "keep no times, as the machine is busy with other work"
+    parser.add_argument("--untimed", action="store_true", help=untimed)
     parser.add_argument("--list", action="store_true", help="print the plan and run nothing")
     options = parser.parse_args(argv)
     for name in ("minutes", "jobs", "divide"):
@@ -175,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     minutes = 0.0 if options.only == "report" else options.minutes or float("inf")
     jobs = options.jobs or (1 if scale.device == "gpu" else min(2, os.cpu_count() or 1))
     kind = OneProcessRunner if scale.in_one_process else Runner
-    runner = kind(output, scale.device, jobs, started + 60 * minutes, console)
+    deadline = started + 60 * minutes
+    runner = kind(output, scale.device, jobs, deadline, console, timed=not options.untimed)
     status, planned = 0, list[Run]()
     try:
         plan = Plan(scale, corpus["vocab_size"])

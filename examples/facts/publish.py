@@ -4,6 +4,11 @@
 
 copies results.json and the plots into examples/facts/results/SCALE and makes, of all that is there,
 the tables in examples/facts/README.md. Nothing in them is written by hand.
+
+    python examples/facts/publish.py runs/compare-cpu --restore cpu
+
+does the reverse: the published runs of a scale that its plan still has are in the folder as
+finished ones, so that compare.py trains only what is new in the plan. Checkpoints are not restored.
 """
 
 import argparse
@@ -11,10 +16,14 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-from experiment.report import Results, known, markdown, runs_of, spread, tokens_at
+from compare import PARTS
+from experiment.plan import SCALES, Plan, unique
+from experiment.report import MADE_WITH, Results, known, markdown, runs_of, spread, tokens_at
+from experiment.runs import best_rates
 from tables import Sheet
 
 from megamem.tools.markers import rewrite
@@ -50,10 +59,13 @@ def first_screen(told: Sequence[Results]) -> str:
     """The first table of the page, and what was measured how: seeds, device, commit, command."""
     lines = [headline(told).markdown()]
     for results in told:
-        seeds = len(results["scale"]["seeds"])
-        main = (run for runs in runs_of(results, "main").values() for run in runs)
+        seeds, groups = len(results["scale"]["seeds"]), runs_of(results, "main")
+        main = (run for runs in groups.values() for run in runs)
+        fewer = [f"{len(runs)} of {name}" for name, runs in groups.items() if len(runs) < seeds]
+        named = f"{seeds} {'seeds' if seeds > 1 else 'seed'}"
+        named += f" ({', '.join(fewer)})" if fewer else ""
         told_of = (
-            f"\n{results['corpus']['facts']:,} facts: {seeds} {'seeds' if seeds > 1 else 'seed'}, "
+            f"\n{results['corpus']['facts']:,} facts: {named}, "
             "of which every model reads the same tokens in the same order",
             f"{results['corpus']['bits']:,.0f} bits of facts",
             ", ".join(results["made_with"]["device"]),
@@ -87,11 +99,51 @@ def page(told: Mapping[str, Results]) -> str:
     return rewrite(text, "facts", first_screen(list(told.values())))
 
 
+def restore(results: Results, output: Path) -> list[str]:
+    """Write the record of every run that the plan of the scale still has; return their keys.
+
+    What results.json leaves out is in the plan, or the same for all of its runs. A record that is
+    there stays as it is.
+
+    Raises:
+        ValueError: the runs were made with several releases or devices, and which was whose is not
+            in the results.
+    """
+    made_with = {name: results["made_with"][name] for name in MADE_WITH if name != "commit"}
+    if several := [name for name, found in made_with.items() if len(found) > 1]:
+        raise ValueError(f"the runs of {results['scale']['name']} differ in {', '.join(several)}")
+    scale = SCALES[results["scale"]["name"]]
+    scale = replace(scale, ablation_seeds=results["scale"]["ablation_seeds"])
+    plan = Plan(scale, results["corpus"]["vocab_size"])
+    told = results["runs"]
+    # families that are new have nothing in the results, so any of their rates will do
+    sweep = plan.sweep(PARTS)
+    tried = [run for run in sweep if run.key in told]
+    best = {family: grid[0] for family, grid in scale.sweep.items()} | best_rates(tried, told)
+    every = unique([*sweep, *(run for part in PARTS for run in plan.part(part, best))])
+    found = [run for run in every if run.key in told]
+    for run in found:
+        record = {**told[run.key], "flags": run.flags, "start": run.start, "loss": None}
+        record |= {name: value for name, (value,) in made_with.items()}
+        path = output / "runs" / run.key / "record.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            path.write_text(json.dumps(record, indent=1) + "\n")
+    return [run.key for run in found]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Copy and rewrite; return the exit status."""
+    """Copy and rewrite, or restore; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="what compare.py was given as --output")
-    source: Path = parser.parse_args(argv).output
+    restored = "scale whose published runs are put into that folder, as finished ones"
+    parser.add_argument("--restore", choices=published(), help=restored)
+    options = parser.parse_args(argv)
+    source: Path = options.output
+    if options.restore:
+        results = published()[options.restore]
+        print(f"{source}: {len(restore(results, source))} of {len(results['runs'])} runs restored")
+        return 0
     if not (source / "results.json").is_file():
         print(f"{source}: no results.json; run compare.py --output {source} first", file=sys.stderr)
         return 2

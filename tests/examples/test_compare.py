@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -199,6 +200,27 @@ def test_one_process_trains_and_asks_as_two_do(
     assert record["corpus"]["facts"][-1] > 10
     for name in ("loss", "validation_loss"):
         assert record[name] == pytest.approx(other[name], rel=1e-6)
+
+
+def test_times_are_not_kept_where_they_say_nothing(
+    output: Path, results: dict[str, Any], tmp_path: Path
+) -> None:
+    """With --untimed; all that was learnt is kept as ever."""
+    run = _trained(results)
+    (tmp_path / "corpus").symlink_to(output / "corpus")
+    shutil.copytree(output / "runs" / run.key, tmp_path / "runs" / run.key)
+    kept = tmp_path / "runs" / run.key / "record.json"
+    before = json.loads(kept.read_text())
+    kept.unlink()
+    assert compare.parse_args(["--scale", "smoke", "--untimed"]).untimed
+    # trained and asked already, so that only the record is written
+    runner = Runner(tmp_path, "cpu", 1, float("inf"), Console(quiet=True), timed=False)
+    assert runner.execute("main", [run])
+    after = json.loads(kept.read_text())
+    assert before["tokens_per_second"] > 0 and len(before["seconds"]) == 2
+    # the index, of which the order is a hash, is gone by now
+    timeless = {"tokens_per_second": None, "seconds": None, "data_order": ""}
+    assert after == {**before, **timeless, "commit": after["commit"]}
 
 
 def _long_run(plan: Plan) -> Run:

@@ -17,12 +17,9 @@ sys.path.insert(0, str(FOLDER))
 import compare  # noqa: E402
 import publish  # noqa: E402
 from experiment import plots, report  # noqa: E402
-from experiment.plan import (  # noqa: E402
-    SCALES,  # noqa: E402
-    Plan,
-    unique,
-)
-from experiment.runs import best_rates  # noqa: E402
+from experiment.plan import SCALES, Plan, Run, unique  # noqa: E402
+from experiment.runs import Runner, best_rates  # noqa: E402
+from rich.console import Console  # noqa: E402
 
 TOLD = publish.published()
 RESULTS = [pytest.param(results, id=name) for name, results in TOLD.items()]
@@ -43,8 +40,9 @@ def test_the_results_are_whole(results: dict[str, Any], tmp_path: Path) -> None:
     # what it stands for is what the scale is now
     for name in ("flags", "memory", "new"):
         assert scale[name] == getattr(SCALES[scale["name"]], name)
-    for name, runs in groups.items():
-        assert [run["seed"] for run in runs] == scale["seeds"], name
+    for model in SCALES[scale["name"]].models:
+        seeds = SCALES[scale["name"]].seeds_of(model)
+        assert [run["seed"] for run in groups[model.name]] == seeds, model.name
     assert "DIFFERS" not in report.markdown(results)
     page = (FOLDER / "README.md").read_text()
     pictures = sorted((publish.RESULTS / scale["name"]).glob("*.png"))
@@ -91,6 +89,44 @@ def test_a_key_is_a_run_of_the_plan(results: dict[str, Any]) -> None:
         run = planned[key]
         assert (told["parameters"], told["table_parameters"]) == (run.parameters, run.table)
         assert (told["lr"], told["flops_per_token"]) == (run.flags["lr"], run.flops)
+
+
+@pytest.mark.parametrize("results", RESULTS)
+def test_published_runs_are_finished_where_they_are_restored(
+    results: dict[str, Any], tmp_path: Path
+) -> None:
+    """So that models can be added to a scale: the report of what is restored is what is published.
+
+    The keys are in the plan (test_a_key_is_a_run_of_the_plan), so no run is left out.
+    """
+    name = results["scale"]["name"]
+    assert publish.main([str(tmp_path), "--restore", name]) == 0
+    scale = replace(SCALES[name], ablation_seeds=results["scale"]["ablation_seeds"])
+    plan = Plan(scale, results["corpus"]["vocab_size"])
+    runner, planned = Runner(tmp_path, "cpu", 1, 0.0, Console(quiet=True)), list[Run]()
+    # nothing is left to run: the time is up
+    assert compare.carry_out(plan, runner, compare.PARTS, planned)
+    counts = {"facts_real": results["corpus"]["facts"], "facts_generated": 0}
+    told = {"bits": "answer_bits", "tokens": "tokens_train", "vocab_size": "vocab_size"}
+    counts |= {key: results["corpus"][name] for name, key in told.items()}
+    again = json.loads(json.dumps(report.collect(scale, counts, planned, runner.records(planned))))
+    assert again["runs"] == results["runs"] and again["parts"] == results["parts"]
+    assert again["made_with"] == results["made_with"] and again["waiting"] == 0
+
+
+def test_runs_of_several_devices_are_not_restored(tmp_path: Path) -> None:
+    results = {**TOLD["cpu"], "made_with": {**TOLD["cpu"]["made_with"], "device": ["a", "b"]}}
+    with pytest.raises(ValueError, match="the runs of cpu differ in device"):
+        publish.restore(results, tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_record_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+    (key, *_) = TOLD["cpu"]["runs"]
+    path = tmp_path / "runs" / key / "record.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    assert key in publish.restore(TOLD["cpu"], tmp_path) and path.read_text() == "{}"
 
 
 def test_only_what_is_between_the_markers_changes() -> None:

@@ -238,6 +238,29 @@ def test_unfinished_runs_are_counted_not_shown(results: dict[str, Any]) -> None:
     assert report.main_sheet(results).rows[0][5] == ""
 
 
+def test_models_without_times_have_no_speed(results: dict[str, Any], tmp_path: Path) -> None:
+    """Their losses and facts are shown, and the picture of times leaves them out."""
+    rows = report.main_sheet(results).rows
+    assert report.UNTIMED not in report.markdown(results) and rows[2][5] == "0.50"
+    for run in report.runs_of(results, "main")["moe 8"]:
+        run["tokens_per_second"] = run["seconds"] = None
+    after = report.main_sheet(results).rows
+    assert after[2][0] == "moe 8" and after[2][5] == ""
+    assert [row for row in after if row[0] != "moe 8"] == [r for r in rows if r[0] != "moe 8"]
+    assert after[2][7:] == rows[2][7:] and report.UNTIMED in report.markdown(results)
+    times: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        line = plots._line
+        patch.setattr(plots, "_line", lambda *of: (times.append(of[2]), line(*of)))
+        assert "facts_by_time.png" in plots.draw(results, tmp_path)
+    assert times.count("moe 8") == 1 and times.count("dense") == 2
+    # times are in units of those of dense
+    for run in report.runs_of(results, "main")["dense"]:
+        run["tokens_per_second"] = run["seconds"] = None
+    assert {row[5] for row in report.main_sheet(results).rows} == {""}
+    assert "facts_by_time.png" not in plots.draw(results, tmp_path)
+
+
 def test_every_picture_is_drawn(results: dict[str, Any], tmp_path: Path) -> None:
     names = plots.draw(results, tmp_path)
     assert sorted(names) == [

@@ -47,6 +47,7 @@ class Model:
         flags: what it adds to the dense model's.
         flops: of a token, in units of the dense model's.
         rates: factors of the swept rates; longer: factor of the steps.
+        seeds: it is trained at the first ones, so many; 0: at all.
         several: it is trained only where ablations get several seeds; lean: then at all seeds.
     """
 
@@ -56,6 +57,7 @@ class Model:
     flops: float = 1.0
     rates: Rates = (1.0, 1.0)
     longer: int = 1
+    seeds: int = 0
     several: bool = False
     lean: bool = False
 
@@ -95,6 +97,10 @@ class Scale:
         """Parts of the experiment that this scale has nothing for."""
         has = {"ablations": self.ablations, "continual": self.new["ways"]}
         return {part for part, runs in has.items() if not runs}
+
+    def seeds_of(self, model: Model) -> list[int]:
+        """The seeds at which a model of the main part is trained."""
+        return self.seeds[: model.seeds or None]
 
     @property
     def reference(self) -> Model:
@@ -302,7 +308,7 @@ class Plan:
     def part(self, name: str, best: Mapping[str, Rates]) -> list[Run]:
         """The runs of a part at the best rates of every family; none where it is left out.
 
-        main: every model at every seed. ablations: the reference, then each change of it, at the
+        main: every model at its seeds. ablations: the reference, then each change of it, at the
         first seeds. continual: a trained Memory+, then everything that teaches it new facts.
         """
         scale = self.scale
@@ -313,7 +319,7 @@ class Plan:
         if name == "continual":
             trained = self.run(name, scale.taught, seeds[0], best[scale.taught.family])
             return [trained, *self._taught(trained)]
-        chosen = [(model, seed) for seed in seeds for model in scale.models]
+        chosen = [(m, s) for s in seeds for m in scale.models if s in scale.seeds_of(m)]
         if name == "ablations":
             models = (m for m in scale.ablations if several or not m.several)
             chosen = [(scale.reference, seed) for seed in seeds]

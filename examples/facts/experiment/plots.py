@@ -24,6 +24,8 @@ COLORS = {
     "peer": "#7570b3",
     "memory": "#1b9e77",
     "memory+": "#1f6fb4",
+    "ultramem": "#e7298a",
+    "ultramem-v2": "#a6761d",
 }
 LINES = {"dense": "-", "dense 2x": "--", "moe": "-."}
 MARKERS = "osD^vP"
@@ -57,8 +59,9 @@ def draw(results: Results, output: Path) -> list[str]:
                 losses, last = run["losses"], tokens_at(results, run["iterations"])
                 places = [last * (place + 1) / len(losses) for place in range(len(losses))]
                 axes.plot(places, losses, label=name, color=_shade(groups, name))
+    groups = {name: runs for name, runs in groups.items() if all(run["seconds"] for run in runs)}
     on_gpu, dense = results["scale"]["device"] == "gpu", groups.get("dense", [])
-    if on_gpu or dense:
+    if (on_gpu and groups) or dense:
         # on a CPU in units of what dense took for all of it
         unit = 1.0 if on_gpu else mean(run["seconds"][-1] for run in dense)
         label = "training time, dense = 1 (CPU, a ratio within this experiment)"
@@ -101,7 +104,7 @@ def _by_rows(axes: Axes, groups: Groups) -> None:
     for name, runs in groups.items():
         family, size = runs[0]["family"], runs[0]["rows"]
         style = {"color": COLORS[family], "label": name}
-        if family in ("memory", "peer"):
+        if size and family != "memory+":
             _points(axes, [size], [known(runs)], linestyle="none", marker="D", **style)
         elif not size:
             axes.axhline(mean(known(runs)), linestyle=LINES[family], **style)

@@ -29,6 +29,7 @@ NOTES = (
 SAME_ORDER = "All models of a seed were given the same sequences in the same order."
 OTHER_ORDER = "THE ORDER OF THE DATA DIFFERS between models of one seed: compare nothing here."
 RATIOS = "Speeds are ratios within this experiment, on a CPU, runs side by side."
+UNTIMED = "Models without a speed were trained on a machine that was busy with other work."
 
 
 def collect(
@@ -111,8 +112,13 @@ def _rates(run: Mapping[str, Any]) -> list[str]:
     return ["" if run[name] is None else f"{run[name]:g}" for name in ("lr", "memory_lr")]
 
 
+def _timed(runs: Runs) -> bool:
+    return all(run["tokens_per_second"] for run in runs)
+
+
 def _speed(runs: Runs) -> float:
-    return mean(run["tokens_per_second"] for run in runs)
+    """Tokens a second, mean of the seeds; 0 where no times were kept."""
+    return mean(run["tokens_per_second"] for run in runs) if _timed(runs) else 0.0
 
 
 FEW = 30
@@ -158,7 +164,10 @@ def main_sheet(results: Results) -> Sheet:
     """Every model, its cost and what it knows; on a CPU, where no time is claimed, as ratios."""
     groups, on_gpu = runs_of(results, "main"), results["scale"]["device"] == "gpu"
     dense = groups.get("dense")
-    ratio = {"speed, dense = 1": lambda r: f"{_speed(r) / _speed(dense):.2f}" if dense else ""}
+
+    def ratio(runs: Runs) -> str:
+        return f"{_speed(runs) / _speed(dense):.2f}" if dense and _timed([*runs, *dense]) else ""
+
     columns = ["model", "rows", "parameters", "of tables", "MFLOP/token"]
     columns += ["tokens/s", "GPU MiB"] if on_gpu else ["speed, dense = 1", "process MiB"]
     columns += ["facts known", "in unseen words", "accuracy", "guessing", "bits/parameter"]
@@ -166,8 +175,9 @@ def main_sheet(results: Results) -> Sheet:
     orders = {(run["seed"], run["data_order"]) for runs in groups.values() for run in runs}
     same = len(orders) == len({seed for seed, _ in orders})
     notes = [*NOTES, SAME_ORDER if same else OTHER_ORDER, *([] if on_gpu else [RATIOS])]
+    notes += [] if all(map(_timed, groups.values())) else [UNTIMED]
     title, brief = "Facts known at equal FLOPs and tokens", (0, 1, 4, 7, 8, 10)
-    return _sheet(title, columns, groups, ratio, notes=notes, brief=brief)
+    return _sheet(title, columns, groups, {"speed, dense = 1": ratio}, notes=notes, brief=brief)
 
 
 def curve_sheet(results: Results) -> Sheet:

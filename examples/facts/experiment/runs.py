@@ -58,6 +58,7 @@ class Runner:
         device: cpu or gpu.
         jobs: runs at a time.
         deadline: of time.monotonic(); what is at work then saves and stops.
+        timed: whether times are kept.
     """
 
     output: Path
@@ -65,6 +66,7 @@ class Runner:
     jobs: int
     deadline: float
     console: Any
+    timed: bool = True
     stopping: Event = field(default_factory=Event)
 
     def folder(self, key: str) -> Path:
@@ -160,7 +162,7 @@ class Runner:
         for asked in ("", *probed_corpora(run)):
             if not (self._is_done(run, asked) or self._launch(run, asked)):
                 return False
-        record = make_record(run, folder, self.output, self.device)
+        record = self._as_timed(make_record(run, folder, self.output, self.device))
         part = folder / "record.json.part"
         part.write_text(json.dumps(record, indent=1) + "\n")
         os.replace(part, folder / "record.json")
@@ -171,6 +173,9 @@ class Runner:
                 shutil.rmtree(checkpoint)
         self.console.print(f"finished {run.name}, last loss {record['loss']:.3f}")
         return True
+
+    def _as_timed(self, record: dict[str, Any]) -> dict[str, Any]:
+        return record if self.timed else {**record, "tokens_per_second": None, "seconds": None}
 
     def _launch(self, run: Run, asked: str) -> bool:
         """Train a run, or ask it for the facts of a corpus; return False if it was stopped.
@@ -308,7 +313,8 @@ class OneProcessRunner(Runner):
             self.console.print(f"{run.name} was cut off; kept is what it told at {steps}: {facts}")
         with self.writing:
             part = self.output / "records.json.part"
-            part.write_text(json.dumps({**self.kept(), run.key: record}) + "\n")
+            kept = {**self.kept(), run.key: self._as_timed(record)}
+            part.write_text(json.dumps(kept) + "\n")
             os.replace(part, self.output / "records.json")
 
 
