@@ -54,3 +54,13 @@ def table_names(spec: MemorySpec) -> list[str]:
     """Return the names of all tables of a model, pool by pool."""
     variant = variant_of(spec)
     return [variant.table_name(pool, use) for pool in pool_names(spec) for use in variant.tables]
+
+
+def table_shapes(spec: MemorySpec) -> dict[str, tuple[int, int]]:
+    """Return the rows and the width of every table of a model, by name."""
+    variant = variant_of(spec)
+    return {
+        variant.table_name(pool, use): (spec.num_rows, variant.table_width(spec, use))
+        for pool in pool_names(spec)
+        for use in variant.tables
+    }

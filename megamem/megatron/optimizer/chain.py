@@ -20,6 +20,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from torch import Tensor, nn
 
 from megamem.checkpoint import sharded_piece, state_key
+from megamem.layers.tucker_keys import TuckerKeys
 from megamem.layers.value_table import ValueTable
 from megamem.megatron.optimizer.layer_gradients import LayerGradients
 from megamem.optimizer import TableOptimizer
@@ -256,6 +257,7 @@ class ChainWithTables(ChainedOptimizer):
         model: MegatronOptimizer,
         layer_gradients: Sequence[LayerGradients] = (),
         *,
+        keys: Iterable[TuckerKeys] = (),
         loads_in_place: bool = False,
     ) -> None:
         """Join the two.
@@ -264,6 +266,8 @@ class ChainWithTables(ChainedOptimizer):
             tables: the optimizer of the tables.
             model: the optimizer of the model.
             layer_gradients: gradients of the model that must be complete before a step.
+            keys: keys whose directions follow from cores that the model's optimizer changes; from
+                now on they are computed once a step.
             loads_in_place: the state of the model's optimizer is loaded in place, because it is in
                 DTensors, as with FSDP2.
         """
@@ -271,7 +275,9 @@ class ChainWithTables(ChainedOptimizer):
         # the tables come first, because they must read the loss scale before a member changes it
         super().__init__([tables, *members])
         self.tables, self.model, self.layer_gradients = tables, model, layer_gradients
-        self.loads_in_place = loads_in_place
+        self.loads_in_place, self.keys = loads_in_place, list(keys)
+        for each in self.keys:
+            each.watched = True
         # Megatron's optimizers of nothing, where all but the tables is frozen, cannot be saved
         self.model_is_frozen = all(getattr(m, "is_stub_optimizer", False) for m in members)
         scalers = [getattr(member, "grad_scaler", None) for member in members]
@@ -316,6 +322,8 @@ class ChainWithTables(ChainedOptimizer):
         if self.tables.optimizer.finetunes:
             return self.tables.step_with_ready_grads()
         updated = self.model.step_with_ready_grads()
+        for keys in self.keys:
+            keys.stale = True
         return self.tables.step_with_ready_grads(self._norm) and updated
 
     def state_dict(self) -> Any:

@@ -11,6 +11,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 
 from megamem.config import ConfigurationError
+from megamem.layers.tucker_keys import TuckerKeys
 from megamem.layers.value_table import ValueTable
 from megamem.megatron.model.carried_spec import spec_of_model
 from megamem.megatron.model.fully_sharded import is_fully_sharded, refuse_sharded
@@ -81,7 +82,14 @@ def with_memory(
     )
     for chunk in chunks if not fully_sharded else ():
         replace(chunk, "scale_gradients", _with_tables_of(chunk))
-    return ChainWithTables(member, optimizer, sum_once_a_step(chunks), loads_in_place=fully_sharded)
+    modules = (module for chunk in chunks for module in chunk.modules())
+    return ChainWithTables(
+        member,
+        optimizer,
+        sum_once_a_step(chunks),
+        keys=[module for module in modules if isinstance(module, TuckerKeys)],
+        loads_in_place=fully_sharded,
+    )
 
 
 def refuse_frozen(

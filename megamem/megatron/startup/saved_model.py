@@ -25,7 +25,7 @@ from megamem.checkpoint import (
     table_key,
 )
 from megamem.config import ConfigurationError, flag
-from megamem.layers.variants import VARIANTS, table_names
+from megamem.layers.variants import VARIANTS, table_names, table_shapes
 from megamem.optimizer.state import BATCHES, HITS, slots
 from megamem.saved_settings import setting_flag, setting_problems, settings_in
 from megamem.spec import MemorySpec, Optimizer
@@ -316,7 +316,8 @@ def state_problems(
     wanted = slots(spec.optimizer, args.params_dtype, spec.stochastic_rounding)
     for table in saved_tables(saved):
         for name, slot in wanted.items():
-            shape = (spec.num_rows, spec.value_dim)[: 1 if slot.per_row else 2]
+            whole = table_shapes(spec).get(table, (spec.num_rows, spec.value_dim))
+            shape = whole[: 1 if slot.per_row else 2]
             found = saved.get(state_key(table, name))
             if found == shape:
                 continue
@@ -385,21 +386,26 @@ def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, named: s
             f"--memory-layers {' '.join(map(str, spec.layers))} reads {', '.join(missing)}; use "
             f"{_pool_of(tables, saved)}."
         )
-    wanted = (spec.num_rows, spec.value_dim)
-    for name in names:
+    for name, wanted in table_shapes(spec).items():
         shape = saved.get(table_key(name), wanted)
         if shape[0] != wanted[0]:
             problems.append(
                 f"--memory-num-keys {spec.num_keys} means {wanted[0]:,} rows, but "
                 f"{named} holds {shape[0]:,}; use --memory-num-keys "
-                f"{round(shape[0] ** 0.5)}."
+                f"{round((shape[0] / spec.share_layers) ** 0.5)}."
             )
-        if shape[1] != wanted[1]:
+        if shape[1] != wanted[1] and wanted[1] == spec.value_dim:
             problems.append(_other_width(shape[1], spec, saved, named))
+        elif shape[1] != wanted[1]:
+            problems.append(
+                f"--memory-pre-value-dim {wanted[1]} differs from {shape[1]} in {named}; use "
+                f"--memory-pre-value-dim {shape[1]}."
+            )
         if problems:
             return problems
     for layer in spec.layers:
-        wanted_keys = (2, spec.heads, spec.num_keys, spec.key_dim // 2)
+        ranks = (spec.tucker_rank,) if spec.tucker_rank else ()
+        wanted_keys = (2, spec.heads, spec.keys_per_side, *ranks, spec.key_dim // 2)
         keys = saved.get(sub_keys_key(layer))
         if keys is None:
             problems.append(
@@ -410,7 +416,7 @@ def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, named: s
             problems.append(
                 f"--memory-heads {spec.heads} with --memory-key-dim {spec.key_dim} differs from "
                 f"layer {layer} of {named}; use --memory-heads {keys[1]} and "
-                f"--memory-key-dim {2 * keys[3]}."
+                f"--memory-key-dim {2 * keys[-1]}."
             )
     return problems
 
