@@ -1,6 +1,7 @@
 """`megamem convert`: converts checkpoints to and from Megatron's format.
 
     reference   convert a consolidated checkpoint of facebookresearch/memory to Megatron
+    ultramem    convert a checkpoint of the released code of UltraMem or UltraMemV2 to Megatron
     upcycle     add memory layers to a dense Megatron checkpoint
     export      convert a Megatron checkpoint with memory layers to safetensors
     import      convert exported safetensors back to Megatron
@@ -38,8 +39,10 @@ from megamem.tools.convert.hf.names import imported, remarks_on
 from megamem.tools.convert.hf.tables import KINDS
 from megamem.tools.convert.layout import tables
 from megamem.tools.convert.lazy import LazyTensor, of_tensor
-from megamem.tools.convert.reference import convert_reference
+from megamem.tools.convert.reference import Converted, convert_reference
 from megamem.tools.convert.reference_file import read_reference
+from megamem.tools.convert.released import convert_released
+from megamem.tools.convert.released_file import read_released
 from megamem.tools.convert.safetensors import read_folder, write_folder
 from megamem.tools.convert.upcycle import upcycle
 from megamem.tools.plan import quiet_imports
@@ -59,6 +62,7 @@ def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     kinds = parser.add_subparsers(required=True, metavar="CONVERSION")
     saved = "the checkpoint: the folder that was given as --save, or one of its iterations"
     consolidated = "the consolidated checkpoint: one or more .pth or .safetensors files"
+    released = "the folder of an unsharded checkpoint, with config.yaml and model.pt"
     exported = "the folder with the safetensors files of an export"
     iterations = "two or more checkpoints, as DIR/iter_0001000 DIR/iter_0002000"
     for what, convert, source, purpose in (
@@ -67,6 +71,12 @@ def add_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
             _reference,
             consolidated,
             "convert a consolidated checkpoint of facebookresearch/memory to Megatron",
+        ),
+        (
+            "ultramem",
+            _ultramem,
+            released,
+            "convert a checkpoint of the released code of UltraMem or UltraMemV2 to Megatron",
         ),
         ("upcycle", _upcycle, saved, "add memory layers to a dense Megatron checkpoint"),
         (
@@ -105,7 +115,16 @@ def _add_flags(parser: argparse.ArgumentParser, what: str, words: Sequence[str])
         )
         separate = "keep one table per layer, where the layers' tables differ"
         add("--separate-tables", action="store_true", help=separate)
-    if what in ("reference", "import"):
+    if what == "ultramem":
+        queries = (
+            "queries that the model was trained with: released, where the forward of the released "
+            "code uses two of those in the checkpoint, or ranks, with one for each Tucker rank and "
+            "side (default: %(default)s)"
+        )
+        add("--queries", choices=("released", "ranks"), default="released", help=queries)
+        copies = "copy rows that several layers share, so that each layer has a table of its own"
+        add("--separate-tables", action="store_true", help=copies)
+    if what in ("reference", "ultramem", "import"):
         seed = "seed of the row placement; runs that load the result need the same (default: 0)"
         add("--memory-placement-seed", type=int, default=0, help=seed)
     if what == "export":
@@ -151,13 +170,28 @@ def _reference(args: argparse.Namespace, console: Console) -> None:
             separate_tables=args.separate_tables,
             advance=lambda count: progress.advance(task, count),
         )
+    _write_converted(args, converted, "these flags, and the model's --memory-topk", console)
+
+
+def _write_converted(
+    args: argparse.Namespace, converted: Converted, flags: str, console: Console
+) -> None:
     for warning in converted.warnings:
         console.print(f"Warning: {warning}")
     _write(args, converted.tensors, converted.objects, converted.settings, console)
-    console.print(
-        "To train this checkpoint, give Megatron these flags, and the model's --memory-topk:"
-    )
+    console.print(f"To train this checkpoint, give Megatron {flags}:")
     console.print(f"  --load {args.to} {' '.join(converted.flags)}", soft_wrap=True)
+
+
+def _ultramem(args: argparse.Namespace, console: Console) -> None:
+    _check_empty(args.to)
+    converted = convert_released(
+        read_released(args.source),
+        queries=args.queries,
+        seed=_placement_seed(args),
+        separate_tables=args.separate_tables,
+    )
+    _write_converted(args, converted, "these flags", console)
 
 
 def _upcycle(args: argparse.Namespace, console: Console) -> None:

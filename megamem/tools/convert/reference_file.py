@@ -55,14 +55,14 @@ def read_reference(files: Sequence[Path]) -> dict[str, Tensor]:
     for file in files:
         if not file.is_file():
             raise ConfigurationError(f"{file} is not a file; name the consolidated .pth files.")
-        found = read_files([file])[0] if file.suffix == ".safetensors" else _read_torch(file)
+        found = read_files([file])[0] if file.suffix == ".safetensors" else read_torch(file)
         if twice := sorted(tensors.keys() & found.keys()):
             raise ConfigurationError(f"{file} contains {twice[0]}, and so does another file.")
         tensors |= found
     return tensors
 
 
-def _read_torch(file: Path) -> dict[str, Tensor]:
+def read_torch(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
