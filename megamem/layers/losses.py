@@ -55,8 +55,11 @@ class _StartLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dtype, device = ctx.kind
-        seed = torch.as_tensor(ctx.scale.of(ctx.tokens)).to(device, dtype).reshape(())
-        return grad, seed, None, None
+        scale = ctx.scale.of(ctx.tokens)
+        if isinstance(scale, Tensor):
+            return grad, scale.to(device, dtype).reshape(()), None, None
+        # a number is filled in on the device, not copied to it
+        return grad, torch.full((), scale, dtype=dtype, device=device), None, None
 
 
 def start_loss(x: Tensor, loss: Tensor, scale: LossScale, tokens: int) -> Tensor:

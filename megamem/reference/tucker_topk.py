@@ -103,7 +103,7 @@ def kept_sides(
     scores_2THNA = torch.einsum("tzac,zhnac->zthna", query_T2AC, keys_2HNAC)
     with torch.no_grad():
         sides_2THN = torch.einsum("zthna,zha->zthn", scores_2THNA, directions_2HA)
-        kept_2THK = first_of_sorted(sides_2THN, topk)[1].sort(dim=-1).values
+        kept_2THK = first_places(sides_2THN, topk).sort(dim=-1).values
     return kept_2THK, scores_2THNA.gather(3, _of_ranks(kept_2THK, keys_2HNAC.shape[3]))
 
 
@@ -113,7 +113,24 @@ def best_pairs(scores_2THKA: Tensor, cores_OHAA: Tensor, final_topk: int) -> Ten
     row_THKA, column_THKA = scores_2THKA
     left_THKA = torch.einsum("thia,hab->thib", row_THKA, cores_OHAA.sum(0))
     pairs_THP = torch.einsum("thib,thjb->thij", left_THKA, column_THKA).flatten(-2)
-    return first_of_sorted(pairs_THP, final_topk)[1]
+    return first_places(pairs_THP, final_topk)
+
+
+def first_places(scores_XN: Tensor, topk: int) -> Tensor:
+    """Return the places of the first `topk` of a stable descending sort; NaN is the highest score.
+
+    A score in fp32 and its place are one int64, of which no two are equal, so that a top-k has a
+    defined order. The host waits for nothing, unlike in first_of_sorted().
+    """
+    if scores_XN.dtype != torch.float32:
+        return first_of_sorted(scores_XN, topk)[1]
+    largest = 2**31 - 1
+    # adding zero makes -0 equal to 0
+    bits_XN = (scores_XN + 0.0).view(torch.int32).masked_fill(scores_XN.isnan(), largest)
+    order_XN = bits_XN ^ ((bits_XN >> 31) & largest)
+    places_N = torch.arange(scores_XN.shape[-1], device=scores_XN.device)
+    packed_XN = (order_XN.long() << 32) | (largest - places_N)
+    return largest - (packed_XN.topk(topk, dim=-1).values & largest)
 
 
 def ids_of_pairs(kept_2THK: Tensor, pairs_THF: Tensor, num_keys: int) -> Tensor:
@@ -180,7 +197,8 @@ def leading_directions(core_HAA: Tensor, previous_2HA: Tensor) -> Tensor:
 def _first_entry(core_HAA: Tensor) -> Tensor:
     """Return cores whose first entry is 1 and all others 0."""
     unit_HAA = torch.zeros_like(core_HAA)
-    unit_HAA[:, 0, 0] = 1
+    # an assignment would copy the number from the host
+    unit_HAA[:, 0, 0].fill_(1)
     return unit_HAA
 
 

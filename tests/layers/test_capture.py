@@ -6,7 +6,7 @@ import torch
 from megamem.config import MemoryConfig
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.memory_pool import MemoryPool
-from megamem.layers.variants import table_names
+from megamem.layers.variants import pool_names, table_names
 from megamem.metrics import TABLE_SUMS, Metrics, TableMetrics, Watched
 from megamem.optimizer import TableOptimizer
 from megamem.resolution import resolve
@@ -33,9 +33,16 @@ class Trained:
             memory_wire="allgather",
         )
         spec = resolve(config, WIDTH, seed=1)
-        self.pool = MemoryPool(spec)
+        self.pool = MemoryPool(spec, *pool_names(spec))
         self.layer = MemoryLayer(spec, self.pool)
-        watched = Watched(layers=[0], tables=table_names(spec), num_keys=4, heads=1, topk=2)
+        watched = Watched(
+            layers=[0],
+            tables=table_names(spec),
+            num_keys=spec.keys_per_side,
+            heads=1,
+            topk=2,
+            softmax=not spec.tucker_rank,
+        )
         self.metrics = Metrics(watched, "cpu")
         self.layer.metrics = self.metrics.layers[0]
         for table in self.pool:
@@ -76,7 +83,7 @@ class Trained:
 
 
 @pytest.mark.parametrize("form", ["add", "first_touch"])
-@pytest.mark.parametrize("variant", ["memory+", "peer"])
+@pytest.mark.parametrize("variant", ["memory+", "peer", "ultramem", "ultramem-v2"])
 def test_replays_do_what_passes_do(variant, form, monkeypatch) -> None:
     """Steps, read counts, metrics, and a batch that is dropped after it was accumulated."""
     monkeypatch.setenv("MEGAMEM_FORMS", f"row_gradient={form}")

@@ -48,7 +48,7 @@ def _gradients(variant: str, freeze: bool) -> dict[str, Tensor]:
 
 CASES = [
     (variant, form, False)
-    for variant in ("memory", "memory+", "peer")
+    for variant in ("memory", "memory+", "peer", "ultramem", "ultramem-v2")
     for form in ("add", "first_touch", "merged")
 ]
 # the kernels, which take seconds each in the interpreter

@@ -46,7 +46,7 @@ def _all_are_done_together(variant: str) -> None:
 
 
 def _with_each_variant() -> None:
-    for variant in ("memory+", "peer"):
+    for variant in ("memory+", "peer", "ultramem", "ultramem-v2"):
         _all_are_done_together(variant)
 
 

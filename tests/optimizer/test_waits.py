@@ -88,7 +88,7 @@ def _waits(phase: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", ["memory", "memory+", "peer"])
+@pytest.mark.parametrize("variant", ["memory", "memory+", "peer", "ultramem", "ultramem-v2"])
 def test_neither_layer_nor_step_makes_the_host_wait(kind, variant, forms, monkeypatch) -> None:
     with on_a_gpu(monkeypatch) as launched:
         layer, optimizer = _trained(memory_optimizer=kind, memory_variant=variant)

@@ -133,9 +133,9 @@ def test_some_tokens_at_a_time_are_the_whole(monkeypatch):
     whole = (weights, row_ids, *torch.autograd.grad(weights, leaves, grad))
     monkeypatch.setattr(module, "PIECE", 2 * 5 * 5 * 2)
     sizes = []
-    sort = module.first_of_sorted
+    sort = module.first_places
     monkeypatch.setattr(
-        module, "first_of_sorted", lambda x, k: (sizes.append(x.numel()), sort(x, k))[1]
+        module, "first_places", lambda x, k: (sizes.append(x.numel()), sort(x, k))[1]
     )
     weights, row_ids = tucker_topk(*leaves, directions, 5, 8)
     parts = (weights, row_ids, *torch.autograd.grad(weights, leaves, grad))
