@@ -1,5 +1,7 @@
 """A captured memory layer: a replay of its device work does what a pass of its Python does."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -82,8 +84,14 @@ class Trained:
         return found
 
 
-@pytest.mark.parametrize("form", ["add", "first_touch"])
-@pytest.mark.parametrize("variant", ["memory+", "peer", "ultramem", "ultramem-v2"])
+@pytest.mark.parametrize(
+    ("variant", "form"),
+    [
+        *product(("memory+", "peer"), ("add", "first_touch")),
+        ("ultramem", "first_touch"),
+        ("ultramem-v2", "add"),
+    ],
+)
 def test_replays_do_what_passes_do(variant, form, monkeypatch) -> None:
     """Steps, read counts, metrics, and a batch that is dropped after it was accumulated."""
     monkeypatch.setenv("MEGAMEM_FORMS", f"row_gradient={form}")

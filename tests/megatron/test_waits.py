@@ -24,10 +24,11 @@ TWINS = ("megamem/reference/", "megamem/ops/")
     [
         (1, ()),
         (1, ("--memory-variant", "peer")),
+        (1, ("--memory-variant", "ultramem")),
         (2, WIDE),
         (2, ("--memory-reduce-rows", "all", "--use-distributed-optimizer")),
     ],
-    ids=["one rank", "peer", "rows over two ranks", "replicas"],
+    ids=["one rank", "peer", "ultramem", "rows over two ranks", "replicas"],
 )
 def test_no_line_of_megamem_waits_in_a_step(ranks: int, flags: tuple, tmp_path: Path) -> None:
     """A step counts ops that wait on a GPU, by the line that calls them."""
