@@ -14,10 +14,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megamem.hybrid_pattern import stage_layers
+from megamem.config import ConfigurationError
 from megamem.layers.memory_pool import MemoryPool
 from megamem.megatron.model.carried_spec import carry_spec
-from megamem.megatron.model.layer_specs import stage_pools, virtual_stages, with_memory
+from megamem.megatron.model.layer_specs import refuse_split, stage_pools, with_memory
+from megamem.megatron.model.placement import placement_of
 from megamem.spec import MemorySpec
 
 
@@ -93,17 +94,14 @@ def memory_stack_spec(
         vp_stage: the virtual stage of this chunk, if there are several.
     """
     carry_spec(config, spec)
-    of_stage = [
-        stage_layers(
-            pattern,
-            pg_collection.pp.size(),
-            pg_collection.pp.rank(),
-            stage,
-            first=config.num_layers_in_first_pipeline_stage,
-            last=config.num_layers_in_last_pipeline_stage,
+    if spec.skip:
+        raise ConfigurationError(
+            f"--memory-skip {spec.skip} does not work in a hybrid model, whose attentions and "
+            "feed-forwards are layers of their own; drop --memory-skip."
         )
-        for stage in virtual_stages(config)
-    ]
+    placement = placement_of(config, pg_collection.pp.size(), pattern)
+    refuse_split(spec, placement, config)
+    of_stage = placement[pg_collection.pp.rank()]
     layers = of_stage[vp_stage or 0]
     pools = stage_pools(config, spec, layers, of_stage, pg_collection, vp_stage)
     changed = copy.copy(stack_spec)

@@ -1,6 +1,7 @@
 """Puts memory layers into the layer specs of a GPT, whichever function made these."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -10,12 +11,20 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megamem.config import ConfigurationError
 from megamem.layers.memory_pool import MemoryPool
 from megamem.layers.variants import pool_of
 from megamem.megatron import compat
 from megamem.megatron.model.carried_spec import carry_spec
 from megamem.megatron.model.groups import memory_group
 from megamem.megatron.model.memory_mlp import MemoryMLP, build_pool
+from megamem.megatron.model.placement import (
+    Placement,
+    placement_of,
+    share_problem,
+    skip_problem,
+)
+from megamem.megatron.model.skip import Flight, MLPWithMemory
 from megamem.spec import MemorySpec
 
 
@@ -41,15 +50,20 @@ def memory_layer_spec(
     carry_spec(config, spec)
     pp_rank = pg_collection.pp.rank()
     block = compat.block_submodules(config, layer_spec, vp_stage, pp_rank)
-    virtual = virtual_stages(config)
-    layers = compat.stage_layers(config, vp_stage, pp_rank)
+    placement = placement_of(config, pg_collection.pp.size())
+    refuse_split(spec, placement, config)
+    of_stage = placement[pp_rank]
+    layers = of_stage[vp_stage or 0]
     assert len(layers) == len(block.layer_specs), (layers, len(block.layer_specs))
-    of_stage = [compat.stage_layers(config, stage, pp_rank) for stage in virtual]
     pools = stage_pools(config, spec, layers, of_stage, pg_collection, vp_stage)
-    layer_specs = [
-        with_memory(own, layer, spec, pools) if layer in spec.layers else own
-        for layer, own in zip(layers, block.layer_specs, strict=True)
-    ]
+    flights = {layer: Flight() for layer in layers if layer in spec.layers and spec.skip}
+    layer_specs = []
+    for layer, own in zip(layers, block.layer_specs, strict=True):
+        if layer in spec.layers:
+            own = with_memory(own, layer, spec, pools, flights.get(layer))
+        elif layer - spec.skip in flights:
+            own = behind_memory(own, flights[layer - spec.skip])
+        layer_specs.append(own)
     return TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=block.layer_norm), pools
 
 
@@ -59,10 +73,10 @@ def has_memories(layer_spec: ModuleSpec | TransformerBlockSubmodules) -> bool:
     return any(getattr(one.submodules.mlp, "module", None) is MemoryMLP for one in own)
 
 
-def virtual_stages(config: TransformerConfig) -> list[int | None]:
-    """The virtual stages of a rank, or None for the only one."""
-    count = config.virtual_pipeline_model_parallel_size
-    return list(range(count)) if count else [None]
+def refuse_split(spec: MemorySpec, placement: Placement, config: TransformerConfig) -> None:
+    """Raise a ConfigurationError if stages separate what memories need together."""
+    problems = skip_problem(spec, placement, config), share_problem(spec, placement)
+    ConfigurationError.collect([said for said in problems if said])
 
 
 _latest: WeakValueDictionary[tuple[int, str], MemoryPool] = WeakValueDictionary()
@@ -72,8 +86,8 @@ _latest: WeakValueDictionary[tuple[int, str], MemoryPool] = WeakValueDictionary(
 def stage_pools(
     config: TransformerConfig,
     spec: MemorySpec,
-    layers: list[int],
-    of_stage: list[list[int]],
+    layers: Sequence[int],
+    of_stage: Sequence[Sequence[int]],
     pg_collection: ProcessGroupCollection,
     vp_stage: int | None = None,
 ) -> dict[str, MemoryPool]:
@@ -104,9 +118,21 @@ def stage_pools(
 
 
 def with_memory(
-    layer_spec: ModuleSpec, layer: int, spec: MemorySpec, pools: dict[str, MemoryPool]
+    layer_spec: ModuleSpec,
+    layer: int,
+    spec: MemorySpec,
+    pools: dict[str, MemoryPool],
+    flight: Flight | None = None,
 ) -> ModuleSpec:
-    """The spec of a layer with a memory in its MLP slot; the given spec stays as it is."""
+    """The spec of a layer with a memory in its MLP slot; the given spec stays as it is.
+
+    Args:
+        layer_spec: the spec of the layer without a memory.
+        layer: number of the layer, from 0.
+        spec: the memory layers.
+        pools: the pools of this chunk.
+        flight: takes the lookups to a later layer, which adds the memory; by default this one does.
+    """
     submodules = copy.copy(layer_spec.submodules)
     ffn = submodules.mlp
     if submodules.pre_mlp_layernorm is IdentityOp:
@@ -117,6 +143,8 @@ def with_memory(
     params: dict[str, Any] = {"spec": spec, "pool": pools[pool_of(layer, spec)], "layer": layer}
     if spec.keep_ffn:
         params["ffn"] = compat.mlp_builder(ffn)
+    if flight is not None:
+        params["flight"] = flight
     submodules.mlp = ModuleSpec(module=MemoryMLP, params=params)
     # drop the entry by which the local spec saves this norm under the name of the fused one
     submodules.sharded_state_dict_keys_map = {
@@ -126,4 +154,14 @@ def with_memory(
     }
     changed = copy.copy(layer_spec)
     changed.submodules = submodules
+    return changed
+
+
+def behind_memory(layer_spec: ModuleSpec, flight: Flight) -> ModuleSpec:
+    """The spec of a layer behind which the memory of an earlier layer is added; the given spec
+    stays as it is."""
+    changed = copy.copy(layer_spec)
+    changed.submodules = copy.copy(layer_spec.submodules)
+    ffn = compat.mlp_builder(layer_spec.submodules.mlp)
+    changed.submodules.mlp = ModuleSpec(module=MLPWithMemory, params={"ffn": ffn, "flight": flight})
     return changed

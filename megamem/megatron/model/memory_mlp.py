@@ -25,6 +25,7 @@ from megamem.layers.memory import MemoryLayer
 from megamem.layers.memory_pool import MemoryPool
 from megamem.layers.value_table import ValueTable
 from megamem.megatron.model.fully_sharded import sharded_weight
+from megamem.megatron.model.skip import Flight
 from megamem.optimizer.state import BATCHES, HITS
 from megamem.parallel.memory_group import MemoryGroup
 from megamem.spec import MemorySpec
@@ -49,6 +50,7 @@ class MemoryMLP(MegatronModule):
         pool: MemoryPool,
         layer: int,
         ffn: FFNBuilder | None = None,
+        flight: Flight | None = None,
         **slot: Any,
     ) -> None:
         """Build the layer's weights.
@@ -60,6 +62,7 @@ class MemoryMLP(MegatronModule):
             pool: the tables to read, which the caller registers in the model.
             layer: number of the layer in the model, from 0.
             ffn: builds the feed-forward that was in the slot, if it is kept.
+            flight: takes the lookups to a later layer, which adds the memory.
             slot: all other keywords that this release passes to an MLP.
         """
         super().__init__(config)
@@ -77,12 +80,16 @@ class MemoryMLP(MegatronModule):
             # with this mark Megatron sums their gradients over the ranks, as it does for norms
             param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.ffn = ffn(config=config, pg_collection=pg_collection, **slot) if ffn else None
+        self.flight = flight
 
     def forward(self, hidden_states: Tensor, **how: Any) -> tuple[Tensor, Tensor | None]:
         """The output [S, B, D] and a bias or None; a kept feed-forward also gets `how`."""
         ffn, outputs = self.ffn, []
         if ffn is None:
             return self.memory(hidden_states), None
+        if self.flight is not None:
+            self.flight.launch(self.memory, hidden_states)
+            return ffn(hidden_states, **how)
         # the feed-forward runs while the lookups are sent
         out = self.memory(
             hidden_states, meanwhile=lambda: outputs.append(ffn(hidden_states, **how))
