@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import training
 from torch import nn
 
 from megamem.checkpoint import TABLES
@@ -71,6 +72,96 @@ def test_weight_decay_is_the_tables_own(decay: float) -> None:
 def test_without_settings_the_table_follows_the_model() -> None:
     group = table_group(ARGS, resolve(MemoryConfig(), 16))
     assert not {"max_lr", "min_lr", "start_wd", "end_wd"} & group.keys()
+
+
+ULTRAMEM: dict[str, Any] = {"memory_variant": "ultramem", "memory_num_keys": 64}
+
+
+def _scheduler(group: dict, monkeypatch: pytest.MonkeyPatch, **length: int) -> Any:
+    """Megatron's scheduler of a run of this length, in iterations of four samples or in samples."""
+    unset = ("lr_decay_iters", "lr_wsd_decay_iters", "lr_decay_samples", "lr_wsd_decay_samples")
+    args = SimpleNamespace(
+        **{"train_iters": None, "train_samples": None, **length},
+        **dict.fromkeys((*unset, "lr_warmup_fraction", "rampup_batch_size")),
+        **{"lr_warmup_iters": 0, "lr_warmup_samples": 0, "lr_warmup_init": 0.0},
+        **{"lr": 1e-3, "min_lr": 1e-4, "lr_decay_style": "cosine", "global_batch_size": 4},
+        **{"start_weight_decay": 0.1, "end_weight_decay": 0.1},
+        **{"weight_decay_incr_style": "constant", "lr_wsd_decay_style": "linear"},
+        **{"use_checkpoint_opt_param_scheduler": False, "override_opt_param_scheduler": False},
+    )
+    monkeypatch.setattr(training, "get_args", lambda: args)
+    monkeypatch.setattr(training, "update_train_iters", lambda args: None)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [weight], "lr": 0.0}], lr=0.0)
+    optimizer.param_groups[0] |= group
+    return training.get_optimizer_param_scheduler(optimizer)
+
+
+def _rates_by_step(
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], **length: int
+) -> list[float]:
+    """The rate of the tables in each of 8 steps, and the one after the last."""
+    group = table_group(ARGS, resolve(MemoryConfig(**ULTRAMEM, **config), 16))
+    scheduler = _scheduler(group, monkeypatch, **length)
+    (own,) = scheduler.optimizer.param_groups
+    rates = [own["lr"]]
+    for _ in range(8):
+        scheduler.step(4)
+        rates.append(own["lr"])
+    return rates
+
+
+@pytest.mark.parametrize("length", [{"train_iters": 8}, {"train_samples": 32}], ids=str)
+@pytest.mark.parametrize(
+    ("times", "until", "factors"),
+    [
+        # 4 and 1 are those of the released code's scripts, 10 that of the paper
+        (4, 1.0, [1 + 3 * (1 - step / 8) for step in range(9)]),
+        (10, 1.0, [10, 8.875, 7.75, 6.625, 5.5, 4.375, 3.25, 2.125, 1]),
+        (10, 0.5, [10, 7.75, 5.5, 3.25, 1, 1, 1, 1, 1]),
+        (10, 0.0, [1] * 9),
+        (None, 1.0, [10, 8.875, 7.75, 6.625, 5.5, 4.375, 3.25, 2.125, 1]),
+    ],
+)
+def test_the_tables_rate_is_a_multiple_that_decays_to_the_models(
+    times: float | None,
+    until: float,
+    factors: list[float],
+    length: dict,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    more = {"memory_lr_times": times, "memory_lr_times_until": until}
+    rates = _rates_by_step(monkeypatch, more, **length)
+    model = _rates_by_step(monkeypatch, {"memory_lr_times": 1}, **length)
+    assert model[0] == 1e-3 and model[-1] == pytest.approx(1e-4)
+    assert rates == pytest.approx([rate * f for rate, f in zip(model, factors, strict=True)])
+
+
+@pytest.mark.parametrize("rows", [None, 3], ids=["all rows", "--memory-finetune-rows"])
+def test_a_constant_rate_of_the_tables_is_multiplied_as_well(
+    rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"memory_lr": 5e-3, "memory_lr_schedule": "constant", "memory_lr_times": 3}
+    own |= {"memory_finetune_rows": rows, "memory_optimizer": "sgd"}
+    rates = _rates_by_step(monkeypatch, own, train_iters=8)
+    assert rates == pytest.approx([5e-3 * (3 - step / 4) for step in range(9)])
+
+
+def test_a_resumed_scheduler_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = table_group(ARGS, resolve(MemoryConfig(**ULTRAMEM), 16))
+    whole = _scheduler(group, monkeypatch, train_iters=8)
+    for _ in range(3):
+        whole.step(4)
+    resumed = _scheduler(group, monkeypatch, train_iters=8)
+    resumed.load_state_dict(whole.state_dict())
+    (first,), (second,) = (each.optimizer.param_groups for each in (whole, resumed))
+    assert first["lr"] == second["lr"] > 4e-3
+
+
+def test_groups_of_the_model_keep_their_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    table_group(ARGS, resolve(MemoryConfig(**ULTRAMEM), 16))
+    scheduler = _scheduler({}, monkeypatch, train_iters=8)
+    assert scheduler.optimizer.param_groups[0]["lr"] == 1e-3
 
 
 FP16 = ("--memory-layers", 1, "--memory-num-keys", 16, "--memory-topk", 4, "--fp16")

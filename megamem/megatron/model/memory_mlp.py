@@ -25,6 +25,7 @@ from megamem.layers.memory import MemoryLayer
 from megamem.layers.memory_pool import MemoryPool
 from megamem.layers.value_table import ValueTable
 from megamem.megatron.model.fully_sharded import sharded_weight
+from megamem.megatron.model.loss_scale import megatrons_loss_scale
 from megamem.megatron.model.skip import Flight
 from megamem.optimizer.state import BATCHES, HITS
 from megamem.parallel.memory_group import MemoryGroup
@@ -79,6 +80,8 @@ class MemoryMLP(MegatronModule):
         for param in self.memory.parameters():
             # with this mark Megatron sums their gradients over the ranks, as it does for norms
             param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        if self.memory.losses is not None:
+            self.memory.losses.scale = megatrons_loss_scale()
         self.ffn = ffn(config=config, pg_collection=pg_collection, **slot) if ffn else None
         self.flight = flight
 

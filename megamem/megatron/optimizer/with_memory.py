@@ -18,6 +18,7 @@ from megamem.megatron.model.fully_sharded import is_fully_sharded, refuse_sharde
 from megamem.megatron.optimizer.background import load_background
 from megamem.megatron.optimizer.chain import ChainWithTables, TableMember, find_tables
 from megamem.megatron.optimizer.layer_gradients import sum_once_a_step
+from megamem.megatron.optimizer.rate import decaying_factor
 from megamem.optimizer import StepOptions, TableOptimizer
 from megamem.patching import replace
 from megamem.spec import MemorySpec
@@ -118,7 +119,8 @@ def table_group(config: OptimizerConfig, spec: MemorySpec) -> dict[str, Any]:
     """The entries of a parameter group that Megatron's scheduler reads.
 
     A scheduled learning rate decays from --memory-lr to --memory-lr * (--min-lr / --lr). A constant
-    one has itself as its minimum, so that no decay style lowers it.
+    one has itself as its minimum, so that no decay style lowers it. Either is multiplied by the
+    factor of --memory-lr-times.
     """
     group: dict[str, Any] = {
         "lr_mult": 1.0,
@@ -127,6 +129,7 @@ def table_group(config: OptimizerConfig, spec: MemorySpec) -> dict[str, Any]:
         "is_decoupled_lr": False,
         # Megatron logs the learning rate of groups for which this is True
         "default_config": False,
+        **decaying_factor(spec),
     }
     if spec.lr != "model":
         floor = 1.0
