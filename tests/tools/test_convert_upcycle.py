@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megamem.config import MemoryConfig
+from megamem.layers.memory import MemoryLayer
 from megamem.layers.memory_pool import MemoryPool
 from megamem.resolution import resolve
 from megamem.tools.convert import torch_dist, upcycle
@@ -34,6 +35,11 @@ def _dense(folder: Path, *flags: object) -> Path:
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With biases, LayerNorm and tied embeddings a dense layer has every kind of key."""
     return _dense(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _dense(tmp_path_factory.mktemp("llama"), *LLAMA)
 
 
 def _upcycle(source: Path, target: Path, *flags: object) -> int:
@@ -69,14 +75,47 @@ def test_a_conversion_says_nothing_but_its_result(dense: Path, tmp_path: Path) -
 
 
 @pytest.mark.gloo
-def test_plain_memories_of_a_llama_on_two_ranks(tmp_path: Path) -> None:
+def test_plain_memories_of_a_llama_on_two_ranks(llama: Path, tmp_path: Path) -> None:
     """The memory variant has no projection, so the tables are zero; there is one per layer."""
-    source = _dense(tmp_path / "dense", *LLAMA)
     flags = (*MEMORY, KEEP, "--memory-variant", "memory", "--memory-pool", "layer")
-    assert _upcycle(source, tmp_path / "to", *flags) == 0
+    assert _upcycle(llama, tmp_path / "to", *flags) == 0
     two = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
     loss = _first_loss(tmp_path / "to", *LLAMA, *flags, *two, ranks=2)
-    assert loss == pytest.approx(_first_loss(source, *LLAMA), rel=1e-6)
+    assert loss == pytest.approx(_first_loss(llama, *LLAMA), rel=1e-6)
+
+
+ULTRAMEM = {
+    "ultramem": ("--memory-variant", "ultramem", "--memory-layers", 0, 2, "--memory-skip", 1),
+    "ultramem-v2": ("--memory-variant", "ultramem-v2", "--memory-layers", 0, 1, 2, 3),
+}
+
+
+@pytest.mark.parametrize("variant", ULTRAMEM)
+def test_ultramem_beside_the_feed_forwards_of_a_llama(
+    llama: Path, variant: str, tmp_path: Path
+) -> None:
+    """The loss at step 0 is unchanged, and new weights are those of a new run with the seed."""
+    sizes = ("--memory-num-keys", 9, "--memory-topk", 4, "--memory-final-topk", 5)
+    flags = (*ULTRAMEM[variant], *sizes)
+    assert _upcycle(llama, tmp_path / "to", *flags, "--seed", 99) == 0
+    assert _first_loss(tmp_path / "to", *LLAMA, *flags) == _first_loss(llama, *LLAMA)
+    new = saved_tensors(tmp_path / "to/release")
+    config = MemoryConfig(
+        memory_variant=variant,
+        memory_layers=[0, 2] if variant == "ultramem" else [0, 1, 2, 3],
+        memory_num_keys=9,
+        memory_topk=4,
+        memory_final_topk=5,
+    )
+    spec = resolve(config, 64, seed=99, num_layers=4, ffn_width=128)
+    pool = MemoryPool(spec, "layer_2")
+    layer = MemoryLayer(spec, pool, layer=2).state_dict()
+    for table in pool:
+        assert torch.equal(new[f"memory_values.{table.name}.weight"], table.weight)
+        assert table.weight.std() > 0.01
+    for name, weight in layer.items():
+        saved = new[f"decoder.layers.2.mlp.memory.{name}"]
+        assert torch.equal(saved, weight * 0 if name == "output.proj.weight" else weight), name
 
 
 def test_replaced_feed_forwards_change_the_loss_and_it_is_said(

@@ -200,7 +200,7 @@ def _upcycle(args: argparse.Namespace, console: Console) -> None:
     source = torch_dist.TorchDist(args.source)
     tensors, objects, settings = upcycle(source.tensors, memory, args.seed)
     _write(args, tensors, objects, settings, console)
-    if memory.memory_keep_ffn:
+    if settings["keep_ffn"]:
         console.print(
             "The new layers start by adding zero, so the loss at step 0 is that of the dense model."
         )

@@ -28,7 +28,8 @@ def upcycle(
     """Add memory layers to a dense model, with the initial weights of a run with this seed.
 
     With `memory_keep_ffn` the new layers start by adding zero, so that the model's output does not
-    change: memory+ has a projection of zeros, memory a table of zeros, peer a table v of zeros.
+    change: memory+, ultramem and ultramem-v2 have a projection of zeros, memory a table of zeros,
+    peer a table v of zeros.
     Where memory layers replace feed-forwards, the loss increases.
 
     Args:
@@ -50,7 +51,14 @@ def upcycle(
         raise ConfigurationError(f"the checkpoint is not a complete GPT: {error}.") from error
     embedding = source[layout.EMBEDDING]
     hidden = embedding.shape[1]
-    spec, variant = resolve(config, hidden, seed=seed), VARIANTS[config.memory_variant]
+    variant, ffn = VARIANTS[config.memory_variant], dense.per_layer[0].get(layout.FC2)
+    spec = resolve(
+        config,
+        hidden,
+        seed=seed,
+        num_layers=dense.num_layers,
+        ffn_width=ffn.shape[1] if ffn else None,
+    )
     _check_layers(dense, spec)
     if spec.keep_ffn and not variant.silent_output:
         spec = replace(spec, value_init_std=0.0)
@@ -65,7 +73,8 @@ def upcycle(
     for pool in pool_names(spec):
         for use in variant.tables:
             name, std = variant.table_name(pool, use), variant.init_std(spec, use)
-            tensors[table_key(name)] = initial_table(name, std, spec, embedding.dtype)
+            width = variant.table_width(spec, use)
+            tensors[table_key(name)] = initial_table(name, width, std, spec, embedding.dtype)
             tensors |= layout.placement_of(name, spec.placement_seed)
     objects = layout.extra_states(dense.num_layers, spec.layers, spec.keep_ffn)
     return tensors, objects, settings_of(spec)
@@ -110,9 +119,11 @@ def _new_layer(layer: int, spec: MemorySpec, dtype: torch.dtype) -> dict[str, La
     return {layout.memory_key(layer, name): of_tensor(weight) for name, weight in weights.items()}
 
 
-def initial_table(name: str, std: float, spec: MemorySpec, dtype: torch.dtype) -> LazyTensor:
+def initial_table(
+    name: str, width: int, std: float, spec: MemorySpec, dtype: torch.dtype
+) -> LazyTensor:
     """The initial table of a run with these settings, drawn shard by shard."""
-    shape = (spec.num_rows, spec.value_dim)
+    shape = (spec.num_rows, width)
     count = max(1, -(-shape[0] * shape[1] * dtype.itemsize // REGION_BYTES))
     shards = [TableShard.cut(shape, row=(number, count)) for number in range(count)]
     by_offset = {shard.offset: shard for shard in shards}
