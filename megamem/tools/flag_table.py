@@ -46,6 +46,9 @@ def flag_table() -> str:
 
 def _values(hint: Any) -> str:
     members = [member for member in get_args(hint) if member is not type(None)]
+    # a choice that may be None: the only member of the union is the Literal
+    if members and get_origin(members[0]) is Literal:
+        return _values(members[0])
     if get_origin(hint) is Literal:
         return ", ".join(f"`{member}`" for member in members)
     if hint is bool:
