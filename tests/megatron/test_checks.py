@@ -19,6 +19,7 @@ def _check(memory: dict | None = None, **given) -> None:
     usual = {
         "num_layers": 8,
         "hidden_size": 64,
+        "ffn_hidden_size": 256,
         "seq_length": 32,
         "global_batch_size": 4,
         "micro_batch_size": 1,
@@ -26,6 +27,7 @@ def _check(memory: dict | None = None, **given) -> None:
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
         "num_experts": None,
+        "ffn_hidden_size": 256,
         "lr": 1e-3,
         "tensor_model_parallel_size": 1,
         "world_size": 2,
@@ -77,6 +79,9 @@ def test_a_form_that_does_not_exist_is_found_at_start(monkeypatch) -> None:
         _check()
 
 
+CONV = {"memory_variant": "ultramem", "memory_query_conv": 3}
+
+
 @pytest.mark.parametrize(
     ("given", "option"),
     [
@@ -97,6 +102,15 @@ def test_a_form_that_does_not_exist_is_found_at_start(monkeypatch) -> None:
         ({"hybrid_layer_pattern": "M*-*-*-*-", "no_hybrid": True}, "--hybrid-layer-pattern"),
         ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards"),
         ({"moe_use_upcycling": True}, "--moe-use-upcycling"),
+        (
+            {**CONV, "context_parallel_size": 2},
+            "--memory-query-conv 3 with --context-parallel-size 2",
+        ),
+        ({**CONV, "sft": True}, "--memory-query-conv 3 with --sft"),
+        (
+            {**CONV, "reset_attention_mask": True},
+            "--memory-query-conv 3 with --reset-attention-mask",
+        ),
         ({"yaml_cfg": "x"}, "--yaml-cfg"),
         ({"save": "x", "ckpt_format": "torch"}, "--ckpt-format torch"),
         ({"ckpt_convert_format": "torch"}, "--ckpt-convert-format torch"),

@@ -27,6 +27,7 @@ from megamem.layers.value_table import ValueTable
 from megamem.megatron.model.fully_sharded import sharded_weight
 from megamem.megatron.model.loss_scale import megatrons_loss_scale
 from megamem.megatron.model.skip import Flight
+from megamem.megatron.model.whole_sequences import need_whole_sequences
 from megamem.optimizer.state import BATCHES, HITS
 from megamem.parallel.memory_group import MemoryGroup
 from megamem.spec import MemorySpec
@@ -174,6 +175,7 @@ def register_tables(model: nn.Module, pools: dict[str, MemoryPool]) -> None:
         model.add_module(TABLES, ValueTables(model.config, own))
     for pool in own.values():
         pool.registered = True
+    need_whole_sequences(model, pools)
 
 
 def counters(table: ValueTable) -> dict[str, Any]:

@@ -154,6 +154,13 @@ def _recomputes_memory(args: argparse.Namespace) -> bool:
     return not getattr(args, "memory_keep_ffn", False) and _recomputes("mlp")(args)
 
 
+PACKING = (
+    *("sft", "reset_attention_mask", "use_packed_sequence", "sequence_packing_scheduler"),
+    "rl_use_sequence_packing",
+)
+"""Arguments that put documents into a sequence which do not see each other."""
+
+
 def _has_hybrid_model(args: argparse.Namespace) -> bool:
     return compat.HybridModel is not None
 
@@ -284,6 +291,17 @@ FEATURES = (
         uses=_more_than_one("context_parallel_size"),
         state="not run on a GPU",
         why=NEEDS_ENGINE,
+    ),
+    Feature(
+        part=RANKS,
+        name="context parallelism with a convolution before queries",
+        option="--context-parallel-size with --memory-query-conv",
+        uses=_both(_given("memory_query_conv"), _more_than_one("context_parallel_size")),
+        values=("memory_query_conv", "context_parallel_size"),
+        state="refused",
+        why="a rank then holds two pieces of a sequence, and other ranks the tokens before them, "
+        "which the convolution sees",
+        fix="drop --memory-query-conv, or use tensor parallelism in place of context parallelism",
     ),
     Feature(
         part=RANKS,
@@ -634,6 +652,17 @@ FEATURES = (
         uses=_given("check_weight_hash_across_dp_replicas_interval"),
         state="yes",
         test=f"{WIDE}::test_replicas_that_differ_are_found",
+    ),
+    Feature(
+        part=TRAINING,
+        name="several documents in a sequence that do not see each other, with a convolution "
+        "before queries",
+        option="--sft, --reset-attention-mask with --memory-query-conv",
+        uses=_both(_given("memory_query_conv"), _given(*PACKING)),
+        values=("memory_query_conv", *PACKING),
+        state="refused",
+        why="the convolution would see tokens of the document before",
+        fix="drop --memory-query-conv",
     ),
     Feature(
         part=TRAINING,
