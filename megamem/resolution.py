@@ -1,5 +1,6 @@
 """Turns a MemoryConfig into a MemorySpec; no other module makes one."""
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any, Literal
@@ -239,12 +240,35 @@ def _tucker_problems(config: MemoryConfig, found: dict[str, Any], usual: Tucker)
             f"--memory-skip {config.memory_skip} needs --memory-variant ultramem, as {named} adds "
             "its output where it reads; drop --memory-skip."
         )
+    problems += _span_problems(config)
+    number, layers = found["share_layers"], len(config.memory_layers)
+    if layers % number:
+        problems.append(
+            f"--memory-share-layers {number} does not divide the {layers} layers of "
+            f"--memory-layers {' '.join(map(str, config.memory_layers))}, of which the last would "
+            f"have more rows than the others; use one of {', '.join(map(str, divisors(layers)))}."
+        )
     if found["share_layers"] > 1 and config.memory_pool == "shared":
         problems.append(
             f"--memory-share-layers {found['share_layers']} and --memory-pool shared both say "
             "which layers share a table; drop one of them."
         )
     return problems
+
+
+def _span_problems(config: MemoryConfig) -> list[str]:
+    """A sentence if a memory would read before the one before it is added."""
+    layers, skip = sorted(config.memory_layers), config.memory_skip
+    near = [(a, b) for a, b in itertools.pairwise(layers) if b - a <= skip]
+    if not near or not skip:
+        return []
+    (first, second), distance = near[0], min(b - a for a, b in near)
+    return [
+        f"--memory-skip {skip} adds the memory of layer {first} behind layer {first + skip}, but "
+        f"the memory of layer {second} is to read first, and the lookups of one memory at a time "
+        f"are on their way; use --memory-skip {distance - 1}, or --memory-layers that are at least "
+        f"{skip + 1} apart."
+    ]
 
 
 def _key_problems(spec: MemorySpec) -> list[str]:

@@ -19,7 +19,6 @@ def _check(memory: dict | None = None, **given) -> None:
     usual = {
         "num_layers": 8,
         "hidden_size": 64,
-        "ffn_hidden_size": 256,
         "seq_length": 32,
         "global_batch_size": 4,
         "micro_batch_size": 1,

@@ -60,7 +60,10 @@ def test_directions_are_saved_in_fp32_and_follow_the_cores(whole: Path) -> None:
 @pytest.mark.gloo
 @pytest.mark.parametrize(
     "flags",
-    [pytest.param((), id="resumed"), pytest.param(FULL, id="resumed, full recompute")],
+    [
+        pytest.param((), marks=pytest.mark.slow, id="resumed"),
+        pytest.param(FULL, id="resumed, full recompute"),
+    ],
 )
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
     whole: Path, tmp_path: Path, flags: tuple

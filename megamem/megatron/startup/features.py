@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megamem.layers.variants import VARIANTS
 from megamem.megatron import compat
+from megamem.megatron.model.placement import placement_from_args, share_problem, skip_problem
 from megamem.spec import MemorySpec
 
 State = Literal["yes", "refused", "not run on a GPU"]
@@ -149,9 +151,50 @@ def _recomputes(module: str) -> Uses:
     return lambda args: module in (getattr(args, "recompute_modules", None) or [])
 
 
+def _keeps_ffn(args: argparse.Namespace) -> bool:
+    """Whether feed-forwards stay beside memories."""
+    variant = VARIANTS.get(getattr(args, "memory_variant", ""))
+    return bool(getattr(args, "memory_keep_ffn", False) or (variant and variant.keeps_ffn))
+
+
 def _recomputes_memory(args: argparse.Namespace) -> bool:
     """Whether an MLP without layers of Transformer Engine is recomputed."""
-    return not getattr(args, "memory_keep_ffn", False) and _recomputes("mlp")(args)
+    return not _keeps_ffn(args) and _recomputes("mlp")(args)
+
+
+_skips = _given("memory_skip")
+
+
+def _recomputes_whole_layers(args: argparse.Namespace) -> bool:
+    return getattr(args, "recompute_granularity", None) == "full"
+
+
+def _takes_layers_apart(args: argparse.Namespace) -> bool:
+    """Whether something of Megatron computes layers, or feed-forwards, in an order of its own."""
+    chunks = ("mlp_chunks_for_training", "mlp_chunks_for_prefill")
+    parts = ("overlap_moe_expert_parallel_comm", "enable_mhc_connections", "use_torch_fsdp2")
+    return (
+        _given(*parts, "hybrid_layer_pattern")(args)
+        or any(_more_than_one(name)(args) for name in chunks)
+        or _makes_graphs(args)
+    )
+
+
+def _skips_to_another_chunk(spec: MemorySpec, args: argparse.Namespace) -> str | None:
+    """A sentence if a memory is added where it is not computed together with its own layer."""
+    if not spec.skip or getattr(args, "hybrid_layer_pattern", None):
+        return None
+    if max(spec.layers) >= args.num_layers:
+        # depth_problems() says so
+        return None
+    return skip_problem(spec, placement_from_args(args), args)
+
+
+def _shares_across_stages(spec: MemorySpec, args: argparse.Namespace) -> str | None:
+    """A sentence if layers that share tables are on several pipeline stages."""
+    if spec.share_layers == 1 or max(spec.layers) >= args.num_layers:
+        return None
+    return share_problem(spec, placement_from_args(args))
 
 
 PACKING = (
@@ -212,6 +255,7 @@ MEMORY, TRAINING, FILES = "Memory and speed", "Training", "Checkpoints"
 TINY = "megatron/test_tiny_training.py"
 RECIPES = "megatron/test_support.py::test_a_recipe_trains"
 WIDE = "megatron/test_wide_groups.py"
+SKIP = "megatron/test_ultramem_skip.py"
 NEEDS_ENGINE = "it needs Transformer Engine and a GPU"
 
 FEATURES = (
@@ -381,9 +425,89 @@ FEATURES = (
         part=MODEL,
         name="a mixture of experts kept beside a memory",
         option="--memory-keep-ffn on a layer of experts",
-        uses=_both(_given("memory_keep_ffn"), _given("num_experts")),
+        uses=_both(_keeps_ffn, _given("num_experts")),
         state="yes",
         test="megatron/test_kept_experts.py",
+    ),
+    Feature(
+        part=MODEL,
+        name="memories that are added behind a later layer",
+        option="--memory-skip",
+        uses=_skips,
+        state="yes",
+        test=f"{SKIP}::test_ranks_take_the_steps_of_one_process",
+    ),
+    Feature(
+        part=MODEL,
+        name="the same in units of full recomputation that contain both layers",
+        option="--memory-skip with --recompute-granularity full",
+        uses=_both(_skips, _recomputes_whole_layers),
+        state="yes",
+        test=f"{SKIP}::test_ranks_take_the_steps_of_one_process",
+    ),
+    FeatureOfLayers(
+        part=MODEL,
+        name="the same in other units, or with the later layer on another stage",
+        option="--memory-skip with --recompute-granularity full, --pipeline-model-parallel-size",
+        uses=_both(
+            _skips,
+            lambda args: (
+                _recomputes_whole_layers(args)
+                or _more_than_one("pipeline_model_parallel_size")(args)
+            ),
+        ),
+        state="refused",
+        says=_skips_to_another_chunk,
+        why="the lookups are on their way from the one layer to the other",
+        fix="use a smaller --memory-skip, other layers, or larger units",
+    ),
+    Feature(
+        part=MODEL,
+        name="the same with recomputation of feed-forwards or norms",
+        option="--memory-skip with --recompute-modules mlp, layernorm",
+        uses=_both(_skips, lambda args: any(_recomputes(m)(args) for m in ("mlp", "layernorm"))),
+        values=("memory_skip", "recompute_modules"),
+        state="refused",
+        why="the layer that reads would be recomputed without the one behind which its memory is "
+        "added",
+        fix="recompute other modules, or use --recompute-granularity full",
+    ),
+    Feature(
+        part=MODEL,
+        name="the same where Megatron computes layers in an order of its own",
+        option="--memory-skip with --hybrid-layer-pattern, --use-torch-fsdp2, --cuda-graph-impl, "
+        "--overlap-moe-expert-parallel-comm, --enable-mhc-connections, --mlp-chunks-for-training, "
+        "--mlp-chunks-for-prefill",
+        uses=_both(_skips, _takes_layers_apart),
+        values=(
+            *("memory_skip", "hybrid_layer_pattern", "use_torch_fsdp2", "cuda_graph_impl"),
+            *("overlap_moe_expert_parallel_comm", "enable_mhc_connections"),
+            *("mlp_chunks_for_training", "mlp_chunks_for_prefill"),
+        ),
+        state="refused",
+        why="the memory is read in one layer and added in another, both of which must be computed "
+        "whole and in their order",
+        fix="drop --memory-skip or these flags",
+    ),
+    Feature(
+        part=MODEL,
+        name="tables that neighbouring memory layers of a stage share",
+        option="--memory-share-layers",
+        uses=_more_than_one("memory_share_layers"),
+        state="yes",
+        test="megatron/test_ultramem.py::test_neighbours_of_a_stage_share_tables",
+    ),
+    FeatureOfLayers(
+        part=MODEL,
+        name="tables that memory layers of different stages share",
+        option="--memory-share-layers with --pipeline-model-parallel-size",
+        uses=_both(
+            _more_than_one("memory_share_layers"), _more_than_one("pipeline_model_parallel_size")
+        ),
+        state="refused",
+        says=_shares_across_stages,
+        why="the ranks of a stage hold the tables of its layers",
+        fix="choose layers such that those that share tables are on one stage",
     ),
     Feature(
         part=MODEL,
