@@ -35,7 +35,11 @@ NORM_ROWS = 2**12
 TIMED_PASSES = 64
 """Number of passes over a table that are timed in one window."""
 
-NUM_SUMS = 6
+LOSSES = ("core_loss", "balance_loss")
+"""Losses that a layer may add to that of the model."""
+
+OF_LOOKUPS = 6
+NUM_SUMS = OF_LOOKUPS + 2 * len(LOSSES)
 TRAINED = ("trained_rows", "trained_lookups", "all_lookups")
 PER_TABLE = ("holders", "bytes", "passes", "lookup", "exchange", "gradient", "rows", "row_squares")
 TABLE_SUMS = (*PER_TABLE, *TRAINED)
@@ -92,7 +96,7 @@ class LayerMetrics:
     sampled    1 for each sampled pair that was read; the last entry is for all other pairs
     sums       number of reads (one head of one token) and of gate values; sums of the largest
                weights, of the entropies of the weights, of the gate values, and of the means of
-               weights that are no softmax
+               weights that are no softmax; for each loss its number and its sum
 
     The largest weight and the entropy are those of a distribution. Where weights are no softmax, it
     is the share of each lookup in the absolute weights of its head, summed over cores.
@@ -140,7 +144,13 @@ class LayerMetrics:
         ]
         self.sums[0] += len(weights) * watched.heads
         self.sums[1] += 0 if gate is None else gate.numel()
-        self.sums[2:] += torch.stack([s.to(self.one.dtype) for s in sums])
+        self.sums[2:OF_LOOKUPS] += torch.stack([s.to(self.one.dtype) for s in sums])
+
+    @torch.no_grad()
+    def record_loss(self, name: str, loss: Tensor) -> None:
+        """Add one of LOSSES, [], of one forward pass on all ranks that share its tokens."""
+        first = OF_LOOKUPS + 2 * LOSSES.index(name)
+        self.sums[first : first + 2] += torch.stack((self.one, loss.to(self.one)))
 
 
 @dataclass
@@ -360,7 +370,7 @@ def _layer_numbers(
     watched: Watched, counted: Tensor, sampled: Tensor, sums: Tensor
 ) -> dict[str, float]:
     """Return the metrics of a layer; none if it had no lookups."""
-    reads, gates, top, entropy, gate, weight = sums.tolist()
+    reads, gates, top, entropy, gate, weight, *of_losses = sums.tolist()
     if not reads:
         return {}
     used = sampled[:-1] if watched.is_sampled else counted
@@ -373,6 +383,9 @@ def _layer_numbers(
     }
     if not watched.softmax:
         numbers["weight_mean"] = weight / reads
+    for name, count, total in zip(LOSSES, of_losses[::2], of_losses[1::2], strict=True):
+        if count:
+            numbers[name] = total / count
     return numbers | ({"gate_mean": gate / gates} if gates else {})
 
 

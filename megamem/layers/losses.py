@@ -209,6 +209,7 @@ class ScoreLosses:
     layer's weights are summed over them."""
     scale: LossScale = field(default_factory=LossScale)
     metrics: LayerMetrics | None = None
+    """Gets the losses of each forward, without their weights."""
 
     @classmethod
     def of(cls, spec: MemorySpec, group: ProcessGroup | None) -> "ScoreLosses | None":
@@ -232,12 +233,15 @@ class ScoreLosses:
             tokens: number of tokens of all ranks of the group.
         """
         spec, ranks = self.spec, group_size(self.group)
-        parts: dict[str, Tensor] = {}
+        metrics = self.metrics
         if spec.core_aux_weight:
             # it depends on no token, so each rank has all of the gradient, of which the sum over
             # the ranks shall be one
             core = core_loss(cores_OHAA, spec.core_aux_margin)
-            parts["core_loss"] = core * (spec.core_aux_weight / ranks)
+            loss = core * (spec.core_aux_weight / ranks)
+            weights = start_loss(weights, loss, self.scale, tokens)
+            if metrics is not None:
+                metrics.record_loss("core_loss", core.detach())
         if spec.balance_weight:
             part = balance_loss(
                 query_T2AC,
@@ -247,7 +251,8 @@ class ScoreLosses:
                 tokens=tokens,
                 group=self.group,
             )
-            parts["balance_loss"] = part * spec.balance_weight
-        for loss in parts.values():
-            weights = start_loss(weights, loss, self.scale, tokens)
+            weights = start_loss(weights, part * spec.balance_weight, self.scale, tokens)
+            if metrics is not None:
+                # the mean over ranks of these is the mean of the losses of all tokens
+                metrics.record_loss("balance_loss", part.detach() * ranks)
         return weights

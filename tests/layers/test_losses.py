@@ -13,6 +13,7 @@ from megamem.layers import losses
 from megamem.layers.losses import LossScale, balance_loss, core_loss, start_loss
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.memory_pool import MemoryPool
+from megamem.metrics import Metrics, Watched
 from megamem.parallel.memory_group import MemoryGroup, form, partition
 from megamem.parallel.row_shard import even_counts
 from megamem.resolution import resolve
@@ -32,7 +33,7 @@ def _rotated(values: list[float], seed: int = 0) -> Tensor:
 def test_the_loss_of_the_cores_is_its_formula() -> None:
     cores = torch.stack((_rotated([2.0, 0.5, 0.25]), torch.zeros(1, 3, 3).double()))
     expected = ((0.5 - 0.15) ** 2 + (0.25 - 0.15) ** 2) / 2
-    torch.testing.assert_close(core_loss(cores, 0.15).item(), expected)
+    assert core_loss(cores, 0.15).item() == pytest.approx(expected)
     # a core whose other singular values are within the margin, and one of rank 1
     assert core_loss(_rotated([3.0, 0.1])[None], 0.15) == 0
     assert core_loss(torch.tensor([[[[3.0]]]]), 0.15) == 0
@@ -216,6 +217,21 @@ def _gradients(layer: MemoryLayer, x: Tensor, grad: Tensor, recompute: bool) -> 
     return {"out": out.detach(), "x": x.grad, **{n: w.grad for n, w in weights.items()}}
 
 
+def _measured(layer: MemoryLayer) -> Metrics:
+    spec = layer.pool.spec
+    watched = Watched(
+        layers=[0],
+        tables=[],
+        num_keys=spec.keys_per_side,
+        heads=spec.heads,
+        topk=spec.reads_per_head,
+        softmax=False,
+    )
+    metrics = Metrics(watched, "cpu")
+    layer.metrics = layer.losses.metrics = metrics.layers[0]
+    return metrics
+
+
 def _ranks_equal_one_process(settings: dict, tokens_sharded: bool, recompute: bool) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     # replicated tokens are divided unevenly, and within a position
@@ -224,6 +240,7 @@ def _ranks_equal_one_process(settings: dict, tokens_sharded: bool, recompute: bo
     scale = LossScale(0.5, by_tokens=recompute)
     alone = _trained(_layer(spec))
     alone.losses.scale = scale
+    measured = _measured(alone)
     x, grad = _hidden(positions)
     expected = _gradients(alone, x, grad, recompute=False)
 
@@ -233,6 +250,7 @@ def _ranks_equal_one_process(settings: dict, tokens_sharded: bool, recompute: bo
     where = {"group": dist.group.WORLD, "tokens_sharded": tokens_sharded}
     layer = _trained(_layer(spec, replicas, **where))
     layer.losses.scale = scale
+    measured_here = _measured(layer)
     counts = even_counts(positions, world)
     part = slice(sum(counts[:rank]), sum(counts[: rank + 1])) if tokens_sharded else slice(None)
     x, grad = _hidden(positions)
@@ -247,6 +265,9 @@ def _ranks_equal_one_process(settings: dict, tokens_sharded: bool, recompute: bo
             dist.all_reduce(ours)
         torch.testing.assert_close(ours, truth, msg=lambda text, name=name: f"{name}: {text}")
         assert ours.abs().sum() > 0, name
+    truth, ours = (each.report(1).scalars for each in (measured, measured_here))
+    assert {"memory/core_loss/layer_0", "memory/balance_loss/layer_0"} < set(truth)
+    assert ours == pytest.approx(truth)
 
 
 CASES = (

@@ -49,7 +49,9 @@ MEMORY = (
 )
 OF_LAYERS = ("rows_used", "kl_from_uniform", "top1_weight", "score_entropy", "gate_mean")
 OF_FINETUNING = ("trained_rows", "trained_lookups")
-OF_TABLES = tuple(name for name in TITLES if name not in (*OF_LAYERS, *OF_FINETUNING))
+OF_ULTRAMEM = ("weight_mean", "core_loss", "balance_loss")
+OF_OTHERS = (*OF_LAYERS, *OF_FINETUNING, *OF_ULTRAMEM)
+OF_TABLES = tuple(name for name in TITLES if name not in OF_OTHERS)
 # these depend on the layout of the table or on the clock
 OF_LAYOUT = ("shard_load", "sent_megabytes", "lookup_ms", "exchange_ms")
 

@@ -35,6 +35,8 @@ TITLES = {
     "score_entropy": "entropy of a head's weights (nats)",
     "weight_mean": "weight of a lookup (mean)",
     "gate_mean": "mean gate",
+    "core_loss": "loss of the cores, without its weight",
+    "balance_loss": "balance loss, without its weight",
     "grad_norm": "gradient norm of the table",
     "row_norm": "norm of a row (mean)",
     "learning_rate": "learning rate of the table",
@@ -53,6 +55,8 @@ IN_CONSOLE = {
     "score_entropy": "entropy {:.3f}",
     "weight_mean": "mean weight {:.3g}",
     "gate_mean": "gate {:.4f}",
+    "core_loss": "core loss {:.4g}",
+    "balance_loss": "balance loss {:.4g}",
     "grad_norm": "table grad norm {:.3g}",
     "row_norm": "row norm {:.4g}",
     "trained_rows": "rows trained {:.4g}",
@@ -127,6 +131,8 @@ class TrainingMetrics:
         for module in (module for chunk in chunks for module in chunk.modules()):
             if isinstance(module, MemoryLayer):
                 module.metrics = self.metrics.layers[module.layer]
+                if module.losses is not None:
+                    module.losses.metrics = module.metrics
         for name, table in find_tables(chunks).items():
             table.metrics = self.metrics.tables[name]
 
