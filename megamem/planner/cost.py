@@ -162,7 +162,7 @@ def layout_cost(job: Job, layout: Layout, dense: DenseModel | None = None) -> La
     tokens = job.microbatch_tokens * share.calls
     # gradients, and for each row whether it has one; every replica then makes the same update
     summed = share.touched_by_step if job.spec.reduce_rows == "touched" else share.rows
-    held = share.tables * (summed * share.width * job.state.gradient + share.rows)
+    held = summed * share.by_row * job.state.gradient + share.tables * share.rows
     inside, across = _replica_bytes(job, layout, held)
     return LayoutCost(
         layout=layout,

@@ -1,10 +1,11 @@
 """The input of a plan: a model, its memory layers, the ranks, and the possible layouts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from megamem.config import ConfigurationError
-from megamem.layers.variants import variant_of
+from megamem.layers.variants import pool_of, variant_of
 from megamem.parallel import exchange_cost
 from megamem.parallel.choices import choose_wire
 from megamem.parallel.exchange_cost import Exchange
@@ -173,6 +174,9 @@ class Job:
             weight_bytes=2 if spec.lookup_weights == "bf16" else 4,
             sends_tokens=variant_of(spec).reads_tokens,
             pieces=spec.pieces,
+            cores=spec.cores,
+            blocks=spec.bags_per_token,
+            token_width=spec.pre_value_dim or None,
             link=hardware.link,
             network=hardware.network,
         )
@@ -201,15 +205,23 @@ class Job:
     @property
     def chunk_memories(self) -> list[list[int]]:
         """The number of memory layers on each virtual stage of each pipeline stage."""
-        return [
-            [len(set(chunk) & set(self.spec.layers)) for chunk in chunks]
-            for chunks in self.placement
-        ]
+        return [[len(self._memories(chunk)) for chunk in chunks] for chunks in self.placement]
 
     @property
     def stage_memories(self) -> list[int]:
         """The number of memory layers on each pipeline stage."""
         return [sum(chunks) for chunks in self.chunk_memories]
+
+    @property
+    def stage_pools(self) -> list[int]:
+        """The number of pools of tables that each pipeline stage reads."""
+        return [
+            len({pool_of(layer, self.spec) for chunk in chunks for layer in self._memories(chunk)})
+            for chunks in self.placement
+        ]
+
+    def _memories(self, chunk: Sequence[int]) -> set[int]:
+        return set(chunk) & set(self.spec.layers)
 
     @property
     def table_stages(self) -> int:

@@ -35,6 +35,10 @@ GATHERED_COLUMNS = 256
 # the most rows of a head for which product_topk takes the form two_looks
 TWO_LOOKS_TOPK = 64
 
+# estimates: bytes to sort a lookup of Tucker scores by block and to bring it there, beside its
+# weights; and those of a pair and core in the backward of the scores
+BLOCK_SORT_BYTES, PAIR_BYTES = 60, 16
+
 Phase = Literal["forward", "backward", "step"]
 
 
@@ -94,6 +98,8 @@ class Rate:
 
 
 TOPK, TOPK_TORCH = "product keys: top-k", "product keys: top-k (form torch)"
+TUCKER, PAIRS = "Tucker scores: sub-keys", "Tucker scores: pairs"
+TUCKER_BACK = "Tucker scores, backward"
 INDEX, ROWS, DOTS = "softmax, placement, marks", "rows: bags", "rows: dot products"
 SUMS, GATE, GATE_BACK = "partial sums", "gate", "gate, backward"
 SUMS_BACK, ROUTE = "partial sums, backward", "routing: lookups by owner"
@@ -111,6 +117,10 @@ RATES = {
     TOPK_TORCH: Rate(
         phase="forward", moved=0.33, flops=0.435, per_lookup=1.3e-9, record=STAGES_RECORD
     ),
+    # estimates: as for one rank of sub-keys; and about 80 operations of a thread for each of
+    # the K * K pairs, whose scores are formed four times in registers
+    TUCKER: Rate(phase="forward", moved=0.89, flops=0.435, per_lookup=0.21e-9),
+    PAIRS: Rate(phase="forward", per_lookup=0.003e-9),
     # the marks of touched rows took 0.24 ms for 8.4 million lookups; the rest was not measured
     INDEX: Rate(phase="forward", per_lookup=exchange_cost.MARK_LOOKUP),
     # a sort as that of the backward; the bytes are an estimate, and so is the wait
@@ -130,6 +140,7 @@ RATES = {
     SUMS_BACK: Rate(phase="backward"),
     # two gathers of sub-keys, or of queries, and a sort with keys of 16 bits
     TOPK_BACK: Rate(phase="backward", cached=1.4, per_lookup=0.072e-9, record=STAGES_RECORD),
+    TUCKER_BACK: Rate(phase="backward", cached=1.4, per_lookup=0.072e-9),
     # 0.28 ms for 1.05 million lookups, 0.74 for 8.4 million
     SORT: Rate(
         phase="backward",
@@ -167,11 +178,11 @@ class Stage:
 class Share:
     """The part of the tables and of the lookups that one rank has; counts are expected values."""
 
-    tables: int
+    pools: int
     rows: int
     """Rows of each table on the rank that holds most."""
-    width: int
-    """Numbers per row on that rank."""
+    widths: tuple[int, ...]
+    """Numbers per row of each table of a pool on that rank; the values come first."""
     picks: float
     """Lookups that the rank receives for one layer in one microbatch."""
     calls: int
@@ -182,23 +193,36 @@ class Share:
     """Rows of one table that all layers, microbatches and replicas read in a step."""
 
     @property
+    def tables(self) -> int:
+        return self.pools * len(self.widths)
+
+    @property
+    def by_row(self) -> int:
+        """Numbers of all tables for one row id."""
+        return self.pools * sum(self.widths)
+
+    @property
     def numbers(self) -> int:
-        return self.tables * self.rows * self.width
+        return self.by_row * self.rows
 
 
 def rank_share(job: Job, layout: Layout) -> Share:
     """The share of one rank of the pipeline stage with the most memory layers."""
     spec, microbatches = job.spec, job.cluster.microbatches
     layers, own_tables = max(job.stage_memories), spec.pool == "layer"
+    variant = variant_of(spec)
     rows = -(-spec.num_rows // layout.row_ranks)
     picks = spec.lookups_per_token * job.microbatch_tokens * layout.column_ranks
     # layers of all stages read a shared table
-    readers = 1 if own_tables else len(spec.layers)
+    readers = spec.share_layers if own_tables else len(spec.layers)
     readers *= job.cluster.stage_ranks // layout.group_size
     return Share(
-        tables=len(variant_of(spec).tables) * (layers if own_tables else 1),
+        pools=max(1, *job.stage_pools),
         rows=rows,
-        width=widest_slice(spec.value_dim, layout.column_ranks),
+        widths=tuple(
+            widest_slice(variant.table_width(spec, use), layout.column_ranks)
+            for use in variant.tables
+        ),
         picks=picks,
         calls=layers * microbatches,
         touched=expected_unique(rows, picks),
@@ -245,71 +269,95 @@ def _layer_works(job: Job, layout: Layout, share: Share) -> dict[str, Work]:
     grid, wire = layout.grid, layout_wire(job, layout)
     routed = grid.routes(wire)
     fixed_sizes = grid.row_ranks > 1 and not routed
-    two_looks = job.cluster.half_precision and spec.topk <= TWO_LOOKS_TOPK
-
-    half, reads = spec.key_dim // 2, spec.heads * tokens
-    scores = 2 * reads * spec.num_keys
-    topk = Work(moved=8 * scores, flops=2 * half * scores, lookups=lookups)
-    # the gradients of queries gather sub-keys, those of sub-keys gather queries
-    sub_keys = 2 * spec.heads * spec.num_keys * half * e
-    topk_back = _gathers(2 * 2 * lookups * half * e, sub_keys) + Work(lookups=2 * lookups)
 
     # softmax in fp32; ids are placed as int32. At fixed sizes ids of other ranks' rows are found
     index = Work(moved=20 * lookups + (32 * arrived if fixed_sizes else 0), lookups=arrived)
-    read = Work(moved=forward_bytes(spec.value_dim, spec.lookups_per_token, tokens, e=e))
-    if (slice_bytes := share.width * e) < NARROWEST_SLICE_BYTES:
-        # memory is read in larger parts than the slice of a row
-        read += Work(moved=share.picks * (NARROWEST_SLICE_BYTES - slice_bytes))
-    if fixed_sizes:
-        # lookups of other ranks' rows are left out first
-        read += Work(moved=8 * arrived)
+    if spec.bags_per_token > 1:
+        # lookups are sorted by block
+        index += Work(moved=(BLOCK_SORT_BYTES + 8 * spec.cores) * lookups)
     # of the sums, a microbatch's own are counted with the bags that are written
-    own, home = tokens * layout.column_ranks * share.width, home_work(grid, wire)
+    home, bags = home_work(grid, wire), spec.bags_per_token
+    own = bags * tokens * layout.column_ranks * share.widths[0]
     sums = Work(moved=own * ((home.largest - 1) * e + home.forward_bytes(e)))
     sums_back = Work(moved=own * home.backward_bytes(e))
+    if variant.reads_tokens:
+        # where tokens are sent to the rows, the gradients of the tokens are summed, too
+        sent = tokens * (job.exchange.token_width or spec.value_dim)
+        sums_back += Work(moved=sent * ((home.largest - 1) * e + home.forward_bytes(e)))
     route, wait = Work(), Work()
     if routed:
-        moved = exchange_cost.ROUTED_BYTES
-        if grid.node_rows > 1 and grid.local_rows > 1:
-            moved += exchange_cost.PASSED_ON_BYTES
+        moved = exchange_cost.routed_bytes(grid, job.exchange)
         route = Work(moved=moved * lookups, lookups=lookups, launches=1)
         wait = Work(launches=1)
 
-    gradients = tokens * layout.group_size * min(GATHERED_COLUMNS, share.width) * e
-    gather = _gathers(share.picks * share.width * e, gradients)
+    gate = variant.kept_widths if variant.gradient_widths > 1 else 0
     sort = Work(lookups=arrived, launches=spec.pieces)
     found = {
-        (TOPK if two_looks else TOPK_TORCH): topk,
-        TOPK_BACK: topk_back,
+        **_score_works(job),
         INDEX: index,
-        GATE: Work(moved=variant.kept_widths * tokens * spec.value_dim * e),
-        GATE_BACK: Work(moved=2 * variant.kept_widths * tokens * spec.value_dim * e),
+        GATE: Work(moved=gate * tokens * spec.value_dim * e),
+        GATE_BACK: Work(moved=2 * gate * tokens * spec.value_dim * e),
         SUMS: sums,
-        # where tokens are sent to the rows, so are the gradients of the tokens
-        SUMS_BACK: sums_back + sums if variant.reads_tokens else sums_back,
+        SUMS_BACK: sums_back,
         ROUTE: route,
         WAIT: wait,
         PIECES: Work(launches=spec.pieces - 1),
         **dict.fromkeys((ROWS, DOTS, SORT, ROW_GRADIENT), Work()),
     }
-    for use in variant.tables:
+    for use, width in zip(variant.tables, share.widths, strict=True):
+        # the sums of bags are written, and their gradients gathered; or tokens are
+        of_token = bags if use.read == "bag" else 1
+        whole = variant.table_width(spec, use)
+        read = Work(moved=forward_bytes(whole, spec.lookups_per_token, tokens, e=e))
+        read += Work(moved=(of_token - 1) * tokens * whole * e)
+        if (slice_bytes := width * e) < NARROWEST_SLICE_BYTES:
+            # memory is read in larger parts than the slice of a row
+            read += Work(moved=share.picks * (NARROWEST_SLICE_BYTES - slice_bytes))
+        if fixed_sizes:
+            # lookups of other ranks' rows are left out first
+            read += Work(moved=8 * arrived)
+        if spec.cores > 1 and use.read == "bag":
+            # the other weights of a lookup
+            read += Work(moved=4 * (spec.cores - 1) * share.picks)
         found[ROWS] += read
         found[SORT] += sort
         if use.read == "dot":
             # rows are read, in their order, for the products, and as bags for the gradients of the
             # tokens; the gradient of a row needs only the tokens
             found[SORT] += sort
-            found[DOTS] += Work(moved=share.touched * share.width * e)
+            found[DOTS] += Work(moved=share.touched * width * e)
+        gathered = of_token * tokens * layout.group_size * min(GATHERED_COLUMNS, width) * e
         row_bytes = e if use.read == "bag" else 0
-        found[ROW_GRADIENT] += gather + Work(
-            moved=backward_bytes(share.touched, share.width, job.state, e=row_bytes)
+        found[ROW_GRADIENT] += _gathers(share.picks * width * e, gathered) + Work(
+            moved=backward_bytes(share.touched, width, job.state, e=row_bytes)
         )
     return found
 
 
+def _score_works(job: Job) -> dict[str, Work]:
+    """The work of choosing rows, and of the gradients of queries and sub-keys."""
+    spec, e = job.spec, job.number_bytes
+    half, reads, ranks = spec.key_dim // 2, spec.heads * job.microbatch_tokens, spec.tucker_rank
+    sets = spec.heads * max(1, ranks)
+    scores = 2 * sets * job.microbatch_tokens * spec.keys_per_side
+    kept = reads * spec.topk
+    forward = Work(moved=8 * scores, flops=2 * half * scores, lookups=kept)
+    # the gradients of queries gather sub-keys, those of sub-keys gather queries
+    sub_keys = 2 * sets * spec.keys_per_side * half * e
+    gathered = kept * max(1, ranks)
+    backward = _gathers(2 * 2 * gathered * half * e, sub_keys) + Work(lookups=2 * gathered)
+    if ranks:
+        chosen = Work(lookups=reads * spec.topk**2)
+        # the gradients of the weights of each core become those of rows and columns
+        chosen_back = Work(moved=PAIR_BYTES * spec.cores * reads * spec.final_topk)
+        return {TUCKER: forward, PAIRS: chosen, TUCKER_BACK: backward + chosen_back}
+    two_looks = job.cluster.half_precision and spec.topk <= TWO_LOOKS_TOPK
+    return {(TOPK if two_looks else TOPK_TORCH): forward, TOPK_BACK: backward}
+
+
 def _step_works(job: Job, share: Share) -> dict[str, Work]:
     """The work of one step on the tables of a rank."""
-    state, by_row = job.state, share.tables * share.width
+    state, by_row = job.state, share.by_row
     moved = state.moved_by_step - state.gradient
     if state.touched_only:
         # gradients are copied out of the buffer and cleared in it, then read

@@ -66,6 +66,7 @@ class Sizes:
     """Tokens of each rank."""
     heads: int
     topk: int
+    variant: Literal["memory", "memory+", "peer", "ultramem", "ultramem-v2"] = "memory+"
     optimizer: str = "adamw"
     wire: Literal["auto", "alltoall", "allgather"] = "auto"
 
@@ -211,6 +212,7 @@ def job_of(mode: str, ranks: int, sizes: Sizes) -> tuple[Job, Layout]:
 def _spec(mode: str, ranks: int, sizes: Sizes) -> MemorySpec:
     settings: dict[str, Any] = {"memory_mode": mode, "memory_group_size": ranks}
     settings |= {"memory_optimizer": sizes.optimizer, "memory_wire": sizes.wire}
+    settings |= {"memory_variant": sizes.variant, "memory_pool": "shared"}
     config = MemoryConfig(
         memory_layers=list(range(LAYERS)),
         memory_num_keys=sizes.num_keys,

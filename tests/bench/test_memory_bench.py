@@ -39,6 +39,19 @@ def test_peaks_are_as_planned(mode: str, ranks: int) -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["ultramem", "ultramem-v2"])
+@pytest.mark.parametrize("wire", ["allgather", "alltoall"])
+def test_peaks_of_tucker_scores_are_as_planned(variant: str, wire: str, monkeypatch) -> None:
+    """With kernels, which are not the default yet; tests/planner looks at one rank."""
+    monkeypatch.setenv("MEGAMEM_FORMS", "tucker_topk=triton,tucker_topk_backward=triton")
+    record = _measured("row", 2, variant=variant, wire=wire)
+    peak = max(record.measured[phase] for phase in ("forward", "backward", "update"))
+    assert peak == pytest.approx(record.plan, rel=memory_bench.TOLERANCE)
+    assert record.buffers_ratio == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.gloo
 @pytest.mark.parametrize("optimizer", ["adamw", "lazy_adamw", "rowwise_adamw", "sgd"])
 def test_no_phase_copies_a_table(optimizer: str) -> None:
     record = _measured("row", 1, optimizer=optimizer)

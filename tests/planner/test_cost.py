@@ -256,7 +256,7 @@ def test_replicas_send_inside_nodes_and_across(size: int, inside: float, across:
     job = job_of(world=32, memory_layers=[3], memory_reduce_rows="all")
     layout = Layout("row", size)
     cost, share = layout_cost(job, layout), rank_share(job, layout)
-    held = share.rows * (share.width * job.state.gradient + 1)
+    held = share.rows * (share.by_row * job.state.gradient + 1)
     assert cost.replicas_inside == pytest.approx(inside * held)
     assert cost.replicas_across == pytest.approx(across * held)
     h100 = HARDWARE["h100"]

@@ -12,7 +12,8 @@ from megamem.config import MemoryConfig
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.memory_pool import MemoryPool
 from megamem.layers.variants.scales import score_moments
-from megamem.planner import ModelShape
+from megamem.planner import ModelShape, make_plan
+from megamem.planner.cost import layout_cost
 from megamem.planner.sizes import (
     Experts,
     active_parameters,
@@ -24,8 +25,19 @@ from megamem.planner.sizes import (
     table_parameters,
     total_parameters,
 )
+from megamem.planner.stages import (
+    GATE,
+    NORM,
+    PAIRS,
+    SUMS,
+    SUMS_BACK,
+    TUCKER,
+    TUCKER_BACK,
+    rank_share,
+)
 from megamem.resolution import resolve
-from megamem.spec import MemorySpec
+from megamem.spec import Layout, MemorySpec
+from tests.planner.jobs import job_of
 
 V1, V2 = "ultramem", "ultramem-v2"
 # the 227M models: 20 layers of width 768
@@ -233,10 +245,101 @@ def test_the_initial_values_of_ultramem_v2(hidden, layers, ffn, settings, std) -
     ],
 )
 def test_counts_are_those_of_the_modules(settings: dict) -> None:
-    """Three layers, of which two may share tables."""
-    spec = _spec(3, 64, memory_num_keys=32, memory_topk=8, **settings)
+    """Four layers, of which two may share tables."""
+    spec = _spec(4, 64, memory_num_keys=32, memory_topk=8, **settings)
     pool, layers = MemoryPool(spec, device="meta"), len(spec.layers)
     layer = MemoryLayer(spec, pool, layer=1, device="meta")
     assert memory_layer_parameters(spec) == sum(param.numel() for param in layer.parameters())
     pools = -(-layers // spec.share_layers)
     assert table_parameters(spec) == pools * sum(p.numel() for p in pool.tables.parameters())
+
+
+def test_plans_of_both() -> None:
+    """All layouts of the 1.3B base model: the best fits, and shows the stages of the scores."""
+    for variant, modes in ((V1, {"row", "column", "2d"}), (V2, {"row"})):
+        job = job_of(memory_variant=variant, memory_init="released", world=64)
+        plan = make_plan(job)
+        assert {cost.layout.mode for cost in plan.costs} == modes
+        assert plan.recommended is not None
+        step = plan.recommended.seconds["h100"]
+        stages = {stage.name: stage for stage in step.stages}
+        assert {TUCKER, PAIRS, TUCKER_BACK} <= stages.keys() and GATE not in stages
+        # estimates are named as such
+        assert not any(stages[name].record for name in (TUCKER, PAIRS, TUCKER_BACK))
+        assert plan.parameters["memory layers"] == 3 * memory_layer_parameters(job.spec)
+
+
+def test_what_is_sent_depends_on_cores_blocks_and_pre_values() -> None:
+    layout = Layout("row", 8)
+    common = {"memory_init": "released", "memory_wire": "alltoall"}
+    one = job_of(memory_variant=V1, **common).exchange
+    assert (one.cores, one.blocks, one.token_width) == (2, 4, None)
+    two = job_of(memory_variant=V2, **common).exchange
+    assert (two.cores, two.blocks, two.token_width, two.sends_tokens) == (2, 1, 256, True)
+    assert two.lookups == 32 and one.lookups == 84
+
+    def backward(**settings) -> float:
+        job = job_of(memory_variant=V1, **common, **settings)
+        return layout_cost(job, layout).sent.backward
+
+    # four times as many read-outs come home, in bf16, from 7 of 8 ranks
+    projected = backward(memory_expansion_proj="block") - backward(memory_expansion_proj="single")
+    assert projected == pytest.approx(3 * 1024 * 2 * 7, rel=0.01)
+
+
+def test_sums_come_home_in_every_block() -> None:
+    common = {"memory_variant": V1, "memory_init": "released"}
+    names = [SUMS, SUMS_BACK]
+    blocks, single = (
+        {
+            stage.name: stage.seconds
+            for stage in layout_cost(job_of(**common, memory_expansion_proj=how), Layout("row", 8))
+            .seconds["h100"]
+            .stages
+        }
+        for how in ("block", "single")
+    )
+    for name in names:
+        if name in single:
+            assert blocks[name] == pytest.approx(4 * single[name])
+    assert SUMS in single
+
+
+def test_tables_of_different_width_are_held_and_updated() -> None:
+    """Of V2 a rank holds values of 3 D / 8 and pre-values of D / 8: half of a table of width D."""
+    shared = {"memory_pool": "shared", "memory_heads": 4, "memory_topk": 32}
+    job = job_of(memory_variant=V2, memory_init="released", **shared)
+    plain = job_of(memory_variant="memory", **shared)
+    for layout in (Layout("row", 1), Layout("row", 8)):
+        ours, theirs = (layout_cost(each, layout) for each in (job, plain))
+        assert 2 * ours.bytes.weights == theirs.bytes.weights
+        assert 2 * ours.bytes.gradients == theirs.bytes.gradients
+        # a byte for each row and table says whether a row has a gradient
+        rows = plain.spec.num_rows / layout.group_size
+        extra = ours.replicas_inside / theirs.replicas_inside if theirs.replicas_inside else 0.5
+        assert extra == pytest.approx((2048 * 2 + 2) / (2048 * 4 + 1), rel=0.01), rows
+        norms = [
+            next(s for s in cost.seconds["h100"].stages if s.name == NORM).seconds
+            for cost in (ours, theirs)
+        ]
+        assert 2 * norms[0] == pytest.approx(norms[1])
+
+
+def test_shared_layers_hold_one_pool_for_each_block_of_layers() -> None:
+    common = {
+        "memory_variant": V2,
+        "memory_init": "released",
+        "memory_layers": [2, 3, 8, 9, 11, 12],
+    }
+    own, shared = (job_of(**common, memory_share_layers=g) for g in (1, 2))
+    assert own.stage_pools == [6] and shared.stage_pools == [3]
+    layout = Layout("row", 8)
+    six, three = (rank_share(job, layout) for job in (own, shared))
+    assert six.by_row == 6 * (768 + 256) and three.by_row == 3 * (768 + 256)
+    assert three.rows == 2 * six.rows
+    assert three.tables == 6
+    # a table is read by two layers
+    assert three.touched_by_step > 1.5 * six.touched_by_step
+    split = job_of(**common, memory_share_layers=2, cluster={"pipeline_model_parallel_size": 2})
+    # layers 2 to 9 are on the first of two stages of 11 layers
+    assert split.stage_pools == [2, 1]

@@ -39,8 +39,10 @@ class Peer(Variant):
     tables = (TableUse(), TableUse(U, "dot"))
     # the dot product of an expert needs all columns of its row
     cuts_rows = False
-    # u . x, its gelu, and the product with the weight
-    kept_per_lookup = 3
+
+    def kept_per_lookup(self, cores: int) -> int:
+        """Return 3: u . x, its gelu, and the product with the weight."""
+        return 3
 
     def init_std(self, spec: MemorySpec, use: TableUse) -> float:
         """Return V**-0.5 for u, and the configured value for v."""

@@ -34,8 +34,6 @@ class UltraMemV2(UltraMem):
     topk = 32
     # the product of a row with its token needs all columns of the row
     cuts_rows = False
-    # the products, and the weights of all cores times these
-    kept_per_lookup = 3
     tucker = Tucker(
         expansion=1,
         expansion_proj="single",
@@ -44,6 +42,10 @@ class UltraMemV2(UltraMem):
         lr_times=1,
         pre_values=True,
     )
+
+    def kept_per_lookup(self, cores: int) -> int:
+        """Return those of the product, and of the weights of all cores times this."""
+        return 1 + cores
 
     def value_dim(self, hidden_size: int, cores: int) -> int:
         """Return three eighths of the hidden size, rounded up to a multiple of 8 for each core."""

@@ -99,8 +99,10 @@ class Variant(ABC):
     gradient_widths: ClassVar[int] = 1
     """Number of [T, V] gradients that exist at the same time in the backward of the output."""
 
-    kept_per_lookup: ClassVar[int] = 0
-    """fp32 numbers per lookup that the read-out keeps for the backward, beside id and weight."""
+    def kept_per_lookup(self, cores: int) -> int:
+        """Return the number of fp32 numbers per lookup that the read-out keeps for the backward,
+        beside id and weights."""
+        return 0
 
     @property
     def reads_tokens(self) -> bool:
