@@ -126,6 +126,25 @@ def test_plain_memories_and_learned_positions(tmp_path: Path) -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(
+            ("--memory-variant", "ultramem", "--memory-layers", 0, 2, "--memory-skip", 1),
+            id="ultramem, added behind later layers",
+        ),
+        pytest.param(
+            ("--memory-variant", "ultramem-v2", "--memory-layers", 0, 1, 2, 3),
+            marks=pytest.mark.slow,
+            id="ultramem-v2",
+        ),
+    ],
+)
+def test_tucker_scores(tmp_path: Path, flags: tuple) -> None:
+    _check(_saved(tmp_path, *flags), 2, tmp_path, *TP2)
+
+
+@pytest.mark.gloo
 def test_a_hybrid_model(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core.models.hybrid", reason="hybrid models came in 0.18")
     _check(_saved(tmp_path, *HYBRID), 1, tmp_path)
