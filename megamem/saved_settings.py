@@ -74,7 +74,7 @@ def setting_problems(saved: dict[str, Any], spec: MemorySpec, named: str) -> lis
         # widths of the memory layers follow from it
         return [_difference("--hidden-size", width, spec.hidden_size, named)]
     return [
-        _difference(setting_flag(name), saved[name], wanted[name], named)
+        _difference(setting_flag(name), _as_flag(name, saved), _as_flag(name, wanted), named)
         for name in (*SETTINGS, *TUCKER_SETTINGS)
         # settings that one of both variants does not have follow from the variants
         if name in saved and name in wanted and saved[name] != wanted[name]
@@ -84,6 +84,12 @@ def setting_problems(saved: dict[str, Any], spec: MemorySpec, named: str) -> lis
 def setting_flag(name: str) -> str:
     """The flag that sets a setting."""
     return flag(f"memory_{name}")
+
+
+def _as_flag(name: str, settings: Mapping[str, Any]) -> Any:
+    """A setting as its flag has it."""
+    value = settings[name]
+    return ("on" if value else "off") if name == "rank_queries" else value
 
 
 def _difference(option: str, saved: Any, wanted: Any, named: str) -> str:
@@ -127,13 +133,12 @@ def take_settings(args: argparse.Namespace, common: Mapping[str, Any], named: st
 def _as_flags(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a run with these settings."""
     names = (*SETTINGS, *TUCKER_SETTINGS)
-    found = {f"memory_{name}": settings[name] for name in names if name in settings}
-    if "memory_rank_queries" in found:
-        found["memory_rank_queries"] = "on" if found["memory_rank_queries"] else "off"
+    found = {f"memory_{name}": _as_flag(name, settings) for name in names if name in settings}
     # a variant without pre-values has no flag for their width
     if not found.get("memory_pre_value_dim"):
         found.pop("memory_pre_value_dim", None)
-    # rows are as wide as the hidden states unless another width is asked for
-    if found.get("memory_value_dim") == settings.get("hidden_size"):
+    # rows are as wide as the hidden states unless another width is asked for, but not UltraMem's
+    usual = "tucker_rank" not in settings
+    if usual and found.get("memory_value_dim") == settings.get("hidden_size"):
         found["memory_value_dim"] = None
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megamem.checkpoint import FORMAT, SAVED, SETTINGS, settings_of
+from megamem.checkpoint import FORMAT, SAVED, SETTINGS, TUCKER_SETTINGS, settings_of
 from megamem.config import ConfigurationError, MemoryConfig
 from megamem.megatron import patches
 from megamem.megatron.startup.saved_model import loaded_checkpoint, local_problems
@@ -87,6 +87,41 @@ def test_each_difference_is_one_line_with_the_flag_and_both_values(setting: str)
     assert any(message in problem for problem in problems), problems
     # what follows from a difference is named with it
     assert all("\n" not in problem and problem.endswith(".") for problem in problems)
+
+
+V2 = replace(CONFIG, memory_variant="ultramem-v2", memory_pool="layer", memory_value_dim=16)
+ULTRAMEM_CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "final_topk": ({"memory_final_topk": 3}, "--memory-final-topk 3 differs from 2 in"),
+    "tucker_rank": ({"memory_tucker_rank": 3}, "--memory-tucker-rank 3 differs from 2"),
+    "cores": ({"memory_cores": 1}, "--memory-cores 1 differs from 2"),
+    "expansion": ({"memory_expansion": 4}, "--memory-expansion 4 differs from 1"),
+    "expansion_proj": ({"memory_expansion_proj": "block"}, "block differs from single"),
+    "rank_queries": ({"memory_rank_queries": "off"}, "--memory-rank-queries off differs from on"),
+    "pre_value_dim": ({"memory_pre_value_dim": 16}, "--memory-pre-value-dim 16 differs from 8"),
+    "skip": ({}, "--memory-skip 0 differs from 1"),
+    "query_conv": ({"memory_query_conv": 3}, "--memory-query-conv 3 differs from 0"),
+    "share_layers": ({"memory_share_layers": 2}, "--memory-share-layers 2 differs from 1"),
+    "placement": ({"memory_placement": "stored"}, "--memory-placement stored differs from seed"),
+}
+
+
+def test_every_setting_of_ultramem_has_a_case() -> None:
+    assert tuple(ULTRAMEM_CHANGES) == TUCKER_SETTINGS
+
+
+@pytest.mark.parametrize("setting", ULTRAMEM_CHANGES)
+def test_each_difference_of_ultramem_is_named_and_taken_over(setting: str) -> None:
+    change, message = ULTRAMEM_CHANGES[setting]
+    saved = settings_of(resolve(V2, 16)) | ({"skip": 1} if setting == "skip" else {})
+    problems = setting_problems(saved, resolve(replace(V2, **change), 16), NAMED)
+    assert len(problems) == 1 and message in problems[0], problems
+    other = settings_of(resolve(replace(V2, **change), 16))
+    args = _flags(V2)
+    said = take_settings(args, {SAVED: other}, NAMED)
+    if change:
+        assert any(f"--memory-{setting.replace('_', '-')} " in each for each in said), said
+    del args.hidden_size
+    assert settings_of(resolve(MemoryConfig(**vars(args)), 16)) == other
 
 
 def test_a_flag_that_was_dropped_is_to_be_added() -> None:

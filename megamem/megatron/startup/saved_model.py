@@ -26,6 +26,7 @@ from megamem.checkpoint import (
 )
 from megamem.config import ConfigurationError, flag
 from megamem.layers.variants import VARIANTS, table_names, table_shapes
+from megamem.layers.variants.ultramem_v2 import PRE_VALUES
 from megamem.optimizer.state import BATCHES, HITS, slots
 from megamem.saved_settings import setting_flag, setting_problems, settings_in
 from megamem.spec import MemorySpec, Optimizer
@@ -370,15 +371,18 @@ def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, named: s
     problems = []
     names = table_names(spec)
     held, needed = _further(tables), _further(names)
-    if held != needed:
+    tucker = _has_tucker_keys(saved)
+    if held != needed or tucker not in (None, spec.tucker_rank > 0):
         fitting = [
             name
             for name, variant in VARIANTS.items()
             if _further(variant.table_name("", use) for use in variant.tables) == held
+            and tucker in (None, variant.tucker is not None)
         ]
         problems.append(
-            f"{named} holds {_listed(held)}, but --memory-variant {spec.variant} reads "
-            f"{_listed(needed)}; use --memory-variant {' or '.join(fitting)}."
+            f"{named} holds {_listed(held, tucker)}, but --memory-variant {spec.variant} reads "
+            f"{_listed(needed, spec.tucker_rank > 0)}; use --memory-variant "
+            f"{' or '.join(fitting)}."
         )
     elif missing := [name for name in names if name not in tables]:
         problems.append(
@@ -394,7 +398,7 @@ def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, named: s
                 f"{named} holds {shape[0]:,}; use --memory-num-keys "
                 f"{round((shape[0] / spec.share_layers) ** 0.5)}."
             )
-        if shape[1] != wanted[1] and wanted[1] == spec.value_dim:
+        if shape[1] != wanted[1] and name.partition(".")[2] != PRE_VALUES:
             problems.append(_other_width(shape[1], spec, saved, named))
         elif shape[1] != wanted[1]:
             problems.append(
@@ -404,21 +408,38 @@ def compare(saved: dict[str, tuple[int, ...]], spec: MemorySpec | None, named: s
         if problems:
             return problems
     for layer in spec.layers:
-        ranks = (spec.tucker_rank,) if spec.tucker_rank else ()
-        wanted_keys = (2, spec.heads, spec.keys_per_side, *ranks, spec.key_dim // 2)
         keys = saved.get(sub_keys_key(layer))
         if keys is None:
             problems.append(
                 f"--memory-layers {layer} is no memory layer in {named}; use "
                 f"--memory-layers {' '.join(map(str, memory_layers(saved)))}."
             )
-        elif keys != wanted_keys:
-            problems.append(
-                f"--memory-heads {spec.heads} with --memory-key-dim {spec.key_dim} differs from "
-                f"layer {layer} of {named}; use --memory-heads {keys[1]} and "
-                f"--memory-key-dim {2 * keys[-1]}."
-            )
+        elif not problems and (found := _key_problem(keys, spec)):
+            problems.append(f"{found[0]} differs from layer {layer} of {named}; use {found[1]}.")
     return problems
+
+
+def _key_problem(keys: tuple[int, ...], spec: MemorySpec) -> tuple[str, str] | None:
+    """The flags of a run that the shape of the sub-keys in a checkpoint does not fit, and those
+    that it fits; None if it fits."""
+    ranks = (spec.tucker_rank,) if spec.tucker_rank else ()
+    if keys == (2, spec.heads, spec.keys_per_side, *ranks, spec.key_dim // 2):
+        return None
+    if ranks and keys[3] != ranks[0]:
+        return f"--memory-tucker-rank {ranks[0]}", f"--memory-tucker-rank {keys[3]}"
+    if ranks and keys[2] != spec.keys_per_side:
+        expansion = round(keys[2] ** 2 / spec.num_rows)
+        return f"--memory-expansion {spec.expansion}", f"--memory-expansion {expansion}"
+    return (
+        f"--memory-heads {spec.heads} with --memory-key-dim {spec.key_dim}",
+        f"--memory-heads {keys[1]} and --memory-key-dim {2 * keys[-1]}",
+    )
+
+
+def _has_tucker_keys(saved: dict[str, tuple[int, ...]]) -> bool | None:
+    """Whether the sub-keys in a checkpoint have an axis of Tucker ranks; None without sub-keys."""
+    layers = memory_layers(saved)
+    return len(saved[sub_keys_key(layers[0])]) == 5 if layers else None
 
 
 def _has_memory(named: str) -> str:
@@ -476,8 +497,9 @@ def _further(tables: Iterable[str]) -> list[str]:
     return sorted({name.partition(".")[2] for name in tables if "." in name})
 
 
-def _listed(further: list[str]) -> str:
-    return f"values and tables {', '.join(further)}" if further else "values alone"
+def _listed(further: list[str], tucker: bool | None) -> str:
+    tables = f"values and tables {', '.join(further)}" if further else "values alone"
+    return f"{tables} by Tucker scores" if tucker else tables
 
 
 def loaded_checkpoint(
