@@ -57,6 +57,14 @@ FORMS = {
         *("--add-qkv-bias", "--qk-layernorm", "--rotary-seq-len-interpolation-factor", 4),
         *("--memory-keep-ffn", "--memory-variant", "peer", "--memory-key-dim", 16),
     ),
+    "ultramem": (
+        *(*LLAMA, "--memory-variant", "ultramem", "--memory-layers", 0, 2, "--memory-skip", 1),
+        *("--memory-final-topk", 6, "--memory-placement", "stored"),
+    ),
+    "ultramem-v2": (
+        *(*LLAMA, "--memory-variant", "ultramem-v2", "--memory-layers", 0, 1, 2, 3),
+        *("--memory-share-layers", 2, "--memory-expansion", 4, "--memory-placement-seed", 5),
+    ),
     "mixtral": (
         *LLAMA,
         *EXPERTS,

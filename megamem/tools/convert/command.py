@@ -33,7 +33,7 @@ from megamem.saved_settings import settings_in
 from megamem.tools.convert import torch_dist
 from megamem.tools.convert.average import average
 from megamem.tools.convert.common_state import read_common
-from megamem.tools.convert.export import REMARKS, export, reimport
+from megamem.tools.convert.export import PLACED, REMARKS, export, reimport, stay_placed
 from megamem.tools.convert.hf.folder import model_of, read_config, write_model
 from megamem.tools.convert.hf.names import imported, remarks_on
 from megamem.tools.convert.hf.tables import KINDS
@@ -225,8 +225,9 @@ def _export(args: argparse.Namespace, console: Console) -> None:
         if given and args.format != "hf":
             raise ConfigurationError(f"{flag} needs --format hf, whose model can read such tables.")
     source = torch_dist.TorchDist(args.source)
-    tensors, common = export(source.tensors), read_common(source)
+    common = read_common(source)
     settings = settings_in(common, str(source.folder))
+    tensors = export(source.tensors, settings)
     if args.format == "hf":
         counts = _read_counts(source, console) if args.drop_unread else None
         _export_hf(args, tensors, common.get("args"), settings, counts, console)
@@ -262,7 +263,8 @@ def _read_counts(source: torch_dist.TorchDist, console: Console) -> dict[str, La
 
 
 def _remarks(settings: dict[str, Any] | None) -> dict[str, str]:
-    return REMARKS | ({SAVED: json.dumps(settings)} if settings else {})
+    placed = {"table_rows": PLACED} if stay_placed(settings) else {}
+    return REMARKS | placed | ({SAVED: json.dumps(settings)} if settings else {})
 
 
 def _export_hf(
@@ -307,7 +309,7 @@ def _export_hf(
     for sentence in lacks:
         console.print(f"Warning: {sentence}", soft_wrap=True)
     for name, rows in config.get("memory_table_rows", {}).items():
-        pairs = config["memory_num_keys"] ** 2
+        pairs = config.get("memory_share_layers", 1) * config["memory_num_keys"] ** 2
         console.print(f"Table {name}: {rows:,} of {pairs:,} rows were read and are kept.")
     if (smaller := _bytes(tensors)) != (all_of_it := _bytes(before)):
         console.print(f"Weights: {all_of_it:,} bytes before, {smaller:,} bytes now.")
@@ -325,8 +327,18 @@ def _import(args: argparse.Namespace, console: Console) -> None:
     seed = _placement_seed(args)
     if config is not None:
         source = imported(source, config, remarks)
+    settings = json.loads(remarks[SAVED]) if SAVED in remarks else None
+    if settings and stay_placed(settings):
+        kept = settings["placement_seed"]
+        if seed not in (0, kept):
+            raise ConfigurationError(
+                f"--memory-placement-seed {seed} differs from {kept}, with which several pairs of "
+                f"sub-keys read each row of the tables in {args.source}; use "
+                f"--memory-placement-seed {kept}."
+            )
+        seed = kept
     tensors, objects = reimport(source, seed)
-    settings = json.loads(remarks[SAVED]) | {"placement_seed": seed} if SAVED in remarks else None
+    settings = settings | {"placement_seed": seed} if settings else None
     _write(args, tensors, objects, settings, console)
 
 

@@ -1,10 +1,13 @@
 """Exports a memory model's weights to safetensors and imports them again, bit for bit.
 
 In an export, row i * N + j of a table is the value of the pair of sub-keys (i, j), whatever the
-placement in the checkpoint is. Everything else keeps Megatron's names and shapes.
+placement in the checkpoint is. Where several pairs of UltraMem's read a row, rows stay where they
+are, and the placement seed is in the export. Everything else keeps Megatron's names and shapes.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from megamem.checkpoint import layer_table, placement_key, sub_keys_key
 from megamem.config import ConfigurationError
@@ -14,9 +17,29 @@ from megamem.tools.convert.lazy import LazyTensor, Tensors
 FORMAT = "megamem"
 REMARKS = {"format": "pt", "writer": FORMAT, "table_rows": "i * N + j"}
 
+PLACED = "as placed by the seed or permutation in the checkpoint"
+"""In place of the entry of REMARKS where rows stay as they are."""
 
-def export(source: Tensors) -> dict[str, LazyTensor]:
+
+def stay_placed(settings: Mapping[str, Any] | None) -> bool:
+    """Whether the rows of a model's tables stay in the order of a checkpoint.
+
+    A row has several pairs of sub-keys, or a permutation of the pairs is among the weights.
+
+    Args:
+        settings: the memory settings in a checkpoint; None if it has none.
+    """
+    said = settings or {}
+    pairs_of_a_row = said.get("expansion", 1) * said.get("share_layers", 1)
+    return pairs_of_a_row > 1 or said.get("placement", "seed") == "stored"
+
+
+def export(source: Tensors, settings: Mapping[str, Any] | None = None) -> dict[str, LazyTensor]:
     """The tensors of an export by name: the weights, with the tables last.
+
+    Args:
+        source: key -> tensor of a checkpoint.
+        settings: the memory settings in it; None if it has none.
 
     Raises:
         ConfigurationError: there is no table, or the rows of one are not a square number.
@@ -27,6 +50,11 @@ def export(source: Tensors) -> dict[str, LazyTensor]:
         raise ConfigurationError(
             "the checkpoint has no memory layers; give megamem convert export one that has some."
         )
+    if stay_placed(settings):
+        last = [*tables.values()]
+        return {key: x for key, x in source.items() if key not in last} | {
+            key: source[key] for key in last
+        }
     placements = {placement_key(name) for name in tables}
     found = {
         key: tensor
@@ -65,12 +93,15 @@ def reimport(source: Tensors, seed: int) -> tuple[dict[str, LazyTensor], list[st
         )
     memories = sorted(layer for layer in layers if sub_keys_key(layer) in lazy)
     unread = {layer_table(layer) for layer in memories} & set(tables)
-    if not memories or (len(unread) not in (0, len(memories))):
+    placed = {name for name in tables if placement_key(name) in lazy}
+    if not memories or (len(unread) not in (0, len(memories)) and not placed):
         raise ConfigurationError(
             f"the tables {', '.join(sorted(tables))} do not match the memory layers {memories}: "
             "there must be one table for all layers, or one per layer."
         )
     for name, key in tables.items():
+        if name in placed:
+            continue
         table = source[key].whole()
         lazy[key] = layout.placed(table, _num_keys(key, table.shape[0]), seed)
         lazy |= layout.placement_of(name, seed)

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from megamem.tools.convert.hf.names import tables_of
+from megamem.tools.convert.hf.names import table_width, tables_of
 
 # what a reader may want to know of the run, with the flag that set it
 RUN = (
@@ -25,18 +25,20 @@ RUN = (
 def card(config: dict[str, Any], args: argparse.Namespace, *, tokenizer: bool) -> str:
     """The text of README.md: how to load the model, what it is, and how it was trained."""
     num_keys, layers = config["memory_num_keys"], config["memory_layers"]
+    read = config.get("memory_final_topk") or config["memory_topk"]
     of_layers = " ".join(map(str, layers))
-    tables = len(tables_of(config))
-    numbers = tables * num_keys**2 * config["memory_value_dim"]
+    tables, shared = tables_of(config), config.get("memory_share_layers", 1)
+    rows, widths = shared * num_keys**2, {table_width(name, config): None for name in tables}
+    numbers = sum(rows * table_width(name, config) for name in tables)
+    of_rows = f"{shared} x {num_keys}^2" if shared > 1 else f"{num_keys}^2"
     facts = {
         "layers": config["num_hidden_layers"],
         "hidden size": config["hidden_size"],
         "memory layers": f"{of_layers} ({config['memory_variant']})",
-        "tables": f"{tables} of {num_keys}^2 = {num_keys**2:,} rows of "
-        f"{config['memory_value_dim']:,} numbers: {numbers:,} parameters",
+        "tables": f"{len(tables)} of {of_rows} = {rows:,} rows of "
+        f"{' or '.join(f'{width:,}' for width in widths)} numbers: {numbers:,} parameters",
         **_smaller(config),
-        "read for a token": f"{config['memory_heads']} heads x {config['memory_topk']} rows in "
-        "each memory layer",
+        "read for a token": f"{config['memory_heads']} heads x {read} rows in each memory layer",
         "trained in": config["dtype"],
     }
     run = {flag: value for name, flag in RUN if (value := getattr(args, name, None)) is not None}

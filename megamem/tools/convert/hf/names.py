@@ -14,7 +14,9 @@ import torch
 from megamem.checkpoint import SHARED, layer_table, table_key
 from megamem.config import ConfigurationError
 from megamem.layers.variants import VARIANTS
+from megamem.layers.variants.ultramem_v2 import PRE_VALUES
 from megamem.tools.convert import layout
+from megamem.tools.convert.export import stay_placed
 from megamem.tools.convert.lazy import LazyTensor, Tensors, computed
 
 EMBED, HEAD, FINAL = "model.embed_tokens", "lm_head.weight", "model.norm"
@@ -38,6 +40,10 @@ PLAIN = {
     "mlp.memory.query.norm.": "memory.query_norm.",
     "mlp.memory.keys.sub_keys": "memory.sub_keys",
     "mlp.memory.keys.norm.": "memory.key_norm.",
+    "mlp.memory.keys.cores": "memory.cores",
+    "mlp.memory.keys.directions": "memory.directions",
+    "mlp.memory.token.": "memory.pre.",
+    "mlp.memory.permutation": "memory.permutation",
     "mlp.memory.output.": "memory.",
 }
 FEED_FORWARD = {
@@ -82,8 +88,16 @@ def exported(source: Tensors, config: dict[str, Any]) -> dict[str, LazyTensor]:
 def tables_of(config: dict[str, Any]) -> list[str]:
     """The names of the tables of a model, pool by pool."""
     variant, shared = VARIANTS[config["memory_variant"]], config["memory_pool"] == SHARED
-    pools = [SHARED] if shared else [layer_table(layer) for layer in config["memory_layers"]]
+    # neighbours share the pool of the first of them
+    owners = config["memory_layers"][:: config.get("memory_share_layers", 1)]
+    pools = [SHARED] if shared else [layer_table(layer) for layer in owners]
     return [variant.table_name(pool, use) for pool in pools for use in variant.tables]
+
+
+def table_width(name: str, config: dict[str, Any]) -> int:
+    """The width of the rows of a table."""
+    pre: int = config.get("memory_pre_value_dim", 0)
+    return pre if name.endswith(f".{PRE_VALUES}") else int(config["memory_value_dim"])
 
 
 def table_weight(name: str) -> str:
@@ -207,6 +221,8 @@ def imported(
             found[layout.layer_key(layer, rest)] = tensor
     for name in tables_of(config):
         found[table_key(name)] = take(table_weight(name))
+        if stay_placed({field.removeprefix("memory_"): x for field, x in config.items()}):
+            found |= layout.placement_of(name, config["memory_placement_seed"])
     if left:
         raise ConfigurationError(
             f"the exported model has the weight {min(left)}, which a model of its config.json does "
@@ -264,6 +280,11 @@ def _kinds(bias: bool) -> tuple[str, ...]:
 
 
 def _memory_weights(config: dict[str, Any]) -> list[str]:
+    if config.get("memory_tucker_rank"):
+        linears = ("query", "proj", *(("pre",) if config["memory_pre_value_dim"] else ()))
+        found = [f"memory.{one}.weight" for one in (*linears, "query_norm", "key_norm")]
+        stored = ["permutation"] if config["memory_placement"] == "stored" else []
+        return found + [f"memory.{one}" for one in ("sub_keys", "cores", "directions", *stored)]
     found = ["memory.query.weight", "memory.query.bias", "memory.sub_keys"]
     if config["memory_qk_norm"]:
         found += ["memory.query_norm.weight", "memory.key_norm.weight"]

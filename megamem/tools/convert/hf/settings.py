@@ -11,10 +11,11 @@ from typing import Any
 
 from megamem.config import ConfigurationError
 
-FORMAT, PLAIN_FORMAT = 2, 1
+FORMAT, PLAIN_FORMAT = 3, 1
 """Of config.json and the names of weights: configuration_megamem.py has the first number. The
-second one is that of a folder whose tables are neither quantised nor pruned, as code of that format
-reads it; it would take the numbers of quantised rows for values, so those say the first."""
+second one is that of a folder whose tables are neither quantised nor pruned nor UltraMem's, as code
+of that format reads it; it would take the numbers of quantised rows for values, so those say the
+first."""
 
 MODEL_TYPE = "megamem"
 CLASSES = {
@@ -89,7 +90,13 @@ MEMORY = (
     *("layers", "variant", "num_keys", "heads", "topk", "key_dim", "value_dim"),
     *("pool", "qk_norm", "keep_ffn"),
 )
-"""The memory settings in a config; rows have no placement in an export."""
+"""The memory settings in a config."""
+
+ULTRAMEM = (
+    *("final_topk", "tucker_rank", "cores", "expansion", "expansion_proj", "rank_queries"),
+    *("pre_value_dim", "skip", "share_layers", "placement", "placement_seed"),
+)
+"""Those of UltraMem. Rows of other variants have no placement in an export."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +124,15 @@ def config_of(args: argparse.Namespace, settings: dict[str, Any], shapes: Shapes
     Raises:
         ConfigurationError: the exported model would compute something else than the run's.
     """
-    if problems := obstacles(args):
+    if problems := obstacles(args) + _memory_obstacles(settings):
         raise ConfigurationError(*problems)
+    ultramem = {f"memory_{name}": settings[name] for name in ULTRAMEM if "cores" in settings}
     kind = getattr(args, "position_embedding_type", "rope")
     return {
         "architectures": ["MegamemForCausalLM"],
         "model_type": MODEL_TYPE,
         "auto_map": CLASSES,
-        "megamem_format": PLAIN_FORMAT,
+        "megamem_format": FORMAT if ultramem else PLAIN_FORMAT,
         "dtype": shapes.dtype,
         "vocab_size": shapes.vocabulary,
         "hidden_size": args.hidden_size,
@@ -144,6 +152,7 @@ def config_of(args: argparse.Namespace, settings: dict[str, Any], shapes: Shapes
         "use_cache": True,
         **(_experts(args, shapes) if shapes.expert_layers else {}),
         **{f"memory_{name}": settings[name] for name in MEMORY},
+        **ultramem,
         "memory_table_device": "cuda",
     }
 
@@ -160,6 +169,15 @@ def obstacles(args: argparse.Namespace) -> list[str]:
                 "export without --format hf, which keeps Megatron's names and needs Megatron."
             )
     return found
+
+
+def _memory_obstacles(settings: dict[str, Any]) -> list[str]:
+    if not settings.get("query_conv"):
+        return []
+    return [
+        f"the run was trained with --memory-query-conv {settings['query_conv']}, which the "
+        "exported model cannot compute, as it keeps no earlier tokens; export without --format hf."
+    ]
 
 
 def _words(value: Any) -> str:

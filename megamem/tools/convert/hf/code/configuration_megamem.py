@@ -4,9 +4,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-FORMAT = 2
+FORMAT = 3
 """Of config.json and the names of weights; this code reads folders of formats up to it. Format 2
-has quantised or pruned tables; a folder without them says 1, as earlier code reads it, too."""
+has quantised or pruned tables, format 3 also UltraMem; a folder without any of them says 1, as
+earlier code reads it, too."""
 
 TABLE_DEVICES = ("cuda", "cpu", "disk")
 TABLE_DTYPES = (None, "int8", "fp8", "int4")
@@ -76,6 +77,17 @@ class MegamemConfig(PretrainedConfig):
         memory_pool: str = "shared",
         memory_qk_norm: bool = False,
         memory_keep_ffn: bool = False,
+        memory_final_topk: int = 0,
+        memory_tucker_rank: int = 0,
+        memory_cores: int = 1,
+        memory_expansion: int = 1,
+        memory_expansion_proj: str = "single",
+        memory_rank_queries: bool = False,
+        memory_pre_value_dim: int = 0,
+        memory_skip: int = 0,
+        memory_share_layers: int = 1,
+        memory_placement: str = "seed",
+        memory_placement_seed: int = 0,
         memory_table_device: str = "cuda",
         memory_table_dtype: str | None = None,
         memory_table_rows: dict[str, int] | None = None,
@@ -118,15 +130,29 @@ class MegamemConfig(PretrainedConfig):
             router_bias: whether a bias that balances the experts is added before the choice.
             router_scaling: factor of the routed experts' weights.
             memory_layers: layers, from 0, with a memory.
-            memory_variant: memory, memory+ or peer.
-            memory_num_keys: N, sub-keys per half; a table has N * N rows.
+            memory_variant: memory, memory+, peer, ultramem or ultramem-v2.
+            memory_num_keys: N, sub-keys per half; a table has N * N rows, for each of the layers
+                that share it.
             memory_heads: H.
-            memory_topk: K, rows that a head reads for a token.
+            memory_topk: K, rows that a head reads for a token; with UltraMem, sub-keys of a half
+                that its first stage keeps.
             memory_key_dim: Q, width of one head's query.
             memory_value_dim: V, width of a row.
             memory_pool: shared for one table, layer for one in each memory layer.
             memory_qk_norm: whether queries and sub-keys of memories are normalized.
             memory_keep_ffn: whether memory layers have their feed-forward, too.
+            memory_final_topk: F, rows that a head of UltraMem reads for a token.
+            memory_tucker_rank: A, numbers per sub-key of which a core makes a score.
+            memory_cores: O, cores, each of which weights its own columns.
+            memory_expansion: E, virtual blocks of rows that read the same rows.
+            memory_expansion_proj: block if each block is projected by itself, or single.
+            memory_rank_queries: whether each Tucker rank has a query of its own.
+            memory_pre_value_dim: width of a row of the pre-values of ultramem-v2.
+            memory_skip: layers between the one where a memory reads and the one that adds it.
+            memory_share_layers: neighbouring memory layers that share tables.
+            memory_placement: stored where a permutation of rows is among the weights, or seed.
+            memory_placement_seed: of the permutation, where a row has several pairs of sub-keys;
+                otherwise the rows are in the order of their pairs.
             memory_table_device: where tables are: cuda for where the model is, a CPU included; cpu
                 for host memory, whatever device the model is moved to; disk for their files, from
                 which rows are read when they are looked up.
@@ -192,6 +218,14 @@ class MegamemConfig(PretrainedConfig):
         self.memory_pool = memory_pool
         self.memory_qk_norm = memory_qk_norm
         self.memory_keep_ffn = memory_keep_ffn
+        self.memory_final_topk = memory_final_topk
+        self.memory_tucker_rank, self.memory_cores = memory_tucker_rank, memory_cores
+        self.memory_expansion, self.memory_expansion_proj = memory_expansion, memory_expansion_proj
+        self.memory_rank_queries = memory_rank_queries
+        self.memory_pre_value_dim = memory_pre_value_dim
+        self.memory_skip = memory_skip
+        self.memory_share_layers = memory_share_layers
+        self.memory_placement, self.memory_placement_seed = memory_placement, memory_placement_seed
         self.memory_table_device = memory_table_device
         self.memory_table_dtype = memory_table_dtype
         self.memory_table_rows = memory_table_rows or {}
@@ -201,7 +235,21 @@ class MegamemConfig(PretrainedConfig):
 
     def table_of(self, layer: int) -> str:
         """Name of the table that a memory layer reads."""
-        return "shared" if self.memory_pool == "shared" else f"layer_{layer}"
+        if self.memory_pool == "shared" or layer not in self.memory_layers:
+            return "shared" if self.memory_pool == "shared" else f"layer_{layer}"
+        # neighbours share the table of the first of them
+        place = self.memory_layers.index(layer)
+        return f"layer_{self.memory_layers[place - place % self.memory_share_layers]}"
+
+    def placement_of(self, layer: int) -> int:
+        """Seed of the permutation of a memory layer's rows."""
+        place = self.memory_layers.index(layer)
+        return self.memory_placement_seed + place % self.memory_share_layers
+
+    @property
+    def memory_rows(self) -> int:
+        """R, the rows of a table."""
+        return self.memory_share_layers * self.memory_num_keys**2
 
 
 __all__ = ["MegamemConfig"]

@@ -9,6 +9,11 @@ Tensor names in the memory end in one letter per axis:
     Q = 2C query width  C sub-key width         N sub-keys per half     P pairs of ranks
     V row width         R = N * N rows          L = H * K rows read for a token
     U different rows of a batch
+
+and for UltraMem (Huang et al. 2024), where N is the number of its virtual sub-keys per half
+
+    A Tucker rank       O cores                 F rows read by a head   L = H * F rows
+    Y sums (virtual blocks) of a token
 """
 
 import dataclasses
@@ -43,6 +48,7 @@ except ImportError:
 CACHE = "cache"
 if CACHE not in {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}:
     CACHE = "past_key_values"
+PRE_VALUES = "p"
 # numbers of rows that are held at a time where rows are not summed as they are read
 NUMBERS_AT_ONCE = 2**26
 # how quantised numbers are held; two of int4 are in a byte
@@ -170,7 +176,9 @@ class MegamemTable(nn.Module):
         super().__init__()
         self.place, self.kind = config.memory_table_device, config.memory_table_dtype
         self.dtype = torch.get_default_dtype()
-        self.num_pairs, width = config.memory_num_keys**2, config.memory_value_dim
+        self.num_pairs, width = config.memory_rows, config.memory_value_dim
+        if name.endswith(f".{PRE_VALUES}"):
+            width = config.memory_pre_value_dim
         rows = config.memory_table_rows.get(name)
         self.pruned = rows is not None
         self.file: MegamemTableFile | None = None
@@ -343,6 +351,151 @@ class MegamemMemory(nn.Module):
             u_TLD = tables["u"].rows(rows).to(weights_TL.dtype)
             factors.append(F.gelu(torch.einsum("tld,td->tl", u_TLD, x.to(weights_TL.dtype))))
         return tables["v"](row_ids_TL, weights_TL * torch.cat(factors)).to(x_TD.dtype)
+
+
+class MegamemUltraMem(nn.Module):
+    """A memory layer of UltraMem or UltraMemV2: Tucker scores, virtual blocks, read-out, output.
+
+    The first stage keeps sub-keys by `directions`, the first singular vectors of each head's core.
+    Those of a checkpoint may be of the step before, and say which sign is to be taken.
+    """
+
+    directions: Tensor
+
+    def __init__(self, config: MegamemConfig, layer: int) -> None:
+        super().__init__()
+        self.heads, self.ranks = config.memory_heads, config.memory_tucker_rank
+        self.topk, self.final_topk = config.memory_topk, config.memory_final_topk
+        self.num_rows, expansion = config.memory_rows, config.memory_expansion
+        self.num_keys = math.isqrt(expansion * self.num_rows)
+        self.blocks = expansion if config.memory_expansion_proj == "block" else 1
+        # where every row has one pair, the tables are in the order of the pairs
+        self.seed = config.placement_of(layer) if expansion * config.memory_share_layers > 1 else -1
+        hidden, width, half = (
+            config.hidden_size,
+            config.memory_value_dim,
+            config.memory_key_dim // 2,
+        )
+        self.query_ranks = self.ranks if config.memory_rank_queries else 1
+        self.query = nn.Linear(hidden, 2 * self.query_ranks * half, bias=False)
+        self.query_norm = MegamemRMSNorm(half, eps=1e-5)
+        self.key_norm = MegamemRMSNorm(half, eps=1e-5)
+        shape = (2, self.heads, self.num_keys, self.ranks, half)
+        self.sub_keys = nn.Parameter(torch.empty(shape))
+        square = (config.memory_cores, self.heads, self.ranks, self.ranks)
+        self.cores = nn.Parameter(torch.empty(square))
+        directions = torch.zeros(2, self.heads, self.ranks, dtype=torch.float32)
+        self.register_buffer("directions", directions)
+        self.register_buffer("permutation", None)
+        if config.memory_placement == "stored":
+            dtype = torch.int32 if self.num_keys**2 < 2**31 else torch.int64
+            self.permutation = torch.empty(self.num_keys**2, dtype=dtype)
+        pre = config.memory_pre_value_dim
+        self.pre = nn.Linear(hidden, pre, bias=False) if pre else None
+        self.proj = nn.Linear(self.blocks * width, hidden, bias=False)
+
+    def forward(self, hidden_states: Tensor, tables: dict[str, Any]) -> Tensor:
+        """The memory's output for each token, in the shape of the hidden states.
+
+        Args:
+            hidden_states: [..., D] after the norm.
+            tables: v, and p for the variant ultramem-v2.
+        """
+        x_TD = hidden_states.flatten(0, -2)
+        ids_TL, weights_TLO = self.look_up(x_TD)
+        placed_TL = self.placed(ids_TL)
+        blocks_TL, rows_TL = placed_TL // self.num_rows % self.blocks, placed_TL % self.num_rows
+        token_TP = None if self.pre is None else self.pre(x_TD).to(weights_TLO.dtype)
+        step = max(1, NUMBERS_AT_ONCE // (rows_TL.shape[1] * x_TD.shape[1]))
+        sums = []
+        for start in range(0, len(x_TD), step):
+            here = slice(start, start + step)
+            weights = weights_TLO[here]
+            if token_TP is not None:
+                pre_TLP = tables[PRE_VALUES].rows(rows_TL[here]).to(weights.dtype)
+                weights = weights * torch.einsum("tlp,tp->tl", pre_TLP, token_TP[here])[..., None]
+            values_TLV = tables["v"].rows(rows_TL[here]).to(weights.dtype)
+            weighted = values_TLV.unflatten(-1, (weights.shape[-1], -1)) * weights[..., None]
+            shares_TLY = F.one_hot(blocks_TL[here].long(), self.blocks).to(weights.dtype)
+            sums.append(torch.einsum("tlv,tly->tyv", weighted.flatten(-2), shares_TLY).flatten(1))
+        return self.proj(torch.cat(sums).to(x_TD.dtype)).view_as(hidden_states)
+
+    def look_up(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The pairs of sub-keys that each token reads, and the score of each core, in fp32."""
+        query_T2AC = self.query(x_TD).unflatten(-1, (2, self.query_ranks, -1))
+        query_T2AC, keys_2HNAC = self.query_norm(query_T2AC), self.key_norm(self.sub_keys)
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        query_T2AC = query_T2AC.to(wide).expand(-1, -1, self.ranks, -1)
+        scores_2THNA = torch.einsum("tzac,zhnac->zthna", query_T2AC, keys_2HNAC.to(wide))
+        cores_OHAA = self.cores.to(wide)
+        with torch.no_grad():
+            sides_2THN = torch.einsum("zthna,zha->zthn", scores_2THNA, self.leading().to(wide))
+            kept_2THK = sides_2THN.topk(self.topk, dim=-1).indices.sort(dim=-1).values
+        of_ranks = kept_2THK[..., None].expand(*kept_2THK.shape, self.ranks)
+        row_THKA, column_THKA = scores_2THNA.gather(3, of_ranks)
+        left_THKA = torch.einsum("thia,hab->thib", row_THKA, cores_OHAA.sum(0))
+        pairs_THP = torch.einsum("thib,thjb->thij", left_THKA, column_THKA).flatten(-2)
+        best_THF = pairs_THP.topk(self.final_topk, dim=-1).indices
+        i_THF, j_THF = best_THF // self.topk, best_THF % self.topk
+        row_THFA, column_THFA = (
+            side.gather(2, place[..., None].expand(*place.shape, self.ranks))
+            for side, place in ((row_THKA, i_THF), (column_THKA, j_THF))
+        )
+        left_OTHFA = torch.einsum("thfa,ohab->othfb", row_THFA, cores_OHAA)
+        weights_THFO = torch.einsum("othfb,thfb->thfo", left_OTHFA, column_THFA)
+        ids_THF = kept_2THK[0].gather(-1, i_THF) * self.num_keys + kept_2THK[1].gather(-1, j_THF)
+        return ids_THF.flatten(1), weights_THFO.flatten(1, 2)
+
+    def leading(self) -> Tensor:
+        """The first singular vectors (u, t) of the core of each head, [2, H, A] in fp64."""
+        core_HAA = self.cores.detach().double().sum(0)
+        u_HAA, _, t_HAA = torch.linalg.svd(core_HAA)
+        found_2HA = torch.stack((u_HAA[..., 0], t_HAA[:, 0]))
+        before_2HA = self.directions.double()
+        # both signs are singular vectors: the nearer one, and at first that of a positive sum
+        nearer_H = (found_2HA + before_2HA).abs().sum((0, 2)) - (found_2HA - before_2HA).abs().sum(
+            (0, 2)
+        )
+        first_H = (before_2HA == 0).all(2).all(0)
+        sign_H = torch.where(first_H, found_2HA.sum((0, 2)), nearer_H)
+        return torch.where((sign_H < 0)[:, None], -found_2HA, found_2HA)
+
+    def placed(self, ids_TL: Tensor) -> Tensor:
+        """Block * R + row for each pair of sub-keys."""
+        if self.permutation is not None:
+            return self.permutation[ids_TL].long()
+        return ids_TL if self.seed < 0 else place_rows(ids_TL, self.num_keys, self.seed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move or convert as any module, but leave the directions in fp32."""
+        before = self.directions
+        super()._apply(fn, recurse)
+        if self.directions.dtype != before.dtype:
+            self.directions = before.to(self.directions.device)
+        return self
+
+
+MASK = 0xFFFFFFFF
+GOLDEN, MIX_A, MIX_B = 0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35
+
+
+def place_rows(ids: Tensor, num_keys: int, seed: int) -> Tensor:
+    """The row of each pair i * N + j: a Feistel network on (i, j) with addition mod N."""
+    i, j = ids // num_keys, ids % num_keys
+    for number in range(4):
+        key: Any = mixed((seed * 4 + number + 1) * GOLDEN & MASK)
+        if number % 2 == 0:
+            i = (i + mixed((j * GOLDEN + key) & MASK)) % num_keys
+        else:
+            j = (j + mixed((i * GOLDEN + key) & MASK)) % num_keys
+    return i * num_keys + j
+
+
+def mixed(x: Any) -> Any:
+    """A hash of 32 bits, of a number or a tensor."""
+    x = ((x ^ (x >> 16)) * MIX_A) & MASK
+    x = ((x ^ (x >> 13)) * MIX_B) & MASK
+    return x ^ (x >> 16)
 
 
 class MegamemMLP(nn.Module):
@@ -568,8 +721,12 @@ class MegamemDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = MegamemAttention(config, layer_idx)
         self.post_attention_layernorm = norm(config, config.hidden_size)
         remembers = layer_idx in config.memory_layers
-        self.memory = MegamemMemory(config) if remembers else None
+        self.memory: nn.Module | None = None
+        if remembers:
+            tucker = config.memory_tucker_rank > 0
+            self.memory = MegamemUltraMem(config, layer_idx) if tucker else MegamemMemory(config)
         self.table = config.table_of(layer_idx)
+        self.layer_idx, self.skip = layer_idx, config.memory_skip
         self.mlp: nn.Module | None = None
         if not remembers or config.memory_keep_ffn:
             mixed = layer_idx in config.expert_layers
@@ -584,9 +741,13 @@ class MegamemDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         kept: Cache | None = None,
         attentions: list[Tensor | None] | None = None,
+        late: dict[int, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The hidden states after the layer."""
+        """The hidden states after the layer.
+
+        Outputs of memories that later layers add are put into `late` by the layers that add them.
+        """
         hidden_states = hidden_states + self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings,
@@ -598,6 +759,10 @@ class MegamemDecoderLayer(GradientCheckpointingLayer):
         x = self.post_attention_layernorm(hidden_states)
         # added up in Megatron's order
         out = None if self.memory is None else self.memory(x, tables[self.table])
+        if self.skip and late is not None:
+            if out is not None:
+                late[self.layer_idx + self.skip] = out
+            out = late.get(self.layer_idx)
         if self.mlp is not None:
             out = self.mlp(x) if out is None else out + self.mlp(x)
         assert out is not None
@@ -611,7 +776,7 @@ class MegamemPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MegamemDecoderLayer", "MegamemTable"]
-    _skip_keys_device_placement = ["kept", "tables"]
+    _skip_keys_device_placement = ["kept", "tables", "late"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -630,6 +795,15 @@ class MegamemPreTrainedModel(PreTrainedModel):
             module.sub_keys.uniform_(-bound, bound)
             if module.key_norm is not None:
                 module.key_norm.weight.fill_((self.config.memory_key_dim // 2) ** -0.5)
+        elif isinstance(module, MegamemUltraMem):
+            width = self.config.memory_key_dim // 2
+            module.sub_keys.normal_(std=width**-0.5)
+            module.cores.uniform_(0, 1)
+            module.query_norm.weight.fill_(width**-0.33)
+            module.key_norm.weight.fill_(width**-0.33)
+            module.directions.zero_()
+            if module.permutation is not None and not module.permutation.is_meta:
+                module.permutation.copy_(torch.randperm(len(module.permutation)))
         elif isinstance(module, MegamemRouter):
             module.weight.normal_(std=std)
             if module.bias is not None:
@@ -666,7 +840,8 @@ class MegamemModel(MegamemPreTrainedModel):
         self.layers = nn.ModuleList(MegamemDecoderLayer(config, number) for number in numbers)
         self.norm = norm(config, config.hidden_size)
         names = dict.fromkeys(config.table_of(number) for number in config.memory_layers)
-        kinds = ("v", "u") if config.memory_variant == "peer" else ("v",)
+        further = {"peer": "u", "ultramem-v2": PRE_VALUES}
+        kinds = ("v", *further.get(config.memory_variant, ""))
         self.tables = nn.ModuleDict()
         for name in names:
             pool = {kind: MegamemTable(config, f"{name}.{kind}") for kind in kinds}
@@ -725,6 +900,7 @@ class MegamemModel(MegamemPreTrainedModel):
         tables = {name: dict(kinds.items()) for name, kinds in pools}
         states: list[Tensor] = []
         attentions: Any = [] if output_attentions else None
+        late: dict[int, Tensor] = {}
         for layer in self.layers:
             states.append(x)
             x = layer(
@@ -734,6 +910,7 @@ class MegamemModel(MegamemPreTrainedModel):
                 position_embeddings=turns,
                 kept=kept,
                 attentions=attentions,
+                late=late,
                 position_ids=position_ids,
                 **kwargs,
             )
