@@ -132,7 +132,7 @@ def test_microbatches_of_any_size_add_the_loss_of_the_cores_once() -> None:
 @pytest.mark.parametrize("flags", [TP2, (*TP2, *SP)], ids=["tp", "tp, sequence parallel"])
 def test_what_is_dropped_is_dropped_again_by_recomputation(flags: tuple) -> None:
     """Run it by `pytest -m slow tests/megatron/test_ultramem_recipe.py`."""
-    flags = (*VARIANTS["ultramem"], *flags)
+    flags = (*RECIPE, *flags)
     dropout = ("--memory-dropout", 0.3)
     kept, recomputed = (run_training("dropout", 2, *flags, *dropout, *how) for how in ((), FULL))
     _same_steps(recomputed, kept)
