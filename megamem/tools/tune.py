@@ -208,6 +208,8 @@ class Search:
     def run(self, tuned: Sequence[TunedOp], console: Console) -> list[Outcome]:
         """Measure every op, and put the fastest candidates into `chosen`; return all outcomes."""
         found: list[Outcome] = []
+        # a run with Tucker scores has no product_topk
+        tuned = [op for op in tuned if op.candidates(self.sizes, self.chosen)]
         with Progress(console=console, transient=True) as progress:
             jobs = [(op, c) for op in tuned for c in op.candidates(self.sizes, self.chosen)]
             task = progress.add_task("compiling", total=len(jobs))

@@ -65,13 +65,17 @@ class Sizes:
     optimizer: str
     stochastic_rounding: bool
     dtype: str = "bfloat16"
+    tucker_rank: int = 0
+    """Numbers per sub-key of Tucker scores; 0 where scores are sums, which product_topk finds."""
 
     @classmethod
     def of(cls, job: Job) -> "Sizes":
         """The sizes of a job with the layout that its flags select."""
         spec, layout = job.spec, job.spec.layout
         tokens = max(1, math.ceil(job.microbatch_tokens))
-        lookups, senders = spec.lookups_per_token, layout.row_ranks
+        # a token has a bag for each virtual block
+        blocks, senders = spec.bags_per_token, layout.row_ranks
+        lookups = max(1, spec.lookups_per_token // blocks)
         if layout_wire(job, layout) == "alltoall":
             # only the lookups of its rows arrive
             lookups, senders = max(1, lookups // senders), 1
@@ -79,16 +83,17 @@ class Sizes:
             tokens=tokens,
             heads=spec.heads,
             topk=spec.topk,
-            num_keys=spec.num_keys,
+            num_keys=spec.keys_per_side,
             key_dim=spec.key_dim,
             value_dim=widest_slice(spec.value_dim, layout.column_ranks),
             rows=math.ceil(spec.num_rows / layout.row_ranks),
-            bags=tokens * layout.group_size,
+            bags=tokens * layout.group_size * blocks,
             lookups=lookups,
             senders=senders,
-            readers=max(job.stage_memories) if spec.pool == "shared" else 1,
+            readers=max(job.stage_memories) if spec.pool == "shared" else spec.share_layers,
             optimizer=spec.optimizer,
             stochastic_rounding=spec.stochastic_rounding,
+            tucker_rank=spec.tucker_rank,
         )
 
     def that_fit(self, memory: float) -> "Sizes":
@@ -206,6 +211,8 @@ def _queries(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _topk_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
+    if sizes.tucker_rank:
+        return {}
     numbers: dict[str, list[Mapping[str, int]]] = {
         "two_looks": [{"tile": 256}, {"tile": 1024}, {"score_bytes": 2**28}],
         "fused": [
@@ -221,6 +228,8 @@ def _topk_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
 
 
 def _topk_backward_numbers(sizes: Sizes) -> dict[str, list[Mapping[str, int]]]:
+    if sizes.tucker_rank:
+        return {}
     numbers: list[Mapping[str, int]] = [
         {"tile": 256},
         {"tile": 1024, "num_warps": 8},

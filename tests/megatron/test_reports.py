@@ -123,3 +123,24 @@ def test_summary_names_what_is_trained() -> None:
     assert "layers 1, 2 are memory+: 4 heads x 4 rows" in line
     assert "one shared table of 1,048,576 x 64 = 67.11 M parameters" in line
     assert "16.78 M on each of 4 ranks" in line
+
+
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [
+        # sqrt(4) * 16 sub-keys per side, of two ranks, and half of 64 numbers
+        (
+            "ultramem",
+            "2 heads x 9 rows, a table each of 256 x 32 = 16.38 k parameters; sub-keys 8.192 k",
+        ),
+        (
+            "ultramem-v2",
+            "1 head x 9 rows, 2 tables (v, p) each of 256 x 32 and 8 = 20.48 k "
+            "parameters; sub-keys 2.048 k",
+        ),
+    ],
+)
+def test_summary_of_tables_of_different_width(variant: str, expected: str) -> None:
+    more = {"memory_variant": variant, "memory_topk": 4, "memory_final_topk": 9}
+    line = sizes.summary(_memory(memory_num_keys=16, memory_heads=None, **more))
+    assert f"are {variant}: {expected} a layer" in line

@@ -115,6 +115,40 @@ def test_every_number_of_every_layer_and_table_is_written(alone) -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.parametrize(("variant", "sub_keys"), [("ultramem", 18), ("ultramem-v2", 9)])
+def test_scores_that_are_no_softmax_are_measured(variant: str, sub_keys: int, train) -> None:
+    """Of 81 rows, which ultramem reads as four virtual blocks."""
+    flags = ("--memory-variant", variant, "--memory-final-topk", 6)
+    _, folder = train(variant, 1, *flags, "--train-iters", 3)
+    scalars = _scalars(folder)
+    numbers = {*OF_LAYERS, "weight_mean"} - {"gate_mean"}
+    expected = {f"memory/{name}/layer_{layer}" for name in numbers for layer in (0, 1)}
+    expected |= {f"memory/{name}/layer_{layer}" for name in OF_TABLES for layer in (0, 1)}
+    if variant == "ultramem":
+        expected |= {f"memory/core_loss/layer_{layer}" for layer in (0, 1)}
+    else:
+        # a pass is timed once, with the values
+        own = [name for name in OF_TABLES if not name.endswith("_ms")]
+        expected |= {f"memory/{name}/layer_{layer}.p" for name in own for layer in (0, 1)}
+    assert set(scalars) == expected
+    for layer in (0, 1):
+        for name, low, high in (
+            ("rows_used", 50, 100),
+            ("kl_from_uniform", 0, np.log(sub_keys**2)),
+            ("top1_weight", 1 / 6, 1),
+            ("score_entropy", 0, np.log(6)),
+            # the initial gains make it about one
+            ("weight_mean", 0.3, 4),
+        ):
+            assert all(low < v <= high for _, v in scalars[f"memory/{name}/layer_{layer}"]), name
+        used = dict(scalars[f"memory/rows_used/layer_{layer}"])
+        (*_, event) = _events(folder).Histograms(f"memory/log2_relative_load/layer_{layer}")
+        # the map has a cell for each pair of sub-keys
+        pairs = sub_keys**2 * used[event.step] / 100
+        assert event.histogram_value.num == pytest.approx(pairs)
+
+
+@pytest.mark.gloo
 def test_pictures_and_one_page_for_all(alone) -> None:
     _, folder = alone
     events = _events(folder)

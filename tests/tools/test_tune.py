@@ -254,6 +254,16 @@ def test_the_sizes_are_those_of_one_rank() -> None:
     assert by_row.that_fit(1e15).rows >= by_row.rows - 2 * 363
 
 
+def test_tucker_scores_are_no_sums_of_scores_to_tune() -> None:
+    """Top 128 of each side is more than product_topk supports; a token has a bag for each block."""
+    flags = "--memory-variant ultramem --memory-topk 128 --memory-init released"
+    sizes = _sizes(f"{flags} --memory-group-size 1")
+    assert (sizes.tucker_rank, sizes.num_keys, sizes.lookups) == (2, 2048, 2 * 128 // 4)
+    assert sizes.bags == 4 * sizes.tokens
+    tried = [op.name for op in TUNED if op.candidates(sizes, tuning.current())]
+    assert tried == [op.name for op in TUNED if not op.name.startswith("product_topk")]
+
+
 def test_the_timed_calls_run_with_lookups_of_other_ranks() -> None:
     """One lookup in eight is for a row of this rank; all ops take the others."""
     sizes = _sizes().of_interpreter()

@@ -8,7 +8,7 @@ from typing import Any
 from megamem.layers.variants import variant_of
 from megamem.megatron import compat
 from megamem.planner.sizes import memory_flops_per_token as layer_flops_per_token
-from megamem.planner.sizes import table_parameters
+from megamem.planner.sizes import table_parameters, table_widths
 from megamem.spec import MemorySpec
 
 
@@ -64,20 +64,23 @@ def summary(spec: MemorySpec) -> str:
     """One line about the memory layers of a run for its log."""
     layers = ", ".join(map(str, spec.layers))
     names, shared = [use.name for use in variant_of(spec).tables], spec.pool == "shared"
-    tables = "one shared table" if shared else "a table each"
+    readers = "each" if spec.share_layers == 1 else f"for every {spec.share_layers} layers"
+    tables = "one shared table" if shared else f"a table {readers}"
     if len(names) > 1:
         listed = ", ".join(names)
         tables = (
             f"{len(names)} shared tables ({listed})"
             if shared
-            else f"{len(names)} tables ({listed}) each"
+            else f"{len(names)} tables ({listed}) {readers}"
         )
     numbers, ranks = table_parameters(spec), spec.layout.group_size
-    keys = spec.heads * spec.num_keys * spec.key_dim
+    heads = "1 head" if spec.heads == 1 else f"{spec.heads} heads"
+    widths = " and ".join(map(str, dict.fromkeys(table_widths(spec))))
+    keys = spec.heads * spec.keys_per_side * spec.key_dim * max(1, spec.tucker_rank)
     share = f", {_si(numbers / ranks)} on each of {ranks} ranks" if ranks > 1 else ""
     return (
-        f"megamem: layers {layers} are {spec.variant}: {spec.heads} heads x {spec.topk} rows, "
-        f"{tables} of {spec.num_rows:,} x {spec.value_dim} = {_si(numbers)} parameters{share}; "
+        f"megamem: layers {layers} are {spec.variant}: {heads} x {spec.reads_per_head} rows, "
+        f"{tables} of {spec.num_rows:,} x {widths} = {_si(numbers)} parameters{share}; "
         f"sub-keys {_si(keys)} a layer; {_si(layer_flops_per_token(spec))}FLOP per token and layer"
     )
 
