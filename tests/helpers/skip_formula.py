@@ -62,7 +62,8 @@ def _ordered(model: Any, *given: Tensor) -> tuple[Tensor, list[str]]:
     events: list[str] = []
     hooks = []
     for number, layer in enumerate(model.decoder.layers):
-        for name, part in (("attention", layer.self_attention), ("mlp", layer.mlp)):
+        ffn = getattr(layer.mlp, "ffn", layer.mlp)
+        for name, part in (("attention", layer.self_attention), ("ffn", ffn)):
 
             def note(*_: Any, what: str = f"{name} {number}") -> None:
                 events.append(what)

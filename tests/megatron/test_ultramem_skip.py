@@ -30,8 +30,8 @@ def test_a_model_computes_its_formula_in_the_order_that_overlaps() -> None:
     log = run_training("formula", 1, *SKIP, script=FORMULA)
     assert re.search(r"^\d\d gradients agree$", log.stdout, re.M)
     order = (
-        "attention 0, mlp 0, launch 0, attention 1, mlp 1, collect 0, "
-        "attention 2, mlp 2, launch 2, attention 3, mlp 3, collect 2"
+        "attention 0, launch 0, ffn 0, attention 1, ffn 1, collect 0, "
+        "attention 2, launch 2, ffn 2, attention 3, ffn 3, collect 2"
     )
     assert f"\norder: {order}\n" in log.stdout
 
