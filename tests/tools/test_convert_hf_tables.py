@@ -34,7 +34,7 @@ SIZES = {
 def _folder(where: Path, **fields: Any) -> Path:
     """A random model, as an export writes it, in several files."""
     torch.manual_seed(5)
-    model = MegamemForCausalLM(MegamemConfig(**SIZES, **fields))
+    model = MegamemForCausalLM(MegamemConfig(**(SIZES | fields)))
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(std=0.3)
@@ -52,6 +52,47 @@ def _loaded(folder: Path, **how: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, **{"dtype": "auto"} | how
     )
+
+
+ULTRAMEM = {
+    **{"memory_variant": "ultramem-v2", "memory_pool": "layer", "memory_pre_value_dim": 16},
+    **{"memory_final_topk": 6, "memory_tucker_rank": 2, "memory_cores": 2, "memory_expansion": 4},
+    **{"memory_share_layers": 2, "memory_rank_queries": True, "memory_keep_ffn": True},
+}
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_tables_of_ultramem_elsewhere(place: str, tmp_path: Path) -> None:
+    folder = _folder(tmp_path, **ULTRAMEM)
+    model = _loaded(folder)
+    assert {name: [*x.weight.shape] for name, x in model.model.tables["layer_0"].items()} == {
+        "v": [512, 64],
+        "p": [512, 16],
+    }
+    there = _loaded(folder, memory_table_device=place)
+    assert _logits(there).equal(_logits(model))
+    for table in model.model.tables["layer_0"].values():
+        before = _logits(model)
+        with torch.no_grad():
+            table.weight.mul_(2)
+        assert not _logits(model).allclose(before)
+
+
+def test_ultramem_of_transformers_trains(tmp_path: Path) -> None:
+    """Also with recomputation, and where a memory is added behind a later layer."""
+    how = ULTRAMEM | {"memory_variant": "ultramem", "memory_pre_value_dim": 0, "memory_skip": 1}
+    how |= {"memory_layers": [0], "memory_share_layers": 1, "memory_expansion_proj": "block"}
+    model = _loaded(_folder(tmp_path, **how)).train()
+    found = []
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(TOKENS, labels=TOKENS).loss.backward()
+        found.append({name: x.grad.clone() for name, x in model.named_parameters()})
+    for name, grad in found[0].items():
+        assert grad.abs().max() > 0, name
+        torch.testing.assert_close(found[1][name], grad)
 
 
 def _logits(model: PreTrainedModel) -> torch.Tensor:
