@@ -2,7 +2,8 @@
 
 Letters: T tokens, H heads, N sub-keys per side, C key width of a side, A rank, O cores, K rows and
 columns kept of each token and head, F pairs returned, P = K * K pairs; 2 sides, rows and columns.
-"""
+columns kept of each token and head, F pairs returned, P = K * K pairs, X leading axes of any number;
+2 sides, rows and columns.
 
 import torch
 from torch import Tensor

@@ -26,9 +26,9 @@ class Flight:
         self._memory: MemoryLayer | None = None
         self._sent: SentLookups | None = None
 
-    def launch(self, memory: MemoryLayer, hidden_SBD: Tensor) -> None:
+    def launch(self, memory: MemoryLayer, hidden_states: Tensor) -> None:
         """Send the lookups of a memory. What an interrupted pass has left is dropped."""
-        self._memory, self._sent = memory, memory.launch(hidden_SBD)
+        self._memory, self._sent = memory, memory.launch(hidden_states)
 
     def collect(self) -> Tensor:
         """Return the output of the memory whose lookups were sent, [S, B, D]."""
