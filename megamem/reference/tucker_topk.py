@@ -1,9 +1,9 @@
 """Two-stage top-k by Tucker-decomposed scores: the specification of the op.
 
 Letters: T tokens, H heads, N sub-keys per side, C key width of a side, A rank, O cores, K rows and
-columns kept of each token and head, F pairs returned, P = K * K pairs; 2 sides, rows and columns.
-columns kept of each token and head, F pairs returned, P = K * K pairs, X leading axes of any number;
-2 sides, rows and columns.
+columns kept of each token and head, F pairs returned, P = K * K pairs, X leading axes of any
+number; 2 sides, rows and columns.
+"""
 
 import torch
 from torch import Tensor
