@@ -19,6 +19,7 @@ from megamem.tools.convert.hf.code import modeling_megamem
 from megamem.tools.convert.hf.code.configuration_megamem import MegamemConfig
 from megamem.tools.convert.hf.code.modeling_megamem import MegamemForCausalLM
 from megamem.tools.convert.hf.folder import CODE_FILES
+from megamem.tools.convert.hf.settings import config_obstacles
 from megamem.tools.convert.lazy import LazyTensor, Region, of_tensor
 from megamem.tools.convert.safetensors import read_folder, write_file, write_folder
 
@@ -300,3 +301,9 @@ def test_a_table_twenty_times_larger_than_memory(place: str, status: int, tmp_pa
     ran = subprocess.run(words, capture_output=True, text=True)
     assert ran.returncode == status, ran.stderr
     assert status == 0 or "allocate" in ran.stderr
+
+
+def test_a_convolution_before_the_query_is_not_exported() -> None:
+    said = config_obstacles({"query_conv": 3})
+    assert len(said) == 1 and "--memory-query-conv 3" in said[0]
+    assert config_obstacles({"query_conv": 0}) == config_obstacles({}) == []

@@ -124,7 +124,7 @@ def config_of(args: argparse.Namespace, settings: dict[str, Any], shapes: Shapes
     Raises:
         ConfigurationError: the exported model would compute something else than the run's.
     """
-    if problems := obstacles(args) + _memory_obstacles(settings):
+    if problems := obstacles(args) + config_obstacles(settings):
         raise ConfigurationError(*problems)
     ultramem = {f"memory_{name}": settings[name] for name in ULTRAMEM if "cores" in settings}
     kind = getattr(args, "position_embedding_type", "rope")
@@ -171,7 +171,8 @@ def obstacles(args: argparse.Namespace) -> list[str]:
     return found
 
 
-def _memory_obstacles(settings: dict[str, Any]) -> list[str]:
+def config_obstacles(settings: dict[str, Any]) -> list[str]:
+    """A sentence for each memory setting that stands in the way of an export."""
     if not settings.get("query_conv"):
         return []
     return [
