@@ -64,6 +64,15 @@ SMALL = read_scale(
             "memory 1k": {**{"family": "memory", "memory_variant": "memory", "memory_layers": [1]}},
             "memory+ 0.25k": {"memory_num_keys": 16},
             "memory+ 1k": {},
+            "ultramem 1k": {
+                **{"family": "ultramem", "memory_variant": "ultramem"},
+                **{"memory_layers": [0, 2], "memory_value_dim": 16, "memory_key_dim": 12},
+            },
+            "ultramem-v2 0.316k": {
+                **{"family": "ultramem-v2", "memory_variant": "ultramem-v2"},
+                **{"memory_layers": [0, 1, 2, 3], "memory_num_keys": 18, "memory_final_topk": 8},
+                **{"memory_value_dim": 16, "memory_pre_value_dim": 8},
+            },
         },
         "ablations": {
             **TABLES["cpu"]["ablations"],
@@ -140,6 +149,12 @@ def test_the_models_are_called_what_they_are(scale: Scale) -> None:
     # two tables that together hold as many numbers as the one of Memory
     (peer,) = (model.rows for model in scale.models if model.family == "peer")
     assert 2 * peer == pytest.approx(reference.rows, rel=0.1)
+    table = _plan(scale).run("main", reference, 1, MIDDLE).table
+    ultra = [model for model in scale.models if model.family.startswith("ultramem")]
+    assert len(ultra) == 2
+    for model in ultra:
+        run = _plan(scale).run("main", model, 1, MIDDLE)
+        assert run.table == pytest.approx(table, rel=0.1 if scale is SMALL else 0.01), model.name
     if scale is SMALL:
         return
     named = {model.name: model for model in scale.ablations}
@@ -187,7 +202,7 @@ def test_the_plan_counts_flops_as_the_run_reports_them(scale: Scale) -> None:
 
 
 def test_the_plan_counts_what_torch_counts_in_a_forward_and_backward(tmp_path: Path) -> None:
-    """And the parameters; of the mixture and PEER, torch also sees the router and u's products."""
+    """And the parameters. Torch also sees the router, u's products, and scores of candidates."""
     plan = Plan(SMALL, 500)
     # the unfused attention computes the half that a causal mask hides
     sizes = ("num_layers", "hidden_size", "seq_length")
@@ -205,6 +220,9 @@ def test_the_plan_counts_what_torch_counts_in_a_forward_and_backward(tmp_path: P
         relative[model.name] = told["counted"] / (run.flops + hidden_half)
     assert relative.pop("moe 4") == pytest.approx(1, abs=0.01)
     assert relative.pop("peer 0.473k") == pytest.approx(1, abs=0.01)
+    # the scores that choose candidates, which have no backward
+    assert relative.pop("ultramem 1k") == pytest.approx(1, abs=0.01)
+    assert relative.pop("ultramem-v2 0.316k") == pytest.approx(1, abs=0.01)
     assert set(relative.values()) == {1.0} and len(relative) == 5
 
 
