@@ -11,6 +11,9 @@ from megamem.layers.losses import ScoreLosses
 class Keys(nn.Module):
     """Maps the queries of tokens to the rows that they read and the weights of these."""
 
+    sub_keys: nn.Parameter
+    """The sub-keys of both halves: halves, heads, N, and axes of the variant."""
+
     losses: ScoreLosses | None = None
     """What joins the gradient of the weights in training."""
 

@@ -103,6 +103,15 @@ def test_two_ranks_take_the_steps_of_one(alone: Saved, flags: tuple) -> None:
 
 
 @trains
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["ultramem", "ultramem-v2"])
+def test_ultramem_takes_the_steps_of_one(variant: str) -> None:
+    """pytest -m slow tests/megatron/test_fsdp.py -k ultramem"""
+    flags = ("--memory-variant", variant, "--seed", 7)
+    _same_steps(_train(2, *FSDP, *flags), _train(1, *UNTIED, *flags))
+
+
+@trains
 def test_tables_are_scaled_as_the_model_where_the_loss_is_a_sum(alone: Saved) -> None:
     """Megatron does not divide gradients of FSDP2 by the tokens: they are means of ranks' sums."""
     tokens = 2 * 32

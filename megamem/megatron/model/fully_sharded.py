@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from megamem.config import ConfigurationError
-from megamem.layers.product_keys import ProductKeys
+from megamem.layers.keys import Keys
 from megamem.layers.value_table import ValueTable
 from megamem.patching import replace
 
@@ -59,7 +59,7 @@ def leave_tables_out(fully_shard: Callable[..., Any]) -> Callable[..., Any]:
 
     def fully_shard_without_tables(module: nn.Module, *, mesh: Any, **how: Any) -> Any:
         tables = {m.weight for m in module.modules() if isinstance(m, ValueTable)}
-        keys = {m.sub_keys for m in module.modules() if isinstance(m, ProductKeys)}
+        keys = {m.sub_keys for m in module.modules() if isinstance(m, Keys)}
         if tables:
             how["ignored_params"] = tables | (how.get("ignored_params") or set())
         given = how.pop("shard_placement_fn", None)
