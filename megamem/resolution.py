@@ -232,8 +232,8 @@ def _tucker_problems(config: MemoryConfig, found: dict[str, Any], usual: Tucker)
     if config.memory_pre_value_dim and not usual.pre_values:
         problems.append(
             f"--memory-pre-value-dim {config.memory_pre_value_dim} needs --memory-variant "
-            f"ultramem-v2, but --memory-variant is {config.memory_variant}; drop "
-            "--memory-pre-value-dim."
+            f"ultramem-v2, but --memory-variant is {config.memory_variant}; use --memory-variant "
+            "ultramem-v2, or drop --memory-pre-value-dim."
         )
     if config.memory_skip and not usual.skips:
         problems.append(

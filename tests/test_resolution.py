@@ -81,7 +81,7 @@ def test_ultramem_has_defaults_of_its_own() -> None:
     released = resolve(MemoryConfig(memory_layers=[0], memory_init="released", **V2), 768)
     assert (released.value_init_std, released.key_gain) == (0.02, 384**-0.4)
     # g neighbours share g * N * N rows, of which a layer has sub-keys for all
-    four = resolve(MemoryConfig(memory_layers=[0, 1], memory_share_layers=4, **V2), 768)
+    four = resolve(MemoryConfig(memory_layers=[0, 1, 2, 3], memory_share_layers=4, **V2), 768)
     assert (four.num_rows, four.keys_per_side) == (4 * 1024**2, 2048)
 
 

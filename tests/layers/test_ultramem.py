@@ -34,6 +34,7 @@ BASE: dict[str, Any] = {
     "memory_key_dim": 10,
     "memory_value_dim": 48,  # six blocks of columns: uneven over 4 ranks
     "memory_value_init_std": 0.3,
+    "memory_core_aux_weight": 0,
 }
 V1 = {**BASE, "memory_variant": "ultramem"}
 V2 = {**BASE, "memory_variant": "ultramem-v2", "memory_pre_value_dim": 24}

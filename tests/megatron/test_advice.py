@@ -184,7 +184,93 @@ FLAGS_OF_CONFIG = {
     "a negative rate": Case("--memory-lr -1", "zero or more", "--memory-lr 0", own="0"),
 }
 
+ULTRAMEM = "--memory-variant ultramem"
+SKIPPING = "--memory-layers 0 2 --memory-num-keys 16 --memory-heads 2 --memory-topk 4"
+LAYERS_THAT_SKIP = (SKIPPING, SKIPPING)
+
 FLAGS_OF_A_MODEL = {
+    "a part that is dropped": Case(
+        "--memory-dropout 1",
+        "must be at least 0 and below 1",
+        "--memory-dropout 0",
+        own="0",
+        beside=ULTRAMEM,
+    ),
+    "a negative skip": Case(
+        "--memory-skip -1", "must be zero or more", "--memory-skip 0", own="0", beside=ULTRAMEM
+    ),
+    "cores without Tucker scores": Case("--memory-cores 2", "needs --memory-variant", ""),
+    "blocks that are no square": Case(
+        "--memory-expansion 5", "is not a square", "--memory-expansion 4", beside=ULTRAMEM
+    ),
+    "more rows than pairs": Case(
+        "--memory-final-topk 17",
+        "is larger than the 16 pairs",
+        "--memory-final-topk 16",
+        beside=ULTRAMEM,
+    ),
+    "pre-values of another variant": Case(
+        "--memory-pre-value-dim 8", "needs --memory-variant ultramem-v2", "", beside=ULTRAMEM
+    ),
+    "pre-values of another variant, changed": Case(
+        "--memory-pre-value-dim 8 --memory-variant ultramem",
+        "needs --memory-variant ultramem-v2",
+        "--memory-variant ultramem-v2",
+        beside="--memory-pre-value-dim 8",
+    ),
+    "a skip of another variant": Case(
+        "--memory-skip 1",
+        "needs --memory-variant ultramem,",
+        "",
+        beside="--memory-variant ultramem-v2",
+        memory=LAYERS_THAT_SKIP,
+    ),
+    "memories on their way at the same time": Case(
+        "--memory-skip 2",
+        "one memory at a time",
+        "--memory-skip 1",
+        beside=ULTRAMEM,
+        memory=LAYERS_THAT_SKIP,
+    ),
+    "two ways to share": Case(
+        "--memory-share-layers 2 --memory-pool shared",
+        "both say which layers share a table",
+        "--memory-share-layers 2",
+        beside=ULTRAMEM,
+    ),
+    "sets of layers that do not come out": Case(
+        "--memory-share-layers 3",
+        "does not divide the 2 layers",
+        "--memory-share-layers 2",
+        beside=ULTRAMEM,
+    ),
+    "more sub-keys than ids": Case(
+        "--memory-num-keys 30000 --memory-expansion 4",
+        "fits into 31 bits",
+        "--memory-num-keys 16",
+        own="16",
+        beside=ULTRAMEM,
+        shown="--memory-num-keys 30000",
+    ),
+    "more sub-keys chosen than there are": Case(
+        "--memory-topk 33",
+        "the 32 sub-keys per query half",
+        "--memory-topk 32",
+        beside=ULTRAMEM,
+    ),
+    "more ranks than numbers": Case(
+        "--memory-tucker-rank 9 --memory-key-dim 16",
+        "is larger than the 8 numbers of half a query",
+        "--memory-tucker-rank 8",
+        own="8",
+        beside=f"{ULTRAMEM} --memory-key-dim 16",
+    ),
+    "parts of a row that kernels cannot load": Case(
+        "--memory-value-dim 24 --memory-cores 2",
+        "is not a multiple of 8 for each",
+        "--memory-value-dim 32",
+        beside=ULTRAMEM,
+    ),
     "a group that does not divide the ranks": Case(
         "--memory-group-size 3", "does not divide the 4 ranks", "--memory-group-size 2", ranks=4
     ),
@@ -309,6 +395,51 @@ LAYERS = {
 }
 
 FEATURES = {
+    "context parallelism with a convolution before queries": Case(
+        "--context-parallel-size 2 --memory-query-conv 3",
+        "a rank then holds two pieces",
+        "",
+        ranks=2,
+        beside=f"{ULTRAMEM} {ENGINE}",
+    ),
+    "several documents in a sequence that do not see each other, with a convolution before "
+    "queries": Case(
+        "--reset-attention-mask --memory-query-conv 3",
+        "would see tokens of the document before",
+        "--reset-attention-mask",
+        beside=ULTRAMEM,
+    ),
+    "the same in other units, or with the later layer on another stage": Case(
+        "--memory-skip 1",
+        "recomputes the two at different times",
+        "--recompute-method uniform --recompute-num-layers 4",
+        beside=f"{ULTRAMEM} --memory-skip 1 --recompute-granularity full "
+        "--recompute-method uniform --recompute-num-layers 1",
+        memory=LAYERS_THAT_SKIP,
+    ),
+    "the same with recomputation of feed-forwards or norms": Case(
+        "--memory-skip 1 --recompute-modules mlp",
+        "without the one behind which",
+        "--recompute-modules core_attn",
+        own="core_attn",
+        beside=f"{ULTRAMEM} --memory-skip 1 --recompute-granularity selective",
+        memory=LAYERS_THAT_SKIP,
+    ),
+    "the same where Megatron computes layers in an order of its own": Case(
+        "--memory-skip 1 --mlp-chunks-for-training 2",
+        "in their order",
+        "",
+        beside=ULTRAMEM,
+        memory=LAYERS_THAT_SKIP,
+    ),
+    "tables that memory layers of different stages share": Case(
+        "--memory-share-layers 2",
+        "on different pipeline stages",
+        "--memory-layers 0 1",
+        own="0 1",
+        ranks=2,
+        beside=f"{ULTRAMEM} --memory-share-layers 2 --pipeline-model-parallel-size 2",
+    ),
     "Megatron's FSDP": Case(
         "--use-megatron-fsdp --ckpt-format fsdp_dtensor",
         "all of it on every rank",
@@ -773,6 +904,9 @@ def refusal() -> Iterator[Callable[..., str]]:
 
         def why(words: str, ranks: int = 1) -> str:
             change.setenv("WORLD_SIZE", str(ranks))
+            # Megatron wants one connection under context parallelism, and more with FSDP
+            connections = "1" if "--context-parallel-size" in words else "8"
+            change.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
             args = parser.parse_args(words.split())
             args.world_size, args.rank = ranks, 0
             try:

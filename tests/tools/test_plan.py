@@ -406,4 +406,4 @@ def test_help_is_the_planners_own() -> None:
     words = [sys.executable, "-m", "megamem", "plan", "--help"]
     page = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert "--preset" in page and "--memory-num-keys" in page and "--gpus-per-node" in page
-    assert "--lr-warmup-iters" not in page and len(page.splitlines()) < 250
+    assert "--lr-warmup-iters" not in page and len(page.splitlines()) < 360
