@@ -52,12 +52,34 @@ def test_every_field_is_a_flag_and_comes_back() -> None:
     )
     # a grid stands in place of a mode
     grid = MemoryConfig(memory_grid="1x2x2x1")
-    words, of_grid = _words(other), _words(grid)
-    assert {word for word in words + of_grid if word.startswith("--")} == {
+    # UltraMem has settings that others do not have
+    tucker = MemoryConfig(
+        memory_variant="ultramem-v2",
+        memory_final_topk=20,
+        memory_pre_value_dim=16,
+        memory_tucker_rank=3,
+        memory_cores=1,
+        memory_expansion=4,
+        memory_expansion_proj="block",
+        memory_rank_queries="on",
+        memory_query_conv=3,
+        memory_skip=1,
+        memory_share_layers=2,
+        memory_init="released",
+        memory_placement="stored",
+        memory_dropout=0.1,
+        memory_core_aux_weight=0.5,
+        memory_core_aux_margin=0.2,
+        memory_balance_weight=0.01,
+        memory_lr_times=4.0,
+        memory_lr_times_until=0.5,
+    )
+    words = [_words(config) for config in (other, grid, tucker)]
+    assert {word for own in words for word in own if word.startswith("--")} == {
         flag(field.name) for field in dataclasses.fields(MemoryConfig)
     }
-    assert MemoryConfig.from_args(_parser().parse_args(words)) == other
-    assert MemoryConfig.from_args(_parser().parse_args(of_grid)) == grid
+    for config, own in zip((other, grid, tucker), words, strict=True):
+        assert MemoryConfig.from_args(_parser().parse_args(own)) == config
 
 
 def _words(config: MemoryConfig) -> list[str]:
@@ -90,6 +112,8 @@ def test_the_wire_depends_on_the_tokens_of_a_microbatch(
     """8 row ranks of a node: 8192 tokens a rank are few, 32768 are many."""
     args = argparse.Namespace(
         hidden_size=2048,
+        num_layers=2,
+        ffn_hidden_size=8192,
         seq_length=length,
         micro_batch_size=batch,
         global_batch_size=64,

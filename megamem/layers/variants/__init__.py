@@ -32,6 +32,8 @@ def pool_of(layer: int, spec: MemorySpec) -> str:
     """Return the name of the pool that a layer reads."""
     if spec.pool == "shared":
         return SHARED
+    if spec.share_layers == 1:
+        return layer_table(layer)
     # neighbours share the pool of the first of them
     place = spec.layers.index(layer)
     return layer_table(spec.layers[place - place % spec.share_layers])
@@ -42,6 +44,8 @@ def placement_of(layer: int, spec: MemorySpec) -> int:
 
     Layers that share a table with sub-keys for the rows of all of them have one each.
     """
+    if spec.share_layers == 1:
+        return spec.placement_seed
     return spec.placement_seed + spec.layers.index(layer) % spec.share_layers
 
 
