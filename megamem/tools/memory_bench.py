@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -157,6 +157,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help=optimizer)
     wire = "collective used for the lookups, as --memory-wire (default: %(default)s)"
     add("--wire", choices=("auto", "alltoall", "allgather"), default="auto", help=wire)
+    variant = "variant of memory layers, as --memory-variant (default: memory+)"
+    add("--variant", choices=get_args(get_type_hints(Sizes)["variant"]), help=variant)
     for name, meaning in (
         ("num-keys", "sub-keys per query half"),
         ("width", "numbers per row of the table; also the hidden size"),
