@@ -51,7 +51,10 @@ def select(monkeypatch):
     return lambda form: monkeypatch.setenv("MEGAMEM_FORMS", f"row_gradient={form}")
 
 
-@pytest.mark.parametrize("variant", ["memory+", "peer", "ultramem", "ultramem-v2"])
+@pytest.mark.parametrize(
+    "variant",
+    ["memory+", "peer", pytest.param("ultramem", marks=pytest.mark.slow), "ultramem-v2"],
+)
 @pytest.mark.parametrize("backwards", [3, 2], ids=["every layer", "a layer without a backward"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_one_pass_for_all_layers_adds_what_one_for_each_adds(
