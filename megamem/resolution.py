@@ -186,8 +186,8 @@ def _tucker(config: MemoryConfig, hidden_size: int, variant: Variant) -> dict[st
         default = MemoryConfig()
         ConfigurationError.collect(
             [
-                f"{_flag_and_value(name, value)} needs --memory-variant ultramem or ultramem-v2, "
-                f"but --memory-variant is {config.memory_variant}; drop {_flag(name)}."
+                f"{flag(f'memory_{name}')} {value} needs --memory-variant ultramem or ultramem-v2, "
+                f"but --memory-variant is {config.memory_variant}; drop {flag(f'memory_{name}')}."
                 for name, value in given.items()
                 if value != getattr(default, f"memory_{name}")
             ]
@@ -215,7 +215,7 @@ def _tucker(config: MemoryConfig, hidden_size: int, variant: Variant) -> dict[st
 
 
 def _tucker_problems(config: MemoryConfig, found: dict[str, Any], usual: Tucker) -> list[str]:
-    problems, named = [], f"--memory-variant {config.memory_variant}"
+    problems = []
     topk, final = config.memory_topk or VARIANTS[config.memory_variant].topk, found["final_topk"]
     side = math.isqrt(found["expansion"])
     if side**2 != found["expansion"]:
@@ -237,8 +237,9 @@ def _tucker_problems(config: MemoryConfig, found: dict[str, Any], usual: Tucker)
         )
     if config.memory_skip and not usual.skips:
         problems.append(
-            f"--memory-skip {config.memory_skip} needs --memory-variant ultramem, as {named} adds "
-            "its output where it reads; drop --memory-skip."
+            f"--memory-skip {config.memory_skip} needs --memory-variant ultramem, as "
+            f"--memory-variant {config.memory_variant} adds its output where it reads; drop "
+            "--memory-skip."
         )
     problems += _span_problems(config)
     number, layers = found["share_layers"], len(config.memory_layers)
@@ -248,9 +249,9 @@ def _tucker_problems(config: MemoryConfig, found: dict[str, Any], usual: Tucker)
             f"--memory-layers {' '.join(map(str, config.memory_layers))}, of which the last would "
             f"have more rows than the others; use one of {', '.join(map(str, divisors(layers)))}."
         )
-    if found["share_layers"] > 1 and config.memory_pool == "shared":
+    if number > 1 and config.memory_pool == "shared":
         problems.append(
-            f"--memory-share-layers {found['share_layers']} and --memory-pool shared both say "
+            f"--memory-share-layers {number} and --memory-pool shared both say "
             "which layers share a table; drop one of them."
         )
     return problems
@@ -298,14 +299,6 @@ def _key_problems(spec: MemorySpec) -> list[str]:
             f"a query of --memory-key-dim {spec.key_dim}; use a smaller --memory-tucker-rank."
         )
     return problems
-
-
-def _flag(name: str) -> str:
-    return flag(f"memory_{name}")
-
-
-def _flag_and_value(name: str, value: Any) -> str:
-    return f"{_flag(name)} {value}"
 
 
 def _or(value: float | None, default: float) -> float:

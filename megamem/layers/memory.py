@@ -29,7 +29,7 @@ from megamem.layers.init import WeightFactory
 from megamem.layers.losses import ScoreLosses
 from megamem.layers.memory_pool import Lookups, MemoryPool, permutation_of
 from megamem.layers.query_conv import QueryConv
-from megamem.layers.variants import placement_of, variant_of
+from megamem.layers.variants import placement_seed_of, variant_of
 from megamem.metrics import LayerMetrics
 from megamem.parallel.collectives import (
     GradientGroup,
@@ -111,7 +111,7 @@ class MemoryLayer(nn.Module):
         self.token = variant.token(spec, make)
         self.output = variant.output(spec, make)
         self.dropout = spec.dropout
-        self.placement_seed = placement_of(layer, spec)
+        self.placement_seed = placement_seed_of(layer, spec)
         stored = spec.placement == "stored"
         permutation = permutation_of(spec, self.placement_seed, device) if stored else None
         self.register_buffer("permutation", permutation)

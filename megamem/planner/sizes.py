@@ -10,8 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from megamem.config import ConfigurationError
 from megamem.layers.init import WeightFactory
+from megamem.layers.query_conv import QueryConv
 from megamem.layers.variants import pool_names, variant_of
 from megamem.spec import MemorySpec
 
@@ -319,16 +322,15 @@ def layer_shapes(spec: MemorySpec) -> dict[str, list[tuple[int, ...]]]:
     """Part of a memory layer -> the shapes of all of its weights; nothing is allocated."""
     make, variant = WeightFactory(seed=0, name="shapes", device="meta"), variant_of(spec)
     parts = {
+        "convolution": QueryConv(spec, make, None) if spec.query_conv else nn.Identity(),
         "query": variant.query(spec, make),
         "keys": variant.keys(spec, make),
         "token": variant.token(spec, make),
         "output": variant.output(spec, make),
     }
-    shapes = {
+    return {
         name: [tuple(weight.shape) for weight in part.parameters()] for name, part in parts.items()
     }
-    shapes["convolution"] = [(spec.hidden_size, spec.query_conv)] if spec.query_conv else []
-    return shapes
 
 
 def table_widths(spec: MemorySpec) -> list[int]:

@@ -13,7 +13,7 @@ from megamem.config import MemoryConfig
 from megamem.layers.memory import MemoryLayer
 from megamem.layers.memory_pool import MemoryPool
 from megamem.layers.tucker_keys import TuckerKeys
-from megamem.layers.variants import placement_of, pool_names
+from megamem.layers.variants import placement_seed_of, pool_names
 from megamem.layers.variants.scales import mean_of_best, score_moments
 from megamem.layers.variants.ultramem_v2 import PRE_VALUES
 from megamem.layers.variants.variant import VALUES
@@ -66,7 +66,7 @@ def _by_formula(spec: MemorySpec, layer: MemoryLayer, pool: MemoryPool, x_TD: Te
     assert isinstance(keys, TuckerKeys)
     width, ranks, n = spec.key_dim // 2, spec.tucker_rank, spec.keys_per_side
     k_2HNAC = _rms_norm(keys.sub_keys, keys.norm.weight)
-    values, rows_seed = pool.values.weight, placement_of(layer.layer, spec)
+    values, rows_seed = pool.values.weight, placement_seed_of(layer.layer, spec)
     pre = pool.tables[PRE_VALUES].weight if spec.pre_value_dim else None
     outputs = []
     for x_D in x_TD:
@@ -206,7 +206,7 @@ def test_a_step_of_each_optimizer_equals_that_of_one_process(kind: str) -> None:
 def test_layers_that_share_a_table_read_it_by_permutations_of_their_own() -> None:
     spec = _spec(KINDS["v2, shared by two"])
     assert pool_names(spec) == ["layer_0"]
-    assert [placement_of(layer, spec) for layer in (0, 1)] == [0, 1]
+    assert [placement_seed_of(layer, spec) for layer in (0, 1)] == [0, 1]
     assert (spec.num_rows, spec.keys_per_side) == (162, 12)
     four = _spec({**V2, "memory_share_layers": 2}, memory_layers=[1, 3, 4, 7])
     assert pool_names(four) == ["layer_1", "layer_4"]

@@ -39,7 +39,7 @@ def pool_of(layer: int, spec: MemorySpec) -> str:
     return layer_table(spec.layers[place - place % spec.share_layers])
 
 
-def placement_of(layer: int, spec: MemorySpec) -> int:
+def placement_seed_of(layer: int, spec: MemorySpec) -> int:
     """Return the seed of the placement of a layer's rows.
 
     Layers that share a table with sub-keys for the rows of all of them have one each.

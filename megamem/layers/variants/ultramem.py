@@ -6,23 +6,21 @@ virtual blocks of the R rows: a virtual row is row g % R as block g // R reads i
 expansion). The rows of each block are summed and projected by themselves.
 """
 
-from collections.abc import Mapping
-
-from torch import Tensor, nn
+from torch import nn
 
 from megamem.layers.init import WeightFactory
 from megamem.layers.keys import Keys
 from megamem.layers.output import Output, Projection
 from megamem.layers.tucker_keys import TuckerKeys, TuckerQuery
-from megamem.layers.value_table import ReceivedLookups, ValueTable
+from megamem.layers.variants.memory import Memory
 from megamem.layers.variants.scales import mean_of_best
-from megamem.layers.variants.variant import VALUES, Tucker, Variant
+from megamem.layers.variants.variant import Tucker
 from megamem.spec import MemorySpec, next_multiple
 
 RELEASED_VALUE_STD = 0.02
 
 
-class UltraMem(Variant):
+class UltraMem(Memory):
     """The output is the sum over E blocks of W_e (sum of score * row)."""
 
     heads = 2
@@ -80,10 +78,6 @@ class UltraMem(Variant):
     def keys(self, spec: MemorySpec, make: WeightFactory) -> Keys:
         """Return the sub-keys and cores."""
         return TuckerKeys(spec, make, std=(spec.key_dim // 2) ** -0.5)
-
-    def read_out(self, tables: Mapping[str, ValueTable], received: ReceivedLookups) -> Tensor:
-        """Return the weighted sum of the rows of each bag."""
-        return tables[VALUES].bag(received, received.weights_M)
 
     def output(self, spec: MemorySpec, make: WeightFactory) -> Output:
         """Return the projection of all blocks."""

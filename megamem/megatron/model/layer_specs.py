@@ -19,12 +19,12 @@ from megamem.megatron.model.carried_spec import carry_spec
 from megamem.megatron.model.groups import memory_group
 from megamem.megatron.model.memory_mlp import MemoryMLP, build_pool
 from megamem.megatron.model.placement import (
-    Placement,
     placement_of,
     share_problem,
     skip_problem,
 )
 from megamem.megatron.model.skip import Flight, MLPWithMemory
+from megamem.planner.sizes import Placement
 from megamem.spec import MemorySpec
 
 

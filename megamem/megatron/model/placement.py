@@ -14,10 +14,8 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megamem import hybrid_pattern
 from megamem.layers.variants import pool_of
 from megamem.megatron import compat
+from megamem.planner.sizes import Placement
 from megamem.spec import MemorySpec
-
-Placement = Sequence[Sequence[Sequence[int]]]
-"""The layers of each chunk of each pipeline stage."""
 
 
 def virtual_stages(config: Any) -> list[int | None]:

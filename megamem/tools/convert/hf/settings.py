@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megamem.checkpoint import TUCKER_SETTINGS
 from megamem.config import ConfigurationError
 
 FORMAT, PLAIN_FORMAT = 3, 1
@@ -92,11 +93,9 @@ MEMORY = (
 )
 """The memory settings in a config."""
 
-ULTRAMEM = (
-    *("final_topk", "tucker_rank", "cores", "expansion", "expansion_proj", "rank_queries"),
-    *("pre_value_dim", "skip", "share_layers", "placement", "placement_seed"),
-)
-"""Those of UltraMem. Rows of other variants have no placement in an export."""
+ULTRAMEM = (*(name for name in TUCKER_SETTINGS if name != "query_conv"), "placement_seed")
+"""Those of UltraMem, whose convolution is not exported. Rows of other variants have no placement in
+an export."""
 
 
 @dataclass(frozen=True)
